@@ -1,0 +1,57 @@
+# make demo    learn to learn on letters, print a table, draw plots (minutes, no download)
+# make test    run the tests
+# make bench   measure speed and memory
+# make lint    format check, lint, type check
+#
+# Each makes .venv when there is none. PYTHON=/path/to/python chooses another Python;
+# ARGS="..." goes to the command, e.g. make test ARGS="tests/test_inner.py -k remat"
+.DEFAULT_GOAL := help
+.PHONY: help demo test bench lint format clean
+
+VENV := .venv
+BIN := $(VENV)/bin
+ARGS ?=
+WORKERS ?= 2
+
+# The newest of these that runs (a name on PATH may be a stub), is >= 3.11 and has venv.
+CANDIDATES := python3.13 python3.12 python3.11 python3.14 python3 python
+PYTHON ?= $(shell for python in $(CANDIDATES); do \
+	if $$python -c 'import sys, venv, ensurepip; sys.exit(sys.version_info < (3, 11))' \
+	>/dev/null 2>&1; then echo $$python; break; fi; done)
+
+help:
+	@sed -n '/^#/!q; s/^# \{0,1\}//p' Makefile
+
+$(VENV)/bin/python:
+	@test -n "$(PYTHON)" || { echo "error: no Python >= 3.11 with the venv module among: $(CANDIDATES)"; \
+	  echo "install one, or name it: make PYTHON=/path/to/python3.12 ..."; exit 1; }
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
+	  echo "error: $(PYTHON) is older than Python 3.11; name a newer one: make PYTHON=/path/to/python3.12 ..."; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+
+# A stamp for each set of extras: `make demo` does not wait for what only tests need.
+$(VENV)/.installed-%: pyproject.toml | $(VENV)/bin/python
+	@echo "installing metalstm[$*] into $(VENV)"
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[$*]'
+	@touch $@
+
+demo: $(VENV)/.installed-experiments
+	$(BIN)/python -m experiments.few_shot --preset demo $(ARGS)
+
+test: $(VENV)/.installed-dev
+	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile $(ARGS)
+
+bench: $(VENV)/.installed-experiments
+	$(BIN)/python -m benchmarks $(ARGS)
+
+lint: $(VENV)/.installed-dev
+	$(BIN)/ruff format --check
+	$(BIN)/ruff check
+	$(BIN)/mypy
+
+format: $(VENV)/.installed-dev
+	$(BIN)/ruff format
+	$(BIN)/ruff check --fix
+
+clean:
+	rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache

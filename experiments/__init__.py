@@ -1,0 +1,1 @@
+"""One script per result; run as ``python -m experiments.<name> --help``."""

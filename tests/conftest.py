@@ -1,0 +1,39 @@
+"""Settings shared by the tests: devices, the compilation cache, real data."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+# Tests compare float32 sums bit by bit and count compilations: one CPU, whatever the
+# machine has. Subprocesses inherit the environment.
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+
+REAL_DATA = "METALSTM_TEST_DATA"
+
+
+@pytest.fixture(scope="session")
+def real_data_dir() -> Path:
+    """The folder with tensorflow_datasets/ and mini_imagenet/; see `real_data`."""
+    return Path(os.environ[REAL_DATA])
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if os.environ.get(REAL_DATA):
+        return
+    skip = pytest.mark.skip(reason=f"{REAL_DATA} names no folder with real data")
+    for item in items:
+        if "real_data" in item.keywords:
+            item.add_marker(skip)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo):
+    """Where real data is there, a test of it that skips has failed."""
+    report = yield
+    if report.skipped and "real_data" in item.keywords and os.environ.get(REAL_DATA):
+        report.outcome = "failed"
+        report.longrepr = f"skipped although {REAL_DATA} is set: {report.longrepr}"
+    return report
