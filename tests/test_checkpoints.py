@@ -1,0 +1,211 @@
+"""Checkpoints: what is saved comes back, and a kill loses at most the newest."""
+
+from __future__ import annotations
+
+import itertools
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from metalstm import checkpoints
+
+
+class State(NamedTuple):
+    step: jax.Array
+    params: dict
+    opt_state: tuple
+    carry: tuple
+    seed: int
+
+
+def make_state(step: int) -> State:
+    params = {
+        "w": jnp.arange(6.0).reshape(2, 3) + step,
+        "half": jnp.full((3,), step, jnp.bfloat16),
+        "empty": {},
+    }
+    opt_state = optax.adam(1e-3).init(params)
+    return State(jnp.int32(step), params, opt_state, (), seed=7)
+
+
+def assert_equal(left, right):
+    assert jax.tree.structure(left) == jax.tree.structure(right)
+    for a, b in zip(jax.tree.leaves(left), jax.tree.leaves(right), strict=True):
+        assert np.asarray(a).dtype == np.asarray(b).dtype
+        np.testing.assert_array_equal(a, b)
+
+
+def truncate(step_dir: Path) -> None:
+    """Cut the largest file of a checkpoint's arrays in half."""
+    files = [p for p in (step_dir / "state").rglob("*") if p.is_file()]
+    largest = max(files, key=lambda p: p.stat().st_size)
+    os.truncate(largest, largest.stat().st_size // 2)
+
+
+def test_what_is_saved_comes_back_bit_by_bit(tmp_path):
+    state = make_state(3)
+    checkpoints.save(tmp_path, state, step=3, metadata={"history": [0.1]})
+    restored = checkpoints.restore(tmp_path, jax.eval_shape(lambda: make_state(0)))
+    assert restored.step == 3
+    assert restored.metadata == {"history": [0.1]}
+    assert restored.message is None
+    assert_equal(restored.state._replace(seed=7), state)
+    concrete = checkpoints.restore(tmp_path, make_state(0)).state
+    assert concrete.seed == 7
+    assert type(concrete.seed) is int
+
+
+def test_the_newest_and_the_best_are_kept(tmp_path):
+    for step, score in [(1, 0.2), (2, 0.9), (3, None), (4, 0.4), (5, None)]:
+        checkpoints.save(tmp_path, make_state(step), step=step, score=score, keep=2)
+    assert checkpoints.steps(tmp_path) == [2, 4, 5]
+    assert checkpoints.latest(tmp_path) == 5
+    assert checkpoints.best(tmp_path) == 2
+    target = make_state(0)
+    assert checkpoints.restore(tmp_path, target).step == 5
+    best = checkpoints.restore(tmp_path, target, which="best")
+    assert_equal(best.state, make_state(2))
+    assert checkpoints.restore(tmp_path, target, which=4).step == 4
+
+
+def test_saving_a_step_again_replaces_it(tmp_path):
+    checkpoints.save(tmp_path, make_state(1), step=1, metadata={"try": 1})
+    checkpoints.save(tmp_path, make_state(1), step=1, metadata={"try": 2})
+    assert checkpoints.steps(tmp_path) == [1]
+    assert checkpoints.read_metadata(tmp_path) == {"try": 2}
+    assert [p.name for p in tmp_path.iterdir()] == ["1"]
+
+
+def test_a_kill_between_the_two_renames_keeps_the_old_one(tmp_path, monkeypatch):
+    checkpoints.save(tmp_path, make_state(1), step=1)
+    real_rename, calls = os.rename, itertools.count()
+
+    def killed_at_the_second(source, destination):
+        # orbax renames inside the folder that is being written
+        if Path(destination).parent == tmp_path and next(calls) == 1:
+            raise KeyboardInterrupt
+        real_rename(source, destination)
+
+    monkeypatch.setattr(checkpoints.os, "rename", killed_at_the_second)
+    with pytest.raises(KeyboardInterrupt):
+        checkpoints.save(tmp_path, make_state(9), step=1)
+    monkeypatch.undo()
+    assert_equal(checkpoints.restore(tmp_path, make_state(0)).state, make_state(1))
+    checkpoints.save(tmp_path, make_state(2), step=2)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["1", "2"]
+
+
+def test_a_truncated_newest_falls_back_and_says_so(tmp_path):
+    for step in (1, 2):
+        checkpoints.save(tmp_path, make_state(step), step=step)
+    truncate(tmp_path / "2")
+    restored = checkpoints.restore(tmp_path, make_state(0))
+    assert restored.step == 1
+    assert "2 cannot be read" in restored.message
+    assert "went back to step 1" in restored.message
+    assert_equal(restored.state, make_state(1))
+    with pytest.raises(FileNotFoundError, match="cannot be read"):
+        checkpoints.restore(tmp_path, make_state(0), which=2)
+    truncate(tmp_path / "1")
+    with pytest.raises(FileNotFoundError, match="start again in another folder"):
+        checkpoints.restore(tmp_path, make_state(0))
+
+
+def test_arrays_that_changed_on_disk_are_noticed(tmp_path):
+    for step in (1, 2):
+        checkpoints.save(tmp_path, make_state(step), step=step)
+    document = (tmp_path / "2" / "metadata.json").read_text()
+    digest = document.split('"digest": "')[1][:16]
+    (tmp_path / "2" / "metadata.json").write_text(document.replace(digest, "0" * 16))
+    restored = checkpoints.restore(tmp_path, make_state(0))
+    assert restored.step == 1
+    assert "digest" in restored.message
+
+
+def test_broken_metadata_falls_back(tmp_path):
+    for step in (1, 2):
+        checkpoints.save(tmp_path, make_state(step), step=step, score=float(step))
+    (tmp_path / "2" / "metadata.json").write_text('{"score": 2.0, ')
+    assert checkpoints.best(tmp_path) == 1
+    assert checkpoints.restore(tmp_path, make_state(0)).step == 1
+
+
+def test_a_different_config_is_refused_and_shown(tmp_path):
+    config = {"way": 5, "rule": {"hidden_size": 20}, "episodes": 100, "sizes": (1, 2)}
+    checkpoints.save(tmp_path, make_state(1), step=1, metadata={"config": config})
+    same = checkpoints.restore(tmp_path, make_state(0), config=config)
+    assert same.step == 1
+    other = config | {"rule": {"hidden_size": 4}, "episodes": 200}
+    with pytest.raises(
+        checkpoints.ConfigMismatch, match=r"rule.hidden_size: saved 20, now 4"
+    ) as info:
+        checkpoints.restore(tmp_path, make_state(0), config=other, ignore=["episodes"])
+    assert "episodes" not in str(info.value)
+    with pytest.raises(checkpoints.ConfigMismatch, match="way: saved 5, now"):
+        checkpoints.check_config({"way": 5}, {})
+
+
+def test_another_shape_or_count_is_refused(tmp_path):
+    checkpoints.save(tmp_path, {"w": jnp.zeros(3)}, step=1)
+    with pytest.raises(ValueError, match=r"\['w'\] as \(\(3,\), 'float32'\)"):
+        checkpoints.restore(tmp_path, {"w": jnp.zeros(4)})
+    with pytest.raises(ValueError, match="holds 1 arrays where 2 are expected"):
+        checkpoints.restore(tmp_path, {"w": jnp.zeros(3), "b": jnp.zeros(3)})
+
+
+def test_bad_arguments(tmp_path):
+    with pytest.raises(ValueError, match="keep=0"):
+        checkpoints.save(tmp_path, {}, step=1, keep=0)
+    with pytest.raises(ValueError, match="step=-1"):
+        checkpoints.save(tmp_path, {}, step=-1)
+    with pytest.raises(ValueError, match="metadata must be JSON"):
+        checkpoints.save(tmp_path, {}, step=1, metadata={"a": object()})
+    for which in ("latest", "best", 3):
+        with pytest.raises(FileNotFoundError, match="no checkpoint"):
+            checkpoints.restore(tmp_path / "nowhere", {}, which=which)
+    with pytest.raises(FileNotFoundError, match="no checkpoint"):
+        checkpoints.read_metadata(tmp_path)
+
+
+WRITER = """
+import itertools, sys
+import numpy as np
+from metalstm import checkpoints
+for step in itertools.count(1):
+    state = {str(i): np.full((64, 64), step, np.float32) for i in range(20)}
+    checkpoints.save(sys.argv[1], state, step=step, score=-abs(step - 2.0))
+    print(step, flush=True)
+"""
+
+
+@pytest.mark.parametrize("delay", [0.0, 0.02, 0.05])
+def test_kill_9_while_writing_loses_nothing_finished(tmp_path, delay):
+    writer = subprocess.Popen(
+        [sys.executable, "-c", WRITER, str(tmp_path)], stdout=subprocess.PIPE, text=True
+    )
+    try:
+        while (line := writer.stdout.readline()) and int(line) < 3:
+            finished = int(line)
+        finished = int(line)
+        time.sleep(delay)  # the next save has begun
+    finally:
+        writer.send_signal(signal.SIGKILL)
+        writer.wait()
+    target = {str(i): np.zeros((64, 64), np.float32) for i in range(20)}
+    restored = checkpoints.restore(tmp_path, target)
+    assert restored.step >= finished
+    assert restored.message is None
+    np.testing.assert_array_equal(restored.state["0"], restored.step)
+    assert checkpoints.best(tmp_path) == 2
+    checkpoints.save(tmp_path, restored.state, step=restored.step + 1)
+    assert not [p for p in tmp_path.iterdir() if not p.name.isdecimal()]

@@ -1,0 +1,132 @@
+"""Imports go one way, and `import metalstm` is lean."""
+
+from __future__ import annotations
+
+import ast
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+
+# A module may import from the layers above its own line, and from itself.
+LAYERS = (
+    {"base"},
+    {"convolution"},
+    {"networks"},
+    {"inner", "learners", "rules", "data", "checkpoints", "distributed", "plots"},
+    {"algorithms"},
+    {"evaluation"},
+    {"training"},
+    {"runs"},
+    {"metalstm"},  # the package's __init__ gathers the public names
+    {"experiments", "benchmarks"},
+)
+RANK = {name: rank for rank, layer in enumerate(LAYERS) for name in layer}
+HEAVY = ("matplotlib", "orbax.checkpoint", "tensorflow", "tensorflow_datasets")
+
+
+def component(module: str) -> str:
+    """metalstm.rules.gates -> rules; metalstm -> metalstm; experiments.x -> experiments."""
+    parts = module.split(".")
+    return parts[1] if parts[0] == "metalstm" and len(parts) > 1 else parts[0]
+
+
+def module_name(path: Path) -> str:
+    parts = path.relative_to(ROOT).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+def sources() -> list[Path]:
+    folders = ("metalstm", "experiments", "benchmarks")
+    return sorted(p for folder in folders for p in (ROOT / folder).rglob("*.py"))
+
+
+def is_module(dotted: str) -> bool:
+    path = ROOT.joinpath(*dotted.split("."))
+    return path.is_dir() or path.with_suffix(".py").exists()
+
+
+def imported(tree: ast.AST, module: str) -> list[str]:
+    """Names of our own modules that the source imports, anywhere in it."""
+    found = []
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            found += [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{module}: a relative import"
+            for alias in node.names:
+                submodule = f"{node.module}.{alias.name}"
+                found.append(submodule if is_module(submodule) else str(node.module))
+    ours = ("metalstm", "experiments", "benchmarks")
+    return [name for name in found if name.split(".")[0] in ours]
+
+
+def violations(source: str, module: str) -> list[str]:
+    own = component(module)
+    return [
+        f"{module} imports {name}"
+        for name in imported(ast.parse(source), module)
+        if component(name) != own and RANK[component(name)] >= RANK[own]
+    ]
+
+
+@pytest.mark.parametrize("path", sources(), ids=module_name)
+def test_imports_go_one_way(path):
+    module = module_name(path)
+    assert component(module) in RANK, f"give {component(module)} a place in LAYERS"
+    assert not violations(path.read_text(), module)
+
+
+def test_the_check_notices():
+    assert violations("from metalstm import training", "metalstm.algorithms.maml")
+    assert violations("def f():\n  import metalstm.data.pools", "metalstm.base")
+    assert violations("import metalstm", "metalstm.runs")
+    assert not violations("from metalstm.base import Batch", "metalstm.data.pools")
+    assert not violations("import metalstm", "experiments.few_shot")
+
+
+def test_no_module_is_named_like_what_it_exports():
+    for path in sources():
+        for node in ast.parse(path.read_text()).body:
+            if isinstance(node, ast.FunctionDef | ast.ClassDef):
+                assert node.name != path.stem, f"{path} defines {node.name}"
+
+
+def test_public_names_are_sorted():
+    for path in sources():
+        for node in ast.parse(path.read_text()).body:
+            if (
+                isinstance(node, ast.Assign)
+                and ast.unparse(node.targets[0]) == "__all__"
+            ):
+                names = ast.literal_eval(node.value)
+                assert names == sorted(names), f"{path}: __all__ is not sorted"
+
+
+def in_fresh_python(code: str) -> list[str]:
+    """The modules loaded after ``code`` ran in a new interpreter."""
+    code += "; import json, sys; print(json.dumps(sorted(sys.modules)))"
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def test_import_metalstm_is_lean():
+    # flax.linen itself imports orbax for its checkpoint helpers; ours must not add any.
+    from_flax = set(in_fresh_python("import flax.linen, flax.nnx, optax"))
+    loaded = set(in_fresh_python("import metalstm"))
+    assert not {m for m in HEAVY if m in loaded - from_flax}
+
+
+def test_the_command_line_parses_without_jax():
+    loaded = in_fresh_python("import experiments.few_shot")
+    assert not {"jax", "flax", "metalstm", *HEAVY} & set(loaded)
