@@ -26,11 +26,11 @@ LAYERS = (
     {"experiments", "benchmarks"},
 )
 RANK = {name: rank for rank, layer in enumerate(LAYERS) for name in layer}
-HEAVY = ("matplotlib", "orbax.checkpoint", "tensorflow", "tensorflow_datasets")
+HEAVY = {"matplotlib", "orbax", "tensorflow", "tensorflow_datasets"}
 
 
 def component(module: str) -> str:
-    """metalstm.rules.gates -> rules; metalstm -> metalstm; experiments.x -> experiments."""
+    """metalstm.rules.gates -> rules; metalstm -> metalstm; experiments.x -> itself."""
     parts = module.split(".")
     return parts[1] if parts[0] == "metalstm" and len(parts) > 1 else parts[0]
 
@@ -96,18 +96,7 @@ def test_no_module_is_named_like_what_it_exports():
                 assert node.name != path.stem, f"{path} defines {node.name}"
 
 
-def test_public_names_are_sorted():
-    for path in sources():
-        for node in ast.parse(path.read_text()).body:
-            if (
-                isinstance(node, ast.Assign)
-                and ast.unparse(node.targets[0]) == "__all__"
-            ):
-                names = ast.literal_eval(node.value)
-                assert names == sorted(names), f"{path}: __all__ is not sorted"
-
-
-def in_fresh_python(code: str) -> list[str]:
+def in_fresh_python(code: str) -> set[str]:
     """The modules loaded after ``code`` ran in a new interpreter."""
     code += "; import json, sys; print(json.dumps(sorted(sys.modules)))"
     done = subprocess.run(
@@ -117,16 +106,14 @@ def in_fresh_python(code: str) -> list[str]:
         text=True,
         check=True,
     )
-    return json.loads(done.stdout.splitlines()[-1])
+    return set(json.loads(done.stdout.splitlines()[-1]))
 
 
 def test_import_metalstm_is_lean():
-    # flax.linen itself imports orbax for its checkpoint helpers; ours must not add any.
-    from_flax = set(in_fresh_python("import flax.linen, flax.nnx, optax"))
-    loaded = set(in_fresh_python("import metalstm"))
-    assert not {m for m in HEAVY if m in loaded - from_flax}
+    loaded = in_fresh_python("import metalstm")
+    assert not HEAVY & loaded
 
 
 def test_the_command_line_parses_without_jax():
     loaded = in_fresh_python("import experiments.few_shot")
-    assert not {"jax", "flax", "metalstm", *HEAVY} & set(loaded)
+    assert not {"jax", "flax", "metalstm", *HEAVY} & loaded
