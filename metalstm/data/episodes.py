@@ -1,0 +1,315 @@
+"""Episodes as a pure function of (seed, split, step, task).
+
+No iterator, no state: the same key gives the same episode on every host, before and
+after a restart, and for every method that is compared. Everything here is jittable; the
+pool is an argument.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from metalstm.base import Array, Batch, Episode
+from metalstm.data.pools import SPLITS, ClassPool, Dataset, Normalisation
+
+__all__ = [
+    "EpisodeSpec",
+    "Sampler",
+    "episode_key",
+    "sample_episode",
+    "sample_episodes",
+    "validate",
+]
+
+Augment = Callable[[Array, Array], Array]
+"""(key, images float [N, H, W, ch] in [0, 1]) -> images, jittable and hashable."""
+
+
+class Sampler(Protocol):
+    """What training and evaluation ask of a spec: hashable, static under jit."""
+
+    @property
+    def way(self) -> int:
+        """Classes, or target dimensions of a regression."""
+        ...
+
+    @property
+    def regression(self) -> bool:
+        """True when y holds float targets [N, way] and not labels [N]."""
+        ...
+
+    def sample(self, key: Array, pool: Any = None) -> Episode:
+        """Draw one episode; a source that needs no pool ignores it."""
+        ...
+
+
+@dataclass(frozen=True)
+class EpisodeSpec:
+    """What an episode is made of. Hashable: a static argument of jitted functions.
+
+    way: classes of an episode.
+    shot, queries: images of each class in the support and in the query set.
+    rotations: a character turned by 90, 180 or 270 degrees is a class of its own, which
+      makes four times as many. One episode never holds two turns of one character,
+      which could be the same drawing.
+    augment: applied to support and query images in [0, 1], after the rotation; see
+      `metalstm.data.augment`.
+    normalise: subtract the mean and divide by the standard deviation, last.
+    """
+
+    way: int
+    shot: int
+    queries: int = 15
+    rotations: bool = False
+    augment: Augment | None = None
+    normalise: Normalisation | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("way", "shot", "queries"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)}: choose {name} >= 1")
+        if self.normalise is not None:
+            mean, std = map(tuple, self.normalise)
+            if len(mean) != len(std) or min(std, default=0) <= 0:
+                raise ValueError(
+                    f"normalise={self.normalise}: give as many means as standard "
+                    f"deviations, the latter above 0"
+                )
+            object.__setattr__(self, "normalise", Normalisation(mean, std))
+        try:
+            hash(self.augment)
+        except TypeError:
+            raise ValueError(
+                f"augment={self.augment!r} is not hashable, so it cannot be static "
+                f"under jit; use a function or a frozen dataclass"
+            ) from None
+
+    @property
+    def regression(self) -> bool:
+        return False
+
+    def sample(self, key: Array, pool: ClassPool) -> Episode:
+        return sample_episode(key, pool, self)
+
+
+def episode_key(seed: Any, split: str, step: Any, task: Any = 0) -> Array:
+    """Return the key of one episode: fold_in of the split, the step and the task.
+
+    ``task`` is the task's global index in the meta-batch, so another number of devices
+    or hosts draws the same episodes. ``seed``, ``step`` and ``task`` may be traced.
+    """
+    if split not in SPLITS:
+        raise ValueError(f"split={split!r}: choose one of {', '.join(SPLITS)}")
+    key = jax.random.fold_in(jax.random.key(seed), SPLITS[split])
+    return jax.random.fold_in(jax.random.fold_in(key, step), task)
+
+
+def sample_episode(key: Array, pool: ClassPool, spec: EpisodeSpec) -> Episode:
+    """Draw one episode: x float32 [N, H, W, ch] in [0, 1] and y int32 [N].
+
+    Classes are distinct and labelled at random, the images of a class are distinct, and
+    support and query come in shuffled order. Where the pool has groups, support and
+    query share none. ``augment`` and ``normalise`` come last and change x's range.
+
+    Raises:
+      ValueError: if the pool's shape alone shows that ``spec`` asks for too much. What
+        depends on the counts is `validate`'s to say, before anything is traced.
+    """
+    _check_shapes(spec, pool, "pool")
+    class_key, turn_key, image_key, order_key, augment_key = jax.random.split(key, 5)
+    classes = _draw_distinct(class_key, spec.way, pool.num_classes)
+    turns = jnp.zeros(spec.way, jnp.int32)
+    if spec.rotations:
+        turns = jax.random.randint(turn_key, (spec.way,), 0, 4)
+    slots = _draw_slots(image_key, pool, classes, spec)
+
+    # Indices are shuffled before the one gather, so no image is moved twice.
+    labels = jnp.broadcast_to(jnp.arange(spec.way)[:, None], slots.shape)
+    support_key, query_key = jax.random.split(order_key)
+    num_support, num_query = spec.way * spec.shot, spec.way * spec.queries
+    order = jnp.concatenate(
+        [
+            jax.random.permutation(support_key, num_support),
+            num_support + jax.random.permutation(query_key, num_query),
+        ]
+    )
+
+    def arrange(per_slot: Array) -> Array:
+        parts = jnp.split(per_slot, [spec.shot], axis=1)
+        return jnp.concatenate([part.ravel() for part in parts])[order]
+
+    y = arrange(labels).astype(jnp.int32)
+    x = pool.images.at[classes[y], arrange(slots)].get(mode="promise_in_bounds")
+    x = _scale(augment_key, _turn(x, turns[y], spec), spec)
+    return Episode(
+        support=Batch(x[:num_support], y[:num_support]),
+        query=Batch(x[num_support:], y[num_support:]),
+    )
+
+
+def sample_episodes(keys: Array, pool: ClassPool, spec: EpisodeSpec) -> Episode:
+    """Draw the episode of each key of [T]; every leaf has a leading [T]."""
+    return jax.vmap(lambda key: sample_episode(key, pool, spec))(keys)
+
+
+def validate(spec: EpisodeSpec, dataset: Dataset, split: str = "train") -> None:
+    """Refuse a spec that ``dataset``'s split cannot serve, before anything compiles.
+
+    Raises:
+      ValueError: for more ways than classes, more images than the smallest class has,
+        rotations where a turned class is another class, or a normalisation for another
+        number of channels; each names what would do.
+    """
+    pool, where = dataset.pool(split), f"{dataset.name}'s {split} split"
+    _check_shapes(spec, pool, where)
+    if spec.rotations and not dataset.info.get("rotations", True):
+        raise ValueError(
+            f"rotations=True: a turned class of {dataset.name} can be another of its "
+            f"classes; choose rotations=False"
+        )
+    names = dataset.class_names[split]
+    if pool.groups is None:
+        counts = np.asarray(pool.counts)
+        smallest = int(counts.argmin())
+        if spec.shot + spec.queries > counts[smallest]:
+            raise ValueError(
+                f"shot={spec.shot} and queries={spec.queries} need "
+                f"{spec.shot + spec.queries} images a class, but class "
+                f"{names[smallest]!r} of {where} has {counts[smallest]}; choose "
+                f"shot + queries <= {counts[smallest]} or leave such classes out"
+            )
+        return
+    available = np.asarray(_grouped_capacity(pool))
+    for column, name in enumerate(("shot", "queries")):
+        smallest = int(available[:, column].argmin())
+        limit = int(available[smallest, column])
+        if getattr(spec, name) > limit:
+            raise ValueError(
+                f"{name}={getattr(spec, name)}: half the groups of class "
+                f"{names[smallest]!r} of {where} hold {limit} images, and support and "
+                f"query share no group; choose {name} <= {limit}"
+            )
+
+
+def _check_shapes(spec: EpisodeSpec, pool: ClassPool, where: str) -> None:
+    num_classes, num_slots, height, width, channels = pool.images.shape
+    if spec.way > num_classes:
+        raise ValueError(
+            f"way={spec.way} is more than the {num_classes} classes of {where}; choose "
+            f"way <= {num_classes}"
+        )
+    if spec.shot + spec.queries > num_slots:
+        raise ValueError(
+            f"shot={spec.shot} and queries={spec.queries} need "
+            f"{spec.shot + spec.queries} images a class, but no class of {where} has "
+            f"more than {num_slots}; choose shot + queries <= {num_slots}"
+        )
+    if spec.rotations and height != width:
+        raise ValueError(
+            f"rotations=True needs square images, but those of {where} are {height} x "
+            f"{width}; choose rotations=False or another image size"
+        )
+    if spec.normalise and len(spec.normalise.mean) not in (1, channels):
+        raise ValueError(
+            f"normalise has {len(spec.normalise.mean)} means for the {channels} "
+            f"channels of {where}; give 1 or {channels}"
+        )
+
+
+def _draw_distinct(key: Array, num: int, size: Any) -> Array:
+    """Draw ``num`` distinct integers of range(size), in random order.
+
+    Floyd's algorithm: the cost depends on ``num`` alone, where shuffling 600 images to
+    take 20 costs ten times as much.
+    """
+    draw_key, order_key = jax.random.split(key)
+    last = size - num + jnp.arange(num)
+    candidates = jax.random.randint(draw_key, (num,), 0, last + 1)
+
+    def fill(k: Array, chosen: Array) -> Array:
+        repeated = jnp.any(chosen == candidates[k])
+        return chosen.at[k].set(jnp.where(repeated, last[k], candidates[k]))
+
+    chosen = jax.lax.fori_loop(0, num, fill, jnp.full(num, -1, jnp.int32))
+    return jax.random.permutation(order_key, chosen)
+
+
+def _draw_slots(
+    key: Array, pool: ClassPool, classes: Array, spec: EpisodeSpec
+) -> Array:
+    """Draw image slots [way, shot + queries], the support's first."""
+    keys = jax.random.split(key, spec.way)
+    counts = pool.counts[classes]
+    if pool.groups is None:
+        num = spec.shot + spec.queries
+        return jax.vmap(lambda k, count: _draw_distinct(k, num, count))(keys, counts)
+
+    def draw(key: Array, count: Array, groups: Array) -> Array:
+        group_key, image_key = jax.random.split(key)
+        in_support = _support_side(group_key, count, groups)
+        valid = jnp.arange(groups.shape[0]) < count
+        shuffled = jax.random.uniform(image_key, groups.shape)
+        # The support's side in random order, then the query's; padding is last.
+        order = jnp.argsort(jnp.where(valid, shuffled + ~in_support, jnp.inf))
+        start = jnp.sum(in_support & valid)
+        query = jax.lax.dynamic_slice_in_dim(order, start, spec.queries)
+        return jnp.concatenate([order[: spec.shot], query])
+
+    return jax.vmap(draw)(keys, counts, pool.groups[classes])
+
+
+def _support_side(key: Array, count: Array, groups: Array) -> Array:
+    """Say of each image [M] whether its group is in the random half for the support."""
+    num_slots = groups.shape[0]
+    valid = jnp.arange(num_slots) < count
+    present = jnp.zeros(num_slots, bool).at[groups].max(valid)
+    priority = jnp.where(present, jax.random.uniform(key, (num_slots,)), jnp.inf)
+    rank = jnp.argsort(jnp.argsort(priority))
+    return (rank < present.sum() // 2)[groups]
+
+
+def _grouped_capacity(pool: ClassPool) -> Array:
+    """Return [C, 2]: images on the support's and the query's side in the worst draw."""
+
+    def capacity(count: Array, groups: Array) -> Array:
+        valid = jnp.arange(groups.shape[0]) < count
+        sizes = jnp.zeros(groups.shape[0], jnp.int32).at[groups].add(valid)
+        num_groups = (sizes > 0).sum()
+        ranked = jnp.sort(
+            jnp.where(sizes > 0, sizes, sizes.sum() + 1)
+        )  # smallest first
+        index = jnp.arange(groups.shape[0])
+        side = num_groups // 2
+        return jnp.stack(
+            [
+                jnp.where(index < side, ranked, 0).sum(),
+                jnp.where(index < num_groups - side, ranked, 0).sum(),
+            ]
+        )
+
+    return jax.vmap(capacity)(pool.counts, pool.groups)
+
+
+def _turn(x: Array, turns: Array, spec: EpisodeSpec) -> Array:
+    """Turn each image of [N, H, W, ch] by ``turns`` [N] quarter circles."""
+    if not spec.rotations:
+        return x
+    turns = turns[:, None, None, None]
+    for quarter in (1, 2):  # two conditional turns make all four
+        x = jnp.where(turns & quarter > 0, jnp.rot90(x, quarter, (1, 2)), x)
+    return x
+
+
+def _scale(key: Array, x: Array, spec: EpisodeSpec) -> Array:
+    x = x.astype(jnp.float32) / 255
+    if spec.augment is not None:
+        x = spec.augment(key, x)
+    if spec.normalise is not None:
+        x = (x - jnp.array(spec.normalise.mean)) / jnp.array(spec.normalise.std)
+    return x

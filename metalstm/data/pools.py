@@ -1,0 +1,146 @@
+"""Where episodes are drawn from: uint8 images on the device, grouped by class.
+
+Shapes: C classes, M image slots a class, H x W pixels, ch channels.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import jax.numpy as jnp
+import numpy as np
+
+from metalstm.base import Array
+
+__all__ = [
+    "IMAGENET",
+    "SPLITS",
+    "ClassPool",
+    "Dataset",
+    "Normalisation",
+    "checksum",
+    "make_pool",
+]
+
+SPLITS = {"train": 0, "validation": 1, "test": 2}
+"""The fixed integer of each split in the keys of `episode_key`."""
+
+
+class Normalisation(NamedTuple):
+    """Per-channel statistics of images in [0, 1]; x becomes (x - mean) / std."""
+
+    mean: tuple[float, ...]  # [ch], or [1] for every channel alike
+    std: tuple[float, ...]
+
+
+IMAGENET = Normalisation((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+"""The usual statistics of ImageNet's training images."""
+
+
+class ClassPool(NamedTuple):
+    """The images of one split. An *argument* of jitted functions, never closed over.
+
+    Slots from ``counts[c]`` on are padding and are never drawn. ``groups``, when given,
+    says which images of a class are kin (letters in one font face, drawings of one
+    person): the support and the query of an episode then share no group.
+    """
+
+    images: Array  # uint8 [C, M, H, W, ch]
+    counts: Array  # int32 [C], images of each class
+    groups: Array | None = None  # int32 [C, M], ids in [0, M)
+
+    @property
+    def num_classes(self) -> int:
+        return self.images.shape[0]
+
+
+class Dataset(NamedTuple):
+    """Three pools without a class in common, and what is known about them."""
+
+    name: str
+    train: ClassPool
+    validation: ClassPool
+    test: ClassPool
+    class_names: dict[str, tuple[str, ...]]  # by split, in the pool's order
+    image_shape: tuple[int, ...]  # (H, W, ch)
+    checksum: str  # of all images and counts; goes into results
+    info: dict[str, Any]  # how it was split, versions, counts of merged or skipped
+
+    def pool(self, split: str) -> ClassPool:
+        """Return the pool of ``split``; raises ValueError if there is no such split."""
+        if split not in SPLITS:
+            raise ValueError(f"split={split!r}: choose one of {', '.join(SPLITS)}")
+        return getattr(self, split)
+
+
+def make_pool(
+    images: np.ndarray | Sequence[np.ndarray],
+    counts: np.ndarray | None = None,
+    groups: np.ndarray | None = None,
+) -> ClassPool:
+    """Build a pool from uint8 [C, M, H, W, ch], or from C arrays [M_c, H, W, ch].
+
+    Classes of unequal size are padded to the largest.
+
+    Raises:
+      ValueError: if there is no class, an image is not uint8, the shape is another, a
+        count is outside [1, M], or all images of a class are of one group.
+    """
+    if not isinstance(images, np.ndarray):
+        images, counts = _pad(images)
+    if images.dtype != np.uint8 or images.ndim != 5 or images.shape[0] == 0:
+        raise ValueError(
+            f"images must be uint8 of shape [C, M, H, W, ch] with C >= 1, got "
+            f"{images.dtype} {list(images.shape)}"
+        )
+    num_classes, num_slots = images.shape[:2]
+    if counts is None:
+        counts = np.full(num_classes, num_slots)
+    if len(counts) != num_classes or np.min(counts) < 1 or np.max(counts) > num_slots:
+        raise ValueError(
+            f"counts must hold {num_classes} integers in [1, {num_slots}], got "
+            f"{np.asarray(counts).tolist()[:10]}"
+        )
+    if groups is not None:
+        _check_groups(groups, counts, (num_classes, num_slots))
+    return ClassPool(
+        jnp.asarray(images),
+        jnp.asarray(counts, jnp.int32),
+        None if groups is None else jnp.asarray(groups, jnp.int32),
+    )
+
+
+def checksum(*arrays: np.ndarray) -> str:
+    """Return 16 hex digits that identify the arrays' shapes, dtypes and contents."""
+    digest = hashlib.sha256()
+    for array in arrays:
+        array = np.ascontiguousarray(array)
+        digest.update(f"{array.dtype.str}{array.shape}".encode())
+        digest.update(array.data)
+    return digest.hexdigest()[:16]
+
+
+def _pad(images: Sequence[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
+    if not images:
+        raise ValueError("images is empty: a pool needs at least one class")
+    counts = np.array([len(of_class) for of_class in images], np.int32)
+    padded = np.zeros((len(images), counts.max(), *images[0].shape[1:]), np.uint8)
+    for row, of_class in zip(padded, images, strict=True):
+        if of_class.dtype != np.uint8:
+            raise ValueError(f"images must be uint8, got {of_class.dtype}")
+        row[: len(of_class)] = of_class
+    return padded, counts
+
+
+def _check_groups(groups: np.ndarray, counts: np.ndarray, shape: tuple) -> None:
+    if groups.shape != shape:
+        raise ValueError(f"groups must have shape {list(shape)}, got {groups.shape}")
+    for i, (of_class, count) in enumerate(zip(groups, counts, strict=True)):
+        ids = np.unique(of_class[:count])
+        if len(ids) < 2 or ids[0] < 0 or ids[-1] >= shape[1]:
+            raise ValueError(
+                f"groups[{i}] has the ids {ids.tolist()[:10]}; a class needs at least "
+                f"two groups with ids in [0, {shape[1]})"
+            )
