@@ -1,0 +1,278 @@
+"""Pictures of a run. Each function returns a matplotlib Figure; the caller saves it.
+
+Matplotlib is imported inside the functions, and pyplot never: no global state, no
+display, nothing to close.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import jax
+import numpy as np
+
+from metalstm.base import PyTree
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+__all__ = [
+    "Curve",
+    "accuracy_bars",
+    "episode_picture",
+    "gate_curves",
+    "layer_groups",
+    "learning_curves",
+]
+
+# Okabe and Ito's colours: told apart by colour-blind readers too.
+_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+_RIGHT, _WRONG = "#009E73", "#D55E00"
+
+
+class Curve(NamedTuple):
+    """One seed's values against meta-training episodes."""
+
+    episodes: np.ndarray  # [S] ascending
+    values: np.ndarray  # [S]
+    ci95: np.ndarray | None = None  # [S] half-width, None when unknown
+
+
+def learning_curves(
+    loss: Mapping[str, Sequence[Curve]],
+    accuracy: Mapping[str, Sequence[Curve]],
+    validation: Mapping[str, Sequence[Curve]],
+    *,
+    title: str = "",
+    chance: float | None = None,
+) -> Figure:
+    """Draw loss and accuracy against episodes, one colour a method.
+
+    Args:
+      loss: per method one curve per seed, on meta-training episodes.
+      accuracy: likewise, in [0, 1]; drawn thin.
+      validation: likewise, on meta-validation episodes; drawn with markers. The band is
+        the 95% CI over seeds, or with one seed that over episodes (``Curve.ci95``).
+      chance: a dotted line at this accuracy.
+    """
+    figure = _figure((10, 4))
+    left, right = figure.subplots(1, 2)
+    methods = list(dict.fromkeys([*loss, *accuracy, *validation]))
+    colours = {m: _COLOURS[i % len(_COLOURS)] for i, m in enumerate(methods)}
+    for method, seeds in loss.items():
+        _draw_seeds(left, _smoothed(seeds), colour=colours[method], label=method)
+    for method, seeds in accuracy.items():
+        colour = colours[method]
+        _draw_seeds(right, _smoothed(seeds), colour=colour, alpha=0.45, scale=100)
+    for method, seeds in validation.items():
+        label, colour = f"{method}, validation", colours[method]
+        _draw_seeds(right, seeds, label=label, colour=colour, scale=100, marker="o")
+    if chance is not None:
+        right.axhline(100 * chance, color="grey", linestyle=":", label="chance")
+    left.set(xlabel="meta-training episodes", ylabel="query loss", title=title)
+    right.set(xlabel="meta-training episodes", ylabel="query accuracy, %")
+    for axes in (left, right):
+        axes.grid(alpha=0.3)
+        if axes.get_legend_handles_labels()[0]:
+            axes.legend(fontsize=8)
+    return figure
+
+
+def layer_groups(params: PyTree) -> list[tuple[str, np.ndarray]]:
+    """Name each layer and the coordinates it owns in the flattened parameters.
+
+    A layer is all leaves with the same path but for the last key (kernel and bias).
+    """
+    groups: dict[str, list[np.ndarray]] = {}
+    offset = 0
+    for path, leaf in jax.tree_util.tree_flatten_with_path(params)[0]:
+        parts = [str(getattr(k, "key", getattr(k, "name", k))) for k in path]
+        name = "/".join(parts[:-1] or parts) or "parameters"
+        groups.setdefault(name, []).append(np.arange(offset, offset + np.size(leaf)))
+        offset += np.size(leaf)
+    return [(name, np.concatenate(indices)) for name, indices in groups.items()]
+
+
+def gate_curves(
+    forget: np.ndarray,
+    input: np.ndarray,  # noqa: A002 (the gate's name)
+    layers: Sequence[tuple[str, np.ndarray]],
+    *,
+    max_layers: int = 8,
+) -> Figure:
+    """Draw the gates over update steps, a column a layer, a line a task.
+
+    As figure 2 of Ravi & Larochelle (2017): each line is the mean over the layer's
+    coordinates; the band holds the middle 80% of all its coordinates and tasks.
+
+    Args:
+      forget: f, [tasks, T, N].
+      input: i, likewise.
+      layers: as `layer_groups` returns them; the first ``max_layers`` are drawn.
+    """
+    forget, input = np.asarray(forget), np.asarray(input)  # noqa: A001
+    layers = list(layers)[:max_layers]
+    figure = _figure((1.2 + 1.9 * len(layers), 4.2))
+    grid = figure.subplots(2, len(layers), sharex=True, sharey="row", squeeze=False)
+    steps = np.arange(1, forget.shape[1] + 1)
+    for row, (gate, values) in enumerate((("forget", forget), ("input", input))):
+        for axes, (name, indices) in zip(grid[row], layers, strict=True):
+            chosen = values[:, :, indices]
+            low, high = np.quantile(chosen, [0.1, 0.9], axis=(0, 2))
+            axes.fill_between(steps, low, high, color=_COLOURS[row], alpha=0.15)
+            for task in chosen.mean(-1):
+                axes.plot(steps, task, color=_COLOURS[row], alpha=0.4, linewidth=0.8)
+            axes.grid(alpha=0.3)
+            if row == 0:
+                axes.set_title(name, fontsize=8)
+            else:
+                axes.set_xlabel("update step", fontsize=8)
+            axes.tick_params(labelsize=7)
+        grid[row][0].set_ylabel(f"{gate} gate")
+    return figure
+
+
+def episode_picture(
+    support: tuple[np.ndarray, np.ndarray],
+    query: tuple[np.ndarray, np.ndarray],
+    before: np.ndarray,
+    after: np.ndarray,
+    *,
+    class_names: Sequence[str] | None = None,
+    max_shot: int = 5,
+    max_queries: int = 8,
+) -> Figure:
+    """Draw one task: a row a class, its support images, then queries and predictions.
+
+    Args:
+      support: images [N, H, W, ch] in [0, 1] and labels [N].
+      query: likewise, [M, ...].
+      before: predicted labels [M] of the queries before adaptation.
+      after: after it. A frame is green where the prediction after is right; below each
+        query: the class before, and after.
+      class_names: how to write label k; default its number.
+    """
+    support_x, support_y = (np.asarray(a) for a in support)
+    query_x, query_y = (np.asarray(a) for a in query)
+    before, after = np.asarray(before), np.asarray(after)
+    way = int(max(support_y.max(), query_y.max())) + 1
+    names = [str(k) for k in range(way)] if class_names is None else list(class_names)
+    shot = min(max_shot, int(np.bincount(support_y, minlength=way).max()))
+    queries = min(max_queries, int(np.bincount(query_y, minlength=way).max()))
+    columns = shot + queries
+    figure = _figure((0.4 + 0.95 * columns, 0.5 + 1.15 * way))
+    grid = figure.subplots(way, columns, squeeze=False)
+    for axes in grid.flat:
+        axes.set(xticks=[], yticks=[])
+        axes.set_visible(False)
+    for label in range(way):
+        for axes, image in zip(
+            grid[label], support_x[support_y == label], strict=False
+        ):
+            _draw_image(axes, image)
+        grid[label][0].set_ylabel(names[label], rotation=0, ha="right", va="center")
+        mine = np.flatnonzero(query_y == label)[:queries]
+        for axes, index in zip(grid[label][shot:], mine, strict=False):
+            _draw_image(axes, query_x[index])
+            colour = _RIGHT if after[index] == label else _WRONG
+            text = f"{names[before[index]]} → {names[after[index]]}"
+            axes.set_xlabel(text, fontsize=8, color=colour, labelpad=2)
+            for side in axes.spines.values():
+                side.set(color=colour, linewidth=2)
+    grid[0][0].set_title("support", fontsize=9, loc="left")
+    right = f"{np.mean(before == query_y):.0%} before, {np.mean(after == query_y):.0%} "
+    grid[0][shot].set_title(f"queries: {right}after adaptation", fontsize=9, loc="left")
+    return figure
+
+
+def accuracy_bars(
+    accuracies: Mapping[str, tuple[float, float]],
+    *,
+    chance: float | None = None,
+    title: str = "",
+) -> Figure:
+    """Draw accuracy and its 95% CI, per method ``(mean, half-width)`` in [0, 1]."""
+    figure = _figure((6.5, 0.9 + 0.42 * len(accuracies)))
+    axes = figure.subplots()
+    names = list(accuracies)
+    means = 100 * np.array([accuracies[n][0] for n in names])
+    errors = 100 * np.array([accuracies[n][1] for n in names])
+    rows = range(len(names))
+    colours = [_COLOURS[i % len(_COLOURS)] for i in rows]
+    axes.barh(rows, means, xerr=errors, color=colours, alpha=0.85, capsize=3)
+    for row, mean, error in zip(rows, means, errors, strict=True):
+        axes.text(mean + error + 1, row, f"{mean:.1f} ± {error:.1f}", va="center")
+    if chance is not None:
+        axes.axvline(100 * chance, color="grey", linestyle=":")
+    axes.set(yticks=rows, yticklabels=names, xlabel="accuracy, %", title=title)
+    axes.set_xlim(0, 118)
+    axes.set_xticks(range(0, 101, 20))
+    axes.invert_yaxis()
+    return figure
+
+
+def _figure(size: tuple[float, float]) -> Figure:
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise ImportError(
+            "plots need matplotlib: pip install 'metalstm[experiments]'"
+        ) from error
+    return Figure(figsize=size, layout="constrained", dpi=120)
+
+
+def _draw_seeds(
+    axes: Any,
+    seeds: Sequence[Curve],
+    *,
+    colour: str,
+    label: str | None = None,
+    alpha: float = 1.0,
+    scale: float = 1.0,
+    marker: str = "",
+) -> None:
+    seeds = [curve for curve in seeds if len(curve.episodes)]
+    if not seeds:
+        return
+    episodes, mean, band = _over_seeds(seeds)
+    mean = scale * mean
+    style = {"marker": marker, "markersize": 3, "linewidth": 1.4, "alpha": alpha}
+    axes.plot(episodes, mean, color=colour, label=label, **style)
+    if band is not None:
+        low, high = mean - scale * band, mean + scale * band
+        axes.fill_between(episodes, low, high, color=colour, alpha=0.2 * alpha)
+
+
+def _over_seeds(
+    seeds: Sequence[Curve],
+) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
+    """Mean over seeds at the first seed's episodes, and half the width of its CI."""
+    episodes = np.asarray(seeds[0].episodes)
+    if len(seeds) == 1:
+        return episodes, np.asarray(seeds[0].values), seeds[0].ci95
+    # by time, seeds stop at different episodes: compare where all have been
+    episodes = episodes[episodes <= min(curve.episodes[-1] for curve in seeds)]
+    values = np.stack([np.interp(episodes, c.episodes, c.values) for c in seeds])
+    half = 1.96 * values.std(0, ddof=1) / np.sqrt(len(seeds))
+    return episodes, values.mean(0), half
+
+
+def _smoothed(seeds: Sequence[Curve], points: int = 60) -> list[Curve]:
+    """Average neighbours, so that some ``points`` remain of a noisy curve."""
+    smooth = []
+    for curve in seeds:
+        width = max(1, len(curve.values) // points)
+        whole = len(curve.values) // width * width
+        blocks = [np.asarray(a)[:whole].reshape(-1, width).mean(1) for a in curve[:2]]
+        smooth.append(Curve(*blocks))
+    return smooth
+
+
+def _draw_image(axes: Any, image: np.ndarray) -> None:
+    axes.set_visible(True)
+    image = np.clip(image, 0, 1)
+    if image.shape[-1] == 1:
+        axes.imshow(image[..., 0], cmap="gray_r", vmin=0, vmax=1)
+    else:
+        axes.imshow(image)

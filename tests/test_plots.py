@@ -1,0 +1,111 @@
+"""Pictures: they draw, and what they draw is what they were given."""
+
+from __future__ import annotations
+
+import sys
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from metalstm import plots
+
+
+def saves(figure, tmp_path):
+    path = tmp_path / "picture.png"
+    figure.savefig(path)
+    assert path.read_bytes()[:4] == b"\x89PNG"
+    assert path.stat().st_size > 5_000
+
+
+def test_learning_curves(tmp_path):
+    episodes = np.arange(1, 201)
+    noise = np.random.default_rng(0).normal(size=(2, 200))
+    seeds = [plots.Curve(episodes, 1 + row) for row in noise]
+    validation = [
+        plots.Curve(np.array([100, 200]), np.array([a, a + 0.2]), np.array([0.1, 0.1]))
+        for a in (0.4, 0.6)
+    ]
+    figure = plots.learning_curves(
+        {"maml": seeds}, {"maml": seeds[:1]}, {"maml": validation}, chance=0.2
+    )
+    loss, accuracy = figure.axes
+    drawn = loss.lines[0].get_ydata()
+    assert len(drawn) < 100, "smoothed"
+    assert drawn.mean() == pytest.approx(1 + noise[:, :198].mean(), abs=1e-2)
+    labels = [line.get_label() for line in accuracy.lines]
+    marked = accuracy.lines[labels.index("maml, validation")]
+    np.testing.assert_allclose(marked.get_ydata(), [50, 70])
+    band = accuracy.collections[-1].get_paths()[0].vertices[:, 1]
+    half = 100 * 1.96 * np.std([0.4, 0.6], ddof=1) / np.sqrt(2)
+    assert band.max() == pytest.approx(70 + half)
+    saves(figure, tmp_path)
+
+
+def test_one_seed_shows_the_interval_over_episodes():
+    curve = plots.Curve(np.array([10, 20]), np.array([0.5, 0.6]), np.array([0.1, 0.2]))
+    figure = plots.learning_curves({}, {}, {"maml": [curve]})
+    band = figure.axes[1].collections[0].get_paths()[0].vertices[:, 1]
+    assert band.max() == pytest.approx(80)
+    assert band.min() == pytest.approx(40)
+
+
+def test_seeds_that_stop_early_bound_the_mean():
+    long = plots.Curve(np.array([10, 20, 30]), np.array([0.5, 0.6, 0.7]))
+    short = plots.Curve(np.array([10, 20]), np.array([0.5, 0.8]))
+    figure = plots.learning_curves({}, {}, {"maml": [long, short]})
+    np.testing.assert_allclose(figure.axes[1].lines[0].get_ydata(), [50, 70])
+
+
+def test_layers_and_gates(tmp_path):
+    params = {
+        "conv": {"kernel": jnp.zeros((2, 3)), "bias": jnp.zeros(3)},
+        "head": {"kernel": jnp.zeros(4)},
+    }
+    layers = plots.layer_groups(params)
+    assert [name for name, _ in layers] == ["conv", "head"]
+    np.testing.assert_array_equal(layers[1][1], np.arange(9, 13))
+    assert plots.layer_groups(jnp.zeros(3))[0][0] == "parameters"
+
+    forget = np.zeros((5, 8, 13))
+    forget[2, 3, 9:] = 1.0
+    figure = plots.gate_curves(forget, np.ones((5, 8, 13)), layers)
+    assert len(figure.axes) == 4
+    assert len(figure.axes[1].lines) == 5
+    np.testing.assert_array_equal(figure.axes[1].lines[2].get_ydata(), np.eye(8)[3])
+    assert not figure.axes[0].lines[2].get_ydata().any()
+    saves(figure, tmp_path)
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_episode_picture(tmp_path, channels):
+    rng = np.random.default_rng(0)
+    images = rng.uniform(size=(6, 9, 9, channels))
+    support = images[:2], np.array([1, 0])
+    query = images[2:], np.array([0, 0, 1, 1])
+    figure = plots.episode_picture(
+        support, query, np.array([1, 1, 1, 1]), np.array([0, 1, 1, 1])
+    )
+    texts = [axes.get_xlabel() for axes in figure.axes if axes.get_visible()]
+    assert [t for t in texts if t] == ["1 → 0", "1 → 1", "1 → 1", "1 → 1"]
+    assert (
+        figure.axes[1].get_title("left") == "queries: 50% before, 75% after adaptation"
+    )
+    shown = figure.axes[0].images[0].get_array()
+    expected = images[1] if channels == 3 else images[1][..., 0]
+    np.testing.assert_allclose(shown, expected)
+    saves(figure, tmp_path)
+
+
+def test_accuracy_bars(tmp_path):
+    figure = plots.accuracy_bars({"maml": (0.5, 0.01), "sgd": (0.3, 0.02)}, chance=0.2)
+    widths = [bar.get_width() for bar in figure.axes[0].patches]
+    np.testing.assert_allclose(widths, [50, 30])
+    assert figure.axes[0].texts[1].get_text() == "30.0 ± 2.0"
+    saves(figure, tmp_path)
+
+
+def test_a_missing_matplotlib_says_what_to_install(monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    with pytest.raises(ImportError, match=r"pip install 'metalstm\[experiments\]'"):
+        plots.accuracy_bars({"maml": (0.5, 0.01)})
