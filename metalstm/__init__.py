@@ -1,0 +1,69 @@
+"""metalstm: learning to learn in JAX.
+
+A learned update rule is a function from meta-parameters to an optax transform; a
+meta-learner is a function from a support set to a predictor.
+"""
+
+from metalstm import algorithms, data, learners, rules
+from metalstm.base import (
+    Batch,
+    Episode,
+    Learner,
+    LearnerState,
+    MetaAlgorithm,
+    MetaParams,
+    UpdateRule,
+    make_algorithm,
+)
+from metalstm.evaluation import (
+    Evaluation,
+    evaluate,
+    make_evaluate,
+    paired_difference,
+)
+from metalstm.inner import InnerState, Trace, unroll
+from metalstm.learners import from_flax
+from metalstm.training import (
+    FitState,
+    NonFiniteLossError,
+    TrainState,
+    adam_clipped,
+    fit,
+    init_fit_state,
+    init_train_state,
+    make_train_loop,
+    make_train_step,
+)
+
+__all__ = [
+    "Batch",
+    "Episode",
+    "Evaluation",
+    "FitState",
+    "InnerState",
+    "Learner",
+    "LearnerState",
+    "MetaAlgorithm",
+    "MetaParams",
+    "NonFiniteLossError",
+    "Trace",
+    "TrainState",
+    "UpdateRule",
+    "adam_clipped",
+    "algorithms",
+    "data",
+    "evaluate",
+    "fit",
+    "from_flax",
+    "init_fit_state",
+    "init_train_state",
+    "learners",
+    "make_algorithm",
+    "make_evaluate",
+    "make_train_loop",
+    "make_train_step",
+    "paired_difference",
+    "rules",
+    "unroll",
+]
+__version__ = "0.1.0"

@@ -1,0 +1,94 @@
+"""What several algorithms share: losses, accuracy, averages over meta-training."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from metalstm.base import Array, PyTree, TaskMapping, map_tasks
+
+__all__ = [
+    "RunningStatistics",
+    "accuracy",
+    "task_loss",
+    "with_running_statistics",
+]
+
+
+def task_loss(outputs: Array, targets: Array) -> Array:
+    """Mean cross-entropy for int labels [N], mean squared error for floats [N, d]."""
+    if jnp.issubdtype(targets.dtype, jnp.integer):
+        losses = optax.softmax_cross_entropy_with_integer_labels(outputs, targets)
+        return losses.mean()
+    return jnp.square(outputs - targets).mean()
+
+
+def accuracy(scores: Array, targets: Array) -> Array:
+    """The share of correct labels; for float targets the negative squared error."""
+    if jnp.issubdtype(targets.dtype, jnp.integer):
+        return (scores.argmax(-1) == targets).mean()
+    return -jnp.square(scores - targets).mean()
+
+
+class RunningStatistics(NamedTuple):
+    """The carry of algorithms that normalise by averages over meta-training."""
+
+    count: Array  # meta-steps seen, float32
+    stats: PyTree  # the averages
+
+
+_HORIZON = 100.0  # meta-steps the average reaches back: a momentum of 0.99
+
+
+def with_running_statistics(
+    loss_and_stats: Callable[..., tuple[Array, tuple[dict[str, Array], PyTree]]],
+    *,
+    read: Callable[[PyTree], PyTree],
+    write: Callable[[PyTree, PyTree], PyTree],
+    task_mapping: TaskMapping = "vmap",
+) -> dict[str, Callable]:
+    """The slots of `make_algorithm` that keep batch statistics over meta-training.
+
+    Args:
+      loss_and_stats: ``(meta_params, key, episode) -> (loss, (metrics, stats))``, the
+        statistics of one task.
+      read, write: where the averages live in the meta-parameters, for `predict`. No
+        gradient may touch them.
+      task_mapping: as in `make_algorithm`.
+    """
+
+    def init_carry(key: Array, meta_params: PyTree) -> RunningStatistics:
+        del key
+        return RunningStatistics(jnp.float32(0), read(meta_params))
+
+    def meta_gradient(meta_params, carry: RunningStatistics, keys, episodes):
+        def one(key, episode):
+            def objective(meta_params):
+                loss, (metrics, stats) = loss_and_stats(meta_params, key, episode)
+                return loss, ({"loss": loss, **metrics}, stats)
+
+            return jax.grad(objective, has_aux=True)(meta_params)
+
+        grads, (metrics, stats) = map_tasks(one, keys, episodes, how=task_mapping)
+        grads, metrics, stats = jax.tree.map(
+            lambda leaf: leaf.mean(0), (grads, metrics, stats)
+        )
+        # a plain mean at first, so that the initial values leave no trace
+        weight = jnp.maximum(1 / (carry.count + 1), 1 / _HORIZON)
+        stats = jax.tree.map(
+            lambda old, new: old + weight * (new - old), carry.stats, stats
+        )
+        return grads, RunningStatistics(carry.count + 1, stats), metrics
+
+    def absorb(meta_params, carry: RunningStatistics):
+        return write(meta_params, carry.stats)
+
+    return {
+        "init_carry": init_carry,
+        "meta_gradient": meta_gradient,
+        "absorb": absorb,
+    }

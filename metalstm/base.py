@@ -1,0 +1,212 @@
+"""The types that everything else is made of: NamedTuples of pure functions.
+
+Shapes: T tasks in a meta-batch, N examples, way classes, shot examples a class, d
+target dimensions. Every function below is written for ONE task; the caller vmaps.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, Literal, NamedTuple, Protocol
+
+import jax
+import jax.numpy as jnp
+import optax
+
+__all__ = [
+    "Array",
+    "Batch",
+    "Episode",
+    "Learner",
+    "LearnerState",
+    "MetaAlgorithm",
+    "MetaParams",
+    "Norm",
+    "PyTree",
+    "QueryNorm",
+    "UpdateRule",
+    "make_algorithm",
+    "map_tasks",
+]
+
+Array = jax.Array
+PyTree = Any
+
+Norm = Literal["batch", "gather", "stored"]
+"""What one learner pass does with batch statistics.
+
+``batch``: normalise by this batch; the returned moving averages are updated with the
+module's own momentum. ``gather``: normalise by this batch; the returned averages *are*
+this batch's statistics, whatever the momentum. ``stored``: normalise by the averages
+given; they come back unchanged.
+"""
+
+QueryNorm = Literal["support", "support+1", "transductive", "frozen"]
+"""Which statistics normalise a query at meta-test; see docs/batch_norm.md.
+
+``support``: the support set's (inductive). ``support+1``: the support set plus the one
+query. ``transductive``: the query batch's own. ``frozen``: averages gathered over
+meta-training.
+"""
+
+
+class Batch(NamedTuple):
+    x: Array  # [N, ...]
+    y: Array  # [N] int32 labels in [0, way), or [N, d] float targets
+
+
+class Episode(NamedTuple):
+    """One task. A meta-batch has a leading [T] on every leaf."""
+
+    support: Batch  # N = way * shot
+    query: Batch  # N = way * queries
+
+
+class LearnerState(NamedTuple):
+    params: PyTree  # what an inner loop may change
+    stats: PyTree  # batch statistics (moving averages), {} when there are none
+    other: PyTree  # anything else the module carries, {} when there is none
+
+
+class LearnerApply(Protocol):
+    def __call__(
+        self, state: LearnerState, x: Array, *, norm: Norm, key: Array | None = None
+    ) -> tuple[Array, LearnerState]:
+        """[N, ...] -> outputs [N, way] (or [N, d]) and the state after the pass.
+
+        Dropout is active only when a key is given.
+        """
+
+
+class Learner(NamedTuple):
+    """What a flax module becomes; see `metalstm.learners.from_flax`."""
+
+    init: Callable[[Array, Array], LearnerState]  # (key, x [N, ...])
+    apply: LearnerApply
+    at_way: Callable[[PyTree, int], PyTree] | None = None
+    """(learned params, way) -> params with a head of that many classes, for a head whose
+    classes share their start. None: the head has a fixed number of outputs."""
+
+
+class UpdateRule(NamedTuple):
+    """A function from meta-parameters to an optax transform."""
+
+    init: Callable[[Array, PyTree], PyTree]  # (key, params) -> rule params, () if none
+    bind: Callable[[PyTree], optax.GradientTransformationExtraArgs]
+    coordinatewise: bool = False
+    """Each coordinate's update reads only its own gradient, parameter and state, and the
+    shared loss. Promised by the author of the rule; lets the backward pass be replayed
+    in blocks of coordinates."""
+
+
+class MetaParams(NamedTuple):
+    """What gradient-based algorithms meta-learn. Others may use any pytree."""
+
+    learner: LearnerState  # theta_0, and the averages that `frozen` uses
+    rule: PyTree  # the rule's parameters, () if none
+
+
+class MetaAlgorithm(NamedTuple):
+    """A function from a support set to a predictor, and how it is meta-trained.
+
+    Build it with `make_algorithm`, which fills in what is optional.
+    """
+
+    init: Callable[[Array, Episode], PyTree]  # (key, one episode) -> meta-parameters
+    loss: Callable[[PyTree, Array, Episode], tuple[Array, dict[str, Array]]]
+    # (meta_params, key, support, query_x, *, num_classes) -> scores [M, way], higher is
+    # better, or values [M, d]
+    predict: Callable[..., Array]
+    # (meta_params, key, support) -> (InnerState, Trace)
+    adapt: Callable[..., tuple[Any, Any]] | None
+    # key, meta-parameters -> what no gradient touches
+    init_carry: Callable[[Array, PyTree], PyTree]
+    # (meta_params, carry, keys [T], episodes [T]) -> (gradient, carry, metrics)
+    meta_gradient: Callable[..., tuple[PyTree, PyTree, dict[str, Array]]]
+    # (meta_params, carry) -> meta_params: puts what the carry gathered where `predict`
+    # reads it; called after every meta-step
+    absorb: Callable[[PyTree, PyTree], PyTree]
+    # test-time spec -> the spec to meta-train with (prototypical: a higher way)
+    train_sampler: Callable[[Any], Any]
+    query_norm: (
+        str | None
+    )  # printed with every result; None when there is no batch norm
+    trainable: bool  # False: nothing to meta-learn, never trained
+
+
+TaskMapping = Literal["vmap", "scan", "unroll"]
+"""How tasks of a meta-batch are laid out: all at once, one after another in a
+`lax.scan`, or one after another in the traced program."""
+
+
+def map_tasks(fn: Callable, *args: PyTree, how: TaskMapping = "vmap") -> PyTree:
+    """Apply ``fn`` to each task, the leading axis [T] of every leaf of ``args``."""
+    if how == "vmap":
+        return jax.vmap(fn)(*args)
+    if how == "scan":
+        return jax.lax.map(lambda xs: fn(*xs), args)
+    if how == "unroll":
+        num_tasks = jax.tree.leaves(args)[0].shape[0]
+        outs = [
+            fn(*jax.tree.map(lambda leaf: leaf[i], args))  # noqa: B023 (used at once)
+            for i in range(num_tasks)
+        ]
+        return jax.tree.map(lambda *leaves: jnp.stack(leaves), *outs)
+    raise ValueError(f"how={how!r}: choose 'vmap', 'scan' or 'unroll'")
+
+
+def make_algorithm(
+    *,
+    init: Callable,
+    predict: Callable,
+    loss: Callable | None = None,
+    adapt: Callable | None = None,
+    init_carry: Callable | None = None,
+    meta_gradient: Callable | None = None,
+    absorb: Callable | None = None,
+    train_sampler: Callable | None = None,
+    query_norm: str | None = None,
+    trainable: bool = True,
+    task_mapping: TaskMapping = "vmap",
+) -> MetaAlgorithm:
+    """Fill in a `MetaAlgorithm`'s optional slots.
+
+    The default ``meta_gradient`` is the mean over tasks of ``grad(loss)``; the default
+    carry is ``()``; the default ``train_sampler`` trains on the test-time spec.
+    """
+    if trainable and loss is None and meta_gradient is None:
+        raise ValueError("a trainable algorithm needs loss= or meta_gradient=")
+
+    def no_loss(meta_params, key, episode):
+        raise ValueError("this algorithm has no meta-training loss (trainable=False)")
+
+    loss_fn = no_loss if loss is None else loss
+
+    def mean_gradient(meta_params, carry, keys, episodes):
+        def one(key, episode):
+            grads, metrics = jax.grad(
+                lambda p: _with_loss(loss_fn(p, key, episode)), has_aux=True
+            )(meta_params)
+            return grads, metrics
+
+        grads, metrics = map_tasks(one, keys, episodes, how=task_mapping)
+        mean = lambda tree: jax.tree.map(lambda leaf: leaf.mean(0), tree)  # noqa: E731
+        return mean(grads), carry, mean(metrics)
+
+    return MetaAlgorithm(
+        init=init,
+        loss=loss_fn,
+        predict=predict,
+        adapt=adapt,
+        init_carry=init_carry or (lambda key, meta_params: ()),
+        meta_gradient=meta_gradient or mean_gradient,
+        absorb=absorb or (lambda meta_params, carry: meta_params),
+        train_sampler=train_sampler or (lambda spec: spec),
+        query_norm=query_norm,
+        trainable=trainable,
+    )
+
+
+def _with_loss(loss_and_metrics):
+    loss, metrics = loss_and_metrics
+    return loss, {"loss": loss, **metrics}

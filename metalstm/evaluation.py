@@ -1,0 +1,135 @@
+"""Meta-test: the same episodes for every method, a mean, and an honest interval."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from metalstm.algorithms.common import accuracy
+from metalstm.base import MetaAlgorithm, PyTree, TaskMapping, map_tasks
+from metalstm.data.episodes import Sampler, episode_key
+
+__all__ = [
+    "Evaluation",
+    "evaluate",
+    "make_evaluate",
+    "mean_and_ci95",
+    "paired_difference",
+]
+
+_TASK = 103  # folded into an episode's key: randomness inside the method
+
+
+class Evaluation(NamedTuple):
+    """Accuracies in [0, 1] (for regression: minus the mean squared error)."""
+
+    accuracies: np.ndarray  # float32 [episodes]
+    mean: float
+    ci95: float  # half the 95% confidence interval over episodes: 1.96 std / sqrt(n)
+    query_norm: str | None
+    split: str
+    seed: int
+
+    def __str__(self) -> str:
+        norm = self.query_norm or "no batch norm"
+        return (
+            f"{100 * self.mean:.2f} ± {100 * self.ci95:.2f} % "
+            f"({len(self.accuracies)} {self.split} episodes, {norm})"
+        )
+
+
+def mean_and_ci95(values: np.ndarray) -> tuple[float, float]:
+    """The mean and 1.96 standard errors (n - 1 in the variance)."""
+    values = np.asarray(values, np.float64)
+    if values.size < 2:
+        raise ValueError(f"a confidence interval needs 2 values or more: {values.size}")
+    return float(values.mean()), float(1.96 * values.std(ddof=1) / np.sqrt(values.size))
+
+
+def make_evaluate(
+    algorithm: MetaAlgorithm,
+    spec: Sampler,
+    *,
+    batch_size: int = 8,
+    task_mapping: TaskMapping = "vmap",
+) -> Callable[..., Evaluation]:
+    """Compile once, evaluate often: ``(params, pool, num_episodes=, seed=, split=)``.
+
+    Args:
+      batch_size: episodes in one jitted call.
+      task_mapping: how they are laid out; see `metalstm.base.map_tasks`.
+    """
+
+    def one(params: PyTree, pool: Any, key: jax.Array) -> jax.Array:
+        episode = spec.sample(key, pool)
+        key = jax.random.fold_in(key, _TASK)
+        classes = None if spec.regression else spec.way
+        scores = algorithm.predict(
+            params, key, episode.support, episode.query.x, num_classes=classes
+        )
+        return accuracy(scores, episode.query.y)
+
+    @jax.jit
+    def batch(params: PyTree, pool: Any, keys: jax.Array) -> jax.Array:
+        return map_tasks(lambda key: one(params, pool, key), keys, how=task_mapping)
+
+    def run(
+        params: PyTree,
+        pool: Any,
+        *,
+        num_episodes: int = 600,
+        seed: int = 0,
+        split: str = "test",
+    ) -> Evaluation:
+        if num_episodes < 2:
+            raise ValueError(f"num_episodes={num_episodes}: choose at least 2")
+        results = []
+        for start in range(0, num_episodes, batch_size):
+            # the last batch runs past the end, so that one program serves all
+            tasks = jnp.arange(start, start + batch_size)
+            keys = jax.vmap(lambda i: episode_key(seed, split, 0, i))(tasks)
+            results.append(batch(params, pool, keys))
+        accuracies = np.concatenate(jax.device_get(results))[:num_episodes]
+        mean, ci95 = mean_and_ci95(accuracies)
+        return Evaluation(accuracies, mean, ci95, algorithm.query_norm, split, seed)
+
+    return run
+
+
+def evaluate(
+    algorithm: MetaAlgorithm,
+    params: PyTree,
+    pool: Any,
+    spec: Sampler,
+    *,
+    num_episodes: int = 600,
+    seed: int = 0,
+    split: str = "test",
+    **options: Any,
+) -> Evaluation:
+    """Adapt to and score ``num_episodes`` episodes; ``options`` of `make_evaluate`.
+
+    Episode i is a function of (seed, split, i) alone: every method sees the same ones.
+    """
+    run = make_evaluate(algorithm, spec, **options)
+    return run(params, pool, num_episodes=num_episodes, seed=seed, split=split)
+
+
+def paired_difference(a: Evaluation, b: Evaluation) -> tuple[float, float]:
+    """Mean and 95% half-interval of ``a - b`` on the same episodes.
+
+    Raises:
+      ValueError: the two did not see the same episodes.
+    """
+    same = (a.split, a.seed, len(a.accuracies)) == (b.split, b.seed, len(b.accuracies))
+    if not same:
+        raise ValueError(
+            f"paired difference of different episodes: {len(a.accuracies)} of "
+            f"{a.split} seed {a.seed} against {len(b.accuracies)} of {b.split} seed "
+            f"{b.seed}"
+        )
+    return mean_and_ci95(a.accuracies - b.accuracies)

@@ -1,0 +1,212 @@
+"""The one inner loop: T updates of a learner by a bound rule, on one task.
+
+How to differentiate is an argument of the loop, never a line inside a rule.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax import lax
+
+from metalstm.base import Array, PyTree
+
+__all__ = ["InnerState", "Trace", "unroll"]
+
+_BLOCK = 2048  # coordinates a block: an LSTM of 20 units then stays in a 1 MB L2 cache
+
+
+class InnerState(NamedTuple):
+    params: PyTree
+    stats: PyTree
+    rule_state: PyTree
+
+
+class Trace(NamedTuple):
+    losses: Array  # [num_steps], losses[t] is the loss before update t
+    observed: PyTree  # what observe= returned, stacked: leading [num_steps]
+
+
+def unroll(
+    loss_fn: Callable[..., tuple[Array, PyTree]],
+    tx: optax.GradientTransformationExtraArgs,
+    state: InnerState,
+    batches: PyTree | None = None,
+    *,
+    num_steps: int,
+    second_order: bool,
+    truncate_every: int | None = None,
+    remat: bool = False,
+    coordinatewise: bool = False,
+    observe: Callable[[InnerState], PyTree] | None = None,
+    key: Array | None = None,
+    scan_unroll: int = 1,
+) -> tuple[InnerState, Trace]:
+    """Apply ``num_steps`` updates of the transform ``tx`` to one task.
+
+    theta_{t+1} = theta_t + tx(grad loss(theta_t)). The caller vmaps over tasks.
+
+    Args:
+      loss_fn: ``(params, stats, batch, key) -> (scalar loss, stats)``.
+      tx: a bound rule; it is given ``params`` and the keyword ``value`` (the loss).
+      state: where to start; ``rule_state`` comes from ``tx.init(params)``.
+      batches: leading [num_steps], or None when ``loss_fn`` closes over its data (then
+        it is called with ``batch=None``).
+      num_steps: T, the number of updates.
+      second_order: differentiate through the inner gradients. When False the gradient,
+        ``value`` and the statistics are constants to the outer derivative; theta and
+        the rule's state are not, and ``Trace.losses`` keeps its exact first derivative
+        with respect to theta_t.
+      truncate_every: cut params, statistics and rule state from the outer derivative
+        before every k-th update (truncated back-propagation through time).
+      remat: recompute each step in the backward pass instead of storing it.
+      coordinatewise: the promise of `UpdateRule.coordinatewise`. Together with
+        ``second_order=False`` the derivative is taken through a replay of the rule over
+        blocks of coordinates, which stays in cache; values do not change.
+      observe: diagnostics of the state after each update, for ``Trace.observed``.
+      key: a PRNG key; step t gets ``fold_in(key, t)``. None: ``loss_fn`` gets None.
+      scan_unroll: iterations per trip of the `lax.scan`; on CPU a few steps run faster
+        as straight-line code.
+
+    Raises:
+      ValueError: ``num_steps`` or ``truncate_every`` is not positive, or ``batches``
+        does not lead with ``num_steps``.
+    """
+    if num_steps < 1:
+        raise ValueError(f"num_steps={num_steps}: choose at least 1")
+    if truncate_every is not None and truncate_every < 1:
+        raise ValueError(f"truncate_every={truncate_every}: choose at least 1, or None")
+    for leaf in jax.tree.leaves(batches):
+        if leaf.shape[:1] != (num_steps,):
+            raise ValueError(
+                f"batches has a leaf of shape {leaf.shape} but num_steps={num_steps}: "
+                "stack one batch for each step along the leading axis"
+            )
+
+    blocked = coordinatewise and not second_order and state.params is not None
+    loop_tx = _without_derivative(tx, state) if blocked else tx
+    cut_before = _cut_steps(num_steps, truncate_every)
+
+    def step(carry: InnerState, xs):
+        t, cut, batch = xs
+        step_key = None if key is None else jax.random.fold_in(key, t)
+        if truncate_every is not None:
+            carry = _cut(carry, cut)
+        at = carry if second_order else jax.tree.map(lax.stop_gradient, carry)
+        (loss, stats), grads = jax.value_and_grad(loss_fn, has_aux=True)(
+            at.params, at.stats, batch, step_key
+        )
+        if not second_order:
+            loss, stats, grads = jax.tree.map(lax.stop_gradient, (loss, stats, grads))
+        updates, rule_state = loop_tx.update(
+            grads, carry.rule_state, carry.params, value=loss
+        )
+        new = InnerState(optax.apply_updates(carry.params, updates), stats, rule_state)
+        if not second_order and not blocked:
+            loss = loss + _zero_with_gradient(grads, carry.params)
+        observed = () if observe is None else observe(new)
+        return new, (loss, observed, grads if blocked else ())
+
+    xs = (jnp.arange(num_steps), cut_before, batches)
+    body = jax.checkpoint(step, prevent_cse=False) if remat else step
+    start = jax.tree.map(lax.stop_gradient, state) if blocked else state
+    final, (losses, observed, grads) = lax.scan(
+        body, start, xs, length=num_steps, unroll=scan_unroll
+    )
+    if blocked:
+        params, first_order = _replay(tx, state.params, grads, losses, cut_before)
+        final = final._replace(params=params)
+        losses = losses + first_order
+    return final, Trace(losses, observed)
+
+
+def _cut_steps(num_steps: int, truncate_every: int | None) -> Array:
+    steps = jnp.arange(num_steps)
+    if truncate_every is None:
+        return jnp.zeros(num_steps, bool)
+    return (steps % truncate_every == 0) & (steps > 0)
+
+
+def _cut(state: PyTree, cut: Array) -> PyTree:
+    return jax.tree.map(lambda x: jnp.where(cut, lax.stop_gradient(x), x), state)
+
+
+def _zero_with_gradient(grads: PyTree, params: PyTree) -> Array:
+    """0, whose derivative with respect to params is grads."""
+    terms = jax.tree.map(
+        lambda g, p: jnp.vdot(g, (p - lax.stop_gradient(p)).astype(g.dtype)),
+        grads,
+        params,
+    )
+    return sum(jax.tree.leaves(terms), jnp.float32(0))
+
+
+def _without_derivative(tx, state: InnerState):
+    """``tx`` with the arrays it closes over (the rule's parameters) held constant."""
+
+    def update(grads, rule_state, params, value):
+        return tx.update(grads, rule_state, params, value=value)
+
+    pure, closed_over = jax.closure_convert(
+        update, state.params, state.rule_state, state.params, jnp.float32(0)
+    )
+    constants = [lax.stop_gradient(x) for x in closed_over]
+
+    def constant_update(grads, rule_state, params=None, *, value):
+        return pure(grads, rule_state, params, value, *constants)
+
+    return optax.GradientTransformationExtraArgs(tx.init, constant_update)
+
+
+def _replay(tx, params: PyTree, grads: PyTree, losses: Array, cut_before: Array):
+    """Run the rule alone over recorded gradients and losses, block by block.
+
+    With gradients and losses held constant a coordinate-wise rule separates over
+    coordinates, so each block of them is replayed, and later differentiated, by itself.
+
+    Returns theta_T, and per step [T] a zero whose derivative is that of the loss.
+    """
+    leaves, treedef = jax.tree.flatten(params)
+    sizes = [leaf.size for leaf in leaves]
+    total = sum(sizes)
+    num_blocks = -(-total // _BLOCK)
+    padding = num_blocks * _BLOCK - total
+
+    def to_blocks(flat):  # [..., total] -> [num_blocks, ..., _BLOCK]
+        flat = jnp.pad(flat, [(0, 0)] * (flat.ndim - 1) + [(0, padding)])
+        flat = flat.reshape(*flat.shape[:-1], num_blocks, _BLOCK)
+        return jnp.moveaxis(flat, -2, 0)
+
+    theta = to_blocks(jnp.concatenate([x.reshape(-1) for x in leaves]))
+    steps = losses.shape[0]
+    grad = to_blocks(
+        jnp.concatenate([g.reshape(steps, -1) for g in jax.tree.leaves(grads)], axis=1)
+    )
+
+    @jax.checkpoint
+    def one_block(theta_block, grad_block):
+        def step(carry, xs):
+            g, loss, cut = xs
+            theta, rule_state = _cut(carry, cut)
+            zero = _zero_with_gradient(g, theta)
+            updates, rule_state = tx.update(g, rule_state, theta, value=loss)
+            return (optax.apply_updates(theta, updates), rule_state), zero
+
+        start = (theta_block, tx.init(theta_block))
+        (theta_block, _), zeros = lax.scan(
+            step, start, (grad_block, losses, cut_before)
+        )
+        return theta_block, zeros
+
+    blocks, zeros = lax.map(lambda xs: one_block(*xs), (theta, grad))
+    flat = blocks.reshape(-1)[:total]
+    offsets = [sum(sizes[:i]) for i in range(len(sizes))]
+    out = [
+        flat[o : o + n].reshape(leaf.shape).astype(leaf.dtype)
+        for o, n, leaf in zip(offsets, sizes, leaves, strict=True)
+    ]
+    return jax.tree.unflatten(treedef, out), zeros.sum(0)

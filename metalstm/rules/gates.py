@@ -1,0 +1,242 @@
+"""The Meta-LSTM's update rule (Ravi & Larochelle, ICLR 2017), one cell a coordinate.
+
+Letters: N coordinates (all the learner's parameters, flattened), H hidden units.
+Coordinates are the last axis everywhere: they fill the vector lanes, H does not.
+"""
+
+from __future__ import annotations
+
+from typing import Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax import lax
+
+from metalstm.base import Array, PyTree, UpdateRule
+from metalstm.rules.features import log_sign
+from metalstm.rules.flat import coordinate_dtype, flatten, leaf_sizes, unflatten
+
+__all__ = ["GatesState", "find_gates", "lstm_gates"]
+
+
+class GatesState(NamedTuple):
+    step: Array  # int32 scalar
+    hidden: Array  # [H, N] the first LSTM's output
+    cell: Array  # [H, N] its cell
+    forget: Array  # [N] the forget gate's logit after the last update
+    input: Array  # [N] the input gate's
+
+
+def lstm_gates(
+    *,
+    hidden_size: int | None = None,
+    variant: Literal["code", "paper"] = "code",
+    forget: Literal["gate", "one"] = "gate",
+    input: Literal["gate", "constant"] = "gate",  # noqa: A002 (the field's name)
+    loss_input: bool = True,
+    theta_input: bool = True,
+    carry_input: bool = True,
+    feature_gradient: Literal["stopped", "full"] = "stopped",
+    p: float = 10.0,
+    forget_bias: tuple[float, float] = (4.0, 5.0),
+    input_bias: tuple[float, float] = (-5.0, -4.0),
+    bias_per: Literal["rule", "tensor", "tensor_and_step"] = "rule",
+    num_bias_steps: int = 1,
+    init_scale: float = 0.01,
+) -> UpdateRule:
+    r"""Gates that mix the old parameter with the gradient, as an LSTM's cell does.
+
+    .. math::
+        h_t &= \mathrm{LSTM}(\phi(L_t), \phi(\nabla_t), h_{t-1}) \\
+        f_t &= \sigma(W_F [h_t, \theta_{t-1}, f_{t-1}] + b_F) \\
+        i_t &= \sigma(W_I [h_t, \theta_{t-1}, i_{t-1}] + b_I) \\
+        \theta_t &= f_t \theta_{t-1} - i_t \nabla_t
+
+    (equations 2 and 3 and section 3.2), with :math:`\phi` = `log_sign`. All states,
+    the gates' logits among them, start at zero.
+
+    Args:
+      hidden_size: H; 0 for no first LSTM: the gates then read the features themselves.
+        None: 20 for ``variant="code"`` (the authors' code), 0 for ``"paper"``.
+      variant: what the gates read of their previous step: ``"code"`` the logit, as in
+        the authors' code, ``"paper"`` the value, as in equation 3.
+      forget: ``"one"`` fixes f at 1 (an ablation; with a constant i this is SGD).
+      input: ``"constant"`` makes i a learned constant (an ablation).
+      loss_input: whether the LSTM sees the loss.
+      theta_input: whether the gates see theta.
+      carry_input: whether the gates see their own previous value.
+      feature_gradient: in second-order mode, whether the derivative flows through the
+        features too. ``"full"`` multiplies it by up to e^p = 22,026.
+      p: of `log_sign`.
+      forget_bias: b_F is drawn uniformly from this range.
+      input_bias: b_I likewise.
+      bias_per: one bias for all coordinates (published), one for each of the learner's
+        tensors, or one for each tensor and step. The latter two tie the rule to the
+        learner's structure.
+      num_bias_steps: with ``"tensor_and_step"``, how many steps have biases of their
+        own; later steps use the last.
+      init_scale: weights and the LSTM's bias are drawn from U(-scale, scale).
+
+    Returns:
+      A rule whose bound form needs ``params`` and ``value=`` (the loss; not with
+      ``loss_input=False``).
+
+    Raises:
+      ValueError: an argument outside the choices above.
+    """
+    if hidden_size is None:
+        hidden_size = 20 if variant == "code" else 0
+    if hidden_size < 0:
+        raise ValueError(f"hidden_size={hidden_size}: choose 0 (no LSTM) or more")
+    _check_choice("variant", variant, ("code", "paper"))
+    _check_choice("forget", forget, ("gate", "one"))
+    _check_choice("input", input, ("gate", "constant"))
+    _check_choice("feature_gradient", feature_gradient, ("stopped", "full"))
+    _check_choice("bias_per", bias_per, ("rule", "tensor", "tensor_and_step"))
+    if num_bias_steps < 1:
+        raise ValueError(f"num_bias_steps={num_bias_steps}: choose at least 1")
+    per_tensor = bias_per != "rule"
+    num_features = hidden_size or (4 if loss_input else 2)
+    table_steps = num_bias_steps if bias_per == "tensor_and_step" else 1
+
+    def init(key: Array, params: PyTree) -> PyTree:
+        def uniform(name: int, shape, low=-init_scale, high=init_scale):
+            return jax.random.uniform(
+                jax.random.fold_in(key, name), shape, jnp.float32, low, high
+            )
+
+        def gate(name: int, bias_range):
+            biases = (table_steps, len(leaf_sizes(params))) if per_tensor else ()
+            weights = {"bias": uniform(name, biases, *bias_range)}
+            weights["features"] = uniform(name + 1, (num_features,))
+            if theta_input:
+                weights["theta"] = uniform(name + 2, ())
+            if carry_input:
+                weights["carry"] = uniform(name + 3, ())
+            return weights
+
+        rule = {}
+        if forget == "gate":
+            rule["forget"] = gate(0, forget_bias)
+        rule["input"] = gate(10, input_bias)
+        if input == "constant":
+            rule["input"] = {"bias": rule["input"]["bias"]}
+        uses_features = forget == "gate" or input == "gate"
+        if hidden_size and uses_features:
+            rule["lstm"] = {
+                "kernel": uniform(20, (4 * hidden_size, 2 + hidden_size)),
+                "bias": uniform(21, (4 * hidden_size,)),
+            }
+            if loss_input:
+                rule["lstm"]["loss_kernel"] = uniform(22, (4 * hidden_size, 2))
+        return rule
+
+    def bind(rule: PyTree) -> optax.GradientTransformationExtraArgs:
+        def init_fn(params):
+            total = sum(leaf_sizes(params))
+            width = hidden_size if "lstm" in rule else 0
+            dtype = coordinate_dtype(params)
+            memory = jnp.zeros((width, total), dtype)
+            zeros = jnp.zeros((total,), dtype)
+            # without a gate f = 1 exactly, and so is sigmoid(40) in float32
+            f_logit = zeros if forget == "gate" else jnp.full((total,), 40.0, dtype)
+            return GatesState(jnp.int32(0), memory, memory, f_logit, zeros)
+
+        def update_fn(updates, state, params=None, *, value=None, **extra):
+            del extra
+            if params is None:
+                raise ValueError(
+                    "lstm_gates needs the parameters: tx.update(grads, state, params)"
+                )
+            if loss_input and value is None and ("lstm" in rule or not hidden_size):
+                raise ValueError(
+                    "lstm_gates needs the loss: tx.update(grads, state, params, "
+                    "value=loss), or build it with loss_input=False"
+                )
+            g = flatten(updates)
+            theta = flatten(params)
+            seen, loss = g, value if loss_input else None
+            if feature_gradient == "stopped":
+                seen, loss = lax.stop_gradient((seen, loss))
+            features, hidden, cell = _features(rule, state, seen, loss, p)
+
+            def logit(gate, carried):
+                bias = gate["bias"]
+                if per_tensor:
+                    row = bias[jnp.minimum(state.step, table_steps - 1)]
+                    bias = _per_coordinate(row, leaf_sizes(params))
+                if "features" not in gate:
+                    return jnp.broadcast_to(bias, theta.shape)
+                out = gate["features"] @ features + bias
+                if theta_input:
+                    out = out + gate["theta"] * theta
+                if carry_input:
+                    old = carried if variant == "code" else _sigmoid(carried)
+                    out = out + gate["carry"] * old
+                return out
+
+            input_logit = logit(rule["input"], state.input)
+            delta = -_sigmoid(input_logit) * g
+            forget_logit = state.forget
+            if forget == "gate":
+                forget_logit = logit(rule["forget"], state.forget)
+                # f - 1 = -sigmoid(-logit) keeps its digits where f is near 1
+                delta = delta - _sigmoid(-forget_logit) * theta
+            new = GatesState(state.step + 1, hidden, cell, forget_logit, input_logit)
+            return unflatten(delta, updates), new
+
+        return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+
+    return UpdateRule(init, bind, coordinatewise=not per_tensor)
+
+
+def find_gates(rule_state: PyTree) -> dict[str, Array]:
+    """The gates' values at the last update, from a (chained) rule's state.
+
+    Returns:
+      ``{"forget": [N], "input": [N]}``, or ``{}`` when no `lstm_gates` is in the chain.
+    """
+    states = jax.tree.leaves(rule_state, is_leaf=lambda x: isinstance(x, GatesState))
+    for state in states:
+        if isinstance(state, GatesState):
+            return {"forget": _sigmoid(state.forget), "input": _sigmoid(state.input)}
+    return {}
+
+
+def _features(rule, state: GatesState, g: Array, loss: Array | None, p: float):
+    """[F, N] features, and the LSTM's new state ([H, N] each)."""
+    gradient = jnp.stack(log_sign(g, p))  # [2, N]
+    if "lstm" not in rule:
+        features = gradient
+        if loss is not None:
+            shared = jnp.stack(log_sign(jnp.asarray(loss), p)).astype(g.dtype)
+            loss_rows = jnp.broadcast_to(shared[:, None], gradient.shape)
+            features = jnp.concatenate([loss_rows, gradient])
+        return features, state.hidden, state.cell
+    lstm = rule["lstm"]
+    bias = lstm["bias"]
+    if loss is not None:  # the same for all coordinates, so part of the bias
+        shared = jnp.stack(log_sign(jnp.asarray(loss), p)).astype(g.dtype)
+        bias = bias + lstm["loss_kernel"] @ shared
+    z = lstm["kernel"] @ jnp.concatenate([gradient, state.hidden]) + bias[:, None]
+    i, f, o, candidate = jnp.split(z, 4)
+    cell = _sigmoid(f) * state.cell + _sigmoid(i) * jnp.tanh(candidate)
+    hidden = _sigmoid(o) * jnp.tanh(cell)
+    return hidden, hidden, cell
+
+
+def _sigmoid(x: Array) -> Array:
+    return 0.5 * (1.0 + jnp.tanh(0.5 * x))  # five times faster than exp on XLA:CPU
+
+
+def _per_coordinate(row: Array, sizes: list[int]) -> Array:
+    # broadcasts, not a gather: a gather's derivative is a slow scatter on CPU
+    return jnp.concatenate(
+        [jnp.broadcast_to(row[k], (n,)) for k, n in enumerate(sizes)]
+    )
+
+
+def _check_choice(name: str, value, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        raise ValueError(f"{name}={value!r}: choose one of {', '.join(choices)}")
