@@ -84,8 +84,8 @@ class Learner(NamedTuple):
     init: Callable[[Array, Array], LearnerState]  # (key, x [N, ...])
     apply: LearnerApply
     at_way: Callable[[PyTree, int], PyTree] | None = None
-    """(learned params, way) -> params with a head of that many classes, for a head whose
-    classes share their start. None: the head has a fixed number of outputs."""
+    """(learned params, way) -> params with a head of that many classes, for a head
+    whose classes share their start. None: the head has a fixed number of outputs."""
 
 
 class UpdateRule(NamedTuple):
@@ -94,9 +94,9 @@ class UpdateRule(NamedTuple):
     init: Callable[[Array, PyTree], PyTree]  # (key, params) -> rule params, () if none
     bind: Callable[[PyTree], optax.GradientTransformationExtraArgs]
     coordinatewise: bool = False
-    """Each coordinate's update reads only its own gradient, parameter and state, and the
-    shared loss. Promised by the author of the rule; lets the backward pass be replayed
-    in blocks of coordinates."""
+    """Each coordinate's update reads only its own gradient, parameter and state, and
+    the shared loss. Promised by the author of the rule; lets the backward pass be
+    replayed in blocks of coordinates."""
 
 
 class MetaParams(NamedTuple):

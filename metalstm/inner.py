@@ -6,7 +6,7 @@ How to differentiate is an argument of the loop, never a line inside a rule.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -17,7 +17,7 @@ from metalstm.base import Array, PyTree
 
 __all__ = ["InnerState", "Trace", "unroll"]
 
-_BLOCK = 2048  # coordinates a block: an LSTM of 20 units then stays in a 1 MB L2 cache
+_BLOCK = 1024  # coordinates: the activations of an LSTM of 20 units stay in cache
 
 
 class InnerState(NamedTuple):

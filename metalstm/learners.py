@@ -21,9 +21,19 @@ from flax import core, nnx
 from flax import linen as nn
 
 from metalstm.base import Array, Learner, LearnerState, Norm, PyTree
+from metalstm.heads import tied_head
 from metalstm.networks import MLP, Conv4, ResNet12
 
-__all__ = ["MLP", "Conv4", "ResNet12", "conv4", "from_flax", "mlp", "resnet12"]
+__all__ = [
+    "MLP",
+    "Conv4",
+    "ResNet12",
+    "conv4",
+    "from_flax",
+    "mlp",
+    "resnet12",
+    "tied_head",
+]
 
 
 def conv4(num_classes: int | None, filters: int = 32, **options: Any) -> Learner:

@@ -1,7 +1,7 @@
-"""Meta-training: one step, several steps in one jitted call, and the loop around them.
+"""Meta-training: one step, several steps in one jitted call, the loop around them.
 
-The step knows only `MetaAlgorithm.meta_gradient`, so it serves every algorithm. Episodes
-come from (seed, step, task): nothing but the state is needed to go on.
+The step knows only `MetaAlgorithm.meta_gradient`, so it serves every algorithm.
+Episodes come from (seed, step, task): nothing but the state is needed to go on.
 """
 
 from __future__ import annotations
@@ -50,9 +50,9 @@ class NonFiniteLossError(FloatingPointError):
 
     def __init__(self, step: int, loss: float):
         super().__init__(
-            f"the meta-loss or its gradient is not finite at step {step} (loss {loss}); "
-            "the state before that step is kept: lower the learning rate or the inner "
-            "step size, or clip gradients more tightly"
+            f"the meta-loss or its gradient is not finite at step {step} (loss "
+            f"{loss}); the state before that step is kept: lower the "
+            "learning rate or the inner step size, or clip gradients more tightly"
         )
         self.step = step
 
@@ -224,7 +224,7 @@ class FitState(NamedTuple):
 
 
 def init_fit_state(state: TrainState) -> FitState:
-    """Nothing validated yet. The parameters are copied: a train step donates its own."""
+    """Nothing validated yet. Parameters are copied: a train step donates its own."""
     copy = jax.tree.map(jnp.array, state.params)
     return FitState(state, copy, jnp.float32(-jnp.inf), jnp.int32(0))
 
@@ -301,9 +301,9 @@ def fit(
             done = step >= num_steps
             if max_seconds is not None and time.monotonic() - started > max_seconds:
                 done = True
-            validates = done or bool(validate_every) and step % validate_every == 0
-            saves = done or bool(save_every) and step % save_every == 0
-            if validates or saves or bool(report_every) and step % report_every == 0:
+            validates = done or (bool(validate_every) and step % validate_every == 0)
+            saves = done or (bool(save_every) and step % save_every == 0)
+            if validates or saves or (bool(report_every) and step % report_every == 0):
                 flush()
             if validates or saves:
                 keep(validates)

@@ -20,7 +20,6 @@ from metalstm.base import (
     LearnerState,
     MetaAlgorithm,
     MetaParams,
-    PyTree,
     QueryNorm,
     TaskMapping,
     UpdateRule,
@@ -64,9 +63,9 @@ def learned_init(
       second_order: see `metalstm.inner.unroll`.
       query_norm: which statistics normalise a query at meta-test; `base.QueryNorm`.
       train_query_norm: likewise in meta-training. Published: the query batch's own.
-      support_stats: how ``support`` gathers: ``"final"``, one more pass over the support
-        set at theta_T; ``"moving"``, the module's moving average over the T passes at
-        theta_0 .. theta_{T-1} (Ravi & Larochelle).
+      support_stats: how ``support`` gathers: ``"final"``, one more pass over the
+        support set at theta_T; ``"moving"``, the module's moving average over the T
+        passes at theta_0 .. theta_{T-1} (Ravi & Larochelle).
       num_test_steps: T at meta-test, when it differs.
       learn_init: False draws theta_0 afresh for every episode, so that the rule's
         parameters fit learners of any size.

@@ -1,4 +1,4 @@
-"""Features of a gradient or a loss. Versioned: a saved rule names the version it read."""
+"""Features of a gradient or a loss; a saved rule names the version it read."""
 
 from __future__ import annotations
 
