@@ -293,6 +293,7 @@ def _grouped_capacity(pool: ClassPool) -> Array:
             ]
         )
 
+    assert pool.groups is not None
     return jax.vmap(capacity)(pool.counts, pool.groups)
 
 

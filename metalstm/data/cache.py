@@ -1,0 +1,190 @@
+"""Decoded data sets on disk: written whole or not at all, checked when read.
+
+One uncompressed .npz a data set. The zip's own checksums catch truncation and flipped
+bits, and a file appears under its name only once it is complete.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import sys
+import tempfile
+import time
+import warnings
+import zipfile
+import zlib
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from metalstm.data.pools import SPLITS, Dataset, checksum, make_pool
+
+__all__ = [
+    "Split",
+    "assemble",
+    "cache_folder",
+    "cached",
+    "cached_dataset",
+    "fingerprint",
+]
+
+PathLike = str | os.PathLike[str]
+
+_UNREADABLE = (zipfile.BadZipFile, zlib.error, ValueError, EOFError, OSError, KeyError)
+_ABANDONED_AFTER = 3600.0  # seconds without a write: no other process is still at it
+
+
+class Split(NamedTuple):
+    """One split as numpy arrays, before it goes to the device."""
+
+    images: np.ndarray  # uint8 [C, M, H, W, ch]
+    counts: np.ndarray  # int32 [C]
+    names: tuple[str, ...]  # C class names
+    groups: np.ndarray | None = None  # int32 [C, M]
+
+
+def cache_folder(explicit: PathLike | None = None) -> Path:
+    """Return the folder of the caches, made by whoever writes first.
+
+    In order: the argument, METALSTM_CACHE_DIR, XDG_CACHE_HOME/metalstm, the platform's
+    user cache folder (~/.cache/metalstm on Linux).
+    """
+    if explicit is not None:
+        return Path(explicit).expanduser()
+    if named := os.environ.get("METALSTM_CACHE_DIR"):
+        return Path(named).expanduser()
+    if base := os.environ.get("XDG_CACHE_HOME"):
+        return Path(base) / "metalstm"
+    if sys.platform == "darwin":
+        return Path.home() / "Library" / "Caches" / "metalstm"
+    if sys.platform == "win32":
+        return Path(os.environ.get("LOCALAPPDATA", Path.home())) / "metalstm" / "Cache"
+    return Path.home() / ".cache" / "metalstm"
+
+
+def fingerprint(parts: Iterable[Any]) -> str:
+    """Return 12 hex digits that change with any of ``parts`` (by their text)."""
+    digest = hashlib.sha256()
+    for part in parts:
+        digest.update(str(part).encode() + b"\0")
+    return digest.hexdigest()[:12]
+
+
+def cached(
+    path: Path, build: Callable[[], Mapping[str, np.ndarray]]
+) -> dict[str, np.ndarray]:
+    """Return the arrays stored at ``path``; build and store them if there are none.
+
+    A file that cannot be read whole is rebuilt, with a warning. Where the folder cannot
+    be written, the arrays are returned all the same, with a warning.
+    """
+    if path.exists():
+        try:
+            with np.load(path, allow_pickle=False) as stored:
+                return {name: stored[name] for name in stored.files}
+        except _UNREADABLE as error:
+            warnings.warn(
+                f"cache {path} is damaged ({type(error).__name__}: {error}); "
+                f"building it again",
+                RuntimeWarning,
+                stacklevel=2,
+            )
+    arrays = dict(build())
+    try:
+        _write(path, arrays)
+    except OSError as error:
+        warnings.warn(
+            f"cannot write cache {path} ({error}): the next run builds it again; "
+            f"set METALSTM_CACHE_DIR to a folder that can be written",
+            RuntimeWarning,
+            stacklevel=2,
+        )
+    return arrays
+
+
+def _write(path: Path, arrays: Mapping[str, np.ndarray]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    for left in path.parent.glob(f"{path.stem}.*.tmp"):  # by a process that was killed
+        with contextlib.suppress(OSError):
+            if time.time() - left.stat().st_mtime > _ABANDONED_AFTER:
+                left.unlink()
+    handle, temporary = tempfile.mkstemp(".tmp", f"{path.stem}.", path.parent)
+    try:
+        with os.fdopen(handle, "wb") as file:
+            np.savez(file, allow_pickle=False, **arrays)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            os.unlink(temporary)
+        raise
+
+
+def assemble(
+    name: str,
+    splits: Mapping[str, Split],
+    info: Mapping[str, Any],
+    digest: str | None = None,
+) -> Dataset:
+    """Move the three splits to the device as a `Dataset`."""
+    if digest is None:
+        digest = checksum(*(array for split in SPLITS for array in splits[split][:2]))
+    pools = {
+        split: make_pool(
+            splits[split].images, splits[split].counts, splits[split].groups
+        )
+        for split in SPLITS
+    }
+    return Dataset(
+        name=name,
+        class_names={split: tuple(splits[split].names) for split in SPLITS},
+        image_shape=tuple(splits["train"].images.shape[2:]),
+        checksum=digest,
+        info=dict(info),
+        **pools,
+    )
+
+
+def cached_dataset(
+    name: str,
+    path: Path,
+    build: Callable[[], tuple[Mapping[str, Split], Mapping[str, Any]]],
+) -> Dataset:
+    """`cached` for a whole data set: ``build`` returns its splits and its info."""
+
+    def to_arrays() -> dict[str, np.ndarray]:
+        splits, info = build()
+        arrays: dict[str, np.ndarray] = {}
+        names = {}
+        for split in SPLITS:
+            part = splits[split]
+            arrays[f"{split}.images"], arrays[f"{split}.counts"] = part[:2]
+            names[split] = part.names
+            if part.groups is not None:
+                arrays[f"{split}.groups"] = part.groups
+        digest = checksum(*(arrays[f"{s}.{a}"] for s in SPLITS for a in _HASHED))
+        meta = {"names": names, "info": dict(info), "checksum": digest}
+        return {"meta": np.array(json.dumps(meta)), **arrays}
+
+    arrays = cached(path, to_arrays)
+    meta = json.loads(arrays["meta"].item())
+    splits = {
+        split: Split(
+            # Popped, so that no more than one split is in memory twice.
+            arrays.pop(f"{split}.images"),
+            arrays.pop(f"{split}.counts"),
+            tuple(meta["names"][split]),
+            arrays.pop(f"{split}.groups", None),
+        )
+        for split in SPLITS
+    }
+    return assemble(name, splits, meta["info"], meta["checksum"])
+
+
+_HASHED = ("images", "counts")
