@@ -53,7 +53,7 @@ def unroll(
     Args:
       loss_fn: ``(params, stats, batch, key) -> (scalar loss, stats)``.
       tx: a bound rule; it is given ``params`` and the keyword ``value`` (the loss).
-      state: where to start; ``rule_state`` comes from ``tx.init(params)``.
+      state: where to start; ``rule_state=None`` stands for ``tx.init(params)``.
       batches: leading [num_steps], or None when ``loss_fn`` closes over its data (then
         it is called with ``batch=None``).
       num_steps: T, the number of updates.
@@ -65,8 +65,9 @@ def unroll(
         before every k-th update (truncated back-propagation through time).
       remat: recompute each step in the backward pass instead of storing it.
       coordinatewise: the promise of `UpdateRule.coordinatewise`. Together with
-        ``second_order=False`` the derivative is taken through a replay of the rule over
-        blocks of coordinates, which stays in cache; values do not change.
+        ``second_order=False`` and ``rule_state=None`` the derivative of theta_T is
+        taken through a replay of the rule over blocks of coordinates, which stays in
+        cache; values do not change. The final rule state is then a constant.
       observe: diagnostics of the state after each update, for ``Trace.observed``.
       key: a PRNG key; step t gets ``fold_in(key, t)``. None: ``loss_fn`` gets None.
       scan_unroll: iterations per trip of the `lax.scan`; on CPU a few steps run faster
@@ -87,8 +88,11 @@ def unroll(
                 "stack one batch for each step along the leading axis"
             )
 
-    blocked = coordinatewise and not second_order and state.params is not None
-    loop_tx = _without_derivative(tx, state) if blocked else tx
+    fresh = state.rule_state is None
+    blocked = coordinatewise and fresh and not second_order
+    if fresh:
+        state = state._replace(rule_state=tx.init(state.params))
+    loop_update = _without_derivative(tx) if blocked else tx.update
     cut_before = _cut_steps(num_steps, truncate_every)
 
     def step(carry: InnerState, xs):
@@ -102,7 +106,7 @@ def unroll(
         )
         if not second_order:
             loss, stats, grads = jax.tree.map(lax.stop_gradient, (loss, stats, grads))
-        updates, rule_state = loop_tx.update(
+        updates, rule_state = loop_update(
             grads, carry.rule_state, carry.params, value=loss
         )
         new = InnerState(optax.apply_updates(carry.params, updates), stats, rule_state)
@@ -119,7 +123,7 @@ def unroll(
     )
     if blocked:
         params, first_order = _replay(tx, state.params, grads, losses, cut_before)
-        final = final._replace(params=params)
+        final = final._replace(params=_with_gradient(final.params, params))
         losses = losses + first_order
     return final, Trace(losses, observed)
 
@@ -145,21 +149,26 @@ def _zero_with_gradient(grads: PyTree, params: PyTree) -> Array:
     return sum(jax.tree.leaves(terms), jnp.float32(0))
 
 
-def _without_derivative(tx, state: InnerState):
-    """``tx`` with the arrays it closes over (the rule's parameters) held constant."""
+def _with_gradient(values: PyTree, of: PyTree) -> PyTree:
+    """``values``, with the derivative of ``of``."""
+    return jax.tree.map(lambda v, x: v + (x - lax.stop_gradient(x)), values, of)
+
+
+def _without_derivative(tx) -> Callable:
+    """``tx.update`` with the arrays it closes over (the rule's parameters) constant."""
 
     def update(grads, rule_state, params, value):
-        return tx.update(grads, rule_state, params, value=value)
-
-    pure, closed_over = jax.closure_convert(
-        update, state.params, state.rule_state, state.params, jnp.float32(0)
-    )
-    constants = [lax.stop_gradient(x) for x in closed_over]
-
-    def constant_update(grads, rule_state, params=None, *, value):
+        pure, closed_over = jax.closure_convert(
+            lambda g, s, p, v: tx.update(g, s, p, value=v),
+            grads,
+            rule_state,
+            params,
+            value,
+        )
+        constants = [lax.stop_gradient(x) for x in closed_over]
         return pure(grads, rule_state, params, value, *constants)
 
-    return optax.GradientTransformationExtraArgs(tx.init, constant_update)
+    return update
 
 
 def _replay(tx, params: PyTree, grads: PyTree, losses: Array, cut_before: Array):

@@ -151,7 +151,7 @@ def learned_init(
         inner, trace = unroll(
             loss_fn,
             tx,
-            InnerState(state.params, stats, tx.init(state.params)),
+            InnerState(state.params, stats, None),
             batches,
             num_steps=steps,
             second_order=second_order,
