@@ -1,6 +1,7 @@
-"""The letters: no look-alikes, no script in two splits, support and query in two faces."""
+"""The letters: no look-alikes, no script in two splits, faces apart in an episode."""
 
 import unicodedata
+from itertools import chain
 
 import jax
 import numpy as np
@@ -36,7 +37,7 @@ def test_there_are_enough_classes_of_forty_images(letters):
 
 
 def test_no_script_is_in_two_splits_and_accents_are_gone(letters, codes):
-    every = sum(codes.values(), [])
+    every = [*chain(*codes.values())]
     assert len(set(every)) == len(every)
     for split, scripts in glyphs.SCRIPTS.items():
         assert all(unicodedata.name(chr(c)).startswith(scripts) for c in codes[split])
@@ -47,9 +48,9 @@ def test_no_script_is_in_two_splits_and_accents_are_gone(letters, codes):
     assert not [c for c in every if bases[c] != c and bases[c] in every]
 
 
-@pytest.mark.parametrize("family", ["AΑАᎪ", "oOοОоօ೦", "ʌɅΛ", "HНΗ", "sS", "xХχX×"])
+@pytest.mark.parametrize("family", ["AΑАᎪ", "oOοОоօ೦", "ʌɅΛ", "HНΗ", "sS", "xХX"])
 def test_look_alikes_are_one_class(codes, family):
-    every = sum(codes.values(), [])
+    every = [*chain(*codes.values())]
     assert len({ord(letter) for letter in family} & set(every)) <= 1
 
 

@@ -10,7 +10,9 @@ from metalstm.data.episodes import (
     sample_episodes,
     validate,
 )
+from metalstm.data.folders import load_image_folders, load_mini_imagenet
 from metalstm.data.glyphs import load_glyphs
+from metalstm.data.omniglot import load_omniglot
 from metalstm.data.pools import (
     IMAGENET,
     SPLITS,
@@ -20,7 +22,9 @@ from metalstm.data.pools import (
     checksum,
     make_pool,
 )
+from metalstm.data.splits import split_classes
 from metalstm.data.synthetic import ClusterSpec, SinusoidSpec
+from metalstm.data.tfds import load_tfds
 
 __all__ = [
     "IMAGENET",
@@ -37,8 +41,13 @@ __all__ = [
     "checksum",
     "episode_key",
     "load_glyphs",
+    "load_image_folders",
+    "load_mini_imagenet",
+    "load_omniglot",
+    "load_tfds",
     "make_pool",
     "sample_episode",
     "sample_episodes",
+    "split_classes",
     "validate",
 ]
