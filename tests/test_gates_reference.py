@@ -93,7 +93,7 @@ def library(rule, weights, task: Task, second_order: bool, coordinatewise: bool)
                 stats,
             ),
             optax.with_extra_args_support(tx),
-            InnerState(theta, {}, tx.init(theta)),
+            InnerState(theta, {}, None),
             num_steps=STEPS,
             second_order=second_order,
             coordinatewise=coordinatewise,

@@ -61,7 +61,7 @@ def norm_net(num_classes: int = WAY) -> Learner:
 
 
 def tanh_net(hidden: int = 5, num_classes: int = WAY, features: int = FEATURES):
-    """A learner without flax or statistics; `reference.TanhNet` is its transcription."""
+    """Neither flax nor statistics; `reference.TanhNet` is its transcription."""
 
     def init(key, x):
         del x

@@ -1,0 +1,330 @@
+"""The inner loop: what each switch does to values and to derivatives."""
+
+from __future__ import annotations
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+import tiny
+
+from metalstm import inner, rules
+from metalstm.inner import InnerState, unroll
+
+STEPS = 4
+SHAPES = {"a": (70, 61), "b": (33,)}  # 4,303 coordinates: blocks, and padding
+RULES = {
+    "gates": rules.lstm_gates(hidden_size=2),
+    "sgd": rules.learned_sgd(0.3, num_steps=3),
+}
+
+
+def make_weights(name: str):
+    weights = RULES[name].init(jax.random.key(1), theta_0())
+    if name == "gates":  # published weights hardly matter; f about 0.95, i about 0.3
+        weights = jax.tree.map(lambda leaf: 30 * leaf, weights)
+        weights["forget"]["bias"] = jnp.float32(3)
+        weights["input"]["bias"] = jnp.float32(-1)
+    return weights
+
+
+def theta_0():
+    rng = np.random.default_rng(0)
+    draw = lambda shape: jnp.asarray(rng.normal(size=shape), jnp.float32)  # noqa: E731
+    return {name: draw(shape) for name, shape in SHAPES.items()}
+
+
+def loss_fn(params, stats, batch, key):
+    """Smooth, not quadratic, and every coordinate counts; stats count the calls."""
+    del key
+    shift = 0.5 if batch is None else batch
+    terms = jax.tree.map(lambda p: jnp.sum(jnp.cosh(0.7 * (p - shift))), params)
+    return sum(jax.tree.leaves(terms)) / 5, stats + 1
+
+
+@functools.cache
+def outer_gradient(name: str = "gates", **options):
+    """(weights, theta, c, d) -> value of c.theta_T + d.losses and its gradients."""
+
+    def objective(weights, theta, c, d):
+        final, trace = unroll(
+            loss_fn,
+            RULES[name].bind(weights),
+            InnerState(theta, jnp.float32(0), None),
+            num_steps=STEPS,
+            **options,
+        )
+        dots = jax.tree.map(jnp.vdot, c, final.params)
+        value = sum(jax.tree.leaves(dots)) + d @ trace.losses
+        return value, (final.params, trace.losses)
+
+    return tiny.quick_jit(jax.value_and_grad(objective, (0, 1), has_aux=True))
+
+
+def run(name="gates", *, c=True, d=None, **options):
+    """Values and gradients with the given weights on theta_T and on the losses."""
+    theta = theta_0()
+    draw = lambda p: jnp.cos(jnp.arange(p.size)).reshape(p.shape) / 50  # noqa: E731
+    cotangent = jax.tree.map(lambda p: draw(p) * c, theta)
+    d = jnp.zeros(STEPS) if d is None else jnp.asarray(d, jnp.float32)
+    fn = outer_gradient(name, **options)
+    (_, values), grads = fn(make_weights(name), theta, cotangent, d)
+    return values, grads
+
+
+def largest(tree) -> float:
+    return max(float(np.abs(leaf).max()) for leaf in jax.tree.leaves(tree))
+
+
+FIRST = {"second_order": False}
+SECOND = {"second_order": True}
+BLOCKED = {"second_order": False, "coordinatewise": True}
+
+
+@pytest.mark.parametrize("name", RULES)
+def test_blocked_replay_equals_the_plain_path(name):
+    """Values, and gradients by rule and theta_0, of theta_T and of the losses."""
+    for weights in ({}, {"c": False, "d": [1, 2, -1, 0.5]}):
+        plain_values, plain_grads = run(name, **FIRST, **weights)
+        values, grads = run(name, **BLOCKED, **weights)
+        tiny.assert_equal(values, plain_values)
+        tiny.assert_close(grads, plain_grads, rtol=2e-4, atol=1e-5)
+        assert all(np.abs(leaf).max() > 1e-3 for leaf in jax.tree.leaves(grads[1]))
+
+
+def test_blocked_replay_is_in_the_program_only_where_it_may_be():
+    def primitives(**options):
+        fn = outer_gradient("sgd", **options)
+        args = (make_weights("sgd"), theta_0(), theta_0(), jnp.zeros(STEPS))
+        return str(fn.trace(*args).jaxpr).count("scan[")
+
+    assert primitives(**BLOCKED) > primitives(**FIRST)
+    assert primitives(second_order=True, coordinatewise=True) == primitives(**SECOND)
+
+
+def test_second_order_changes_the_gradient_and_not_the_values():
+    first_values, first = run(**FIRST)
+    second_values, second = run(**SECOND)
+    tiny.assert_close(first_values, second_values)
+    assert tiny.max_difference(first[1], second[1]) > 1e-3
+    assert tiny.max_difference(first[0], second[0]) > 1e-3
+
+
+@pytest.mark.parametrize("mode", [FIRST, SECOND, BLOCKED], ids=["1", "2", "blocked"])
+def test_truncation_cuts_exactly_the_gradient_across_segments(mode):
+    cut = mode | {"truncate_every": 2}
+    whole_values, _ = run(**mode)
+    values, grads = run(**cut)
+    tiny.assert_equal(values, whole_values)
+    # theta_T lies behind the cut: theta_0 gets nothing, the rule what its last two
+    # updates did
+    assert largest(grads[1]) == 0
+    assert tiny.max_difference(grads[0], run(**mode)[1][0]) > 1e-4
+    assert largest(grads[0]) > 1e-3
+
+    for t in range(STEPS):
+        row = {"c": False, "d": np.eye(STEPS)[t]}
+        whole, with_cut = run(**mode, **row)[1], run(**cut, **row)[1]
+        if t < 2:  # before the cut nothing changes
+            tiny.assert_close(with_cut, whole, rtol=1e-4, atol=1e-6)
+        else:
+            assert largest(with_cut[1]) == 0
+    # the first loss behind the cut is not the rule's doing
+    after = run(**cut, c=False, d=np.eye(STEPS)[2])[1]
+    assert largest(after) == 0
+
+
+def test_remat_shows_in_the_program_and_changes_no_gradient():
+    """Where there is something to store: blocked, the loop has no derivative."""
+    mode, weights = SECOND, {"d": [1, 0, 2, 1]}
+    plain, remat = run(**mode, **weights), run(**mode, **weights, remat=True)
+    tiny.assert_close(remat, plain, rtol=1e-5)
+    args = (make_weights("gates"), theta_0(), theta_0(), jnp.zeros(STEPS))
+
+    def checkpoints(**options):
+        jaxpr = outer_gradient("gates", **options).trace(*args).jaxpr
+        return str(jaxpr).count("prevent_cse=False")
+
+    assert checkpoints(**mode, remat=True) > checkpoints(**mode)
+
+
+def sgd_losses(rate, theta, **options):
+    """Losses of SGD on a quadratic of curvature 3 in x and 1 in y."""
+
+    def quadratic(params, stats, batch, key):
+        return 0.5 * jnp.sum(jnp.array([3.0, 1.0]) * params**2), stats
+
+    tx = optax.with_extra_args_support(optax.sgd(rate))
+    state = InnerState(theta, (), None)
+    final, trace = unroll(quadratic, tx, state, num_steps=3, **options)
+    return trace.losses, final.params
+
+
+def test_derivatives_of_the_losses_in_closed_form():
+    """First order: dL_t is g_t by theta_0, and -g_t . sum of g_s by the rate."""
+    rate, theta = 0.1, jnp.array([1.0, -2.0])
+    curvature = np.array([3.0, 1.0])
+    thetas = [theta * (1 - rate * curvature) ** t for t in range(4)]
+    gradients = [curvature * thetas[t] for t in range(3)]
+
+    jacobian = jax.jacrev(functools.partial(sgd_losses, second_order=False), (0, 1))
+    (by_rate, by_theta), final_by = tiny.quick_jit(jacobian)(rate, theta)
+    np.testing.assert_allclose(by_theta, gradients, rtol=1e-6)
+    expected = [-gradients[t] @ sum(gradients[:t], 0 * theta) for t in range(3)]
+    np.testing.assert_allclose(by_rate, expected, rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(final_by[1], np.eye(2), atol=1e-7)
+
+    jacobian = jax.jacrev(functools.partial(sgd_losses, second_order=True), (0, 1))
+    (_, by_theta), final_by = tiny.quick_jit(jacobian)(rate, theta)
+    shrink = [(1 - rate * curvature) ** t for t in range(4)]
+    expected = [gradients[t] * shrink[t] for t in range(3)]
+    np.testing.assert_allclose(by_theta, expected, rtol=1e-5)
+    np.testing.assert_allclose(final_by[1], np.diag(shrink[3]), atol=1e-6)
+
+
+def test_statistics_minibatches_keys_and_what_is_observed():
+    key = jax.random.key(3)
+    batches = jnp.arange(3.0)
+
+    def noisy(params, stats, batch, key):
+        return params * batch + jax.random.uniform(key), stats + batch
+
+    tx = optax.with_extra_args_support(optax.sgd(0.5))
+    final, trace = unroll(
+        noisy,
+        tx,
+        InnerState(jnp.float32(1), jnp.float32(0), tx.init(0.0)),
+        batches,
+        num_steps=3,
+        second_order=False,
+        key=key,
+        observe=lambda state: (state.params, state.stats),
+    )
+    # the gradient is the batch, so theta goes 1, 1, 0.5, -0.5
+    noise = [float(jax.random.uniform(jax.random.fold_in(key, t))) for t in range(3)]
+    np.testing.assert_allclose(trace.losses, np.add([0, 1, 1], noise), rtol=1e-6)
+    np.testing.assert_allclose(trace.observed[0], [1, 0.5, -0.5])
+    np.testing.assert_allclose(trace.observed[1], [0, 1, 3])
+    assert final.params == -0.5
+    assert final.stats == 3
+
+
+def test_without_key_and_batches_the_loss_gets_none():
+    seen = []
+
+    def watching(params, stats, batch, key):
+        seen.append((batch, key))
+        return params**2, stats
+
+    tx = optax.with_extra_args_support(optax.sgd(0.5))
+    unroll(watching, tx, InnerState(1.0, (), None), num_steps=1, second_order=False)
+    assert seen == [(None, None)]
+
+
+@pytest.mark.parametrize("mode", [FIRST, SECOND, BLOCKED], ids=["1", "2", "blocked"])
+def test_a_given_rule_state_is_gone_on_with(mode):
+    """Two windows are one unroll, for a rule that remembers."""
+    rule, weights = RULES["gates"], make_weights("gates")
+    tx = rule.bind(weights)
+
+    def window(state, num_steps):
+        return unroll(loss_fn, tx, state, num_steps=num_steps, **mode)[0]
+
+    window = tiny.quick_jit(window, static_argnums=1)
+    start = InnerState(theta_0(), jnp.float32(0), tx.init(theta_0()))
+    halfway = window(start, 2)
+    tiny.assert_close(window(halfway, 2), window(start, 4))
+    fresh = window(halfway._replace(rule_state=None), 2)
+    assert tiny.max_difference(fresh.params, window(start, 4).params) > 1e-4
+
+
+def test_mixed_precision_leaves_round_alike_in_blocks():
+    theta = {"half": jnp.ones(5, jnp.bfloat16), "single": jnp.ones(3)}
+    weights = make_weights("gates")
+
+    def final_params(coordinatewise):
+        state = InnerState(theta, jnp.float32(0), None)
+        return unroll(
+            loss_fn,
+            RULES["gates"].bind(weights),
+            state,
+            num_steps=3,
+            second_order=False,
+            coordinatewise=coordinatewise,
+        )[0].params
+
+    plain, blocked = final_params(False), final_params(True)
+    assert blocked["half"].dtype == jnp.bfloat16
+    tiny.assert_equal(blocked, plain)
+
+
+def test_the_blocked_gradient_maps_over_tasks_and_can_be_differentiated_again():
+    """Under vmap: forward over reverse = reverse over reverse = the plain path's."""
+    rule = rules.lstm_gates(hidden_size=1)
+    thetas = {"w": jnp.linspace(-1, 1, 6).reshape(2, 3)}
+    weights = jax.tree.map(
+        lambda leaf: 20 * leaf, rule.init(jax.random.key(0), {"w": thetas["w"][0]})
+    )
+
+    def gradient(weights, theta, options):
+        def objective(weights):
+            state = InnerState(theta, jnp.float32(0), None)
+            final, _ = unroll(
+                loss_fn, rule.bind(weights), state, num_steps=2, **options
+            )
+            return jnp.sum(jnp.sin(final.params["w"]))
+
+        return jax.grad(objective)(weights)
+
+    def forward(theta, options):
+        fn = functools.partial(gradient, theta=theta, options=options)
+        return jax.jvp(fn, (weights,), (weights,))
+
+    def reverse(theta, options):
+        return jax.grad(lambda w: _dot(gradient(w, theta, options), weights))(weights)
+
+    @tiny.quick_jit
+    def everything(thetas):
+        return (
+            jax.vmap(lambda theta: forward(theta, BLOCKED))(thetas),
+            jax.vmap(lambda theta: reverse(theta, BLOCKED))(thetas),
+            forward({"w": thetas["w"][1]}, FIRST),
+        )
+
+    blocked, blocked_reverse, plain = everything(thetas)
+    second_task = jax.tree.map(lambda leaf: leaf[1], blocked)
+    tiny.assert_close(blocked[1], blocked_reverse, rtol=1e-3, atol=1e-6)
+    tiny.assert_close(second_task, plain, rtol=1e-3, atol=1e-6)
+
+
+def _dot(a, b):
+    return sum(jax.tree.leaves(jax.tree.map(jnp.vdot, a, b)))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"num_steps": 0}, r"num_steps=0: choose at least 1"),
+        ({"num_steps": 2, "truncate_every": 0}, r"truncate_every=0: choose at least 1"),
+        (
+            {"num_steps": 2, "batches": jnp.zeros((3, 1))},
+            r"shape \(3, 1\) but num_steps=2: stack one batch for each step",
+        ),
+    ],
+)
+def test_wrong_arguments_are_refused(options, message):
+    tx = optax.with_extra_args_support(optax.sgd(0.1))
+    with pytest.raises(ValueError, match=message):
+        unroll(loss_fn, tx, InnerState(1.0, 0, None), second_order=False, **options)
+
+
+def test_second_order_has_no_default():
+    with pytest.raises(TypeError, match="second_order"):
+        unroll(loss_fn, optax.sgd(0.1), InnerState(1.0, 0, None), num_steps=1)
+
+
+def test_the_block_is_smaller_than_the_tests_parameters():
+    assert sum(np.prod(shape) for shape in SHAPES.values()) > 2 * inner._BLOCK
