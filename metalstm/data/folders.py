@@ -197,7 +197,7 @@ def _check_counts(counts: Mapping[str, int], min_images: int) -> None:
     for name, count in counts.items():
         if count < min_images:
             raise ValueError(
-                f"class {name!r} has {count} images, min_images={min_images} are needed; "
+                f"class {name!r} has {count} images, at least {min_images} are needed; "
                 f"add images or move the class out of the folder"
             )
 

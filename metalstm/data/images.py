@@ -51,12 +51,15 @@ def decode_files(
 
 
 def _fit(image: Any, size: int) -> Any:
-    """Resize a Pillow image: the middle square, anti-aliased."""
+    """Resize the middle square of a Pillow image, anti-aliased."""
     if image.size == (size, size):
         return image
-    from PIL import ImageOps
-
-    return ImageOps.fit(image, (size, size), _pillow().Resampling.BILINEAR)
+    width, height = image.size
+    side = min(width, height)
+    left, top = (width - side) // 2, (height - side) // 2
+    # Cut first: the filter would reach beyond the square.
+    square = image.crop((left, top, left + side, top + side))
+    return square.resize((size, size), _pillow().Resampling.BILINEAR)
 
 
 def _pillow() -> Any:
