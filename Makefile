@@ -42,7 +42,7 @@ test: $(VENV)/.installed-dev
 	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile $(ARGS)
 
 bench: $(VENV)/.installed-experiments
-	$(BIN)/python -m benchmarks $(ARGS)
+	$(BIN)/python -m benchmarks.episodes $(ARGS)
 
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff format --check

@@ -16,7 +16,7 @@ ROOT = Path(__file__).parents[1]
 LAYERS = (
     {"base"},
     {"convolution"},
-    {"networks"},
+    {"heads", "networks"},
     {"inner", "learners", "rules", "data", "checkpoints", "distributed", "plots"},
     {"algorithms"},
     {"evaluation"},

@@ -1,0 +1,267 @@
+"""Train every method, test all on the same episodes, print, draw, write results."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+import metalstm
+from experiments import meta_testing, report
+from experiments.config import Config, to_json, with_flags
+from experiments.meta_training import (
+    Programs,
+    Trained,
+    curves,
+    make_programs,
+    meta_train,
+)
+from experiments.methods import method_specs
+from experiments.run_folder import Metrics, write_json
+from experiments.sources import Source
+from metalstm import plots
+from metalstm.base import PyTree
+
+Results = dict[str, Any]
+
+
+def run_seed(
+    config: Config,
+    source: Source,
+    folder: Path,
+    programs: dict[str, Programs] | None = None,
+) -> Results:
+    """One seed, one folder. ``programs`` keeps what is compiled for the next seed."""
+    specs = method_specs(config)
+    write_config(config, source, folder)
+    programs = {} if programs is None else programs
+    for name, spec in specs.items():
+        programs.setdefault(name, make_programs(spec, config, source))
+    metrics = Metrics(folder, tensorboard=config.run.tensorboard)
+    try:
+        found = _learn(config, source, folder, programs, metrics)
+    finally:
+        metrics.close()
+    results = _test(config, source, folder, programs, found)
+    files = ["results.json", *_draw(config, source, folder, programs, found, results)]
+    write_json(folder / "results.json", results)
+    print(report.ending(folder, files), flush=True)
+    return results
+
+
+def run_seeds(config: Config, source: Source, folder: Path) -> Results:
+    """Repeat with several seeds of meta-training, and aggregate over them."""
+    programs: dict[str, Programs] = {}
+    write_config(config, source, folder)
+    per_seed = {}
+    for seed in range(config.run.seed, config.run.seed + config.run.seeds):
+        print(f"seed {seed}")
+        own = with_flags(config, seed=seed, seeds=1)
+        per_seed[seed] = run_seed(own, source, folder / f"seed-{seed}", programs)
+    rows: list[dict[str, Any]] = []
+    methods: dict[str, Any] = {}
+    for name in config.methods.algorithms:
+        means = [r["methods"][name]["accuracy"] for r in per_seed.values()]
+        mean, ci95 = meta_testing.over_seeds(means)
+        methods[name] = {"accuracy": mean, "ci95": ci95, "accuracies": means}
+        first = [
+            r["methods"][config.methods.algorithms[0]]["accuracy"]
+            for r in per_seed.values()
+        ]
+        difference = None
+        if rows:
+            difference = meta_testing.over_seeds(np.subtract(means, first).tolist())
+        learned = next(iter(per_seed.values()))["methods"][name]["learned_parameters"]
+        row = {"name": name, "mean": mean, "ci95": ci95, "learned": learned}
+        rows.append(row | {"difference": difference})
+    caption = f"mean over {len(per_seed)} meta-training seeds, 95% CI over seeds"
+    print(report.table(rows, caption=caption))
+    results = {"seeds": list(per_seed), "ci95_over": "seeds", "methods": methods}
+    write_json(folder / "results.json", results)
+    figure = _learning_curves(config, [folder / f"seed-{seed}" for seed in per_seed])
+    name = report.save_figure(figure, folder / "learning_curve.png")
+    print(report.ending(folder, ["results.json", name]), flush=True)
+    return results
+
+
+def write_config(config: Config, source: Source, folder: Path) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    document = {
+        "config": to_json(config),
+        "methods": method_specs(config),
+        "data": source.describe(),
+        "versions": report.versions(),
+    }
+    write_json(folder / "config.json", document)
+
+
+class _Found(dict[str, PyTree]):
+    """Meta-parameters by method, with how they were found."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.trained: dict[str, Trained] = {}
+        self.tuned: dict[str, meta_testing.Tuned] = {}
+
+
+def _learn(
+    config: Config,
+    source: Source,
+    folder: Path,
+    programs: Mapping[str, Programs],
+    metrics: Metrics,
+) -> _Found:
+    found = _Found()
+    names = config.methods.algorithms
+    for name in (n for n in names if programs[n].algorithm.trainable):
+        trained = meta_train(name, programs[name], config, source, folder, metrics)
+        found.trained[name], found[name] = trained, trained.params
+        print(
+            f"{name}, best on validation: episode {trained.best_episode:,} "
+            f"({100 * trained.best_mean:.1f} ± {100 * trained.best_ci95:.1f}%)",
+            flush=True,
+        )
+    for name in (n for n in names if not programs[n].algorithm.trainable):
+        algorithm, evaluate = programs[name].algorithm, programs[name].evaluate
+        params = meta_testing.untrained_params(name, algorithm, config, source, found)
+        if name in meta_testing.RATE_GRIDS:
+            tuned = meta_testing.tune_rate(name, params, evaluate, config, source)
+            params, found.tuned[name] = tuned.params, tuned
+            print(f"{name}, best rate on validation: {tuned.rate:.3g}", flush=True)
+            meta_testing.save_best(folder, name, params, rate=tuned.rate)
+        found[name] = params
+    return found
+
+
+def _test(
+    config: Config,
+    source: Source,
+    folder: Path,
+    programs: Mapping[str, Programs],
+    found: _Found,
+) -> Results:
+    evaluations: dict[str, metalstm.Evaluation] = {}
+    methods: dict[str, Any] = {}
+    rows = []
+    specs = method_specs(config)
+    for name in config.methods.algorithms:
+        begun = time.monotonic()
+        evaluation = programs[name].evaluate(
+            found[name],
+            source.dataset.test,
+            num_episodes=config.test.test_episodes,
+            seed=config.test.test_seed,
+        )
+        seconds = time.monotonic() - begun
+        learned = meta_testing.count_parameters(found[name], specs[name])
+        difference = None
+        if evaluations:
+            first = next(iter(evaluations.values()))
+            difference = metalstm.paired_difference(evaluation, first)
+        evaluations[name] = evaluation
+        methods[name] = {
+            "accuracy": evaluation.mean,
+            "ci95": evaluation.ci95,
+            "episodes": len(evaluation.accuracies),
+            "batch_norm": evaluation.query_norm,
+            "split": evaluation.split,
+            "seed": config.run.seed,
+            "test_seed": evaluation.seed,
+            "paired_difference_to_first": difference,
+            "learned_parameters": learned,
+            "wall_seconds": round(seconds, 3),
+            "episodes_per_second": round(len(evaluation.accuracies) / seconds, 3),
+            "meta_training": _meta_training(found, name),
+        }
+        row = {"name": name, "mean": evaluation.mean, "ci95": evaluation.ci95}
+        rows.append(row | {"difference": difference, "learned": learned})
+    episodes = config.test.test_episodes
+    caption = f"meta-test, the same {episodes} episodes for every method"
+    print(report.table(rows, caption=caption), flush=True)
+    arrays: dict[str, Any] = {n: e.accuracies for n, e in evaluations.items()}
+    np.savez(folder / "accuracies.npz", **arrays)
+    return {
+        "dataset": source.describe(),
+        "way": config.data.way,
+        "shot": config.data.shot,
+        "versions": report.versions(),
+        "device": jax.devices()[0].device_kind,
+        "methods": methods,
+    }
+
+
+def _meta_training(found: _Found, name: str) -> dict[str, Any] | None:
+    if name in found.tuned:
+        tuned = found.tuned[name]
+        return {
+            "rate": tuned.rate,
+            "tried": {str(k): v for k, v in tuned.tried.items()},
+        }
+    if name not in found.trained:
+        return None
+    trained = found.trained[name]
+    speed = trained.episodes_per_second
+    return {
+        "episodes": trained.episodes,
+        "wall_seconds": round(trained.seconds, 3),
+        "episodes_per_second": round(speed, 3) if math.isfinite(speed) else None,
+        "best_episode": trained.best_episode,
+        "validation_accuracy": trained.best_mean,
+    }
+
+
+def _draw(
+    config: Config,
+    source: Source,
+    folder: Path,
+    programs: Mapping[str, Programs],
+    found: _Found,
+    results: Results,
+) -> list[str]:
+    """Draw what applies, add what the gates did to the results; return file names."""
+    files = []
+    if found.trained:
+        figure = _learning_curves(config, [folder])
+        files.append(report.save_figure(figure, folder / "learning_curve.png"))
+    if "meta-lstm" in found:
+        algorithm = programs["meta-lstm"].algorithm
+        gates = meta_testing.observe_gates(algorithm, found["meta-lstm"], source)
+        if gates is not None:
+            summary = gates.summary()
+            results["methods"]["meta-lstm"]["gates"] = summary
+            print(report.gate_line(summary), flush=True)
+            figure = plots.gate_curves(gates.forget, gates.input, gates.layers)
+            files.append(report.save_figure(figure, folder / "gates.png"))
+    name, spec = next(iter(method_specs(config).items()))
+    picture = meta_testing.one_episode(
+        spec, programs[name].algorithm, found[name], source
+    )
+    if picture is not None:
+        figure = plots.episode_picture(*picture)
+        files.append(report.save_figure(figure, folder / "episode.png"))
+    bars = {n: (r["accuracy"], r["ci95"]) for n, r in results["methods"].items()}
+    chance = 1 / config.data.way
+    figure = plots.accuracy_bars(bars, chance=chance, title=folder.name)
+    files.append(report.save_figure(figure, folder / "accuracy.png"))
+    return files
+
+
+def _learning_curves(config: Config, folders: list[Path]) -> Any:
+    rows = [Metrics(folder).read() for folder in folders]
+    names = dict.fromkeys(row["method"] for of_seed in rows for row in of_seed)
+
+    def by_method(kind: str, value: str) -> dict[str, list[plots.Curve]]:
+        return {n: [curves(r, n, kind, value) for r in rows] for n in names}
+
+    return plots.learning_curves(
+        by_method("train", "loss"),
+        by_method("train", "accuracy"),
+        by_method("validation", "accuracy"),
+        title=f"{config.data.dataset}, {config.data.way}-way {config.data.shot}-shot",
+        chance=1 / config.data.way,
+    )

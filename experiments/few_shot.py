@@ -1,0 +1,96 @@
+"""Learn to learn from few examples: the Meta-LSTM and its baselines in one table.
+
+Claim: a learned update rule with a learned start adapts to new classes from a few
+images, above fixed rules and floors (Ravi & Larochelle, ICLR 2017; Finn et al., 2017).
+
+    python -m experiments.few_shot                          # letters, no download
+    python -m experiments.few_shot --preset omniglot-1shot --data-dir DIR
+    python -m experiments.few_shot --preset ravi-5shot --data-dir DIR
+    python -m experiments.few_shot --evaluate RUN --query-norm all
+
+docs/results/ has the tables, with the commands, the hardware and the time they took.
+"""
+
+from __future__ import annotations
+
+import sys
+import traceback
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from experiments.config import Config, as_flags, parse
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line; return the exit status: 2 for a mistake, 130 for Ctrl-C."""
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    debug = "--debug" in arguments
+    folder: Path | None = None
+    try:
+        config = parse(arguments)
+        if config.run.evaluate is not None:
+            from experiments.reevaluation import reevaluate
+
+            reevaluate(config)
+            return 0
+        from experiments.run_folder import choose_folder
+
+        folder = choose_folder(config)
+        return _run(config, folder)
+    except KeyboardInterrupt:
+        print("\nstopped at once; what was saved is kept", file=sys.stderr)
+        if folder is not None and (folder / "config.json").exists():
+            print(how_to_go_on(folder), file=sys.stderr)
+        return 130
+    except (ArithmeticError, ImportError, OSError, ValueError) as error:
+        # what the library raises for bad input; anything else is a bug, and shows
+        if debug:
+            traceback.print_exc()
+        else:
+            print(f"error: {as_flags(str(error))}", file=sys.stderr)
+        return 2
+
+
+def _run(config: Config, folder: Path) -> int:
+    from experiments.run_folder import locked, refuse_other_runs
+
+    refuse_other_runs(folder, config)
+    if config.run.tensorboard:
+        require_tensorboard()
+    from experiments.comparison import run_seed, run_seeds
+    from experiments.meta_training import Interrupted
+    from experiments.report import header
+    from experiments.sources import load_source
+
+    source = load_source(config)
+    print(header(config, source), flush=True)
+    with locked(folder):
+        try:
+            if config.run.seeds == 1:
+                run_seed(config, source, folder)
+            else:
+                run_seeds(config, source, folder)
+        except Interrupted:
+            print(f"stopped and saved; {how_to_go_on(folder)}")
+            return 130
+    return 0
+
+
+def how_to_go_on(folder: Path) -> str:
+    return f"to go on: python -m experiments.few_shot --resume {folder}"
+
+
+def require_tensorboard() -> None:
+    try:
+        import tensorboardX  # noqa: F401
+    except ImportError:
+        raise ImportError(
+            "--tensorboard needs tensorboardX: pip install 'metalstm[tensorboard]'"
+        ) from None
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,139 @@
+"""From flags to the JSON specs that `metalstm.runs` builds methods from."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from experiments.config import HAND_MADE, Config
+
+Spec = dict[str, Any]
+
+# Rates that tuning starts from; the grid grows by itself when the best is at its edge.
+RATE_GRIDS = {
+    "sgd": (0.003, 0.01, 0.03, 0.1, 0.3, 1.0),
+    "momentum": (0.001, 0.003, 0.01, 0.03, 0.1, 0.3),
+    "adagrad": (0.001, 0.003, 0.01, 0.03, 0.1),
+    "adadelta": (0.3, 1.0, 3.0, 10.0, 30.0),
+    "adam": (0.0003, 0.001, 0.003, 0.01, 0.03),
+    "scratch": (0.01, 0.03, 0.1, 0.3, 1.0),
+}
+
+
+def method_specs(config: Config) -> dict[str, Spec]:
+    """One spec a method, in the order of --algorithms."""
+    return {name: _spec(name, config) for name in config.methods.algorithms}
+
+
+def _spec(name: str, config: Config) -> Spec:
+    way = config.data.way
+    if name == "nearest-neighbour":
+        return {"algorithm": {"name": "nearest_neighbour"}, "way": way}
+    spec: Spec = {"learner": _learner(config), "way": way}
+    inner = _inner_loop(config)
+    second = {"second_order": config.methods.order == "second"}
+    rate = config.methods.inner_rate
+    if name == "prototypical":
+        options: Spec = {"train_way": config.methods.train_way or way}
+        options |= {"train_queries": config.data.train_queries}
+        spec["algorithm"] = {"name": name, "options": options}
+    elif name == "meta-lstm":
+        spec["rule"] = {"name": "lstm_gates", "options": _gates(config)}
+        options = inner | second | {"learn_init": not config.methods.draw_init}
+        options["support_stats"] = config.methods.support_stats or "moving"
+        if config.methods.gradient_scale == "batch":
+            options["gradient_scale"] = "1/batch"
+        else:
+            options["gradient_scale"] = 1.0
+        spec["algorithm"] = {"name": "meta_lstm", "options": options}
+    elif name == "learned-sgd":
+        steps = max(config.methods.steps, config.methods.test_steps or 0)
+        options = {"rate": rate, "per": "tensor", "num_steps": steps}
+        spec["rule"] = {"name": "learned_sgd", "options": options}
+        spec["algorithm"] = {"name": "learned_init", "options": inner | second}
+    elif name in ("maml", "fomaml", "meta-sgd"):
+        start = [rate, rate] if name == "meta-sgd" else rate
+        options = inner | {"rate": start}
+        spec["algorithm"] = {"name": name.replace("-", "_"), "options": options}
+    elif name in HAND_MADE:
+        spec["rule"] = _optimizer(name)
+        fixed = {"second_order": False, "trainable": False}
+        spec["algorithm"] = {"name": "learned_init", "options": inner | fixed}
+    elif name == "scratch":
+        spec["rule"] = _optimizer("sgd")
+        options = {"num_steps": config.methods.scratch_steps}
+        if config.methods.query_norm != "frozen":  # nothing is gathered here
+            options["query_norm"] = config.methods.query_norm
+        spec["algorithm"] = {"name": "from_scratch", "options": options}
+    return spec
+
+
+def _learner(config: Config) -> Spec:
+    spec = _body(config)
+    return spec | {"tied_head": True} if config.learner.tied_head else spec
+
+
+def _body(config: Config) -> Spec:
+    options = config.learner
+    shared = {
+        "norm": options.norm,
+        "scale_init": options.scale_init,
+        "initializer": options.initializer,
+        "zero_head": options.zero_head,
+        "momentum": options.norm_momentum,
+    }
+    if options.learner == "mlp":
+        kept = {name: shared[name] for name in ("initializer", "zero_head")}
+        return {"name": "mlp", "options": kept | {"widths": list(options.widths)}}
+    if options.learner == "resnet12":
+        first = options.filters
+        widths = [first, first * 5 // 2, first * 5, first * 10]
+        return {"name": "resnet12", "options": shared | {"widths": widths}}
+    own = {
+        "filters": options.filters,
+        "num_blocks": options.blocks,
+        "downsample": "stride" if options.strided else "max_pool",
+    }
+    return {"name": "conv4", "options": shared | own}
+
+
+def _inner_loop(config: Config) -> dict[str, Any]:
+    methods = config.methods
+    options: dict[str, Any] = {
+        "num_steps": methods.steps,
+        "num_test_steps": methods.test_steps,
+        "query_norm": methods.query_norm,
+        "train_query_norm": methods.train_query_norm,
+        "support_stats": methods.support_stats or "final",
+        "batch_size": methods.support_batch,
+        "train_queries": config.data.train_queries,
+    }
+    if config.learner.tied_head:
+        options["train_way"] = methods.train_way or config.data.way
+    if methods.task_mapping is not None:
+        options["task_mapping"] = methods.task_mapping
+    return options
+
+
+def _gates(config: Config) -> dict[str, Any]:
+    rule = config.rule
+    return {
+        "hidden_size": rule.hidden,
+        "variant": rule.variant,
+        "forget": rule.forget,
+        "input": rule.input,
+        "loss_input": rule.loss_input,
+        "theta_input": rule.theta_input,
+        "carry_input": rule.carry_input,
+        "feature_gradient": rule.features,
+        "forget_bias": list(rule.forget_bias),
+        "input_bias": list(rule.input_bias),
+        "bias_per": rule.bias_per,
+        "num_bias_steps": max(config.methods.steps, config.methods.test_steps or 0),
+    }
+
+
+def _optimizer(name: str) -> Spec:
+    options: dict[str, Any] = {"learning_rate": 0.01}
+    if name == "momentum":
+        options["momentum"] = 0.9
+    return {"name": name, "options": options}

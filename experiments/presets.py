@@ -1,0 +1,140 @@
+"""Named recipes: published ones, and ours. A preset is a set of flags.
+
+What a preset does not name keeps the flag's default.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from experiments.config import Config, _did_you_mean, with_flags
+
+# Ravi & Larochelle (ICLR 2017), the authors' code. Conv4-32 on 84x84 divided by 255;
+# hidden 20; first order; one episode a meta-step; Adam 1e-3, clipping 0.25.
+_RAVI: dict[str, Any] = {
+    "dataset": "mini-imagenet",
+    "filters": 32,
+    "scale_init": "uniform",
+    "algorithms": ("meta-lstm",),
+    "order": "first",
+    "gradient_scale": "batch",
+    "hidden": 20,
+    "meta_batch": 1,
+    "learning_rate": 1e-3,
+    "clip": 0.25,
+    "validate_every": 1_000,
+    "validation_episodes": 100,
+    "test_episodes": 600,
+}
+# Finn et al. (ICML 2017). Their batch norm is transductive, in training and in test.
+_MAML: dict[str, Any] = {
+    "algorithms": ("maml", "fomaml"),
+    "query_norm": "transductive",
+    "learning_rate": 1e-3,
+    "clip": 0.0,
+    "initializer": "flax",
+}
+# Settings of ours for Omniglot, held-out alphabets, inductive.
+_OMNIGLOT: dict[str, Any] = {
+    "dataset": "omniglot",
+    "way": 5,
+    "rotations": True,
+    "augment": "shift",
+    "filters": 32,
+    "strided": True,
+    "algorithms": ("meta-lstm", "maml", "fomaml"),
+    "steps": 3,
+    "order": "second",
+    "gradient_scale": "one",
+    "support_stats": "final",
+    "hidden": 4,
+    "input_bias": (-1.0, -0.7),
+    "inner_rate": 0.4,
+    "train_queries": 5,
+    "meta_batch": 16,
+    "schedule": "cosine",
+    "episodes": 96_000,
+    "validate_every": 4_000,
+    "save_every": 4_000,
+}
+
+PRESETS: dict[str, dict[str, Any]] = {
+    "demo": {
+        "dataset": "glyphs",
+        "way": 5,
+        "shot": 1,
+        "filters": 16,
+        "strided": True,
+        "algorithms": ("meta-lstm", "maml", "scratch", "nearest-neighbour"),
+        "steps": 3,
+        "order": "second",
+        "gradient_scale": "one",
+        "support_stats": "final",
+        "hidden": 4,
+        "input_bias": (-1.0, -0.7),
+        "inner_rate": 0.4,
+        "train_queries": 5,
+        "meta_batch": 4,
+        "episodes": 2_000,
+        "validate_every": 400,
+        "validation_episodes": 100,
+        "save_every": 400,
+        "scratch_steps": 30,
+    },
+    "ravi-1shot": _RAVI
+    | {
+        "shot": 1,
+        "steps": 12,
+        "norm_momentum": 0.1,
+        "episodes": 75_000,
+    },
+    "ravi-5shot": _RAVI
+    | {
+        "shot": 5,
+        "steps": 8,
+        "norm_momentum": 0.05,
+        "episodes": 50_000,
+    },
+    "maml-omniglot": _MAML
+    | {
+        "dataset": "omniglot",
+        "split": "characters",
+        "rotations": True,
+        "shot": 1,
+        "queries": 1,
+        "filters": 64,
+        "strided": True,
+        "steps": 1,
+        "test_steps": 3,
+        "inner_rate": 0.4,
+        "meta_batch": 32,
+        "episodes": 32 * 60_000,
+        "validate_every": 16_000,
+        "save_every": 16_000,
+    },
+    "maml-mini-imagenet": _MAML
+    | {
+        "dataset": "mini-imagenet",
+        "shot": 1,
+        "queries": 15,
+        "filters": 32,
+        "steps": 5,
+        "test_steps": 10,
+        "inner_rate": 0.01,
+        "meta_batch": 4,
+        "episodes": 4 * 60_000,
+    },
+    "omniglot-1shot": _OMNIGLOT | {"shot": 1},
+    "omniglot-5shot": _OMNIGLOT | {"shot": 5},
+}
+
+
+def preset(name: str) -> Config:
+    """Return the config of a named recipe.
+
+    Raises:
+      ValueError: there is no such preset.
+    """
+    if name not in PRESETS:
+        raise ValueError(f"--preset {name}: {_did_you_mean(name, PRESETS)}")
+    return with_flags(Config(), preset=name, **PRESETS[name])

@@ -1,0 +1,110 @@
+"""The data set that the flags name, and the specs of its episodes."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from typing import Any, NamedTuple
+
+from experiments.config import Config
+from metalstm import data
+from metalstm.data import Dataset, EpisodeSpec
+
+
+class Source(NamedTuple):
+    dataset: Dataset
+    train: EpisodeSpec
+    test: EpisodeSpec
+
+    def describe(self) -> dict[str, Any]:
+        """What config.json and results.json keep of it."""
+        normalise = self.test.normalise
+        return {
+            "name": self.dataset.name,
+            "image_shape": list(self.dataset.image_shape),
+            "checksum": self.dataset.checksum,
+            "classes": {
+                split: self.dataset.pool(split).num_classes for split in data.SPLITS
+            },
+            "normalise": None if normalise is None else [list(x) for x in normalise],
+        }
+
+
+def load_source(config: Config) -> Source:
+    """Load the data, and refuse episodes that it cannot serve.
+
+    Raises:
+      ValueError, FileNotFoundError: name the remedy.
+    """
+    dataset = _load(config)
+    options = config.data
+    channels = dataset.image_shape[-1]
+    normalise = None
+    if options.normalise == "imagenet":
+        if channels != 3:
+            raise ValueError(
+                f"--normalise imagenet is for 3 channels, and {dataset.name} has "
+                f"{channels}: choose --normalise none"
+            )
+        normalise = data.IMAGENET
+    test = EpisodeSpec(
+        way=options.way,
+        shot=options.shot,
+        queries=options.queries,
+        normalise=normalise,
+    )
+    train = dataclasses.replace(
+        test, rotations=options.rotations, augment=_augment(options.augment)
+    )
+    meta_trained = dataclasses.replace(
+        train,
+        queries=options.train_queries or options.queries,
+        way=config.methods.train_way or options.way,
+    )
+    data.validate(meta_trained, dataset, "train")
+    data.validate(test, dataset, "validation")
+    data.validate(test, dataset, "test")
+    return Source(dataset, train, test)
+
+
+def _load(config: Config) -> Dataset:
+    options = config.data
+    folder = options.data_dir
+    sized: dict[str, Any] = {}
+    if options.image_size is not None:
+        sized["image_size"] = options.image_size
+    name = options.dataset
+    if name == "glyphs":
+        if sized:
+            raise ValueError("--image-size: glyphs are drawn at 28 pixels; drop it")
+        return data.load_glyphs()
+    if name == "omniglot":
+        return data.load_omniglot(_tfds_dir(folder), split=options.split, **sized)
+    if name == "mini-imagenet":
+        return data.load_mini_imagenet(folder, **sized)
+    if name == "folders":
+        if folder is None:
+            raise ValueError("--dataset folders: say where they are with --data-dir")
+        return data.load_image_folders(folder, **sized)
+    if name.startswith("tfds:"):
+        return data.load_tfds(name.removeprefix("tfds:"), _tfds_dir(folder), **sized)
+    raise ValueError(
+        f"--dataset {name}: choose glyphs, omniglot, mini-imagenet, folders or "
+        "tfds:NAME"
+    )
+
+
+def _tfds_dir(folder: Any) -> Any:
+    return folder or os.environ.get("TFDS_DATA_DIR")
+
+
+def _augment(name: str) -> Any:
+    if name == "none":
+        return None
+    from metalstm.data import augment
+
+    return {
+        "shift": augment.shift(2),
+        "crop-flip": augment.crop_flip(),
+        "crop-flip-jitter": augment.crop_flip_jitter(),
+    }[name]
