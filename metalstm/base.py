@@ -97,6 +97,9 @@ class UpdateRule(NamedTuple):
     """Each coordinate's update reads only its own gradient, parameter and state, and
     the shared loss. Promised by the author of the rule; lets the backward pass be
     replayed in blocks of coordinates."""
+    smooth: bool = False
+    """Its derivative is finite at a zero gradient too. Promised by the author; without
+    the promise `learned_init` checks it before it differentiates through the rule."""
 
 
 class MetaParams(NamedTuple):

@@ -43,7 +43,7 @@ def learned_init(
     num_test_steps: int | None = None,
     learn_init: bool = True,
     batch_size: int | None = None,
-    gradient_scale: float | Literal["1/batch"] = 1.0,
+    gradient_scale: float | Literal["1/batch", "way"] = 1.0,
     train_way: int | None = None,
     train_queries: int | None = None,
     trainable: bool = True,
@@ -73,7 +73,8 @@ def learned_init(
         epoch. None: all of them.
       gradient_scale: what the gradient is multiplied by before the rule sees it;
         ``"1/batch"``: by 1 / images in the update, on top of the mean loss (the
-        authors' code).
+        authors' code); ``"way"``: by the number of classes, so that a class moves its
+        part of the head as far in a task of many classes as in one of few.
       train_way: meta-train on tasks with this many classes; needs a learner with
         ``at_way``, that is, a head whose classes share their start.
       train_queries: queries a class in meta-training, when they differ from the test's.
@@ -82,8 +83,9 @@ def learned_init(
       task_mapping: see `metalstm.base.map_tasks`.
 
     Raises:
-      ValueError: at construction for an argument outside its choices; from ``predict``
-        when the task's way is not the head's.
+      ValueError: at construction for an argument outside its choices, or a rule that
+        cannot be differentiated at a zero gradient in second order (stock Adam);
+        from ``predict`` when the task's way is not the head's.
     """
     for name, value in (
         ("query_norm", query_norm),
@@ -99,6 +101,12 @@ def learned_init(
             f"train_way={train_way} needs a learner whose head fits any number of "
             "classes: wrap it in metalstm.learners.tied_head"
         )
+    if isinstance(gradient_scale, str) and gradient_scale not in ("1/batch", "way"):
+        raise ValueError(
+            f"gradient_scale={gradient_scale!r}: choose a number, '1/batch' or 'way'"
+        )
+    if second_order and trainable and not rule.smooth:
+        _check_differentiable(rule)
     test_steps = num_steps if num_test_steps is None else num_test_steps
     frozen = query_norm == "frozen" or train_query_norm == "frozen"
 
@@ -132,7 +140,6 @@ def learned_init(
         state = start(meta_params, key, support.x, way)
         stats = meta_params.learner.stats if norm == "stored" else state.stats
         batches = _minibatches(key, support, batch_size, steps)
-        num_images = support.x.shape[0] if batches is None else batch_size
 
         def loss_fn(params, stats, batch, step_key):
             batch = support if batch is None else batch
@@ -145,7 +152,7 @@ def learned_init(
             return task_loss(outputs, batch.y), new.stats
 
         tx = rule.bind(meta_params.rule)
-        scale = 1 / num_images if gradient_scale == "1/batch" else gradient_scale
+        scale = _gradient_scale(gradient_scale, learner, state, support, batch_size)
         if scale != 1.0:
             tx = optax.with_extra_args_support(optax.chain(optax.scale(scale), tx))
         inner, trace = unroll(
@@ -271,6 +278,42 @@ def learned_init(
 _INIT, _DROPOUT, _ORDER = 0, 1, 2
 
 
+def _check_differentiable(rule: UpdateRule) -> None:
+    """Refuse a rule whose second order is NaN at g = 0, where dead ReLUs put it."""
+    params = {"w": jnp.zeros(2)}
+
+    def total(g):
+        tx = rule.bind(rule.init(jax.random.key(0), params))
+        updates, _ = tx.update({"w": g}, tx.init(params), params, value=jnp.float32(1))
+        return updates["w"].sum()
+
+    with jax.ensure_compile_time_eval():
+        derivative = jax.grad(total)(jnp.zeros(2))
+    if not bool(jnp.isfinite(derivative).all()):
+        raise ValueError(
+            "second_order=True, but the rule's derivative at a zero gradient is not "
+            "finite, and a dead ReLU gives zero gradients: choose second_order=False, "
+            "or make it smooth (optax.adam has eps_root=1e-8)"
+        )
+
+
+def _gradient_scale(
+    scale: float | str,
+    learner: Learner,
+    state: LearnerState,
+    support: Batch,
+    batch_size: int | None,
+) -> float:
+    if scale == "1/batch":
+        return 1 / (support.x.shape[0] if batch_size is None else batch_size)
+    if scale == "way":
+        outputs, _ = jax.eval_shape(
+            lambda: learner.apply(state, support.x[:1], norm="stored")
+        )
+        return float(outputs.shape[-1])
+    return float(scale)
+
+
 def _minibatches(key: Array, support: Batch, batch_size: int | None, num_steps: int):
     """Stacked minibatches [num_steps, batch_size, ...], or None for the whole set."""
     if batch_size is None:
@@ -357,7 +400,12 @@ def meta_sgd(
 def fixed_sgd(rate: float) -> UpdateRule:
     """SGD with nothing to learn."""
     rule = learned_sgd()
-    return UpdateRule(lambda key, params: (), lambda _: rule.bind(rate), True)
+    return UpdateRule(
+        lambda key, params: (),
+        lambda _: rule.bind(rate),
+        coordinatewise=True,
+        smooth=True,
+    )
 
 
 def from_scratch(

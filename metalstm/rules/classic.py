@@ -36,9 +36,20 @@ def tunable(
         return {name: jnp.float32(value) for name, value in hyperparameters.items()}
 
     def bind(rule_params: PyTree) -> optax.GradientTransformationExtraArgs:
-        return optax.with_extra_args_support(factory(**rule_params))
+        tx = optax.with_extra_args_support(factory(**rule_params))
+
+        def update_fn(updates, state, params=None, **extra):
+            # hyperparameters that are arrays promote bfloat16 leaves, also in the state
+            new_updates, new_state = tx.update(updates, state, params, **extra)
+            return _cast(new_updates, updates), _cast(new_state, state)
+
+        return optax.GradientTransformationExtraArgs(tx.init, update_fn)
 
     return UpdateRule(init, bind)
+
+
+def _cast(tree: PyTree, like: PyTree) -> PyTree:
+    return jax.tree.map(lambda x, ref: x.astype(jnp.result_type(ref)), tree, like)
 
 
 def learned_sgd(
@@ -109,7 +120,7 @@ def learned_sgd(
 
         return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 
-    return UpdateRule(init, bind, coordinatewise=per == "rule")
+    return UpdateRule(init, bind, coordinatewise=per == "rule", smooth=True)
 
 
 def chain(*rules: UpdateRule | optax.GradientTransformation) -> UpdateRule:
@@ -130,4 +141,9 @@ def chain(*rules: UpdateRule | optax.GradientTransformation) -> UpdateRule:
         bound = [r.bind(p) for r, p in zip(parts, rule_params, strict=True)]
         return optax.with_extra_args_support(optax.chain(*bound))
 
-    return UpdateRule(init, bind, all(r.coordinatewise for r in parts))
+    return UpdateRule(
+        init,
+        bind,
+        coordinatewise=all(r.coordinatewise for r in parts),
+        smooth=all(r.smooth for r in parts),
+    )
