@@ -17,6 +17,7 @@ from flax import linen as nn
 
 from metalstm.base import Array
 from metalstm.convolution import Method, conv2d
+from metalstm.pooling import max_pool
 
 __all__ = ["MLP", "Conv4", "ResNet12"]
 
@@ -39,6 +40,7 @@ class Conv4(nn.Module):
       initializer: "torch" draws weights and biases from U(+-1/sqrt(fan_in)), as
         published; "flax" is lecun_normal and zero biases.
       scale_init: of the norm's scale, "ones" or "uniform" for U(0, 1).
+      final_relu: False leaves the last block's ReLU out: features keep their sign.
       zero_head: start from equal scores for every class.
       method: see `metalstm.convolution.conv2d`; None lets the backend choose.
     """
@@ -52,6 +54,7 @@ class Conv4(nn.Module):
     momentum: float = 0.05
     initializer: Initializer = "torch"
     scale_init: Literal["ones", "uniform"] = "ones"
+    final_relu: bool = True
     zero_head: bool = False
     method: Method | None = None
 
@@ -67,16 +70,16 @@ class Conv4(nn.Module):
         pooled = self.downsample == "max_pool"
         _check_images(x, 2**self.num_blocks if pooled else 1)
         for index in range(1, self.num_blocks + 1):
-            x = _Conv(
+            x, bias = _Conv(
                 self.filters,
                 strides=1 if pooled else 2,
                 initializer=self.initializer,
                 method=self.method,
                 name=f"conv{index}",
             )(x)
-            x = _norm(self, f"norm{index}", x, train)
-            x = jax.nn.relu(x)
-            x = _max_pool(x) if pooled else x
+            x = _norm(self, f"norm{index}", x, bias, train, pooled)
+            if index < self.num_blocks or self.final_relu:
+                x = jax.nn.relu(x)
         return _head(self, x.reshape(x.shape[0], -1))
 
 
@@ -141,14 +144,14 @@ class ResNet12(nn.Module):
                 x = self._conv_norm(x, width, 3, f"{block}_{index}", train)
                 x = jax.nn.leaky_relu(x, 0.1) if index < 3 else x
             x = x + self._conv_norm(inputs, width, 1, f"{block}_shortcut", train)
-            x = _max_pool(jax.nn.leaky_relu(x, 0.1))
+            x = max_pool(jax.nn.leaky_relu(x, 0.1))
             if self.drop_rate and self.has_rng("dropout"):
                 key = self.make_rng("dropout")
                 x = _drop_block(key, x, rate=self.drop_rate, block=self.drop_block)
         return _head(self, x.mean((1, 2)))
 
     def _conv_norm(self, x, width, size, name, train):
-        x = _Conv(
+        x, bias = _Conv(
             width,
             size=size,
             use_bias=False,
@@ -156,10 +159,12 @@ class ResNet12(nn.Module):
             method=self.method,
             name=f"conv{name}",
         )(x)
-        return _norm(self, f"norm{name}", x, train)
+        return _norm(self, f"norm{name}", x, bias, train)
 
 
 class _Conv(nn.Module):
+    """The convolution [N, H, W, filters], and the bias still to be added to it."""
+
     filters: int
     size: int = 3
     strides: int = 1
@@ -168,35 +173,71 @@ class _Conv(nn.Module):
     method: Method | None = None
 
     @nn.compact
-    def __call__(self, x: Array) -> Array:
+    def __call__(self, x: Array) -> tuple[Array, Array]:
         shape = (self.size, self.size, x.shape[-1], self.filters)
         kernel_init, bias_init = _initializers(self.initializer, math.prod(shape[:3]))
         kernel = self.param("kernel", kernel_init, shape)
         x = conv2d(x, kernel, strides=self.strides, method=self.method)
-        return (
-            x + self.param("bias", bias_init, (self.filters,)) if self.use_bias else x
-        )
+        if not self.use_bias:
+            return x, jnp.zeros(self.filters, x.dtype)
+        return x, self.param("bias", bias_init, (self.filters,))
 
 
-def _norm(module: nn.Module, name: str, x: Array, train: bool) -> Array:
-    """The norm layer that ``module`` was configured with; a name keeps params flat."""
-    scale_init = (
-        _uniform(0.0, 1.0) if module.scale_init == "uniform" else nn.initializers.ones
-    )
-    if module.norm == "none":
-        return x
+class _BatchNorm(nn.Module):
+    """`nn.BatchNorm` of x + bias as (slope, offset): its output is slope * x + offset.
+
+    Apart, they let a pool come before them, and the bias's gradient, a sum over every
+    pixel, costs nothing.
+    """
+
+    momentum: float
+    epsilon: float
+    scale_init: Callable
+
+    @nn.compact
+    def __call__(self, x: Array, bias: Array, train: bool) -> tuple[Array, Array]:
+        shape = x.shape[-1:]
+        mean = self.variable("batch_stats", "mean", jnp.zeros, shape, jnp.float32)
+        var = self.variable("batch_stats", "var", jnp.ones, shape, jnp.float32)
+        scale = self.param("scale", self.scale_init, shape)
+        shift = self.param("bias", nn.initializers.zeros, shape)
+        if not train:
+            slope = scale * jax.lax.rsqrt(var.value + self.epsilon)
+            return slope, shift + slope * (bias - mean.value)
+        axes = tuple(range(x.ndim - 1))
+        batch_mean = x.mean(axes)
+        batch_var = jnp.maximum((x * x).mean(axes) - batch_mean * batch_mean, 0)
+        if not self.is_initializing():
+            new = 1 - self.momentum
+            mean.value = self.momentum * mean.value + new * (batch_mean + bias)
+            var.value = self.momentum * var.value + new * batch_var
+        slope = scale * jax.lax.rsqrt(batch_var + self.epsilon)
+        return slope, shift - slope * batch_mean
+
+
+def _norm(module, name: str, x: Array, bias: Array, train: bool, pool: bool = False):
+    """The norm that ``module`` was configured with, of x + bias, then 2x2 max-pool."""
+    uniform = module.scale_init == "uniform"
+    scale_init = _uniform(0.0, 1.0) if uniform else nn.initializers.ones
     if module.norm == "batch":
-        return nn.BatchNorm(
-            use_running_average=not train,
-            momentum=module.momentum,
+        norm = _BatchNorm(module.momentum, module.epsilon, scale_init, name=name)
+        slope, offset = norm(x, bias, train)
+        if pool:
+            # The maximum of slope * x is |slope| times that of sign * x: a quarter of
+            # the pixels is left to normalise, forward and back.
+            sign = jnp.where(jax.lax.stop_gradient(slope) < 0, -1.0, 1.0)
+            x, slope = max_pool(sign * x), sign * slope
+        return slope * x + offset
+    x = x + bias
+    if module.norm != "none":
+        num_groups = 1 if module.norm == "layer" else math.gcd(8, x.shape[-1])
+        x = nn.GroupNorm(
+            num_groups=num_groups,
             epsilon=module.epsilon,
             scale_init=scale_init,
             name=name,
         )(x)
-    num_groups = 1 if module.norm == "layer" else math.gcd(8, x.shape[-1])
-    return nn.GroupNorm(
-        num_groups=num_groups, epsilon=module.epsilon, scale_init=scale_init, name=name
-    )(x)
+    return max_pool(x) if pool else x
 
 
 def _head(module: nn.Module, x: Array) -> Array:
@@ -226,11 +267,6 @@ def _uniform(low: float, high: float) -> Callable:
         return jax.random.uniform(key, shape, dtype, low, high)
 
     return init
-
-
-def _max_pool(x: Array) -> Array:
-    """2x2 maximum, stride 2; [N, H, W, C] -> [N, H // 2, W // 2, C]."""
-    return nn.max_pool(x, (2, 2), (2, 2))
 
 
 def _drop_block(key: Array, x: Array, *, rate: float, block: int) -> Array:

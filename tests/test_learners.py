@@ -339,6 +339,50 @@ def test_conv4_has_the_published_number_of_parameters(options, shape, count):
     assert sum(leaf.size for leaf in jax.tree.leaves(state.params)) == count
 
 
+@pytest.mark.parametrize("downsample", ["max_pool", "stride"])
+def test_conv4_computes_what_flax_layers_compute(downsample):
+    """Pooling before normalising, and the folded bias, change nothing."""
+
+    class Plain(nn.Module):
+        @nn.compact
+        def __call__(self, x, train: bool):
+            pooled = downsample == "max_pool"
+            for i in (1, 2):
+                x = nn.Conv(4, (3, 3), 1 if pooled else 2, name=f"conv{i}")(x)
+                x = nn.BatchNorm(
+                    not train, epsilon=1e-3, momentum=0.05, name=f"norm{i}"
+                )(x)
+                x = nn.relu(x)
+                x = nn.max_pool(x, (2, 2), (2, 2)) if pooled else x
+            return nn.Dense(WAY, name="head")(x.reshape(len(x), -1))
+
+    ours = conv4(WAY, 4, num_blocks=2, downsample=downsample)
+    theirs = from_flax(Plain())
+    x = jax.random.normal(jax.random.key(1), (6, 9, 10, 2)) + 0.5
+    state = jax.jit(ours.init)(jax.random.key(0), x)
+    # Scales and biases of either sign, averages away from their start.
+    state = jax.tree.map(
+        lambda leaf: leaf + jax.random.uniform(jax.random.key(2), leaf.shape), state
+    )
+    for name in ("norm1", "norm2"):
+        scale = state.params[name]["scale"]
+        state.params[name]["scale"] = scale * jnp.array([1, -1, 1, -1])
+
+    def run(learner, norm):
+        def loss(params):
+            outputs, after = learner.apply(state._replace(params=params), x, norm=norm)
+            return jnp.sin(outputs).sum(), (outputs, after)
+
+        return jax.jit(jax.grad(loss, has_aux=True))(state.params)
+
+    for norm in ("batch", "gather", "stored"):
+        leaves = (jax.tree.leaves(run(learner, norm)) for learner in (ours, theirs))
+        for a, b in zip(*leaves, strict=True):
+            # A bias before a batch norm has gradient 0, in flax up to rounding.
+            atol = 1e-5 + 1e-3 * np.abs(b).max()
+            np.testing.assert_allclose(a, b, rtol=1e-3, atol=atol)
+
+
 def test_resnet12_has_the_usual_number_of_parameters():
     state = jax.eval_shape(
         resnet12(5).init, jax.random.key(0), jnp.zeros((1, 84, 84, 3))

@@ -1,0 +1,43 @@
+"""A 2x2 max-pool whose derivatives are elementwise."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+
+from metalstm.base import Array
+
+__all__ = ["max_pool"]
+
+
+@jax.custom_jvp
+def max_pool(x: Array) -> Array:
+    """Halve images by the maximum of each 2x2 cell; [N, H, W, C] -> [N, H//2, W//2, C].
+
+    An odd last row or column is dropped. The first of several equal maxima takes the
+    gradient. A windowed reduction has a select-and-scatter for its derivative, which
+    XLA's CPU backend runs pixel by pixel; this has a product with a mask, and so for
+    the derivatives of any order.
+    """
+    return _cells(x).max((2, 4))
+
+
+@max_pool.defjvp
+def _max_pool_jvp(primals, tangents):
+    (x,), (tangent,) = primals, tangents
+    cells = _cells(x)
+    y = cells.max((2, 4))
+    corners = [cells[:, :, i, :, j] for i in (0, 1) for j in (0, 1)]
+    first = jnp.full(y.shape, 3, jnp.int32)
+    for index in (2, 1, 0):
+        first = jnp.where(corners[index] == y, index, first)
+    corner = jnp.arange(4).reshape(2, 1, 2, 1)
+    taken = (first[:, :, None, :, None] == corner).astype(x.dtype)
+    return y, (_cells(tangent) * taken).sum((2, 4))
+
+
+def _cells(x: Array) -> Array:
+    images, height, width, channels = x.shape
+    height, width = height // 2, width // 2
+    x = x[:, : 2 * height, : 2 * width]
+    return x.reshape(images, height, 2, width, 2, channels)
