@@ -90,6 +90,8 @@ class LearnerOptions:
     """Initial scale of the norm layers."""
     initializer: Literal["torch", "flax"] = "torch"
     """Initial weights: torch's U(+-1/sqrt(fan_in)), as published, or lecun_normal."""
+    final_relu: bool = True
+    """conv4: whether the last block ends in a ReLU; without, features keep their sign."""
     zero_head: bool = False
     """Start the last layer at zero."""
     tied_head: bool = False
@@ -119,8 +121,10 @@ class Methods:
     inner passes. Default: moving for meta-lstm as published, final for the others."""
     support_batch: int | None = None
     """Images of the support set in one inner update; default all."""
-    gradient_scale: Literal["one", "batch"] = "batch"
-    """meta-lstm: batch divides the mean gradient by the batch size, as published."""
+    gradient_scale: Literal["one", "batch", "way"] = "batch"
+    """meta-lstm: batch divides the mean gradient by the batch size, as published; way
+    multiplies it by the number of classes, so that steps fit any --train-way. The
+    other methods know one and way."""
     inner_rate: float = 0.1
     """Step size of maml and fomaml; where meta-sgd and learned-sgd start."""
     draw_init: bool = False
@@ -158,6 +162,9 @@ class RuleOptions:
     """Range of the forget gate's initial bias."""
     input_bias: tuple[float, float] = (-5.0, -4.0)
     """Range of the input gate's initial bias; it sets the first step size."""
+    head_input_bias: tuple[float, float] | None = None
+    """Another range for the tensors of the head; needs --bias-per tensor or
+    tensor_and_step."""
     bias_per: Literal["rule", "tensor", "tensor_and_step"] = "rule"
     """One gate bias, one for each tensor, or one for each tensor and step."""
 

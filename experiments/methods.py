@@ -42,8 +42,6 @@ def _spec(name: str, config: Config) -> Spec:
         options["support_stats"] = config.methods.support_stats or "moving"
         if config.methods.gradient_scale == "batch":
             options["gradient_scale"] = "1/batch"
-        else:
-            options["gradient_scale"] = 1.0
         spec["algorithm"] = {"name": "meta_lstm", "options": options}
     elif name == "learned-sgd":
         steps = max(config.methods.steps, config.methods.test_steps or 0)
@@ -92,6 +90,7 @@ def _body(config: Config) -> Spec:
         "filters": options.filters,
         "num_blocks": options.blocks,
         "downsample": "stride" if options.strided else "max_pool",
+        "final_relu": options.final_relu,
     }
     return {"name": "conv4", "options": shared | own}
 
@@ -109,6 +108,7 @@ def _inner_loop(config: Config) -> dict[str, Any]:
     }
     if config.learner.tied_head:
         options["train_way"] = methods.train_way or config.data.way
+    options["gradient_scale"] = "way" if methods.gradient_scale == "way" else 1.0
     if methods.task_mapping is not None:
         options["task_mapping"] = methods.task_mapping
     return options
@@ -116,6 +116,7 @@ def _inner_loop(config: Config) -> dict[str, Any]:
 
 def _gates(config: Config) -> dict[str, Any]:
     rule = config.rule
+    head = rule.head_input_bias
     return {
         "hidden_size": rule.hidden,
         "variant": rule.variant,
@@ -127,6 +128,7 @@ def _gates(config: Config) -> dict[str, Any]:
         "feature_gradient": rule.features,
         "forget_bias": list(rule.forget_bias),
         "input_bias": list(rule.input_bias),
+        "input_bias_of": None if head is None else {"head": list(head)},
         "bias_per": rule.bias_per,
         "num_bias_steps": max(config.methods.steps, config.methods.test_steps or 0),
     }

@@ -123,7 +123,13 @@ def learned_init(
         state = meta_params.learner
         if not learn_init:
             state = learner.init(jax.random.fold_in(key, _INIT), x[:1])
-        if learner.at_way is not None and way is not None:
+        if learner.at_way is not None:
+            if way is None:
+                raise ValueError(
+                    "the learner's head fits any number of classes, so it must be told "
+                    "how many: train_way= to meta-train, num_classes= to adapt and "
+                    "predict"
+                )
             state = state._replace(params=learner.at_way(state.params, way))
         return state
 
@@ -191,6 +197,12 @@ def learned_init(
 
     def loss_and_stats(meta_params: MetaParams, key: Array, episode: Episode):
         support, query = episode
+        # averages are gathered, never learned: a gradient step could make a variance
+        # negative
+        stats = lax.stop_gradient(meta_params.learner.stats)
+        meta_params = meta_params._replace(
+            learner=meta_params.learner._replace(stats=stats)
+        )
         norm = "stored" if train_query_norm == "frozen" else "batch"
         inner, trace, state = run(
             meta_params, key, support, steps=num_steps, norm=norm, way=train_way

@@ -6,6 +6,7 @@ Coordinates are the last axis everywhere: they fill the vector lanes, H does not
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Literal, NamedTuple
 
 import jax
@@ -41,6 +42,7 @@ def lstm_gates(
     p: float = 10.0,
     forget_bias: tuple[float, float] = (4.0, 5.0),
     input_bias: tuple[float, float] = (-5.0, -4.0),
+    input_bias_of: Mapping[str, tuple[float, float]] | None = None,
     bias_per: Literal["rule", "tensor", "tensor_and_step"] = "rule",
     num_bias_steps: int = 1,
     init_scale: float = 0.01,
@@ -71,6 +73,8 @@ def lstm_gates(
       p: of `log_sign`.
       forget_bias: b_F is drawn uniformly from this range.
       input_bias: b_I likewise.
+      input_bias_of: other ranges for tensors whose path has this part, such as
+        ``{"head": (-1, -1)}``; needs a bias for each tensor.
       bias_per: one bias for all coordinates (published), one for each of the learner's
         tensors, or one for each tensor and step. The latter two tie the rule to the
         learner's structure.
@@ -97,6 +101,11 @@ def lstm_gates(
     if num_bias_steps < 1:
         raise ValueError(f"num_bias_steps={num_bias_steps}: choose at least 1")
     per_tensor = bias_per != "rule"
+    if input_bias_of and not per_tensor:
+        raise ValueError(
+            f"input_bias_of={dict(input_bias_of)} needs a bias for each tensor: choose "
+            "bias_per='tensor' or 'tensor_and_step'"
+        )
     num_features = hidden_size or (4 if loss_input else 2)
     table_steps = num_bias_steps if bias_per == "tensor_and_step" else 1
 
@@ -120,6 +129,10 @@ def lstm_gates(
         if forget == "gate":
             rule["forget"] = gate(0, forget_bias)
         rule["input"] = gate(10, input_bias)
+        for part, bias_range in (input_bias_of or {}).items():
+            other = gate(10, bias_range)["bias"]
+            chosen = jnp.array(_paths_with(part, params))
+            rule["input"]["bias"] = jnp.where(chosen, other, rule["input"]["bias"])
         if input == "constant":
             rule["input"] = {"bias": rule["input"]["bias"]}
         uses_features = forget == "gate" or input == "gate"
@@ -240,6 +253,16 @@ def _per_coordinate(row: Array, sizes: list[int]) -> Array:
     return jnp.concatenate(
         [jnp.broadcast_to(row[k], (n,)) for k, n in enumerate(sizes)]
     )
+
+
+def _paths_with(part: str, params: PyTree) -> list[bool]:
+    """For each tensor, whether its path in the tree has ``part``."""
+    paths = [path for path, _ in jax.tree_util.tree_flatten_with_path(params)[0]]
+    chosen = [part in jax.tree_util.keystr(path) for path in paths]
+    if not any(chosen):
+        names = ", ".join(jax.tree_util.keystr(path) for path in paths)
+        raise ValueError(f"input_bias_of names {part!r}, but the tensors are {names}")
+    return chosen
 
 
 def _check_choice(name: str, value, choices: tuple[str, ...]) -> None:
