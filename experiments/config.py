@@ -419,7 +419,7 @@ def as_flags(message: str) -> str:
     """Say the library's advice in flags: 'choose way <= 5' as 'choose --way <= 5'."""
     names = "|".join(sorted(_all_names(), key=len, reverse=True))
     return re.sub(
-        rf"\b(choose|or) ({names})\b(?= *[<>=])",
+        rf"\b(choose|or) ({names})\b(?= *[<>=+])",
         lambda m: f"{m[1]} --{m[2].replace('_', '-')}",
         message,
     )

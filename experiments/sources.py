@@ -61,9 +61,10 @@ def load_source(config: Config) -> Source:
         queries=options.train_queries or options.queries,
         way=config.methods.train_way or options.way,
     )
-    data.validate(meta_trained, dataset, "train")
-    data.validate(test, dataset, "validation")
-    data.validate(test, dataset, "test")
+    specs = {"train": meta_trained, "validation": test, "test": test}
+    # the smallest split first: what it allows, the others allow too
+    for split in sorted(specs, key=lambda split: dataset.pool(split).num_classes):
+        data.validate(specs[split], dataset, split)
     return Source(dataset, train, test)
 
 

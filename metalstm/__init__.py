@@ -23,6 +23,7 @@ from metalstm.evaluation import (
 )
 from metalstm.inner import InnerState, Trace, unroll
 from metalstm.learners import from_flax
+from metalstm.runs import Predictor, load_run
 from metalstm.training import (
     FitState,
     NonFiniteLossError,
@@ -46,6 +47,7 @@ __all__ = [
     "MetaAlgorithm",
     "MetaParams",
     "NonFiniteLossError",
+    "Predictor",
     "Trace",
     "TrainState",
     "UpdateRule",
@@ -58,6 +60,7 @@ __all__ = [
     "init_fit_state",
     "init_train_state",
     "learners",
+    "load_run",
     "make_algorithm",
     "make_evaluate",
     "make_train_loop",

@@ -10,6 +10,13 @@ import pytest
 # Tests compare float32 sums bit by bit and count compilations: one CPU, whatever the
 # machine has. Subprocesses inherit the environment.
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
+# Compiling is most of the tests' time, and many tests compile the same program again,
+# in subprocesses too. `make clean` empties this.
+os.environ.setdefault(
+    "JAX_COMPILATION_CACHE_DIR",
+    str(Path(__file__).parents[1] / ".pytest_cache" / "d" / "xla"),
+)
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.3")
 
 REAL_DATA = "METALSTM_TEST_DATA"
 
