@@ -11,6 +11,8 @@ from metalstm.data import glyphs
 from metalstm.data.episodes import EpisodeSpec, sample_episode, validate
 from metalstm.data.pools import SPLITS
 
+draw = jax.jit(sample_episode, static_argnames="spec")
+
 
 @pytest.fixture(scope="module")
 def letters():
@@ -72,7 +74,6 @@ def test_pictures_are_ink_on_black_and_differ_within_a_class(letters):
 
 def test_a_class_is_recognised_across_faces_far_above_chance(letters):
     spec = EpisodeSpec(way=5, shot=1)
-    draw = jax.jit(sample_episode, static_argnames="spec")
     scores = []
     for seed in range(60):
         support, query = draw(jax.random.key(seed), letters.test, spec)
@@ -93,7 +94,7 @@ def test_support_and_query_come_from_different_faces(letters):
     flat = np.asarray(pool.images).reshape(-1, 28 * 28)
     where = {image.tobytes(): divmod(i, 40) for i, image in enumerate(flat)}
     for seed in range(20):
-        episode = sample_episode(jax.random.key(seed), pool, EpisodeSpec(5, 5))
+        episode = draw(jax.random.key(seed), pool, EpisodeSpec(5, 5))
         faces = []
         for batch in episode:
             images = np.rint(np.asarray(batch.x) * 255).astype(np.uint8)

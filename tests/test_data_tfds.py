@@ -195,9 +195,9 @@ def test_unknown_names_and_a_missing_tfds_are_refused(tmp_path, monkeypatch):
 
 @pytest.mark.real_data
 @pytest.mark.skipif("METALSTM_TEST_DATA" not in os.environ, reason="no real data")
-def test_real_mnist(tmp_path):
+def test_real_mnist():
     root = Path(os.environ["METALSTM_TEST_DATA"]) / "tensorflow_datasets"
-    dataset = load_tfds("mnist", root, max_per_class=100, cache_dir=tmp_path)
+    dataset = load_tfds("mnist", root, max_per_class=100)  # then from the cache
     assert sorted(n for s in SPLITS for n in dataset.class_names[s]) == list(
         "0123456789"
     )

@@ -122,21 +122,29 @@ def sample_episode(key: Array, pool: ClassPool, spec: EpisodeSpec) -> Episode:
         depends on the counts is `validate`'s to say, before anything is traced.
     """
     _check_shapes(spec, pool, "pool")
-    class_key, turn_key, image_key, order_key, augment_key = jax.random.split(key, 5)
-    classes = _draw_distinct(class_key, spec.way, pool.num_classes)
-    turns = jnp.zeros(spec.way, jnp.int32)
-    if spec.rotations:
-        turns = jax.random.randint(turn_key, (spec.way,), 0, 4)
-    slots = _draw_slots(image_key, pool, classes, spec)
+    way, num = spec.way, spec.shot + spec.queries
+    num_support = way * spec.shot
+    draw_key, group_key, augment_key = jax.random.split(key, 3)
+    # One draw for everything: each further call of the generator costs compile time.
+    uniform = jax.random.uniform(draw_key, (way * (3 + 3 * num),))
+    for_class, for_turn, for_slot, for_order = jnp.split(
+        uniform, np.cumsum([2 * way, way, 2 * way * num])
+    )
+    classes = _draw_distinct(for_class.reshape(2, way), pool.num_classes)
+    turns = jnp.floor(4 * for_turn).astype(jnp.int32)
+    if pool.groups is None:
+        slots = jax.vmap(_draw_distinct)(
+            for_slot.reshape(way, 2, num), pool.counts[classes]
+        )
+    else:
+        slots = _draw_grouped(group_key, pool, classes, spec)
 
     # Indices are shuffled before the one gather, so no image is moved twice.
-    labels = jnp.broadcast_to(jnp.arange(spec.way)[:, None], slots.shape)
-    support_key, query_key = jax.random.split(order_key)
-    num_support, num_query = spec.way * spec.shot, spec.way * spec.queries
+    labels = jnp.broadcast_to(jnp.arange(way)[:, None], slots.shape)
     order = jnp.concatenate(
         [
-            jax.random.permutation(support_key, num_support),
-            num_support + jax.random.permutation(query_key, num_query),
+            jnp.argsort(for_order[:num_support]),
+            num_support + jnp.argsort(for_order[num_support:]),
         ]
     )
 
@@ -222,54 +230,52 @@ def _check_shapes(spec: EpisodeSpec, pool: ClassPool, where: str) -> None:
         )
 
 
-def _draw_distinct(key: Array, num: int, size: Any) -> Array:
+def _draw_distinct(uniform: Array, size: Any) -> Array:
     """Draw ``num`` distinct integers of range(size), in random order.
 
-    Floyd's algorithm: the cost depends on ``num`` alone, where shuffling 600 images to
-    take 20 costs ten times as much.
+    ``uniform`` [2, num] is in [0, 1); ``size`` may be traced. Floyd's algorithm: the
+    cost depends on ``num`` alone, where shuffling 600 images to take 20 costs ten times
+    as much.
     """
-    draw_key, order_key = jax.random.split(key)
+    num = uniform.shape[1]
     last = size - num + jnp.arange(num)
-    candidates = jax.random.randint(draw_key, (num,), 0, last + 1)
+    # The product may round up to last + 1.
+    candidates = jnp.minimum(jnp.floor(uniform[0] * (last + 1)).astype(jnp.int32), last)
 
     def fill(k: Array, chosen: Array) -> Array:
         repeated = jnp.any(chosen == candidates[k])
         return chosen.at[k].set(jnp.where(repeated, last[k], candidates[k]))
 
     chosen = jax.lax.fori_loop(0, num, fill, jnp.full(num, -1, jnp.int32))
-    return jax.random.permutation(order_key, chosen)
+    return chosen[jnp.argsort(uniform[1])]
 
 
-def _draw_slots(
+def _draw_grouped(
     key: Array, pool: ClassPool, classes: Array, spec: EpisodeSpec
 ) -> Array:
-    """Draw image slots [way, shot + queries], the support's first."""
-    keys = jax.random.split(key, spec.way)
-    counts = pool.counts[classes]
-    if pool.groups is None:
-        num = spec.shot + spec.queries
-        return jax.vmap(lambda k, count: _draw_distinct(k, num, count))(keys, counts)
+    """Draw image slots [way, shot + queries], the support's first, no group in both."""
 
-    def draw(key: Array, count: Array, groups: Array) -> Array:
-        group_key, image_key = jax.random.split(key)
-        in_support = _support_side(group_key, count, groups)
+    def draw(uniform: Array, count: Array, groups: Array) -> Array:
+        in_support = _support_side(uniform[0], count, groups)
         valid = jnp.arange(groups.shape[0]) < count
-        shuffled = jax.random.uniform(image_key, groups.shape)
         # The support's side in random order, then the query's; padding is last.
-        order = jnp.argsort(jnp.where(valid, shuffled + ~in_support, jnp.inf))
+        order = jnp.argsort(jnp.where(valid, uniform[1] + ~in_support, jnp.inf))
         start = jnp.sum(in_support & valid)
         query = jax.lax.dynamic_slice_in_dim(order, start, spec.queries)
         return jnp.concatenate([order[: spec.shot], query])
 
-    return jax.vmap(draw)(keys, counts, pool.groups[classes])
+    assert pool.groups is not None
+    groups = pool.groups[classes]
+    uniform = jax.random.uniform(key, (spec.way, 2, groups.shape[1]))
+    return jax.vmap(draw)(uniform, pool.counts[classes], groups)
 
 
-def _support_side(key: Array, count: Array, groups: Array) -> Array:
+def _support_side(uniform: Array, count: Array, groups: Array) -> Array:
     """Say of each image [M] whether its group is in the random half for the support."""
     num_slots = groups.shape[0]
     valid = jnp.arange(num_slots) < count
     present = jnp.zeros(num_slots, bool).at[groups].max(valid)
-    priority = jnp.where(present, jax.random.uniform(key, (num_slots,)), jnp.inf)
+    priority = jnp.where(present, uniform, jnp.inf)
     rank = jnp.argsort(jnp.argsort(priority))
     return (rank < present.sum() // 2)[groups]
 

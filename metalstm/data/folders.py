@@ -166,11 +166,11 @@ def _split_folders(root: Path) -> dict[str, Path]:
 def _class_files(folder: Path) -> Files:
     """Return each class folder's image files, sorted; hidden folders are left out."""
     return {
-        entry.name: sorted(
-            path
-            for path in entry.iterdir()
-            if path.suffix.lower() in _SUFFIXES and not path.name.startswith(".")
-        )
+        entry.name: [
+            entry / name
+            for name in sorted(os.listdir(entry))
+            if name.lower().endswith(_SUFFIXES) and not name.startswith(".")
+        ]
         for entry in sorted(folder.iterdir())
         if entry.is_dir() and not entry.name.startswith(".")
     }
