@@ -73,11 +73,12 @@ def probe(seconds: float) -> float:
 
 
 def loop(step):
-    """``step`` (kernels -> kernels) a few times; no iteration can be hoisted."""
+    """(kernels, xs [REPEATS, ...]) -> kernels after ``step`` on each of the xs.
+
+    Images are arguments and new in every iteration: nothing can be hoisted or folded.
+    """
     return jax.jit(
-        lambda kernels: lax.scan(
-            lambda k, _: (step(k), None), kernels, None, length=REPEATS
-        )[0]
+        lambda kernels, xs: lax.scan(lambda k, x: (step(k, x), None), kernels, xs)[0]
     )
 
 
@@ -85,23 +86,25 @@ def layer(shape, method: str, seconds: float) -> tuple[float, float]:
     """GFLOP/s forward, forward and backward. A first layer's images get no gradient."""
     tasks, images, pixels, channels, filters = shape
     keys = jax.random.split(jax.random.key(0))
-    x = jax.random.normal(keys[0], (tasks, images, pixels, pixels, channels))
+    xs = jax.random.normal(keys[0], (REPEATS, tasks, images, pixels, pixels, channels))
     kernels = jax.random.normal(keys[1], (tasks, 3, 3, channels, filters)) * 0.1
     inner = channels > 3
     conv = jax.vmap(functools.partial(conv2d, method=method))
 
-    def backward(kernels):
+    def backward(kernels, x):
         y, transpose = jax.vjp(conv, x, kernels)
         to_x, to_kernels = transpose(y)
         return kernels + 1e-9 * (to_kernels + (to_x.ravel()[0] if inner else 0))
 
-    def forward(kernels):
+    def forward(kernels, x):
         return kernels * (1 + 1e-9 * conv(x, kernels).ravel()[0])
 
     work = 18 * tasks * images * pixels**2 * channels * filters * REPEATS / 1e9
     return (
-        work / measure(loop(forward), kernels, seconds=seconds),
-        (3 if inner else 2) * work / measure(loop(backward), kernels, seconds=seconds),
+        work / measure(loop(forward), kernels, xs, seconds=seconds),
+        (3 if inner else 2)
+        * work
+        / measure(loop(backward), kernels, xs, seconds=seconds),
     )
 
 
@@ -109,7 +112,7 @@ def chain(shape, method: str, pool: str, seconds: float) -> tuple[float, float]:
     """GFLOP/s of four blocks of convolution, batch norm, pool and ReLU, in a loop."""
     images, pixels, channels, filters = shape
     keys = jax.random.split(jax.random.key(0), 5)
-    x = jax.random.normal(keys[0], (images, pixels, pixels, channels))
+    xs = jax.random.normal(keys[0], (REPEATS, images, pixels, pixels, channels))
     sizes = [channels, *[filters] * 4]
     kernels = [
         jax.random.normal(key, (3, 3, *pair)) * (9 * pair[0]) ** -0.5
@@ -121,7 +124,7 @@ def chain(shape, method: str, pool: str, seconds: float) -> tuple[float, float]:
         scale = lax.rsqrt((x * x).mean((0, 1, 2)) - mean * mean + 1e-3)
         return scale, -mean * scale
 
-    def loss(kernels):
+    def loss(kernels, x):
         out = x
         for kernel in kernels:
             out = conv2d(out, kernel, method=method)
@@ -133,11 +136,12 @@ def chain(shape, method: str, pool: str, seconds: float) -> tuple[float, float]:
             out = jax.nn.relu(out)
         return jnp.sin(out).sum()
 
-    def forward(kernels):
-        return jax.tree.map(lambda k: k * (1 + 1e-9 * loss(kernels)), kernels)
+    def forward(kernels, x):
+        return jax.tree.map(lambda k: k * (1 + 1e-9 * loss(kernels, x)), kernels)
 
-    def backward(kernels):
-        return jax.tree.map(lambda k, g: k - 1e-9 * g, kernels, jax.grad(loss)(kernels))
+    def backward(kernels, x):
+        gradient = jax.grad(loss)(kernels, x)
+        return jax.tree.map(lambda k, g: k - 1e-9 * g, kernels, gradient)
 
     work = [
         18 * images * (pixels // 2**i) ** 2 * a * b * REPEATS / 1e9
@@ -145,8 +149,8 @@ def chain(shape, method: str, pool: str, seconds: float) -> tuple[float, float]:
     ]
     both = 3 * sum(work) - work[0]
     return (
-        sum(work) / measure(loop(forward), kernels, seconds=seconds),
-        both / measure(loop(backward), kernels, seconds=seconds),
+        sum(work) / measure(loop(forward), kernels, xs, seconds=seconds),
+        both / measure(loop(backward), kernels, xs, seconds=seconds),
     )
 
 
