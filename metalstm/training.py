@@ -75,7 +75,9 @@ def init_train_state(
     key = jax.random.fold_in(jax.random.key(seed), _INIT)
     params = algorithm.init(key, episode)
     carry = algorithm.init_carry(jax.random.fold_in(key, 1), params)
-    return TrainState(jnp.int32(0), seed, params, optimizer.init(params), carry)
+    state = TrainState(jnp.int32(0), seed, params, optimizer.init(params), carry)
+    # copies: a train step donates its state, which may hold no buffer twice
+    return jax.tree.map(jnp.array, state)
 
 
 def make_train_step(
@@ -200,17 +202,25 @@ def _over_mesh(meta_gradient: Callable, mesh: Mesh) -> Callable:
     """Each device's own tasks on each device; one mean over the ``"task"`` axis."""
     if "task" not in mesh.axis_names:
         raise ValueError(f"mesh has axes {mesh.axis_names}: one must be called 'task'")
+    # Auto axes: jax.make_mesh now makes Explicit ones, which refuse unsharded inputs.
+    mesh = Mesh(mesh.devices, mesh.axis_names)
+
+    def mean(x: Array) -> Array:
+        # counters are the same on every device, and must stay integers
+        return lax.pmean(x, "task") if jnp.issubdtype(x.dtype, jnp.inexact) else x
 
     def local(params, carry, keys, episodes):
-        # Varying parameters: otherwise the gradient is already summed over devices.
-        params, carry = jax.tree.map(
-            lambda x: lax.pcast(x, "task", to="varying"), (params, carry)
-        )
         out = meta_gradient(params, carry, keys, episodes)
-        return jax.tree.map(lambda x: lax.pmean(x, "task"), out)
+        return jax.tree.map(mean, out)
 
+    # Unchecked, a gradient stays each device's own (checked, that of a replicated
+    # argument is already summed), and any rule's scan may start from plain zeros.
     return jax.shard_map(
-        local, mesh=mesh, in_specs=(P(), P(), P("task"), P("task")), out_specs=P()
+        local,
+        mesh=mesh,
+        in_specs=(P(), P(), P("task"), P("task")),
+        out_specs=P(),
+        check_vma=False,
     )
 
 
