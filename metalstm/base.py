@@ -24,7 +24,9 @@ __all__ = [
     "Norm",
     "PyTree",
     "QueryNorm",
+    "TaskMapping",
     "UpdateRule",
+    "default_task_mapping",
     "make_algorithm",
     "map_tasks",
 ]
@@ -142,8 +144,21 @@ TaskMapping = Literal["vmap", "scan", "unroll"]
 `lax.scan`, or one after another in the traced program."""
 
 
-def map_tasks(fn: Callable, *args: PyTree, how: TaskMapping = "vmap") -> PyTree:
-    """Apply ``fn`` to each task, the leading axis [T] of every leaf of ``args``."""
+def default_task_mapping() -> TaskMapping:
+    """One task at a time on a CPU, where it stays in cache; else all at once.
+
+    Second-order MAML, Conv4-64 on 28x28, 4 tasks, one core: 9.9 tasks/s with "scan",
+    6.6 with "vmap", at a quarter of the memory (benchmarks/episodes.py).
+    """
+    return "scan" if jax.default_backend() == "cpu" else "vmap"
+
+
+def map_tasks(fn: Callable, *args: PyTree, how: TaskMapping | None = None) -> PyTree:
+    """Apply ``fn`` to each task, the leading axis [T] of every leaf of ``args``.
+
+    ``how=None`` asks `default_task_mapping`.
+    """
+    how = default_task_mapping() if how is None else how
     if how == "vmap":
         return jax.vmap(fn)(*args)
     if how == "scan":
@@ -170,7 +185,7 @@ def make_algorithm(
     train_sampler: Callable | None = None,
     query_norm: str | None = None,
     trainable: bool = True,
-    task_mapping: TaskMapping = "vmap",
+    task_mapping: TaskMapping | None = None,
 ) -> MetaAlgorithm:
     """Fill in a `MetaAlgorithm`'s optional slots.
 

@@ -55,7 +55,7 @@ def make_evaluate(
     spec: Sampler,
     *,
     batch_size: int = 8,
-    task_mapping: TaskMapping = "vmap",
+    task_mapping: TaskMapping | None = None,
 ) -> Callable[..., Evaluation]:
     """Compile once, evaluate often: ``(params, pool, num_episodes=, seed=, split=)``.
 

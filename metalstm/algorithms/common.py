@@ -49,7 +49,7 @@ def with_running_statistics(
     *,
     read: Callable[[PyTree], PyTree],
     write: Callable[[PyTree, PyTree], PyTree],
-    task_mapping: TaskMapping = "vmap",
+    task_mapping: TaskMapping | None = None,
 ) -> dict[str, Callable]:
     """The slots of `make_algorithm` that keep batch statistics over meta-training.
 

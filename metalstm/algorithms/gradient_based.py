@@ -49,7 +49,7 @@ def learned_init(
     trainable: bool = True,
     remat: bool = False,
     scan_unroll: int = 1,
-    task_mapping: TaskMapping = "vmap",
+    task_mapping: TaskMapping | None = None,
 ) -> MetaAlgorithm:
     """Adapt ``learner`` to the support set by ``num_steps`` updates of ``rule``.
 
@@ -199,9 +199,10 @@ def learned_init(
         support, query = episode
         # averages are gathered, never learned: a gradient step could make a variance
         # negative
-        stats = lax.stop_gradient(meta_params.learner.stats)
+        state = meta_params.learner
+        stats, other = lax.stop_gradient((state.stats, state.other))
         meta_params = meta_params._replace(
-            learner=meta_params.learner._replace(stats=stats)
+            learner=state._replace(stats=stats, other=other)
         )
         norm = "stored" if train_query_norm == "frozen" else "batch"
         inner, trace, state = run(
