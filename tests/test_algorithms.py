@@ -154,6 +154,24 @@ def _shifted(support: Batch) -> Batch:
     return Batch(support.x.at[0].add(1.0), support.y)
 
 
+def test_what_a_module_carries_beside_its_parameters_is_not_learned():
+    net = tiny.tanh_net()
+
+    def apply(state, x, *, norm, key=None):
+        outputs, after = net.apply(state, x * state.other["scale"], norm=norm, key=key)
+        return outputs, after
+
+    learner = Learner(
+        lambda key, x: net.init(key, x)._replace(other={"scale": jnp.float32(2)}), apply
+    )
+    algorithm = algorithms.fomaml(learner, 0.1, num_steps=1)
+    params = algorithm.init(KEY, EPISODE)
+    fn = tiny.quick_jit(jax.grad(lambda p: algorithm.loss(p, KEY, EPISODE)[0]))
+    grads = fn(params).learner
+    assert grads.other["scale"] == 0
+    assert np.any(grads.params["w1"] != 0)
+
+
 def test_each_query_norm_gives_its_own_scores():
     names = ["maml", "maml_support+1", "maml_transductive", "maml_frozen"]
     params = meta_params("maml")
