@@ -99,7 +99,7 @@ def gate_curves(
     input: np.ndarray,  # noqa: A002 (the gate's name)
     layers: Sequence[tuple[str, np.ndarray]],
     *,
-    max_layers: int = 8,
+    max_layers: int = 12,
 ) -> Figure:
     """Draw the gates over update steps, a column a layer, a line a task.
 
@@ -128,6 +128,7 @@ def gate_curves(
                 axes.set_title(name, fontsize=8)
             else:
                 axes.set_xlabel("update step", fontsize=8)
+                axes.xaxis.get_major_locator().set_params(integer=True)
             axes.tick_params(labelsize=7)
         grid[row][0].set_ylabel(f"{gate} gate")
     return figure
@@ -180,9 +181,12 @@ def episode_picture(
             axes.set_xlabel(text, fontsize=8, color=colour, labelpad=2)
             for side in axes.spines.values():
                 side.set(color=colour, linewidth=2)
-    grid[0][0].set_title("support", fontsize=9, loc="left")
-    right = f"{np.mean(before == query_y):.0%} before, {np.mean(after == query_y):.0%} "
-    grid[0][shot].set_title(f"queries: {right}after adaptation", fontsize=9, loc="left")
+    grid[0][0].set_title("support", fontsize=9)
+    grid[0][shot].set_title("queries", fontsize=9)
+    right = [f"{np.mean(labels == query_y):.0%}" for labels in (before, after)]
+    figure.suptitle(
+        f"right: {right[0]} before, {right[1]} after adaptation", fontsize=9
+    )
     return figure
 
 

@@ -88,9 +88,7 @@ def test_episode_picture(tmp_path, channels):
     )
     texts = [axes.get_xlabel() for axes in figure.axes if axes.get_visible()]
     assert [t for t in texts if t] == ["1 → 0", "1 → 1", "1 → 1", "1 → 1"]
-    assert (
-        figure.axes[1].get_title("left") == "queries: 50% before, 75% after adaptation"
-    )
+    assert figure.get_suptitle() == "right: 50% before, 75% after adaptation"
     shown = figure.axes[0].images[0].get_array()
     expected = images[1] if channels == 3 else images[1][..., 0]
     np.testing.assert_allclose(shown, expected)
