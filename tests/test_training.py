@@ -312,7 +312,9 @@ def test_what_an_algorithm_overrides_is_what_the_trainer_uses():
 
     def meta_gradient(params, carry, keys, episodes):
         shapes.append(episodes.query.x.shape)
-        return jax.tree.map(jnp.ones_like, params), carry + 2, {"loss": jnp.float32(0)}
+        noise = jax.vmap(jax.random.uniform)(keys)
+        metrics = {"loss": noise.mean(), "spread": noise.std()}
+        return jax.tree.map(jnp.ones_like, params), carry + 2, metrics
 
     algorithm = toy(
         loss=None,
@@ -325,8 +327,17 @@ def test_what_an_algorithm_overrides_is_what_the_trainer_uses():
     before = start(algorithm, optimizer)
     w = np.array(before.train.params["w"])
     loop = make_loop(algorithm, optimizer)
-    end = training.fit(loop, before, None, num_steps=2)
+    reports = []
+    end = training.fit(
+        loop,
+        before,
+        None,
+        num_steps=2,
+        report=lambda step, means: reports.append(means),
+    )
     assert end.train.carry == 9
+    assert reports[0]["loss"] != reports[1]["loss"]  # every step, every task: its key
+    assert reports[0]["spread"] > 0.01
     np.testing.assert_allclose(end.train.params["w"], [9, *(w[1:] - 1)], rtol=1e-6)
     assert shapes == [(TASKS, 14, tiny.FEATURES)]
 
