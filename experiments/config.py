@@ -91,7 +91,7 @@ class LearnerOptions:
     initializer: Literal["torch", "flax"] = "torch"
     """Initial weights: torch's U(+-1/sqrt(fan_in)), as published, or lecun_normal."""
     final_relu: bool = True
-    """conv4: whether the last block ends in a ReLU; without, features keep their sign."""
+    """conv4: the last block ends in a ReLU; without, features keep their sign."""
     zero_head: bool = False
     """Start the last layer at zero."""
     tied_head: bool = False
@@ -243,11 +243,15 @@ class Config:
 
 
 GROUPS = {f.name for f in dataclasses.fields(Config)}
-# what may change when a run goes on, or is told to run in the same folder again
-NOT_COMPARED = (
-    "run.preset", "run.workdir", "run.resume", "run.evaluate", "run.tensorboard",
-    "run.debug", "data.data_dir", "budget.episodes", "budget.minutes",
-)  # fmt: skip
+
+
+def may_change(config: Config) -> tuple[str, ...]:
+    """What may differ when a run goes on. A cosine's end is part of the recipe."""
+    names = (
+        "run.preset", "run.workdir", "run.resume", "run.evaluate", "run.tensorboard",
+        "run.debug", "data.data_dir", "budget.minutes",
+    )  # fmt: skip
+    return names if config.budget.schedule == "cosine" else (*names, "budget.episodes")
 
 
 def with_flags(config: Config, **flags: Any) -> Config:

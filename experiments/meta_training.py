@@ -18,7 +18,7 @@ import optax
 from tqdm import tqdm
 
 import metalstm
-from experiments.config import NOT_COMPARED, Config, to_json
+from experiments.config import Config, may_change, to_json
 from experiments.run_folder import Metrics
 from experiments.sources import Source
 from metalstm import checkpoints
@@ -126,7 +126,7 @@ class _Session:
             self.folder / "state",
             target,
             config=to_json(self.config),
-            ignore=NOT_COMPARED,
+            ignore=may_change(self.config),
         )
         if restored.message:
             print(f"note: {restored.message}")
@@ -209,7 +209,8 @@ class _Session:
         if self.config.budget.minutes is None:
             self.bar.update(self.episode - self.bar.n)
         else:
-            self.bar.update(round(min(seconds, self.bar.total) - self.bar.n, 1))
+            # short of the end: a bar beyond its total warns
+            self.bar.update(min(seconds, 0.999 * self.bar.total) - self.bar.n)
 
     def save(self, state: FitState) -> None:
         self.state = state

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, TextIO
 
-from experiments.config import NOT_COMPARED, Config, read_config, to_json
+from experiments.config import Config, may_change, read_config, to_json
 
 ROOT = Path("runs") / "few_shot"
 
@@ -42,7 +42,7 @@ def refuse_other_runs(folder: Path, config: Config) -> None:
     if (folder / "config.json").exists():
         saved = read_config(folder)["config"]
         try:
-            check_config(saved, to_json(config), ignore=NOT_COMPARED)
+            check_config(saved, to_json(config), ignore=may_change(config))
         except ConfigMismatch as error:
             raise ConfigMismatch(
                 f"{folder} holds another run: {error}".replace(

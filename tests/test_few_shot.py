@@ -279,6 +279,14 @@ def test_a_folder_of_another_config_is_refused(finished, capsys):
     assert "rule.hidden" in capsys.readouterr().err
 
 
+def test_the_end_of_a_cosine_cannot_move(tmp_path, capsys):
+    folder = tmp_path / "run"
+    chosen = ["--algorithms", "nearest-neighbour", "--schedule", "cosine"]
+    assert few_shot.main(command(*chosen, workdir=folder)) == 0
+    assert few_shot.main(["--resume", str(folder), "--episodes", "60"]) == 2
+    assert "budget.episodes: saved 40, now 60" in capsys.readouterr().err
+
+
 def test_a_folder_with_something_else_is_refused(capsys, tmp_path):
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.tex").touch()
