@@ -23,6 +23,7 @@ import json
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import tyro
 
@@ -52,7 +53,7 @@ class Config:
     workdir: Path = Path("runs/gate_study")
 
 
-ABLATIONS = {
+ABLATIONS: dict[str, dict[str, Any]] = {
     "all parts": {},
     "no first LSTM": {"hidden_size": 0},
     "f fixed at 1": {"forget": "one"},
@@ -95,7 +96,7 @@ def main(config: Config) -> None:
         "mlp-64": learners.mlp(config.way, (64,)),
     }
     trained_on = next(iter(targets))
-    options = {
+    options: dict[str, Any] = {
         "num_steps": config.steps,
         "second_order": False,
         "learn_init": False,
@@ -104,29 +105,25 @@ def main(config: Config) -> None:
 
     def gates(**changes):
         # a first step of a useful size: i_0 = sigmoid(0) = 0.5
-        return rules.lstm_gates(
-            **(
-                {
-                    "hidden_size": config.hidden,
-                    "forget_bias": (4.0, 5.0),
-                    "input_bias": (0.0, 0.0),
-                }
-                | changes
-            )
-        )
+        start: dict[str, Any] = {
+            "hidden_size": config.hidden,
+            "forget_bias": (4.0, 5.0),
+            "input_bias": (0.0, 0.0),
+        }
+        return rules.lstm_gates(**(start | changes))
 
     def meta_train(rule):
         algorithm = algorithms.learned_init(targets[trained_on], rule, **options)
         optimizer = adam_clipped(1e-2, 1.0)
         episode = spec.sample(jax.random.key(0), dataset.train)
-        state = init_train_state(algorithm, optimizer, config.seed, episode)
+        start = init_train_state(algorithm, optimizer, config.seed, episode)
         loop = make_train_loop(
             algorithm, optimizer, train_spec, num_tasks=config.meta_batch
         )
         started = time.monotonic()
         state = fit(
             loop,
-            init_fit_state(state),
+            init_fit_state(start),
             dataset.train,
             num_steps=config.meta_steps,
             report=lambda step, m: print(
@@ -199,11 +196,14 @@ def _write(config, dataset, rows, evaluations, trained_on) -> None:
 
     from metalstm.evaluation import paired_difference
 
-    lines = [
+    setting = (
         f"{dataset.name}, {config.way}-way {config.shot}-shot, {config.steps} updates, "
-        f"theta_0 drawn in every episode, first order, batch norm: support (inductive), "
+        "theta_0 drawn in every episode, first order, batch norm: support (inductive), "
         f"{config.meta_steps} meta-steps of {config.meta_batch} episodes, seed "
-        f"{config.seed}, {config.test_episodes} test episodes.",
+        f"{config.seed}, {config.test_episodes} test episodes."
+    )
+    lines = [
+        setting,
         "",
         "| part | rule | learner | accuracy % (95% CI) | paired difference | |",
         "|---|---|---|---|---|---|",
@@ -225,7 +225,8 @@ def _write(config, dataset, rows, evaluations, trained_on) -> None:
             note += " (at the edge of the grid)"
         lines.append(
             f"| {row['part']} | {row['rule']} | {row['learner']} | "
-            f"{100 * row['mean']:.1f} ± {100 * row['ci95']:.1f} | {difference} | {note} |"
+            f"{100 * row['mean']:.1f} ± {100 * row['ci95']:.1f} | {difference} | "
+            f"{note} |"
         )
     config.workdir.mkdir(parents=True, exist_ok=True)
     (config.workdir / "table.md").write_text("\n".join(lines) + "\n")

@@ -156,7 +156,8 @@ def _correlate_images(x: Array, kernel: Array) -> Array:
         return y.reshape(images, height, width, filters)
     kernel = kernel.transpose(1, 2, 0, 3).reshape(3 * channels, 3 * filters)
     y = (_row_shifts(x) @ kernel).reshape(images, height + 2, width, 3, filters)
-    return sum(y[:, i : i + height, :, i] for i in range(3))
+    above, same, below = (y[:, i : i + height, :, i] for i in range(3))
+    return above + same + below
 
 
 def _outer_images(x: Array, g: Array) -> Array:

@@ -101,7 +101,7 @@ def _from_linen(module: nn.Module) -> Learner:
     norm_switches = {"train", "training", "is_training", "use_running_average"}
     switches = (norm_switches | {"deterministic"}) & set(accepted)
 
-    def flags(norm: Norm, key: Array | None) -> dict[str, bool]:
+    def flags(norm: Norm, key: Array | None) -> dict[str, Any]:
         use_batch = norm != "stored"
         values = dict.fromkeys(("train", "training", "is_training"), use_batch)
         values["use_running_average"] = not use_batch
@@ -147,7 +147,7 @@ def _from_linen(module: nn.Module) -> Learner:
 
 
 def _split_collections(variables: Mapping) -> tuple[PyTree, PyTree, PyTree]:
-    other = dict(core.unfreeze(variables))
+    other: dict[str, Any] = dict(core.unfreeze(dict(variables)))
     return other.pop("params", {}), other.pop("batch_stats", {}), other
 
 
@@ -210,7 +210,8 @@ def _from_nnx(factory: Callable[[nnx.Rngs], nnx.Module]) -> Learner:
             arrays = (state.params, stats, generators, state.other)
             model = nnx.merge(graphdef, *map(_fill, parts, arrays))
             outputs = model(x)
-            _, _, new_stats, _, other = nnx.split(model, *_NNX_PARTS)
+            _, *split = nnx.split(model, *_NNX_PARTS)
+            _, new_stats, _, other = split
             return outputs, nnx.to_pure_dict(new_stats), nnx.to_pure_dict(other)
 
         outputs, stats, other = _with_statistics(

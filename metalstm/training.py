@@ -157,7 +157,7 @@ def _train_step(algorithm, optimizer, mesh: Mesh | None, accumulate: int | None)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         params = algorithm.absorb(optax.apply_updates(state.params, updates), carry)
         new = TrainState(state.step + 1, state.seed, params, opt_state, carry)
-        grad_norm = optax.global_norm(grads)
+        grad_norm = jnp.sqrt(sum(jnp.vdot(g, g) for g in jax.tree.leaves(grads)))
         finite = jnp.isfinite(metrics["loss"]) & jnp.isfinite(grad_norm)
         new = jax.tree.map(lambda a, b: jnp.where(finite, a, b), new, state)
         return new, metrics | {"grad_norm": grad_norm, "finite": finite}

@@ -124,7 +124,7 @@ def test_running_statistics_are_the_mean_over_tasks_and_steps(frozen_loop):
     expected = jax.tree.map(lambda *leaves: np.mean(leaves, axis=0), *seen)
     tiny.assert_close(state.train.carry.stats, expected, rtol=1e-4)
     tiny.assert_equal(state.train.params.learner.stats, state.train.carry.stats)
-    assert state.train.carry.count == 2
+    assert state.train.carry.num_steps == 2
 
 
 # meta-training adapts with batch statistics, where frozen meta-test uses the averages

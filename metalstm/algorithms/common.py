@@ -37,7 +37,7 @@ def accuracy(scores: Array, targets: Array) -> Array:
 class RunningStatistics(NamedTuple):
     """The carry of algorithms that normalise by averages over meta-training."""
 
-    count: Array  # meta-steps seen, float32
+    num_steps: Array  # meta-steps seen, float32
     stats: PyTree  # the averages
 
 
@@ -78,11 +78,11 @@ def with_running_statistics(
             lambda leaf: leaf.mean(0), (grads, metrics, stats)
         )
         # a plain mean at first, so that the initial values leave no trace
-        weight = jnp.maximum(1 / (carry.count + 1), 1 / _HORIZON)
+        weight = jnp.maximum(1 / (carry.num_steps + 1), 1 / _HORIZON)
         stats = jax.tree.map(
             lambda old, new: old + weight * (new - old), carry.stats, stats
         )
-        return grads, RunningStatistics(carry.count + 1, stats), metrics
+        return grads, RunningStatistics(carry.num_steps + 1, stats), metrics
 
     def absorb(meta_params, carry: RunningStatistics):
         return write(meta_params, carry.stats)

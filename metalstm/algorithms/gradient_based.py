@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import jax
 import jax.numpy as jnp
@@ -20,6 +20,8 @@ from metalstm.base import (
     LearnerState,
     MetaAlgorithm,
     MetaParams,
+    Norm,
+    PyTree,
     QueryNorm,
     TaskMapping,
     UpdateRule,
@@ -113,6 +115,7 @@ def learned_init(
     def init(key: Array, episode: Episode) -> MetaParams:
         learner_key, rule_key = jax.random.split(key)
         state = learner.init(learner_key, episode.support.x[:1])
+        _check_other(state.other)
         rule_params = rule.init(rule_key, state.params)
         if not learn_init:
             # only the averages of `frozen` are kept of a learner drawn per episode
@@ -191,7 +194,7 @@ def learned_init(
             _, adapted = learner.apply(adapted, support.x, norm="gather")
         if norm == "support+1":
             return _one_by_one(learner, adapted, support.x, query_x)
-        mode = "batch" if norm == "transductive" else "stored"
+        mode: Norm = "batch" if norm == "transductive" else "stored"
         outputs, _ = learner.apply(adapted, query_x, norm=mode)
         return outputs
 
@@ -204,7 +207,9 @@ def learned_init(
         meta_params = meta_params._replace(
             learner=state._replace(stats=stats, other=other)
         )
-        norm = "stored" if train_query_norm == "frozen" else "batch"
+        norm: Literal["batch", "stored"] = (
+            "stored" if train_query_norm == "frozen" else "batch"
+        )
         inner, trace, state = run(
             meta_params, key, support, steps=num_steps, norm=norm, way=train_way
         )
@@ -266,7 +271,7 @@ def learned_init(
         changes = {name: n for name, n in changes.items() if n is not None}
         return dataclasses.replace(spec, **changes) if changes else spec
 
-    slots = {}
+    slots: dict[str, Any] = {}
     if frozen:
         slots = with_running_statistics(
             loss_and_stats,
@@ -289,6 +294,17 @@ def learned_init(
 
 # constants folded into an episode's key, one for each use of randomness
 _INIT, _DROPOUT, _ORDER = 0, 1, 2
+
+
+def _check_other(other: PyTree) -> None:
+    for path, leaf in jax.tree_util.tree_flatten_with_path(other)[0]:
+        if not jnp.issubdtype(leaf.dtype, jnp.floating):
+            raise ValueError(
+                f"the learner carries {jax.tree_util.keystr(path)} of type "
+                f"{leaf.dtype} beside its parameters, which cannot be part of "
+                "meta-parameters that are differentiated: make it a float, or compute "
+                "it in the call"
+            )
 
 
 def _check_differentiable(rule: UpdateRule) -> None:
@@ -370,7 +386,7 @@ def meta_lstm(
     passes. ``options`` are those of `learned_init`.
     """
     rule = lstm_gates() if rule is None else rule
-    published = {
+    published: dict[str, Any] = {
         "second_order": False,
         "gradient_scale": "1/batch",
         "support_stats": "moving",

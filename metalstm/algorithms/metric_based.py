@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -97,7 +97,7 @@ def prototypical(
         changes = {name: n for name, n in changes.items() if n is not None}
         return dataclasses.replace(spec, **changes) if changes else spec
 
-    slots: dict[str, Callable] = with_running_statistics(
+    slots: dict[str, Any] = with_running_statistics(
         loss_and_stats,
         read=lambda state: state.stats,
         write=lambda state, stats: state._replace(stats=stats),

@@ -44,7 +44,7 @@ class Sampler(Protocol):
         """True when y holds float targets [N, way] and not labels [N]."""
         ...
 
-    def sample(self, key: Array, pool: Any = None) -> Episode:
+    def sample(self, key: Array, pool: Any) -> Episode:
         """Draw one episode; a source that needs no pool ignores it."""
         ...
 

@@ -62,7 +62,8 @@ def lstm_gates(
       hidden_size: H; 0 for no first LSTM: the gates then read the features themselves.
         None: 20 for ``variant="code"`` (the authors' code), 0 for ``"paper"``.
       variant: what the gates read of their previous step: ``"code"`` the logit, as in
-        the authors' code, ``"paper"`` the value, as in equation 3.
+        the authors' code, ``"paper"`` the value, as in equation 3 (the paper does not
+        say what f_0 and i_0 are; a zero logit makes both 0.5).
       forget: ``"one"`` fixes f at 1 (an ablation; with a constant i this is SGD).
       input: ``"constant"`` makes i a learned constant (an ablation).
       loss_input: whether the LSTM sees the loss.
