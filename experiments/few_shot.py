@@ -4,7 +4,7 @@ Claim: a learned update rule with a learned start adapts to new classes from a f
 images, above fixed rules and floors (Ravi & Larochelle, ICLR 2017; Finn et al., 2017).
 
     python -m experiments.few_shot                          # letters, no download
-    python -m experiments.few_shot --preset omniglot-1shot --data-dir DIR
+    python -m experiments.few_shot --preset omniglot --data-dir DIR
     python -m experiments.few_shot --preset ravi-5shot --data-dir DIR
     python -m experiments.few_shot --evaluate RUN --query-norm all
 
