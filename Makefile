@@ -43,6 +43,8 @@ test: $(VENV)/.installed-dev
 
 bench: $(VENV)/.installed-experiments
 	$(BIN)/python -m benchmarks.episodes $(ARGS)
+	$(BIN)/python -m benchmarks.alternatives
+	$(BIN)/python -m benchmarks.convolutions --quick
 
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff format --check

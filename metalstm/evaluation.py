@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from metalstm.algorithms.common import accuracy
-from metalstm.base import MetaAlgorithm, PyTree, TaskMapping, map_tasks
+from metalstm.base import Episode, MetaAlgorithm, PyTree, TaskMapping, map_tasks
 from metalstm.data.episodes import Sampler, episode_key
 
 __all__ = [
@@ -64,18 +64,24 @@ def make_evaluate(
       task_mapping: how they are laid out; see `metalstm.base.map_tasks`.
     """
 
-    def one(params: PyTree, pool: Any, key: jax.Array) -> jax.Array:
-        episode = spec.sample(key, pool)
-        key = jax.random.fold_in(key, _TASK)
-        classes = None if spec.regression else spec.way
-        scores = algorithm.predict(
-            params, key, episode.support, episode.query.x, num_classes=classes
-        )
-        return accuracy(scores, episode.query.y)
+    classes = None if spec.regression else spec.way
+
+    # Two programs, so that the costly one does not depend on the size of the pool.
+    @jax.jit
+    def sample(keys: jax.Array, pool: Any) -> Episode:
+        return jax.vmap(lambda key: spec.sample(key, pool))(keys)
 
     @jax.jit
-    def batch(params: PyTree, pool: Any, keys: jax.Array) -> jax.Array:
-        return map_tasks(lambda key: one(params, pool, key), keys, how=task_mapping)
+    def score(params: PyTree, keys: jax.Array, episodes: Episode) -> jax.Array:
+        def one(key: jax.Array, episode: Episode) -> jax.Array:
+            key = jax.random.fold_in(key, _TASK)
+            support, query = episode
+            scores = algorithm.predict(
+                params, key, support, query.x, num_classes=classes
+            )
+            return accuracy(scores, query.y)
+
+        return map_tasks(one, keys, episodes, how=task_mapping)
 
     def run(
         params: PyTree,
@@ -92,7 +98,7 @@ def make_evaluate(
             # the last batch runs past the end, so that one program serves all
             tasks = jnp.arange(start, start + batch_size)
             keys = jax.vmap(lambda i: episode_key(seed, split, 0, i))(tasks)
-            results.append(batch(params, pool, keys))
+            results.append(score(params, keys, sample(keys, pool)))
         accuracies = np.concatenate(jax.device_get(results))[:num_episodes]
         mean, ci95 = mean_and_ci95(accuracies)
         return Evaluation(accuracies, mean, ci95, algorithm.query_norm, split, seed)

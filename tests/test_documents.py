@@ -1,0 +1,48 @@
+"""What the README and the notebooks show, runs."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import nbclient
+import nbformat
+import pytest
+
+ROOT = Path(__file__).parents[1]
+
+
+def _blocks(path: Path) -> list[str]:
+    """The Python blocks of a Markdown file that do not need a trained run."""
+    found = re.findall(r"```python\n(.*?)```", path.read_text(), re.DOTALL)
+    return [block for block in found if "load_run" not in block]
+
+
+def test_the_python_of_the_readme_runs_as_it_stands():
+    blocks = _blocks(ROOT / "README.md")
+    assert len(blocks) >= 3
+    namespace: dict = {}
+    for block in blocks:
+        assert len(block.strip().splitlines()) < 25
+        exec(compile(block, "README.md", "exec"), namespace)
+    # the blocks leave what they promise: a score, and two learners of the user's own
+    assert 0 <= namespace["result"].mean <= 1
+    for name in ("mine_linen", "mine_nnx"):
+        assert callable(namespace[name].apply)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["quickstart"])
+def test_a_notebook_runs(name, tmp_path):
+    notebook = nbformat.read(ROOT / "notebooks" / f"{name}.ipynb", as_version=4)
+    for cell in notebook.cells:
+        if cell.cell_type == "code":
+            cell.source = cell.source.replace("range(300)", "range(3)")
+            cell.source = cell.source.replace("num_episodes=200", "num_episodes=8")
+    client = nbclient.NotebookClient(
+        notebook, timeout=600, resources={"metadata": {"path": str(ROOT)}}
+    )
+    client.execute()
+    text = nbformat.writes(notebook)
+    assert "nearest neighbour" in text
+    assert "mean over parameters" in text
