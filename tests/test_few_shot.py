@@ -145,6 +145,7 @@ def test_ctrl_c_saves_and_going_on_is_the_same_run(
     finished, tmp_path, monkeypatch, capsys
 ):
     folder = tmp_path / "run"
+    handler = signal.getsignal(signal.SIGINT)  # a background shell ignores it
     real_report, reports = meta_training._Session.report, []
 
     def report(self, step, means):
@@ -159,7 +160,7 @@ def test_ctrl_c_saves_and_going_on_is_the_same_run(
     assert few_shot.main(line) == 130
     assert f"--resume {folder}" in capsys.readouterr().out
     assert not (folder / "results.json").exists()
-    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    assert signal.getsignal(signal.SIGINT) is handler
     assert few_shot.main(["--resume", str(folder)]) == 0
     assert "going on at episode" in capsys.readouterr().out
     assert_same_run(folder, finished)
