@@ -71,27 +71,17 @@ _OMNIGLOT: dict[str, Any] = {
 }
 
 PRESETS: dict[str, dict[str, Any]] = {
-    "demo": {
+    # the same on letters; turned letters may be other letters
+    "demo": _OMNIGLOT
+    | {
         "dataset": "glyphs",
-        "way": 5,
-        "shot": 1,
-        "filters": 16,
-        "strided": True,
-        "algorithms": ("meta-lstm", "maml", "scratch", "nearest-neighbour"),
-        "steps": 3,
-        "order": "second",
-        "gradient_scale": "one",
-        "support_stats": "final",
-        "hidden": 4,
-        "input_bias": (-1.0, -0.7),
-        "inner_rate": 0.4,
-        "train_queries": 5,
-        "meta_batch": 4,
-        "episodes": 2_000,
-        "validate_every": 400,
+        "rotations": False,
+        "algorithms": ("meta-lstm", "prototypical", "scratch", "nearest-neighbour"),
+        "episodes": 1_500,
+        "validate_every": 500,
         "validation_episodes": 100,
-        "save_every": 400,
-        "scratch_steps": 30,
+        "save_every": 500,
+        "scratch_steps": 20,
     },
     "ravi-1shot": _RAVI
     | {

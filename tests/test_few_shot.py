@@ -498,7 +498,8 @@ def test_flags_override_presets():
     config = options.parse("--preset demo --way 7 --algorithms maml".split())
     assert config.data.way == 7
     assert config.methods.algorithms == ("maml",)
-    assert config.learner.filters == 16
+    assert config.data.dataset == "glyphs"
+    assert config.learner.tied_head
     with pytest.raises(ValueError, match="there is no option 'wey'"):
         options.with_flags(config, wey=3)
 
