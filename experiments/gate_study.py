@@ -230,7 +230,9 @@ def _write(config, dataset, rows, evaluations, trained_on) -> None:
         )
     config.workdir.mkdir(parents=True, exist_ok=True)
     (config.workdir / "table.md").write_text("\n".join(lines) + "\n")
-    document = {"config": dataclasses.asdict(config), "rows": rows}
+    settings = dataclasses.asdict(config)
+    del settings["data_dir"], settings["workdir"]  # say nothing of the result
+    document = {"config": settings, "rows": rows}
     document["checksum"] = dataset.checksum
     text = json.dumps(document, indent=1, default=str)
     (config.workdir / "results.json").write_text(text + "\n")
