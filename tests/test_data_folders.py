@@ -248,7 +248,6 @@ def test_without_pillow_the_extra_is_named(tmp_path, monkeypatch):
 
 
 @pytest.mark.real_data
-@pytest.mark.skipif("METALSTM_TEST_DATA" not in os.environ, reason="no real data")
 def test_real_mini_imagenet(tmp_path):
     root = Path(os.environ["METALSTM_TEST_DATA"]) / "mini_imagenet"
     dataset = load_mini_imagenet(root)  # 20 s the first time, then from the cache

@@ -194,7 +194,6 @@ def test_unknown_names_and_a_missing_tfds_are_refused(tmp_path, monkeypatch):
 
 
 @pytest.mark.real_data
-@pytest.mark.skipif("METALSTM_TEST_DATA" not in os.environ, reason="no real data")
 def test_real_mnist():
     root = Path(os.environ["METALSTM_TEST_DATA"]) / "tensorflow_datasets"
     dataset = load_tfds("mnist", root, max_per_class=100)  # then from the cache
