@@ -35,6 +35,8 @@ RULES: dict[str, UpdateRule] = {
     "gates_per_step": rules.lstm_gates(
         hidden_size=0, bias_per="tensor_and_step", num_bias_steps=2
     ),
+    "l2l": rules.l2l(hidden_size=2),
+    "l2l_raw": rules.l2l(hidden_size=3, num_layers=1, features="raw", output_scale=1.0),
     "sgd_rule": rules.learned_sgd(0.1),
     "sgd_tensor": rules.learned_sgd(0.1, per="tensor", num_steps=2),
     "sgd_parameter": rules.learned_sgd((0.05, 0.2), per="parameter"),

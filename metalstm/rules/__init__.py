@@ -3,13 +3,16 @@
 from metalstm.rules.classic import chain, from_optax, learned_sgd, tunable
 from metalstm.rules.features import FEATURES_VERSION, log_sign
 from metalstm.rules.gates import GatesState, find_gates, lstm_gates
+from metalstm.rules.l2l_lstm import L2LState, l2l
 
 __all__ = [
     "FEATURES_VERSION",
     "GatesState",
+    "L2LState",
     "chain",
     "find_gates",
     "from_optax",
+    "l2l",
     "learned_sgd",
     "log_sign",
     "lstm_gates",

@@ -15,6 +15,7 @@ import optax
 from jax import lax
 
 from metalstm.base import Array, PyTree, UpdateRule
+from metalstm.rules.cell import lstm_step, tanh_sigmoid
 from metalstm.rules.features import log_sign
 from metalstm.rules.flat import coordinate_dtype, flatten, leaf_sizes, unflatten
 
@@ -186,7 +187,7 @@ def lstm_gates(
                 if theta_input:
                     out = out + gate["theta"] * theta
                 if carry_input:
-                    old = carried if variant == "code" else _sigmoid(carried)
+                    old = carried if variant == "code" else tanh_sigmoid(carried)
                     out = out + gate["carry"] * old
                 return out
 
@@ -236,17 +237,8 @@ def _features(rule, state: GatesState, g: Array, loss: Array | None, p: float):
     if loss is not None:  # the same for all coordinates, so part of the bias
         shared = jnp.stack(log_sign(jnp.asarray(loss), p)).astype(g.dtype)
         bias = bias + lstm["loss_kernel"] @ shared
-    z = lstm["kernel"] @ jnp.concatenate([gradient, state.hidden]) + bias[:, None]
-    i, f, o, candidate = jnp.split(z, 4)
-    cell = _sigmoid(f) * state.cell + _sigmoid(i) * jnp.tanh(candidate)
-    hidden = _sigmoid(o) * jnp.tanh(cell)
+    hidden, cell = lstm_step(lstm["kernel"], bias, gradient, state.hidden, state.cell)
     return hidden, hidden, cell
-
-
-def _sigmoid(x: Array) -> Array:
-    # Five times faster than exp on XLA:CPU, but blind to values below 1e-7: for the
-    # LSTM's inside, not for the gates on theta.
-    return 0.5 * (1.0 + jnp.tanh(0.5 * x))
 
 
 def _per_coordinate(row: Array, sizes: list[int]) -> Array:
