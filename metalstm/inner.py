@@ -65,9 +65,9 @@ def unroll(
         before every k-th update (truncated back-propagation through time).
       remat: recompute each step in the backward pass instead of storing it.
       coordinatewise: the promise of `UpdateRule.coordinatewise`. Together with
-        ``second_order=False`` and ``rule_state=None`` the derivative of theta_T is
-        taken through a replay of the rule over blocks of coordinates, which stays in
-        cache; values do not change. The final rule state is then a constant.
+        ``second_order=False`` the derivative of theta_T is taken through a replay of
+        the rule over blocks of coordinates, which stays in cache; values do not
+        change. A given and the final rule state are then constants.
       observe: diagnostics of the state after each update, for ``Trace.observed``.
       key: a PRNG key; step t gets ``fold_in(key, t)``. None: ``loss_fn`` gets None.
       scan_unroll: iterations per trip of the `lax.scan`; on CPU a few steps run faster
@@ -88,10 +88,14 @@ def unroll(
                 "stack one batch for each step along the leading axis"
             )
 
-    fresh = state.rule_state is None
-    blocked = coordinatewise and fresh and not second_order
-    if fresh:
+    blocked = constant_states = coordinatewise and not second_order
+    given = state.rule_state
+    if given is None:
         state = state._replace(rule_state=tx.init(state.params))
+    elif constant_states:
+        state = state._replace(rule_state=lax.stop_gradient(given))
+        # a state shaped like the tree of parameters cannot be cut into blocks
+        blocked = _per_coordinate(tx, state.params, given) is not None
     loop_update = _without_derivative(tx) if blocked else tx.update
     cut_before = _cut_steps(num_steps, truncate_every)
 
@@ -121,8 +125,12 @@ def unroll(
     final, (losses, observed, grads) = lax.scan(
         body, start, xs, length=num_steps, unroll=scan_unroll
     )
+    if constant_states:
+        final = final._replace(rule_state=lax.stop_gradient(final.rule_state))
     if blocked:
-        params, first_order = _replay(tx, state.params, grads, losses, cut_before)
+        params, first_order = _replay(
+            tx, state.params, given, grads, losses, cut_before
+        )
         final = final._replace(params=_with_gradient(final.params, params))
         losses = losses + first_order
     return final, Trace(losses, observed)
@@ -171,11 +179,40 @@ def _without_derivative(tx) -> Callable:
     return update
 
 
-def _replay(tx, params: PyTree, grads: PyTree, losses: Array, cut_before: Array):
+def _per_coordinate(tx, params: PyTree, rule_state: PyTree) -> list[bool] | None:
+    """For each leaf of a rule's state, whether its last axis is the coordinates'.
+
+    None where that is not the whole answer: the state of the flat vector of all
+    parameters would not look like ``rule_state``.
+    """
+    leaves = jax.tree.leaves(params)
+    total = sum(leaf.size for leaf in leaves)
+    dtype = jnp.result_type(*leaves)
+    flat, longer = (
+        jax.eval_shape(tx.init, jax.ShapeDtypeStruct((n,), dtype))
+        for n in (total, total + 1)
+    )
+    trees = (rule_state, flat, longer)
+    if len({jax.tree.structure(tree) for tree in trees}) > 1:
+        return None
+    shapes = [[jnp.shape(leaf) for leaf in jax.tree.leaves(tree)] for tree in trees]
+    separates = all(
+        shape == same and shape[:-1] == other[:-1]
+        for shape, same, other in zip(*shapes, strict=True)
+    )
+    if not separates:
+        return None
+    return [same != other for same, other in zip(*shapes[1:], strict=True)]
+
+
+def _replay(
+    tx, params: PyTree, given: PyTree, grads: PyTree, losses: Array, cut_before: Array
+):
     """Run the rule alone over recorded gradients and losses, block by block.
 
     With gradients and losses held constant a coordinate-wise rule separates over
     coordinates, so each block of them is replayed, and later differentiated, by itself.
+    ``given`` is the rule's state at the start, a constant; None: a fresh one.
 
     Returns theta_T, and per step [T] a zero whose derivative is that of the loss.
     """
@@ -196,8 +233,24 @@ def _replay(tx, params: PyTree, grads: PyTree, losses: Array, cut_before: Array)
         jnp.concatenate([g.reshape(steps, -1) for g in jax.tree.leaves(grads)], axis=1)
     )
 
+    given_leaves, state_treedef = jax.tree.flatten(lax.stop_gradient(given))
+    sliced = _per_coordinate(tx, params, given) or []
+    given_blocks = [
+        to_blocks(leaf) for leaf, own in zip(given_leaves, sliced, strict=True) if own
+    ]
+
+    def start_of(theta_block, given_block):
+        if given is None:
+            return tx.init(theta_block)
+        own = iter(given_block)
+        state = [
+            next(own) if mine else leaf
+            for leaf, mine in zip(given_leaves, sliced, strict=True)
+        ]
+        return jax.tree.unflatten(state_treedef, state)
+
     @jax.checkpoint
-    def one_block(theta_block, grad_block):
+    def one_block(theta_block, given_block, grad_block):
         def step(carry, xs):
             g, loss, cut = xs
             theta, rule_state = _cut(carry, cut)
@@ -205,13 +258,13 @@ def _replay(tx, params: PyTree, grads: PyTree, losses: Array, cut_before: Array)
             updates, rule_state = tx.update(g, rule_state, theta, value=loss)
             return (optax.apply_updates(theta, updates), rule_state), zero
 
-        start = (theta_block, tx.init(theta_block))
+        start = (theta_block, start_of(theta_block, given_block))
         (theta_block, _), zeros = lax.scan(
             step, start, (grad_block, losses, cut_before)
         )
         return theta_block, zeros
 
-    blocks, zeros = lax.map(lambda xs: one_block(*xs), (theta, grad))
+    blocks, zeros = lax.map(lambda xs: one_block(*xs), (theta, given_blocks, grad))
     flat = blocks.reshape(-1)[:total]
     offsets = [sum(sizes[:i]) for i in range(len(sizes))]
     out = [

@@ -10,6 +10,7 @@ import numpy as np
 import optax
 import pytest
 import tiny
+from jax.flatten_util import ravel_pytree
 
 from metalstm import inner, rules
 from metalstm.inner import InnerState, unroll
@@ -28,6 +29,8 @@ def make_weights(name: str):
         weights = jax.tree.map(lambda leaf: 30 * leaf, weights)
         weights["forget"]["bias"] = jnp.float32(3)
         weights["input"]["bias"] = jnp.float32(-1)
+    if name == "sgd":
+        weights = weights * jnp.array([1.0, 0.7, 0.9])
     return weights
 
 
@@ -93,6 +96,73 @@ def test_blocked_replay_equals_the_plain_path(name):
         tiny.assert_equal(values, plain_values)
         tiny.assert_close(grads, plain_grads, rtol=2e-4, atol=1e-5)
         assert all(np.abs(leaf).max() > 1e-3 for leaf in jax.tree.leaves(grads[1]))
+
+
+def momentum(flat: bool) -> optax.GradientTransformationExtraArgs:
+    """Its state is a counter and one vector, or a tree like the parameters."""
+
+    def init(params):
+        if flat:
+            size = sum(p.size for p in jax.tree.leaves(params))
+            return {"step": jnp.int32(0), "mean": jnp.zeros(size)}
+        return {"step": jnp.int32(0), "mean": jax.tree.map(jnp.zeros_like, params)}
+
+    def update(grads, state, params, **extra):
+        del extra
+        vector, back = ravel_pytree(grads)
+        mean = 0.9 * ravel_pytree(state["mean"])[0] + vector
+        mean = mean - 0.1 * ravel_pytree(params)[0]
+        new = {"step": state["step"] + 1, "mean": mean if flat else back(mean)}
+        return back(-0.3 / new["step"] * mean), new
+
+    return optax.GradientTransformationExtraArgs(init, update)
+
+
+@pytest.mark.parametrize("name", [*RULES, "flat", "tree"])
+def test_blocked_replay_goes_on_from_a_given_state_as_from_a_constant(name):
+    """Per-coordinate leaves are cut, others shared; what it cannot cut goes plain."""
+    theta = theta_0()
+    weights = make_weights(name) if name in RULES else ()
+
+    def bind(weights):
+        return RULES[name].bind(weights) if name in RULES else momentum(name == "flat")
+
+    def moved(leaf):  # away from where a fresh one is; a counter of 0 becomes 1
+        wave = 0.3 + jnp.sin(1.0 + jnp.arange(leaf.size)).reshape(leaf.shape)
+        return (leaf + wave).astype(leaf.dtype)
+
+    def objective(weights, theta, mean, start, coordinatewise):
+        start = jax.tree.map(lambda leaf: leaf + mean.astype(leaf.dtype), start)
+        if not coordinatewise:
+            start = jax.lax.stop_gradient(start)
+        final, trace = unroll(
+            loss_fn,
+            bind(weights),
+            InnerState(theta, jnp.float32(0), start),
+            num_steps=STEPS,
+            second_order=False,
+            coordinatewise=coordinatewise,
+        )
+        dots = jax.tree.map(lambda p: jnp.vdot(jnp.cos(p), p), final.params)
+        value = sum(jax.tree.leaves(dots)) + trace.losses[2]
+        if coordinatewise:  # a constant too
+            inexact = jax.tree.map(lambda x: x * 1.0, final.rule_state)
+            value += sum(leaf.sum() for leaf in jax.tree.leaves(inexact))
+        return value, final
+
+    start = jax.tree.map(moved, bind(weights).init(theta))
+    fn = tiny.quick_jit(jax.grad(objective, (0, 1, 2), has_aux=True), static_argnums=4)
+    args = (weights, theta, jnp.float32(0.1), start)
+    plain_grads, plain = fn(*args, False)
+    grads, final = fn(*args, True)
+    scans = [str(fn.trace(*args, way).jaxpr).count("scan[") for way in (True, False)]
+    assert (scans[0] > scans[1]) == (name != "tree")
+    tiny.assert_close(final, plain)
+    tiny.assert_close(grads, plain_grads, rtol=2e-4, atol=1e-5)
+    assert grads[2] == 0
+    assert largest(grads[1]) > 1e-3
+    fresh = fn(weights, theta, jnp.float32(0), bind(weights).init(theta), True)[1]
+    assert tiny.max_difference(final.params, fresh.params) > 1e-3
 
 
 def test_blocked_replay_is_in_the_program_only_where_it_may_be():
