@@ -102,6 +102,9 @@ class UpdateRule(NamedTuple):
     smooth: bool = False
     """Its derivative is finite at a zero gradient too. Promised by the author; without
     the promise `learned_init` checks it before it differentiates through the rule."""
+    reads_loss: bool = True
+    """False: ``value=`` changes nothing. Promised by the author; a coordinate-wise rule
+    that keeps it may run many tasks as one, which share no loss."""
 
 
 class MetaParams(NamedTuple):

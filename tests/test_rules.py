@@ -45,6 +45,7 @@ RULES: dict[str, UpdateRule] = {
     "chain": rules.chain(optax.clip_by_global_norm(1.0), rules.learned_sgd(0.1)),
 }
 PER_TENSOR = {"gates_per_step", "sgd_tensor", "sgd_parameter"}
+BLIND = {"gates_ablated", "l2l", "l2l_raw", "sgd_rule", "sgd_tensor", "sgd_parameter"}
 
 
 class Bound(NamedTuple):
@@ -415,6 +416,15 @@ def test_a_coordinatewise_rule_reads_each_coordinate_alone(name):
     )
     tiny.assert_equal(after["half"], before["half"])
     assert np.any(after["layer"]["w"][0] != before["layer"]["w"][0])
+
+
+def test_rules_say_whether_they_read_the_loss():
+    """What running many tasks as one relies on."""
+    assert {name for name in RULES if not RULES[name].reads_loss} == BLIND
+    for name in BLIND:
+        rule = bound(name)
+        with_loss = rule.tx.update(GRADS, rule.state, PARAMS, value=9.0)
+        tiny.assert_equal(rule.tx.update(GRADS, rule.state, PARAMS), with_loss)
 
 
 @pytest.mark.parametrize(

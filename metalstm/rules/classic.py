@@ -120,7 +120,9 @@ def learned_sgd(
 
         return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 
-    return UpdateRule(init, bind, coordinatewise=per == "rule", smooth=True)
+    return UpdateRule(
+        init, bind, coordinatewise=per == "rule", smooth=True, reads_loss=False
+    )
 
 
 def chain(*rules: UpdateRule | optax.GradientTransformation) -> UpdateRule:
@@ -146,4 +148,5 @@ def chain(*rules: UpdateRule | optax.GradientTransformation) -> UpdateRule:
         bind,
         coordinatewise=all(r.coordinatewise for r in parts),
         smooth=all(r.smooth for r in parts),
+        reads_loss=any(r.reads_loss for r in parts),
     )

@@ -108,6 +108,7 @@ def lstm_gates(
             f"input_bias_of={dict(input_bias_of)} needs a bias for each tensor: choose "
             "bias_per='tensor' or 'tensor_and_step'"
         )
+    uses_features = forget == "gate" or input == "gate"
     num_features = hidden_size or (4 if loss_input else 2)
     table_steps = num_bias_steps if bias_per == "tensor_and_step" else 1
 
@@ -137,7 +138,6 @@ def lstm_gates(
             rule["input"]["bias"] = jnp.where(chosen, other, rule["input"]["bias"])
         if input == "constant":
             rule["input"] = {"bias": rule["input"]["bias"]}
-        uses_features = forget == "gate" or input == "gate"
         if hidden_size and uses_features:
             rule["lstm"] = {
                 "kernel": uniform(20, (4 * hidden_size, 2 + hidden_size)),
@@ -203,7 +203,13 @@ def lstm_gates(
 
         return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 
-    return UpdateRule(init, bind, coordinatewise=not per_tensor, smooth=True)
+    return UpdateRule(
+        init,
+        bind,
+        coordinatewise=not per_tensor,
+        smooth=True,
+        reads_loss=loss_input and uses_features,
+    )
 
 
 def find_gates(rule_state: PyTree) -> dict[str, Array]:

@@ -100,4 +100,4 @@ def l2l(
 
         return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 
-    return UpdateRule(init, bind, coordinatewise=True, smooth=True)
+    return UpdateRule(init, bind, coordinatewise=True, smooth=True, reads_loss=False)
