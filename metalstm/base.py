@@ -101,7 +101,7 @@ class UpdateRule(NamedTuple):
     replayed in blocks of coordinates."""
     smooth: bool = False
     """Its derivative is finite at a zero gradient too. Promised by the author; without
-    the promise `learned_init` checks it before it differentiates through the rule."""
+    the promise it is checked before anything differentiates through the rule."""
     reads_loss: bool = True
     """False: ``value=`` changes nothing. Promised by the author; a coordinate-wise rule
     that keeps it may run many tasks as one, which share no loss."""
@@ -120,15 +120,15 @@ class MetaAlgorithm(NamedTuple):
     Build it with `make_algorithm`, which fills in what is optional.
     """
 
-    init: Callable[[Array, Episode], PyTree]  # (key, one episode) -> meta-parameters
+    init: Callable[[Array, Any], PyTree]  # (key, one episode) -> meta-parameters
     loss: Callable[[PyTree, Array, Episode], tuple[Array, dict[str, Array]]]
     # (meta_params, key, support, query_x, *, num_classes) -> scores [M, way], higher is
     # better, or values [M, d]
     predict: Callable[..., Array]
     # (meta_params, key, support) -> (InnerState, Trace)
     adapt: Callable[..., tuple[Any, Any]] | None
-    # key, meta-parameters -> what no gradient touches
-    init_carry: Callable[[Array, PyTree], PyTree]
+    # (key, meta_params, one episode) -> what no gradient touches
+    init_carry: Callable[[Array, PyTree, Any], PyTree]
     # (meta_params, carry, keys [T], episodes [T]) -> (gradient, carry, metrics)
     meta_gradient: Callable[..., tuple[PyTree, PyTree, dict[str, Array]]]
     # (meta_params, carry) -> meta_params: puts what the carry gathered where `predict`
@@ -140,6 +140,9 @@ class MetaAlgorithm(NamedTuple):
         str | None
     )  # printed with every result; None when there is no batch norm
     trainable: bool  # False: nothing to meta-learn, never trained
+    # True: every leaf of the carry has a leading [T], each task's own; chunks of tasks
+    # and devices then get their part of it. False: one carry for all tasks.
+    per_task_carry: bool
 
 
 TaskMapping = Literal["vmap", "scan", "unroll"]
@@ -188,6 +191,7 @@ def make_algorithm(
     train_sampler: Callable | None = None,
     query_norm: str | None = None,
     trainable: bool = True,
+    per_task_carry: bool = False,
     task_mapping: TaskMapping | None = None,
 ) -> MetaAlgorithm:
     """Fill in a `MetaAlgorithm`'s optional slots.
@@ -219,12 +223,13 @@ def make_algorithm(
         loss=loss_fn,
         predict=predict,
         adapt=adapt,
-        init_carry=init_carry or (lambda key, meta_params: ()),
+        init_carry=init_carry or (lambda key, meta_params, episode: ()),
         meta_gradient=meta_gradient or mean_gradient,
         absorb=absorb or (lambda meta_params, carry: meta_params),
         train_sampler=train_sampler or (lambda spec: spec),
         query_norm=query_norm,
         trainable=trainable,
+        per_task_carry=per_task_carry,
     )
 
 

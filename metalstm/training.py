@@ -19,7 +19,7 @@ from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
 from metalstm.base import Array, Episode, MetaAlgorithm, PyTree
-from metalstm.data.episodes import Sampler, episode_key
+from metalstm.data.episodes import TaskSampler, episode_key
 
 __all__ = [
     "FitState",
@@ -68,13 +68,16 @@ def init_train_state(
     algorithm: MetaAlgorithm,
     optimizer: optax.GradientTransformation,
     seed: int | Array,
-    episode: Episode,
+    episode: PyTree,
 ) -> TrainState:
-    """Draw meta-parameters for episodes shaped like ``episode`` (ONE task)."""
+    """Draw meta-parameters for episodes shaped like ``episode`` (ONE task).
+
+    It is whatever the sampler returns: an `Episode`, a `metalstm.problems.Draw`.
+    """
     seed = jnp.asarray(seed, jnp.uint32)
     key = jax.random.fold_in(jax.random.key(seed), _INIT)
     params = algorithm.init(key, episode)
-    carry = algorithm.init_carry(jax.random.fold_in(key, 1), params)
+    carry = algorithm.init_carry(jax.random.fold_in(key, 1), params, episode)
     state = TrainState(jnp.int32(0), seed, params, optimizer.init(params), carry)
     # copies: a train step donates its state, which may hold no buffer twice
     return jax.tree.map(jnp.array, state)
@@ -105,7 +108,7 @@ def make_train_step(
 def make_train_loop(
     algorithm: MetaAlgorithm,
     optimizer: optax.GradientTransformation,
-    spec: Sampler,
+    spec: TaskSampler,
     *,
     num_tasks: int,
     steps_per_call: int = 1,
@@ -144,9 +147,9 @@ def make_train_loop(
 def _train_step(algorithm, optimizer, mesh: Mesh | None, accumulate: int | None):
     meta_gradient = algorithm.meta_gradient
     if accumulate is not None:
-        meta_gradient = _in_chunks(meta_gradient, accumulate)
+        meta_gradient = _in_chunks(meta_gradient, accumulate, algorithm.per_task_carry)
     if mesh is not None:
-        meta_gradient = _over_mesh(meta_gradient, mesh)
+        meta_gradient = _over_mesh(meta_gradient, mesh, algorithm.per_task_carry)
 
     def step_fn(state: TrainState, episodes: Episode):
         num_tasks = jax.tree.leaves(episodes)[0].shape[0]
@@ -165,7 +168,7 @@ def _train_step(algorithm, optimizer, mesh: Mesh | None, accumulate: int | None)
     return step_fn
 
 
-def _in_chunks(meta_gradient: Callable, chunk: int) -> Callable:
+def _in_chunks(meta_gradient: Callable, chunk: int, per_task_carry: bool) -> Callable:
     """The mean over chunks of tasks, one chunk after another."""
     if chunk < 1:
         raise ValueError(f"accumulate_tasks={chunk}: choose at least 1")
@@ -178,27 +181,34 @@ def _in_chunks(meta_gradient: Callable, chunk: int) -> Callable:
                 "meta-step (on one device)"
             )
         fold = lambda leaf: leaf.reshape(-1, chunk, *leaf.shape[1:])  # noqa: E731
-        chunks = jax.tree.map(fold, (keys, episodes))
+        shared, own = ((), carry) if per_task_carry else (carry, ())
+        chunks = jax.tree.map(fold, (keys, episodes, own))
+
+        def one_chunk(shared, keys, episodes, own):
+            carry = own if per_task_carry else shared
+            return meta_gradient(params, carry, keys, episodes)
 
         def body(state, xs):
-            carry, total = state
-            grads, carry, metrics = meta_gradient(params, carry, *xs)
-            return (carry, jax.tree.map(jnp.add, total, (grads, metrics))), None
+            shared, total = state
+            grads, carry, metrics = one_chunk(shared, *xs)
+            shared, own = ((), carry) if per_task_carry else (carry, ())
+            return (shared, jax.tree.map(jnp.add, total, (grads, metrics))), own
 
         shapes = jax.eval_shape(
-            meta_gradient, params, carry, *jax.tree.map(lambda x: x[0], chunks)
+            one_chunk, shared, *jax.tree.map(lambda x: x[0], chunks)
         )
         zeros = jax.tree.map(
             lambda s: jnp.zeros(s.shape, s.dtype), (shapes[0], shapes[2])
         )
-        (carry, total), _ = lax.scan(body, (carry, zeros), chunks)
+        (shared, total), own = lax.scan(body, (shared, zeros), chunks)
         grads, metrics = jax.tree.map(lambda x: x * (chunk / num_tasks), total)
-        return grads, carry, metrics
+        own = jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[2:]), own)
+        return grads, own if per_task_carry else shared, metrics
 
     return chunked
 
 
-def _over_mesh(meta_gradient: Callable, mesh: Mesh) -> Callable:
+def _over_mesh(meta_gradient: Callable, mesh: Mesh, per_task_carry: bool) -> Callable:
     """Each device's own tasks on each device; one mean over the ``"task"`` axis."""
     if "task" not in mesh.axis_names:
         raise ValueError(f"mesh has axes {mesh.axis_names}: one must be called 'task'")
@@ -210,16 +220,19 @@ def _over_mesh(meta_gradient: Callable, mesh: Mesh) -> Callable:
         return lax.pmean(x, "task") if jnp.issubdtype(x.dtype, jnp.inexact) else x
 
     def local(params, carry, keys, episodes):
-        out = meta_gradient(params, carry, keys, episodes)
-        return jax.tree.map(mean, out)
+        grads, carry, metrics = meta_gradient(params, carry, keys, episodes)
+        if not per_task_carry:
+            carry = jax.tree.map(mean, carry)
+        return jax.tree.map(mean, grads), carry, jax.tree.map(mean, metrics)
 
+    carry_spec = P("task") if per_task_carry else P()
     # Unchecked, a gradient stays each device's own (checked, that of a replicated
     # argument is already summed), and any rule's scan may start from plain zeros.
     return jax.shard_map(
         local,
         mesh=mesh,
-        in_specs=(P(), P(), P("task"), P("task")),
-        out_specs=P(),
+        in_specs=(P(), carry_spec, P("task"), P("task")),
+        out_specs=(P(), carry_spec, P()),
         check_vma=False,
     )
 

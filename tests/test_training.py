@@ -211,7 +211,7 @@ def breaking_at(step: int):
         grads = jax.tree.map(jnp.ones_like, params)
         return grads, carry + 1, {"loss": loss}
 
-    return toy(meta_gradient=meta_gradient, init_carry=lambda key, p: jnp.int32(0))
+    return toy(meta_gradient=meta_gradient, init_carry=lambda key, p, e: jnp.int32(0))
 
 
 @pytest.mark.parametrize("report_every", [1, 4])
@@ -319,7 +319,7 @@ def test_what_an_algorithm_overrides_is_what_the_trainer_uses():
     algorithm = toy(
         loss=None,
         meta_gradient=meta_gradient,
-        init_carry=lambda key, params: params["w"][0] * 0 + 5,
+        init_carry=lambda key, params, episode: params["w"][0] * 0 + 5,
         absorb=lambda params, carry: params | {"w": params["w"].at[0].set(carry)},
         train_sampler=lambda spec: ClusterSpec(2, 1, 7, dim=tiny.FEATURES),
     )

@@ -61,8 +61,8 @@ def with_running_statistics(
       task_mapping: as in `make_algorithm`.
     """
 
-    def init_carry(key: Array, meta_params: PyTree) -> RunningStatistics:
-        del key
+    def init_carry(key: Array, meta_params: PyTree, episode) -> RunningStatistics:
+        del key, episode
         return RunningStatistics(jnp.float32(0), read(meta_params))
 
     def meta_gradient(meta_params, carry: RunningStatistics, keys, episodes):

@@ -5,6 +5,7 @@ from metalstm.data.cache import cache_folder
 from metalstm.data.episodes import (
     EpisodeSpec,
     Sampler,
+    TaskSampler,
     episode_key,
     sample_episode,
     sample_episodes,
@@ -36,6 +37,7 @@ __all__ = [
     "Normalisation",
     "Sampler",
     "SinusoidSpec",
+    "TaskSampler",
     "augment",
     "cache_folder",
     "checksum",

@@ -21,6 +21,7 @@ from metalstm.data.pools import SPLITS, ClassPool, Dataset, Normalisation
 __all__ = [
     "EpisodeSpec",
     "Sampler",
+    "TaskSampler",
     "episode_key",
     "sample_episode",
     "sample_episodes",
@@ -31,8 +32,16 @@ Augment = Callable[[Array, Array], Array]
 """(key, images float [N, H, W, ch] in [0, 1]) -> images, jittable and hashable."""
 
 
-class Sampler(Protocol):
-    """What training and evaluation ask of a spec: hashable, static under jit."""
+class TaskSampler(Protocol):
+    """What training asks of a spec: hashable, static under jit."""
+
+    def sample(self, key: Array, pool: Any) -> Any:
+        """Draw one task; a source that needs no pool ignores it."""
+        ...
+
+
+class Sampler(TaskSampler, Protocol):
+    """What evaluation asks as well: an `Episode`, and how many classes it has."""
 
     @property
     def way(self) -> int:
