@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
-from reference import Array, Lstm, Objective, log_sign
+from reference import Array, Lstm, MetaLstm, Objective, Record, log_sign, sigmoid
 
 
 class L2L(NamedTuple):
@@ -48,3 +48,53 @@ def unroll_l2l(
         losses.append(loss)
         gradients.append(gradient)
     return np.stack(thetas), np.array(losses), gradients
+
+
+class Memory(NamedTuple):
+    """One row of ``heads`` for each of f_c, i_c, f_v, gamma, s."""
+
+    lstm: Lstm
+    heads: Array  # [5, H]
+    biases: Array  # [5]
+    eps: float = 1e-8
+
+
+def unroll_two_layer(
+    memory: Memory,
+    gates: MetaLstm,
+    theta: Array,
+    objective: Objective,
+    num_steps: int,
+    *,
+    held: Sequence[Record] | None = None,
+) -> tuple[Array, list[Record]]:
+    """theta_t = f_t theta_{t-1} - i_t m_t: thetas [T, N], and what was read.
+
+    The gates carry their logits. ``held`` as in `reference.unroll_meta_lstm`.
+    """
+    num = theta.size
+    h, cell = np.zeros((2, num, len(memory.heads[0])))
+    width = 0 if gates.lstm is None else gates.lstm.recurrent.shape[1]
+    gates_h, gates_cell = np.zeros((2, num, width))
+    c, v, f_logit, i_logit = np.zeros((4, num))
+    thetas, records = [], []
+    for t in range(num_steps):
+        now = Record(*objective(theta)) if held is None else held[t]
+        g = now.gradient
+        h, cell = memory.lstm.step(log_sign(g), h, cell)
+        said = h @ memory.heads.T + memory.biases
+        f_c, i_c, f_v, gamma = sigmoid(said[:, :4]).T
+        c = f_c * c + i_c * g
+        v = f_v * v + (1 - f_v) * g**2
+        m = np.exp(said[:, 4]) * c / (v + memory.eps) ** (gamma / 2)
+
+        features = np.hstack([np.tile(log_sign(now.loss), (num, 1)), log_sign(m)])
+        if gates.lstm is not None:
+            gates_h, gates_cell = gates.lstm.step(features, gates_h, gates_cell)
+            features = gates_h
+        f_logit = gates.forget.logit(features, theta, f_logit)
+        i_logit = gates.input.logit(features, theta, i_logit)
+        theta = sigmoid(f_logit) * theta - sigmoid(i_logit) * m
+        thetas.append(theta)
+        records.append(now)
+    return np.stack(thetas), records

@@ -4,17 +4,21 @@ from metalstm.rules.classic import chain, from_optax, learned_sgd, tunable
 from metalstm.rules.features import FEATURES_VERSION, log_sign
 from metalstm.rules.gates import GatesState, find_gates, lstm_gates
 from metalstm.rules.l2l_lstm import L2LState, l2l
+from metalstm.rules.memory import MemoryState, gradient_memory, two_layer
 
 __all__ = [
     "FEATURES_VERSION",
     "GatesState",
     "L2LState",
+    "MemoryState",
     "chain",
     "find_gates",
     "from_optax",
+    "gradient_memory",
     "l2l",
     "learned_sgd",
     "log_sign",
     "lstm_gates",
     "tunable",
+    "two_layer",
 ]

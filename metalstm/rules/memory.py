@@ -1,0 +1,157 @@
+"""A memory of past gradients, and the two-layer rule it makes with gates.
+
+Letters: N coordinates (all the parameters, flattened), H hidden units.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax import lax
+
+from metalstm.base import Array, PyTree, UpdateRule
+from metalstm.rules.cell import init_lstm, lstm_step
+from metalstm.rules.classic import chain
+from metalstm.rules.features import log_sign
+from metalstm.rules.flat import coordinate_dtype, flatten, leaf_sizes, unflatten
+from metalstm.rules.gates import lstm_gates
+
+__all__ = ["MemoryState", "gradient_memory", "two_layer"]
+
+# Where each bias starts: a momentum of 0.9, averaged (0.9 + 0.1), over an RMS of 0.99,
+# which is Adam without its bias correction, but for an exponent of 0.95 instead of 1
+# that still has a slope.
+_START = {
+    "forget": 2.1972246,  # f_c = 0.9
+    "input": -2.1972246,  # i_c = 0.1
+    "decay": 4.5951199,  # f_v = 0.99
+    "exponent": 3.0,  # gamma = 0.953
+    "scale": 0.0,  # e^s = 1
+}
+
+
+class MemoryState(NamedTuple):
+    hidden: Array  # [H, N] the LSTM's output
+    cell: Array  # [H, N] its cell
+    momentum: Array  # [N] c
+    square: Array  # [N] v
+
+
+def gradient_memory(
+    *,
+    hidden_size: int = 20,
+    p: float = 10.0,
+    eps: float = 1e-8,
+    init_scale: float = 0.01,
+) -> UpdateRule:
+    r"""Turn each gradient into a memory of past ones, as momentum and RMSprop do.
+
+    .. math::
+        h_t &= \mathrm{LSTM}(\phi(\nabla_t), h_{t-1}) \\
+        c_t &= f_c c_{t-1} + i_c \nabla_t \\
+        v_t &= f_v v_{t-1} + (1 - f_v) \nabla_t^2 \\
+        m_t &= e^s c_t / (v_t + \epsilon)^{\gamma / 2}
+
+    f_c, i_c, f_v and gamma are sigmoids, s is free; each of the five is bias + kernel .
+    h_t. c and v are linear in the gradient and its square, so that with kernels of zero
+    biases alone make SGD (f_c = 0, i_c = 1, gamma = 0), momentum (gamma = 0) or RMSprop
+    (f_c = 0, gamma = 1), e^s being the rate. phi is `log_sign`; all states start at 0.
+
+    m_t looks like a gradient: its sign is *not* reversed. Chain it into `lstm_gates`
+    (which is `two_layer`), `learned_sgd` or ``optax.scale(-rate)``.
+
+    In second-order mode no derivative flows through phi, where it would be up to e^p.
+
+    Args:
+      hidden_size: H.
+      p: of `log_sign`.
+      eps: epsilon.
+      init_scale: the five kernels are drawn from U(-scale, scale). The LSTM starts as
+        `l2l`'s does, the biases as a momentum of 0.9 over an RMS of 0.99.
+
+    Raises:
+      ValueError: an argument that is not positive.
+    """
+    if hidden_size < 1:
+        raise ValueError(f"hidden_size={hidden_size}: choose at least 1")
+    if not eps > 0:
+        raise ValueError(f"eps={eps}: choose a positive number")
+
+    def init(key: Array, params: PyTree) -> PyTree:
+        del params
+        lstm_key, *keys = jax.random.split(key, 1 + len(_START))
+        rule: dict[str, Any] = {"lstm": init_lstm(lstm_key, 2, hidden_size)}
+        for (name, bias), name_key in zip(_START.items(), keys, strict=True):
+            kernel = jax.random.uniform(
+                name_key, (hidden_size,), jnp.float32, -init_scale, init_scale
+            )
+            rule[name] = {"kernel": kernel, "bias": jnp.float32(bias)}
+        return rule
+
+    def bind(rule: PyTree) -> optax.GradientTransformationExtraArgs:
+        def init_fn(params):
+            total = sum(leaf_sizes(params))
+            dtype = coordinate_dtype(params)
+            memory = jnp.zeros((hidden_size, total), dtype)
+            zeros = jnp.zeros((total,), dtype)
+            return MemoryState(memory, memory, zeros, zeros)
+
+        def update_fn(updates, state, params=None, **extra):
+            del params, extra
+            g = flatten(updates)
+            weights = jax.tree.map(lambda w: jnp.asarray(w, g.dtype), rule)
+            lstm = weights["lstm"]
+            x = lax.stop_gradient(jnp.stack(log_sign(g, p)))
+            hidden, cell = lstm_step(
+                lstm["kernel"], lstm["bias"], x, state.hidden, state.cell
+            )
+            heads = [weights[name] for name in _START]
+            kernel = jnp.stack([head["kernel"] for head in heads])  # [5, H]
+            bias = jnp.stack([head["bias"] for head in heads])
+            forget, inp, decay, exponent, scale = kernel @ hidden + bias[:, None]
+
+            c = jax.nn.sigmoid(forget) * state.momentum + jax.nn.sigmoid(inp) * g
+            # 1 - f_v = sigmoid(-logit) keeps its digits where f_v is near 1
+            v = jax.nn.sigmoid(decay) * state.square + jax.nn.sigmoid(-decay) * g**2
+            power = 0.5 * jax.nn.sigmoid(exponent)
+            m = c * jnp.exp(scale - power * jnp.log(v + eps))
+            return unflatten(m, updates), MemoryState(hidden, cell, c, v)
+
+        return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+
+    return UpdateRule(init, bind, coordinatewise=True, smooth=True, reads_loss=False)
+
+
+def two_layer(
+    *,
+    memory: Mapping[str, Any] | None = None,
+    gates: Mapping[str, Any] | None = None,
+) -> UpdateRule:
+    r"""Let gates act on what a memory of the gradients says: the two-layer rule (v2).
+
+    .. math::
+        m_t &= \mathrm{memory}(\nabla_t) \\
+        \theta_t &= f_t \theta_{t-1} - i_t m_t
+
+    with f_t and i_t read from features of m_t and of the loss, theta_{t-1}, and their
+    own previous values. The published Meta-LSTM differs: its first LSTM feeds only the
+    gates, and the raw gradient is what is added.
+
+    Args:
+      memory: arguments of `gradient_memory`.
+      gates: arguments of `lstm_gates`. Unless they say otherwise, ``hidden_size=0`` (no
+        second LSTM) and ``feature_gradient="full"``: the features of m_t are how the
+        memory's parameters learn from the gates, so their derivative must not stop.
+
+    Returns:
+      The chain of the two; its parameters are the pair of theirs. ``value=`` (the loss)
+      is needed unless ``gates`` has ``loss_input=False``.
+    """
+    defaults = {"hidden_size": 0, "feature_gradient": "full"}
+    return chain(
+        gradient_memory(**(memory or {})), lstm_gates(**(defaults | dict(gates or {})))
+    )
