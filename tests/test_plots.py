@@ -107,3 +107,64 @@ def test_a_missing_matplotlib_says_what_to_install(monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     with pytest.raises(ImportError, match=r"pip install 'metalstm\[experiments\]'"):
         plots.accuracy_bars({"maml": (0.5, 0.01)})
+
+
+def test_loss_panels(tmp_path):
+    steps = np.array([0, 10, 20])
+    values = np.random.default_rng(0).uniform(0.5, 2, (6, 3))
+    diverged = values.copy()
+    diverged[0, 2] = np.inf
+    panels = {
+        "quadratics": {
+            "adam": plots.Losses(steps, values),
+            "l2l": plots.Losses(steps, diverged),
+        },
+        "MNIST": {"l2l": plots.Losses(steps, 2 * values)},
+    }
+    figure = plots.loss_panels(panels, learned=["l2l"])
+    left, right = figure.axes
+    adam, l2l = left.lines
+    np.testing.assert_allclose(adam.get_ydata(), values.mean(0))
+    assert np.isnan(l2l.get_ydata()[2]), "no mean where a problem diverged"
+    assert l2l.get_linewidth() > adam.get_linewidth()
+    assert right.lines[0].get_color() == l2l.get_color(), "one colour a rule"
+    band = left.collections[0].get_paths()[0].vertices[:, 1]
+    half = 1.96 * values.std(0, ddof=1) / 6**0.5
+    assert band.max() == pytest.approx((values.mean(0) + half).max())
+    assert left.get_yscale() == "log"
+    saves(figure, tmp_path)
+
+
+def test_loss_panels_by_geometric_mean():
+    values = np.array([[1.0, 1e-4], [1.0, 1e-8]])
+    losses = {"sgd": plots.Losses(np.array([0, 1]), values)}
+    figure = plots.loss_panels({"": losses}, center="geometric")
+    np.testing.assert_allclose(figure.axes[0].lines[0].get_ydata(), [1, 1e-6])
+    with pytest.raises(ValueError, match="center='median': choose 'mean' or"):
+        plots.loss_panels({"": losses}, center="median")
+
+
+def test_rate_sweeps(tmp_path):
+    rates = np.array([0.1, 1.0, 10.0])
+    sweeps = {
+        "sgd": plots.Sweep(rates, np.array([0.5, 0.2, np.inf])),
+        "adam": plots.Sweep(rates, np.full(3, np.inf)),
+    }
+    figure = plots.rate_sweeps(sweeps)
+    curve, best = figure.axes[0].lines[:2]
+    assert np.isnan(curve.get_ydata()[2])
+    assert (best.get_xdata()[0], best.get_ydata()[0]) == (1.0, 0.2)
+    saves(figure, tmp_path)
+
+
+def test_escape_curves(tmp_path):
+    share = np.array([0.0, 0.5, 1.0])
+    forget = np.linspace(0.5, 1, 4 * 3 * 2).reshape(4, 3, 2)
+    escaped = {"sgd": (np.arange(3), 0 * share), "gates": (np.arange(3), share)}
+    figure = plots.escape_curves(escaped, {"gates": forget}, learned=["gates"])
+    left, right = figure.axes
+    np.testing.assert_allclose(left.lines[1].get_ydata(), [0, 50, 100])
+    np.testing.assert_allclose(right.lines[0].get_ydata(), forget.mean((0, 2)))
+    assert right.lines[0].get_color() == left.lines[1].get_color()
+    saves(figure, tmp_path)
+    assert len(plots.escape_curves(escaped).axes) == 1
