@@ -23,6 +23,8 @@ from metalstm.evaluation import (
 )
 from metalstm.inner import InnerState, Trace, unroll
 from metalstm.learners import from_flax
+from metalstm.pretrained_rules import RuleCard, pretrained
+from metalstm.rules import load_rule, save_rule
 from metalstm.runs import Predictor, load_run
 from metalstm.training import (
     FitState,
@@ -48,6 +50,7 @@ __all__ = [
     "MetaParams",
     "NonFiniteLossError",
     "Predictor",
+    "RuleCard",
     "Trace",
     "TrainState",
     "UpdateRule",
@@ -60,13 +63,16 @@ __all__ = [
     "init_fit_state",
     "init_train_state",
     "learners",
+    "load_rule",
     "load_run",
     "make_algorithm",
     "make_evaluate",
     "make_train_loop",
     "make_train_step",
     "paired_difference",
+    "pretrained",
     "rules",
+    "save_rule",
     "unroll",
 ]
 __version__ = "0.1.0"

@@ -18,7 +18,7 @@ LAYERS = (
     {"convolution", "pooling"},
     {"heads", "networks"},
     {"inner", "learners", "rules", "data", "checkpoints", "distributed", "plots"},
-    {"algorithms"},
+    {"algorithms", "pretrained_rules"},
     {"evaluation"},
     {"training"},
     {"runs"},

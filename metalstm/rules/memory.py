@@ -151,7 +151,7 @@ def two_layer(
       The chain of the two; its parameters are the pair of theirs. ``value=`` (the loss)
       is needed unless ``gates`` has ``loss_input=False``.
     """
-    defaults = {"hidden_size": 0, "feature_gradient": "full"}
+    defaults: dict[str, Any] = {"hidden_size": 0, "feature_gradient": "full"}
     return chain(
         gradient_memory(**(memory or {})), lstm_gates(**(defaults | dict(gates or {})))
     )

@@ -1,0 +1,89 @@
+"""Different rules for different groups of parameters, by optax's multi-transform."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from metalstm.base import Array, PyTree, UpdateRule
+
+__all__ = ["by_group", "conv_or_dense", "matrix_or_vector"]
+
+
+def by_group(
+    rules: Mapping[str, UpdateRule], label_fn: Callable[[Any, Array], str]
+) -> UpdateRule:
+    """Give each group of tensors a rule of its own.
+
+    Args:
+      rules: {label: rule}.
+      label_fn: (path, tensor) -> label, the path as in
+        `jax.tree_util.tree_map_with_path`; `conv_or_dense` and `matrix_or_vector` are
+        two.
+
+    Returns:
+      A rule whose parameters are {label: that rule's parameters}. It is not
+      coordinate-wise: the tensor a coordinate lies in decides its rule.
+
+    Raises:
+      ValueError: no rules; or, with the parameters at hand, a label without a rule.
+    """
+    if not rules:
+        raise ValueError(
+            "by_group needs at least one rule: by_group({label: rule}, ..)"
+        )
+    rules = dict(rules)
+
+    def labels(params: PyTree) -> PyTree:
+        def label(path, leaf):
+            name = label_fn(path, leaf)
+            if name not in rules:
+                raise ValueError(
+                    f"label_fn calls {jax.tree_util.keystr(path)} {name!r}, which has "
+                    f"no rule: there are rules for {', '.join(sorted(rules))}"
+                )
+            return name
+
+        return jax.tree_util.tree_map_with_path(label, params)
+
+    def init(key: Array, params: PyTree) -> PyTree:
+        names = labels(params)
+        out = {}
+        for k, (group, rule) in enumerate(sorted(rules.items())):
+            own = jax.tree.map(
+                lambda leaf, name: leaf if name == group else optax.MaskedNode(),  # noqa: B023
+                params,
+                names,
+            )
+            out[group] = rule.init(jax.random.fold_in(key, k), own)
+        return out
+
+    def bind(rule_params: PyTree) -> optax.GradientTransformationExtraArgs:
+        bound = {name: rule.bind(rule_params[name]) for name, rule in rules.items()}
+        return optax.with_extra_args_support(optax.multi_transform(bound, labels))
+
+    return UpdateRule(
+        init,
+        bind,
+        smooth=all(rule.smooth for rule in rules.values()),
+        reads_loss=any(rule.reads_loss for rule in rules.values()),
+    )
+
+
+def conv_or_dense(path: Any, leaf: Array) -> str:
+    """``"conv"`` for a convolution's kernel, and for its bias where its path says conv.
+
+    Everything else is ``"dense"``.
+    """
+    named = "conv" in jax.tree_util.keystr(path).lower()
+    return "conv" if named or jnp.ndim(leaf) > 2 else "dense"
+
+
+def matrix_or_vector(path: Any, leaf: Array) -> str:
+    """``"matrix"`` for kernels, ``"vector"`` for biases, scales and scalars."""
+    del path
+    return "matrix" if jnp.ndim(leaf) > 1 else "vector"
