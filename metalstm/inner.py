@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jax import lax
 
@@ -18,6 +19,7 @@ from metalstm.base import Array, PyTree
 __all__ = ["InnerState", "Trace", "unroll"]
 
 _BLOCK = 1024  # coordinates: the activations of an LSTM of 20 units stay in cache
+_LANES = 16  # a block is a multiple of the vector registers' float32s
 
 
 class InnerState(NamedTuple):
@@ -51,7 +53,9 @@ def unroll(
     theta_{t+1} = theta_t + tx(grad loss(theta_t)). The caller vmaps over tasks.
 
     Args:
-      loss_fn: ``(params, stats, batch, key) -> (scalar loss, stats)``.
+      loss_fn: ``(params, stats, batch, key) -> (loss, stats)``. The loss is a scalar;
+        or the losses [K] of K problems that are stacked along the leading axis of every
+        leaf of ``params``, for a rule that is coordinate-wise and reads no loss.
       tx: a bound rule; it is given ``params`` and the keyword ``value`` (the loss).
       state: where to start; ``rule_state=None`` stands for ``tx.init(params)``.
       batches: leading [num_steps], or None when ``loss_fn`` closes over its data (then
@@ -99,13 +103,17 @@ def unroll(
     loop_update = _without_derivative(tx) if blocked else tx.update
     cut_before = _cut_steps(num_steps, truncate_every)
 
+    def total_loss(*args):
+        loss, stats = loss_fn(*args)
+        return jnp.sum(loss), (loss, stats)
+
     def step(carry: InnerState, xs):
         t, cut, batch = xs
         step_key = None if key is None else jax.random.fold_in(key, t)
         if truncate_every is not None:
             carry = _cut(carry, cut)
         at = carry if second_order else jax.tree.map(lax.stop_gradient, carry)
-        (loss, stats), grads = jax.value_and_grad(loss_fn, has_aux=True)(
+        (_, (loss, stats)), grads = jax.value_and_grad(total_loss, has_aux=True)(
             at.params, at.stats, batch, step_key
         )
         if not second_order:
@@ -115,7 +123,8 @@ def unroll(
         )
         new = InnerState(optax.apply_updates(carry.params, updates), stats, rule_state)
         if not second_order and not blocked:
-            loss = loss + _zero_with_gradient(grads, carry.params)
+            first_order = _products(grads, carry.params, jnp.shape(loss))
+            loss = _with_gradient(loss, first_order)
         observed = () if observe is None else observe(new)
         return new, (loss, observed, grads if blocked else ())
 
@@ -132,7 +141,7 @@ def unroll(
             tx, state.params, given, grads, losses, cut_before
         )
         final = final._replace(params=_with_gradient(final.params, params))
-        losses = losses + first_order
+        losses = _with_gradient(losses, first_order)
     return final, Trace(losses, observed)
 
 
@@ -147,19 +156,28 @@ def _cut(state: PyTree, cut: Array) -> PyTree:
     return jax.tree.map(lambda x: jnp.where(cut, lax.stop_gradient(x), x), state)
 
 
-def _zero_with_gradient(grads: PyTree, params: PyTree) -> Array:
-    """0, whose derivative with respect to params is grads."""
+def _products(grads: PyTree, params: PyTree, shape: tuple[int, ...]) -> Array:
+    """g . theta, for the loss's ``shape``: its derivative by theta is that of the loss.
+
+    () is one sum over everything, [K] one for each problem.
+    """
     terms = jax.tree.map(
-        lambda g, p: jnp.vdot(g, (p - lax.stop_gradient(p)).astype(g.dtype)),
-        grads,
-        params,
+        lambda g, p: (g * p.astype(g.dtype)).reshape(*shape, -1).sum(-1), grads, params
     )
-    return sum(jax.tree.leaves(terms), jnp.float32(0))
+    return sum(jax.tree.leaves(terms))
 
 
+@jax.custom_jvp
 def _with_gradient(values: PyTree, of: PyTree) -> PyTree:
-    """``values``, with the derivative of ``of``."""
-    return jax.tree.map(lambda v, x: v + (x - lax.stop_gradient(x)), values, of)
+    """``values``, with the derivative of ``of``, whose value nobody then computes."""
+    del of
+    return values
+
+
+@_with_gradient.defjvp
+def _with_gradient_jvp(primals, tangents):
+    like = lambda value, tangent: tangent.astype(value.dtype)  # noqa: E731
+    return primals[0], jax.tree.map(like, primals[0], tangents[1])
 
 
 def _without_derivative(tx) -> Callable:
@@ -214,18 +232,30 @@ def _replay(
     coordinates, so each block of them is replayed, and later differentiated, by itself.
     ``given`` is the rule's state at the start, a constant; None: a fresh one.
 
-    Returns theta_T, and per step [T] a zero whose derivative is that of the loss.
+    Returns theta_T, and what has the derivatives of ``losses``.
     """
     leaves, treedef = jax.tree.flatten(params)
     sizes = [leaf.size for leaf in leaves]
     total = sum(sizes)
     num_blocks = -(-total // _BLOCK)
-    padding = num_blocks * _BLOCK - total
+    block = _LANES * -(-total // (_LANES * num_blocks))
 
-    def to_blocks(flat):  # [..., total] -> [num_blocks, ..., _BLOCK]
+    def to_blocks(flat):  # [..., total] -> [num_blocks, ..., block]
+        padding = num_blocks * block - total
         flat = jnp.pad(flat, [(0, 0)] * (flat.ndim - 1) + [(0, padding)])
-        flat = flat.reshape(*flat.shape[:-1], num_blocks, _BLOCK)
+        flat = flat.reshape(*flat.shape[:-1], num_blocks, block)
         return jnp.moveaxis(flat, -2, 0)
+
+    def from_blocks(blocks):  # its inverse, as a list of leaves [..., *leaf's shape]
+        flat = jnp.moveaxis(blocks, 0, -2)
+        lead = flat.shape[:-2]
+        parts = jnp.split(
+            flat.reshape(*lead, -1)[..., :total], np.cumsum(sizes)[:-1], axis=-1
+        )
+        return [
+            part.reshape(*lead, *leaf.shape)
+            for part, leaf in zip(parts, leaves, strict=True)
+        ]
 
     theta = to_blocks(jnp.concatenate([x.reshape(-1) for x in leaves]))
     steps = losses.shape[0]
@@ -254,21 +284,22 @@ def _replay(
         def step(carry, xs):
             g, loss, cut = xs
             theta, rule_state = _cut(carry, cut)
-            zero = _zero_with_gradient(g, theta)
+            product = g * theta
             updates, rule_state = tx.update(g, rule_state, theta, value=loss)
-            return (optax.apply_updates(theta, updates), rule_state), zero
+            return (optax.apply_updates(theta, updates), rule_state), product
 
         start = (theta_block, start_of(theta_block, given_block))
-        (theta_block, _), zeros = lax.scan(
+        (theta_block, _), products = lax.scan(
             step, start, (grad_block, losses, cut_before)
         )
-        return theta_block, zeros
+        return theta_block, products
 
-    blocks, zeros = lax.map(lambda xs: one_block(*xs), (theta, given_blocks, grad))
-    flat = blocks.reshape(-1)[:total]
-    offsets = [sum(sizes[:i]) for i in range(len(sizes))]
+    blocks, products = lax.map(lambda xs: one_block(*xs), (theta, given_blocks, grad))
+    of_losses = sum(
+        part.reshape(*losses.shape, -1).sum(-1) for part in from_blocks(products)
+    )
     out = [
-        flat[o : o + n].reshape(leaf.shape).astype(leaf.dtype)
-        for o, n, leaf in zip(offsets, sizes, leaves, strict=True)
+        x.astype(leaf.dtype)
+        for x, leaf in zip(from_blocks(blocks), leaves, strict=True)
     ]
-    return jax.tree.unflatten(treedef, out), zeros.sum(0)
+    return jax.tree.unflatten(treedef, out), of_losses

@@ -20,6 +20,7 @@ LAYERS = (
     {"inner", "learners", "rules", "data", "checkpoints", "distributed", "plots"},
     {"algorithms", "pretrained_rules"},
     {"evaluation"},
+    {"optimizer_curves"},
     {"training"},
     {"runs"},
     {"metalstm"},  # the package's __init__ gathers the public names

@@ -13,6 +13,7 @@ from metalstm.data.episodes import (
 )
 from metalstm.data.folders import load_image_folders, load_mini_imagenet
 from metalstm.data.glyphs import load_glyphs
+from metalstm.data.labelled import ImageData, LabelledImages, load_image_data
 from metalstm.data.omniglot import load_omniglot
 from metalstm.data.pools import (
     IMAGENET,
@@ -34,6 +35,8 @@ __all__ = [
     "ClusterSpec",
     "Dataset",
     "EpisodeSpec",
+    "ImageData",
+    "LabelledImages",
     "Normalisation",
     "Sampler",
     "SinusoidSpec",
@@ -43,6 +46,7 @@ __all__ = [
     "checksum",
     "episode_key",
     "load_glyphs",
+    "load_image_data",
     "load_image_folders",
     "load_mini_imagenet",
     "load_omniglot",
