@@ -18,6 +18,7 @@ LAYERS = (
     {"convolution", "pooling"},
     {"heads", "networks"},
     {"inner", "learners", "rules", "data", "checkpoints", "distributed", "plots"},
+    {"problems"},
     {"algorithms", "pretrained_rules"},
     {"evaluation"},
     {"optimizer_curves"},
