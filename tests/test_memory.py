@@ -92,6 +92,20 @@ def test_it_starts_as_momentum_over_rms():
     assert all(np.all(fixed[head]["kernel"] == 0) for head in HEADS)
 
 
+def test_no_second_derivative_flows_through_its_features():
+    """With gamma = 0, m = e^s i_c g: the slope is m / g unless s and i_c move too."""
+    rule = rules.gradient_memory(hidden_size=2, init_scale=3.0)
+    weights = rule.init(jax.random.key(0), ())
+    weights["exponent"] = {"kernel": jnp.zeros(2), "bias": jnp.float32(NEVER)}
+    tx = rule.bind(weights)
+
+    def memory(g):
+        return tx.update(g, tx.init(g))[0]
+
+    m, slope = jax.value_and_grad(memory)(jnp.float32(0.02))
+    np.testing.assert_allclose(slope, m / 0.02, rtol=1e-5)
+
+
 # -- two layers ------------------------------------------------------------------------
 
 

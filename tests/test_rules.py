@@ -39,6 +39,10 @@ RULES: dict[str, UpdateRule] = {
     "l2l_raw": rules.l2l(hidden_size=3, num_layers=1, features="raw", output_scale=1.0),
     "memory": rules.gradient_memory(hidden_size=2),
     "two_layer": rules.two_layer(memory={"hidden_size": 2}),
+    "by_group": rules.by_group(
+        {"matrix": rules.l2l(hidden_size=2), "vector": rules.gradient_memory()},
+        rules.matrix_or_vector,
+    ),
     "sgd_rule": rules.learned_sgd(0.1),
     "sgd_tensor": rules.learned_sgd(0.1, per="tensor", num_steps=2),
     "sgd_parameter": rules.learned_sgd((0.05, 0.2), per="parameter"),
@@ -47,7 +51,7 @@ RULES: dict[str, UpdateRule] = {
     "chain": rules.chain(optax.clip_by_global_norm(1.0), rules.learned_sgd(0.1)),
 }
 PER_TENSOR = {"gates_per_step", "sgd_tensor", "sgd_parameter"}
-BLIND = {"gates_ablated", "l2l", "l2l_raw", "memory"}
+BLIND = {"by_group", "gates_ablated", "l2l", "l2l_raw", "memory"}
 BLIND |= {"sgd_rule", "sgd_tensor", "sgd_parameter"}
 
 

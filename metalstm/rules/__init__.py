@@ -7,9 +7,11 @@ from metalstm.rules.gates import GatesState, find_gates, lstm_gates
 from metalstm.rules.groups import by_group, conv_or_dense, matrix_or_vector
 from metalstm.rules.l2l_lstm import L2LState, l2l
 from metalstm.rules.memory import MemoryState, gradient_memory, two_layer
+from metalstm.rules.precision import FloatCopyState, with_float_copy
 
 __all__ = [
     "FEATURES_VERSION",
+    "FloatCopyState",
     "GatesState",
     "L2LState",
     "MemoryState",
@@ -30,4 +32,5 @@ __all__ = [
     "save_rule",
     "tunable",
     "two_layer",
+    "with_float_copy",
 ]
