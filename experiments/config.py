@@ -245,6 +245,10 @@ class Config:
 GROUPS = {f.name for f in dataclasses.fields(Config)}
 
 
+def groups(config: Any) -> set[str]:
+    return {f.name for f in dataclasses.fields(config)}
+
+
 def may_change(config: Config) -> tuple[str, ...]:
     """What may differ when a run goes on. A cosine's end is part of the recipe."""
     names = (
@@ -254,10 +258,14 @@ def may_change(config: Config) -> tuple[str, ...]:
     return names if config.budget.schedule == "cosine" else (*names, "budget.episodes")
 
 
-def with_flags(config: Config, **flags: Any) -> Config:
-    """Set options by their flat names; raises ValueError for an unknown one."""
+def with_flags(config: Any, **flags: Any) -> Any:
+    """Set options by their flat names; raises ValueError for an unknown one.
+
+    Works for any dataclass whose fields are groups of options, as do `to_json` and
+    `from_json`.
+    """
     for name, value in flags.items():
-        for group in GROUPS:
+        for group in groups(config):
             if name in {f.name for f in dataclasses.fields(getattr(config, group))}:
                 changed = dataclasses.replace(getattr(config, group), **{name: value})
                 config = dataclasses.replace(config, **{group: changed})
@@ -267,14 +275,14 @@ def with_flags(config: Config, **flags: Any) -> Config:
     return config
 
 
-def to_json(config: Config) -> dict[str, Any]:
+def to_json(config: Any) -> dict[str, Any]:
     return json.loads(json.dumps(dataclasses.asdict(config), default=str))
 
 
-def from_json(saved: dict[str, Any]) -> Config:
-    """The config of a run folder; options added since then get their defaults."""
-    config = Config()
-    for group in GROUPS & saved.keys():
+def from_json(saved: dict[str, Any], config: Any = None) -> Any:
+    """The config of a run folder; options added since then keep those of ``config``."""
+    config = Config() if config is None else config
+    for group in groups(config) & saved.keys():
         for f in dataclasses.fields(getattr(config, group)):
             if f.name not in saved[group]:
                 continue
@@ -297,11 +305,11 @@ def parse(arguments: list[str]) -> Config:
     from experiments.presets import preset
 
     default = Config()
-    named = _value_of("--preset", arguments)
+    named = value_of("--preset", arguments)
     if named is not None:
         default = preset(named)
     for flag in ("--resume", "--evaluate"):
-        folder = _value_of(flag, arguments)
+        folder = value_of(flag, arguments)
         if folder is not None:
             default = from_json(read_config(Path(folder))["config"])
             default = with_flags(default, resume=None, evaluate=None, workdir=None)
@@ -344,7 +352,7 @@ def check(config: Config) -> None:
         raise ValueError(f"--algorithms is empty: choose from {', '.join(METHODS)}")
     for name in chosen:
         if name not in METHODS:
-            raise ValueError(f"--algorithms {name}: {_did_you_mean(name, METHODS)}")
+            raise ValueError(f"--algorithms {name}: {did_you_mean(name, METHODS)}")
     repeated = [name for name in chosen if chosen.count(name) > 1]
     if repeated:
         raise ValueError(f"--algorithms names {repeated[0]} twice: drop one")
@@ -434,7 +442,7 @@ def _all_names() -> set[str]:
     return {f.name for g in GROUPS for f in dataclasses.fields(getattr(config, g))}
 
 
-def _value_of(flag: str, arguments: list[str]) -> str | None:
+def value_of(flag: str, arguments: list[str]) -> str | None:
     for i, argument in enumerate(arguments):
         if argument == flag and i + 1 < len(arguments):
             return arguments[i + 1]
@@ -443,7 +451,7 @@ def _value_of(flag: str, arguments: list[str]) -> str | None:
     return None
 
 
-def _did_you_mean(name: str, choices: Any) -> str:
+def did_you_mean(name: str, choices: Any) -> str:
     close = difflib.get_close_matches(name, list(choices), n=1)
     hint = f"did you mean {close[0]}? " if close else "not known. "
     return f"{hint}Choose from {', '.join(choices)}"

@@ -18,7 +18,7 @@ import traceback
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from experiments.config import Config, as_flags, parse
+from experiments.config import Config, as_flags, may_change, parse
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -57,7 +57,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _run(config: Config, folder: Path) -> int:
     from experiments.run_folder import locked, refuse_other_runs
 
-    refuse_other_runs(folder, config)
+    refuse_other_runs(folder, config, may_change(config))
     if config.run.tensorboard:
         require_tensorboard()
     from experiments.comparison import run_seed, run_seeds

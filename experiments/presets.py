@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from experiments.config import Config, _did_you_mean, with_flags
+from experiments.config import Config, did_you_mean, with_flags
 
 # Ravi & Larochelle (ICLR 2017), the authors' code. Conv4-32 on 84x84 divided by 255;
 # hidden 20; first order; one episode a meta-step; Adam 1e-3, clipping 0.25.
@@ -137,5 +137,5 @@ def preset(name: str) -> Config:
       ValueError: there is no such preset.
     """
     if name not in PRESETS:
-        raise ValueError(f"--preset {name}: {_did_you_mean(name, PRESETS)}")
+        raise ValueError(f"--preset {name}: {did_you_mean(name, PRESETS)}")
     return with_flags(Config(), preset=name, **PRESETS[name])

@@ -5,11 +5,11 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, TextIO
 
-from experiments.config import Config, may_change, read_config, to_json
+from experiments.config import Config, read_config, to_json
 
 ROOT = Path("runs") / "few_shot"
 
@@ -22,7 +22,11 @@ def choose_folder(config: Config) -> Path:
         return config.run.workdir
     data = config.data
     dataset = data.dataset.replace("tfds:", "").replace("/", "-")
-    base = ROOT / f"{dataset}-{data.way}w{data.shot}s-{config.run.seed}"
+    return free_folder(ROOT / f"{dataset}-{data.way}w{data.shot}s-{config.run.seed}")
+
+
+def free_folder(base: Path) -> Path:
+    """``base``, or with the first number from 2 on under which there is nothing."""
     folder, number = base, 1
     while folder.exists():
         number += 1
@@ -30,8 +34,11 @@ def choose_folder(config: Config) -> Path:
     return folder
 
 
-def refuse_other_runs(folder: Path, config: Config) -> None:
+def refuse_other_runs(folder: Path, config: Any, ignore: Iterable[str]) -> None:
     """Check, without writing, that this run may use ``folder``.
+
+    Args:
+      ignore: options in which this run may differ from the one in the folder.
 
     Raises:
       ConfigMismatch: the folder holds a run of another configuration.
@@ -42,7 +49,7 @@ def refuse_other_runs(folder: Path, config: Config) -> None:
     if (folder / "config.json").exists():
         saved = read_config(folder)["config"]
         try:
-            check_config(saved, to_json(config), ignore=may_change(config))
+            check_config(saved, to_json(config), ignore=ignore)
         except ConfigMismatch as error:
             raise ConfigMismatch(
                 f"{folder} holds another run: {error}".replace(
@@ -96,34 +103,39 @@ def write_json(path: Path, value: Any) -> None:
 
 
 class Metrics:
-    """Lines of metrics.jsonl, and TensorBoard when asked for."""
+    """Lines of metrics.jsonl, and TensorBoard when asked for.
 
-    def __init__(self, folder: Path, *, tensorboard: bool = False):
-        self.path = folder / "metrics.jsonl"
+    ``counter`` names what a row counts: episodes, or meta-steps.
+    """
+
+    def __init__(
+        self, folder: Path, *, tensorboard: bool = False, counter: str = "episode"
+    ):
+        self.path, self.counter = folder / "metrics.jsonl", counter
         self._writer = None
         if tensorboard:
             from tensorboardX import SummaryWriter
 
             self._writer = SummaryWriter(str(folder / "tensorboard"))
 
-    def rewind(self, method: str, episode: int) -> None:
-        """Drop what a killed run wrote about ``method`` after ``episode``."""
+    def rewind(self, method: str, count: int) -> None:
+        """Drop what a killed run wrote about ``method`` after ``count``."""
         rows = [
             row
             for row in self.read()
-            if row["method"] != method or row["episode"] <= episode
+            if row["method"] != method or row[self.counter] <= count
         ]
         temporary = self.path.with_name(self.path.name + ".part")
         temporary.write_text("".join(json.dumps(row) + "\n" for row in rows))
         os.replace(temporary, self.path)
 
-    def write(self, method: str, kind: str, episode: int, **values: float) -> None:
-        row = {"method": method, "kind": kind, "episode": episode, **values}
+    def write(self, method: str, kind: str, count: int, **values: float) -> None:
+        row = {"method": method, "kind": kind, self.counter: count, **values}
         with open(self.path, "a") as file:
             file.write(json.dumps(row) + "\n")
         if self._writer is not None:
             for name, value in values.items():
-                self._writer.add_scalar(f"{method}/{kind}/{name}", value, episode)
+                self._writer.add_scalar(f"{method}/{kind}/{name}", value, count)
 
     def read(self) -> list[dict[str, Any]]:
         """All rows but a half-written last one."""

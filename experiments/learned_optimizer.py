@@ -1,0 +1,91 @@
+"""Learn an optimizer by gradient descent, compare it with tuned hand-made ones.
+
+Claims: an LSTM that reads one coordinate's gradients learns to optimize a family of
+problems better than SGD, RMSprop, Adam and Nesterov with tuned rates (Andrychowicz et
+al., 2016); a memory of gradients chained into gates joins it with the Meta-LSTM.
+
+    python -m experiments.learned_optimizer                   # quadratics, no download
+    python -m experiments.learned_optimizer --preset mnist-mlp --data-dir DIR
+    python -m experiments.learned_optimizer --rules l2l,v2,meta-lstm,gates
+    python -m experiments.learned_optimizer --evaluate RUN --study generalisation
+    python -m experiments.learned_optimizer --evaluate RUN --study panels --beside RUN2
+
+docs/results/learned_optimizers.md has the tables, with the commands, the hardware and
+the time they took.
+"""
+
+from __future__ import annotations
+
+import re
+import sys
+import traceback
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from experiments.optimizers.config import Config, may_change, parse
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line; return the exit status: 2 for a mistake, 130 for Ctrl-C."""
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    folder: Path | None = None
+    try:
+        config = parse(arguments)
+        if config.run.evaluate is not None:
+            from experiments.optimizers.running import evaluate
+
+            evaluate(config)
+            return 0
+        from experiments.optimizers.running import choose_folder
+
+        folder = choose_folder(config)
+        return _run(config, folder)
+    except KeyboardInterrupt:
+        print("\nstopped at once; what was saved is kept", file=sys.stderr)
+        if folder is not None and (folder / "config.json").exists():
+            print(how_to_go_on(folder), file=sys.stderr)
+        return 130
+    except (ArithmeticError, ImportError, OSError, ValueError) as error:
+        # what the library raises for bad input; anything else is a bug, and shows
+        if "--debug" in arguments:
+            traceback.print_exc()
+        else:
+            print(f"error: {_as_flags(str(error))}", file=sys.stderr)
+        return 2
+
+
+def _run(config: Config, folder: Path) -> int:
+    from experiments.run_folder import locked, refuse_other_runs
+
+    refuse_other_runs(folder, config, may_change(config))
+    from experiments.meta_training import Interrupted
+    from experiments.optimizers.running import run
+
+    with locked(folder):
+        try:
+            run(config, folder)
+        except Interrupted:
+            print(f"stopped and saved; {how_to_go_on(folder)}")
+            return 130
+    return 0
+
+
+def how_to_go_on(folder: Path) -> str:
+    return f"to go on: python -m experiments.learned_optimizer --resume {folder}"
+
+
+# the library's names for what the flags call otherwise
+_FLAGS = {"unroll_steps": "unroll", "num_tasks": "tasks", "hidden_size": "hidden"}
+
+
+def _as_flags(message: str) -> str:
+    """Say the library's arguments in flags: 'unroll_steps=0' as '--unroll 0'."""
+    names = "|".join(_FLAGS)
+    return re.sub(rf"\b({names})=", lambda m: f"--{_FLAGS[m[1]]} ", message)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,218 @@
+"""Loss curves of optimizers on unseen problems, measured once and kept.
+
+A curve's file is named by a digest of all that decides it: the problem, the data, the
+optimizer with its rate or the rule's file, which instances, how many updates.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import json
+import os
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import optax
+
+from experiments.optimizers.baselines import baseline
+from experiments.optimizers.config import Problem, Test
+from experiments.optimizers.problems import Source, load_source
+from metalstm import optimizer_curves
+from metalstm.plots import Losses, Sweep
+
+_TUNING_SEED = 2_000_003  # far from the seeds of training, validation and test
+_CHUNK = 25  # problems at once, to bound memory
+_WIDENINGS = 4  # how often a grid may grow at the end where its best lies
+
+
+class Optimizer(NamedTuple):
+    """What is measured: a bound rule or a tuned baseline."""
+
+    name: str
+    tx: optax.GradientTransformationExtraArgs
+    identity: dict[str, Any]  # JSON that two different optimizers never share
+    learned: bool
+
+
+class Tuned(NamedTuple):
+    optimizer: Optimizer
+    rate: float
+    beta: float | None
+    inside: bool  # neither end of the grid of rates
+    sweep: Sweep  # at the best beta
+    seconds: float | None = None
+
+
+class Bench:
+    """One problem and everything that is measured on it."""
+
+    def __init__(self, problem: Problem, test: Test, folder: Path):
+        self.problem, self.test, self.folder = problem, test, folder
+        what = asdict(problem)
+        for name in ("data_dir", "scaling", "scaling_per"):
+            del what[name]
+        self.identity = what | {"eval_batch": test.eval_batch}
+
+    @functools.cached_property
+    def source(self) -> Source:
+        """Loaded when something must be measured."""
+        return load_source(self.problem)
+
+    def losses(
+        self, optimizer: Optimizer, *, steps: int, instances: int, every: int = 1
+    ) -> Losses:
+        """Losses of the test problems, [instances, 1 + steps / every]."""
+        key = self.identity | {
+            "optimizer": optimizer.identity,
+            "steps": steps,
+            "instances": instances,
+            "every": every,
+            "seed": self.test.test_seed,
+        }
+
+        def measure() -> dict[str, np.ndarray]:
+            print(f"  measuring {optimizer.name}", file=sys.stderr, flush=True)
+            values = optimizer_curves.loss_curves(
+                self.source.test,
+                optimizer.tx,
+                self.source.data,
+                num_instances=instances,
+                num_steps=steps,
+                seed=self.test.test_seed,
+                record_every=every,
+                eval_batch=self.test.eval_batch,
+            )
+            return {"values": np.asarray(values, np.float32)}
+
+        values = self._kept("curve", key, measure)["values"]
+        return Losses(np.arange(values.shape[1]) * every, values)
+
+    def tune(self, name: str, *, steps: int) -> Tuned:
+        """Choose rate (and momentum) by the last loss on other problems."""
+        settings = baseline(name, steps)
+        test = self.test
+        betas = settings.betas or (None,)
+        key = self.identity | {
+            "baseline": name,
+            "steps": steps,
+            "instances": test.tune_instances,
+            "seed": _TUNING_SEED + test.test_seed,
+            "for": self.tune_for,
+            "grid": settings.grid().tolist(),
+            "betas": list(betas),
+        }
+        found = self._kept("tuning", key, lambda: self._sweep(name, steps))
+        index = int(found["best"])
+        beta = betas[index]
+        sweep = Sweep(found[f"rates_{index}"], found[f"scores_{index}"])
+        best = int(np.argmin(sweep.scores))
+        rate = float(sweep.rates[best])
+        options = {} if beta is None else {"momentum": beta}
+        tx = optax.with_extra_args_support(settings.factory(rate, **options))
+        identity = {"baseline": name, "rate": rate, "beta": beta}
+        if name == "adam-cosine":
+            identity["decay_steps"] = steps
+        inside = 0 < best < len(sweep.rates) - 1
+        return Tuned(Optimizer(name, tx, identity, False), rate, beta, inside, sweep)
+
+    @property
+    def tune_for(self) -> str:
+        default = "mean-log" if self.problem.problem == "quadratics" else "mean"
+        return self.test.tune_for or default
+
+    def _sweep(self, name: str, steps: int) -> dict[str, np.ndarray]:
+        settings = baseline(name, steps)
+        print(f"  tuning {name}", file=sys.stderr, flush=True)
+        found: dict[str, np.ndarray] = {}
+        scores = []
+        for index, beta in enumerate(settings.betas or (None,)):
+            options = {} if beta is None else {"momentum": beta}
+            factory = functools.partial(settings.factory, **options)
+            rates = settings.grid()
+            tried = self._scores(factory, rates, steps)
+            for _ in range(_WIDENINGS):
+                best = int(np.argmin(tried))
+                if 0 < best < len(rates) - 1:
+                    break
+                more = 10 ** (np.arange(1, 5) / 4)
+                more = rates[0] / more[::-1] if best == 0 else rates[-1] * more
+                extra = self._scores(factory, more, steps)
+                at = 0 if best == 0 else len(rates)
+                rates = np.insert(rates, at, more)
+                tried = np.insert(tried, at, extra)
+            found |= {f"rates_{index}": rates, f"scores_{index}": tried}
+            scores.append(tried.min())
+        return found | {"best": np.array(int(np.argmin(scores)))}
+
+    def _scores(self, factory: Callable, rates: np.ndarray, steps: int) -> np.ndarray:
+        """The mean, or mean log, of the last loss; infinite where any diverged."""
+        last = optimizer_curves.sweep(
+            self.source.test,
+            factory,
+            rates,
+            self.source.data,
+            num_instances=self.test.tune_instances,
+            num_steps=steps,
+            seed=_TUNING_SEED + self.test.test_seed,
+            eval_batch=self.test.eval_batch,
+        )
+        last = np.asarray(last, np.float64)  # [rates, instances]
+        with np.errstate(divide="ignore", invalid="ignore"):
+            if self.tune_for == "mean-log":
+                last = np.log(last)
+            scores = last.mean(1)
+        return np.where(np.isnan(scores), np.inf, scores)
+
+    def _kept(
+        self, kind: str, key: dict[str, Any], make: Callable[[], dict[str, np.ndarray]]
+    ) -> dict[str, np.ndarray]:
+        text = json.dumps(key, sort_keys=True, default=str)
+        name = hashlib.sha256(text.encode()).hexdigest()[:16]
+        path = self.folder / f"{kind}-{name}.npz"
+        if path.exists():
+            with np.load(path) as saved:
+                return {k: saved[k] for k in saved.files if k != "key"}
+        arrays = make()
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial = path.with_name(f".{path.name}.{os.getpid()}")
+        with partial.open("wb") as file:
+            np.savez(file, key=np.array(text), **arrays)  # type: ignore[arg-type]
+        os.replace(partial, path)
+        return arrays
+
+
+def load_optimizers(paths: dict[str, Path]) -> list[Optimizer]:
+    """Bind saved rules; raises ValueError for a file that is none."""
+    from metalstm import rules
+
+    found = []
+    for name, path in paths.items():
+        saved = rules.load_rule(path)
+        digest = hashlib.sha256(path.read_bytes()).hexdigest()
+        found.append(Optimizer(name, saved.transform(), {"rule": digest}, True))
+    return found
+
+
+def compete(
+    bench: Bench,
+    rules: Sequence[Optimizer],
+    names: Sequence[str],
+    *,
+    steps: int,
+    instances: int,
+    every: int = 1,
+    tune_steps: int | None = None,
+) -> tuple[dict[str, Losses], dict[str, Tuned]]:
+    """Measure rules and tuned baselines on the same problems."""
+    tuned = {name: bench.tune(name, steps=tune_steps or steps) for name in names}
+    optimizers = [*rules, *(t.optimizer for t in tuned.values())]
+    measured = {
+        o.name: bench.losses(o, steps=steps, instances=instances, every=every)
+        for o in optimizers
+    }
+    return measured, tuned

@@ -1,0 +1,54 @@
+"""The JSON spec of each rule that the flags name, for `metalstm.rules.build_rule`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from experiments.optimizers.config import Config, rule_options
+
+Spec = dict[str, Any]
+
+
+def rule_spec(name: str, config: Config) -> Spec:
+    """The spec of one of `experiments.optimizers.config.RULES`."""
+    options = config.rule
+    gates: Spec = {
+        "forget_bias": list(options.forget_bias),
+        "input_bias": list(options.input_bias),
+    }
+    base = name.removesuffix("-f1")
+    if base != name:
+        gates["forget"] = "one"
+    spec: Spec
+    if base == "l2l":
+        spec = {
+            "rule": "l2l",
+            "hidden_size": options.hidden,
+            "num_layers": options.lstm_layers,
+            "output_scale": options.output_scale,
+            "features": options.features,
+        }
+    elif base == "v2":
+        memory = {"hidden_size": options.hidden}
+        spec = {"rule": "two_layer", "memory": memory, "gates": gates}
+    elif base in ("meta-lstm", "gates"):
+        hidden = options.hidden if base == "meta-lstm" else 0
+        spec = {"rule": "lstm_gates", "hidden_size": hidden, **gates}
+    else:
+        spec = {"rule": "learned_sgd"}
+    spec = _merged(spec, rule_options(config).get(name, {}))
+    if options.separate == "none":
+        return spec
+    labels = options.separate.replace("-", "_")
+    groups = dict.fromkeys(labels.split("_or_"), spec)
+    return {"rule": "by_group", "labels": labels, "groups": groups}
+
+
+def _merged(spec: Spec, changes: Mapping[str, Any]) -> Spec:
+    out = dict(spec)
+    for key, value in changes.items():
+        inner = out.get(key)
+        both = isinstance(inner, dict) and isinstance(value, dict)
+        out[key] = _merged(inner, value) if both else value
+    return out

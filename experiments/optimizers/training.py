@@ -1,0 +1,285 @@
+"""Meta-train one rule: progress, validation, checkpoints, Ctrl-C, going on."""
+
+from __future__ import annotations
+
+import functools
+import math
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from tqdm import tqdm
+
+import metalstm
+from experiments.config import to_json
+from experiments.meta_training import Interrupted, stops_on_ctrl_c
+from experiments.optimizers.config import Config, may_change
+from experiments.optimizers.problems import Source
+from experiments.run_folder import Metrics
+from metalstm import algorithms, checkpoints, optimizer_curves, problems
+from metalstm.base import PyTree, UpdateRule
+from metalstm.training import FitState, TrainState
+
+_VALIDATION_SEED = 1_000_003  # far from the seeds of training, tuning and test
+_FOREVER = 10**9  # meta-steps: time decides
+
+
+class Trained(NamedTuple):
+    params: PyTree  # the best on validation
+    meta_steps: int
+    seconds: float  # of meta-training and validation, over all sessions
+    best_step: int
+    validation: float  # mean log-loss after the last update
+
+
+def meta_train(
+    name: str,
+    rule: UpdateRule,
+    config: Config,
+    source: Source,
+    folder: Path,
+    metrics: Metrics,
+) -> Trained:
+    """Train, or go on training, until the budget is spent.
+
+    Raises:
+      Interrupted: after Ctrl-C; the state is saved.
+      NonFiniteLossError: the state before the bad step is saved.
+    """
+    session = _Session(name, rule, config, source, folder, metrics)
+    with session.progress_bar(), stops_on_ctrl_c() as stop_requested:
+        session.run(stop_requested)
+    return session.result()
+
+
+def _horizon(config: Config) -> int | Callable[[jax.Array], jax.Array]:
+    """The horizon, or how it grows with the meta-step: doubling, in equal shares."""
+    budget = config.budget
+    if budget.first_horizon is None or budget.first_horizon == budget.horizon:
+        return budget.horizon
+    stages = [budget.first_horizon]
+    while stages[-1] < budget.horizon:
+        doubled = min(2 * stages[-1], budget.horizon)
+        stages.append(doubled // budget.unroll * budget.unroll)
+    lengths = np.array(stages, np.int32)
+    each = max(budget.meta_steps // (2 * len(stages)), 1)
+    return lambda step: jnp.asarray(lengths)[
+        jnp.minimum(jnp.asarray(step) // each, len(stages) - 1)
+    ]
+
+
+def _optimizer(config: Config) -> optax.GradientTransformation:
+    budget = config.budget
+    rate: optax.ScalarOrSchedule = budget.learning_rate
+    if budget.schedule == "cosine":
+        rate = optax.cosine_decay_schedule(budget.learning_rate, budget.meta_steps)
+    if budget.clip:
+        return metalstm.adam_clipped(rate, budget.clip)
+    return optax.adam(rate)
+
+
+class _Session:
+    """The state that the hooks of `metalstm.fit` share."""
+
+    def __init__(self, name, rule, config, source, folder, metrics):
+        self.name, self.rule, self.config, self.source = name, rule, config, source
+        self.metrics = metrics
+        self.folder = folder / "checkpoints" / name
+        budget = config.budget
+        self.num_steps = budget.meta_steps if budget.minutes is None else _FOREVER
+        self.num_steps -= self.num_steps % budget.steps_per_call
+        self.sampler = problems.ProblemSampler(source.training, budget.unroll + 1)
+        self.algorithm = algorithms.learned_optimizer(
+            source.training,
+            rule,
+            num_tasks=budget.tasks,
+            unroll_steps=budget.unroll,
+            horizon=_horizon(config),
+            second_order=budget.second_order,
+            loss_transform=budget.loss_transform,
+            estimator=budget.estimator,
+            pes_std=budget.pes_std,
+            stagger=budget.stagger,
+        )
+        self.optimizer = _optimizer(config)
+        self.state, self.history, self.seconds_before = self._start()
+        self.started = time.monotonic()
+        self.first_report: tuple[float, int] | None = None
+        self.bar: Any = None
+
+    def _start(self) -> tuple[FitState, list[dict[str, float]], float]:
+        draw = self.sampler.sample(jax.random.key(0), self.source.data)
+        make = functools.partial(
+            metalstm.init_train_state,
+            self.algorithm,
+            self.optimizer,
+            self.config.run.seed,
+            draw,
+        )
+        if checkpoints.latest(self.folder / "state") is None:
+            self.metrics.rewind(self.name, -1)
+            return metalstm.init_fit_state(jax.jit(make)()), [], 0.0
+        target = jax.eval_shape(lambda: metalstm.init_fit_state(make()))
+        restored = checkpoints.restore(
+            self.folder / "state",
+            target,
+            config=to_json(self.config),
+            ignore=may_change(self.config),
+        )
+        if restored.message:
+            print(f"note: {restored.message}")
+        self.metrics.rewind(self.name, restored.step)
+        if restored.step < self.num_steps:
+            print(f"{self.name}: going on at meta-step {restored.step:,}")
+        saved = restored.metadata
+        return restored.state, saved["history"], saved["seconds"]
+
+    def run(self, stop_requested: Callable[[], bool]) -> None:
+        budget = self.config.budget
+        seconds_left = None
+        if budget.minutes is not None:
+            seconds_left = 60 * budget.minutes - self.seconds_before
+            if seconds_left <= 0:
+                return
+        compiled = metalstm.make_train_loop(
+            self.algorithm,
+            self.optimizer,
+            self.sampler,
+            num_tasks=budget.tasks,
+            steps_per_call=budget.steps_per_call,
+        )
+        latest = self.state.train
+
+        def train_loop(state: TrainState, data: Any) -> tuple[TrainState, Any]:
+            nonlocal latest
+            latest = state
+            if stop_requested():
+                raise Interrupted
+            latest, metrics = compiled(state, data)
+            return latest, metrics
+
+        every = budget.steps_per_call
+        often = max(budget.meta_steps // 500 // every, 1) * every
+        try:
+            self.state = metalstm.fit(
+                train_loop,
+                self.state,
+                self.source.data,
+                num_steps=self.num_steps,
+                steps_per_call=every,
+                validate=self.validate,
+                validate_every=budget.validate_every,
+                report=self.report,
+                report_every=often,
+                save=self.save,
+                save_every=budget.save_every,
+                max_seconds=seconds_left,
+            )
+        except Interrupted:
+            self.save(self.state._replace(train=latest))
+            raise
+
+    @functools.cached_property
+    def _last_losses(self) -> Callable[[PyTree], jax.Array]:
+        test, budget = self.config.test, self.config.budget
+
+        def losses(params: PyTree, data: Any) -> jax.Array:
+            return optimizer_curves.loss_curves(
+                self.source.test,
+                self.rule.bind(params),
+                data,
+                num_instances=budget.validation_instances,
+                num_steps=test.steps,
+                seed=_VALIDATION_SEED,
+                record_every=test.steps,
+                eval_batch=test.eval_batch,
+            )
+
+        compiled = jax.jit(losses)
+        return lambda params: compiled(params, self.source.data)
+
+    def validate(self, params: PyTree) -> float:
+        """Minus the mean log of the last loss; a problem that diverged counts as 1e9 of
+        its first loss."""
+        losses = np.asarray(self._last_losses(params), np.float64)
+        worst = 1e9 * losses[:, 0]
+        last = np.where(np.isfinite(losses[:, -1]), losses[:, -1], worst)
+        logs = np.log(np.maximum(np.minimum(last, worst), 1e-300))
+        mean = float(logs.mean())
+        ci95 = float(1.96 * logs.std(ddof=1) / len(logs) ** 0.5)
+        self.history.append({"step": self.step, "log_loss": mean, "ci95": ci95})
+        self.metrics.write(self.name, "validation", self.step, log_loss=mean, ci95=ci95)
+        return -mean
+
+    def report(self, step: int, means: dict[str, float]) -> None:
+        self.step = step
+        now = time.monotonic()
+        if self.first_report is None:
+            self.first_report = (now, step)
+        seconds = self.seconds_before + now - self.started
+        self.metrics.write(self.name, "train", step, seconds=round(seconds, 3), **means)
+        begun, first = self.first_report
+        speed = (
+            f"{(step - first) / (now - begun):.2f}/s" if step > first else "compiled"
+        )
+        self.bar.unit = f"{speed}  loss {means['loss']:.4g}"
+        if self.config.budget.minutes is None:
+            self.bar.update(step - self.bar.n)
+        else:
+            # short of the end: a bar beyond its total warns
+            self.bar.update(min(seconds, 0.999 * self.bar.total) - self.bar.n)
+
+    def save(self, state: FitState) -> None:
+        self.state = state
+        best = int(state.best_step)
+        if math.isfinite(float(state.best_score)) and best != checkpoints.latest(
+            self.folder / "best"
+        ):
+            checkpoints.save(self.folder / "best", state.best_params, step=best, keep=1)
+        metadata = {
+            "config": to_json(self.config),
+            "history": self.history,
+            "seconds": self.seconds_before + time.monotonic() - self.started,
+        }
+        checkpoints.save(
+            self.folder / "state", state, step=int(state.train.step), metadata=metadata
+        )
+
+    def result(self) -> Trained:
+        saved = checkpoints.read_metadata(self.folder / "state")
+        return Trained(
+            self.state.best_params,
+            int(self.state.train.step),
+            saved["seconds"],
+            int(self.state.best_step),
+            -float(self.state.best_score),
+        )
+
+    @contextmanager
+    def progress_bar(self) -> Iterator[None]:
+        budget = self.config.budget
+        self.step = int(self.state.train.step)
+        by_time = budget.minutes is not None
+        total = 60 * budget.minutes if by_time else self.num_steps
+        count = "{n:.0f}/{total:.0f} s" if by_time else "{n:,}/{total:,} meta-steps"
+        self.bar = tqdm(
+            total=total,
+            initial=round(self.seconds_before, 1) if by_time else self.step,
+            desc=f"meta-training {self.name}",
+            bar_format="{desc}  {bar:22}  " + count + "  {unit}  eta {remaining}",
+            ascii=" #",
+            unit="compiling",  # the field of the format that tqdm leaves to us
+            # a log file gets a line now and then, a terminal a smooth bar
+            mininterval=0.2 if sys.stderr.isatty() else 15,
+        )
+        try:
+            yield
+        finally:
+            self.bar.close()
