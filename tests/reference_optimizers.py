@@ -18,6 +18,9 @@ class L2L(NamedTuple):
     bias: float
     scale: float
     p: float | None  # None: raw gradients
+    moments: bool = False  # reads averages, as Adam does
+    shortcut: Array | None = None  # [4]
+    relative: bool = False
 
 
 def unroll_l2l(
@@ -35,19 +38,39 @@ def unroll_l2l(
     num = theta.size
     states = [(np.zeros((num, len(x.bias) // 4)),) * 2 for x in rule.layers]
     thetas, losses, gradients = [], [], []
+    history: list[Array] = []
     for t in range(num_steps):
         loss, gradient = objective(theta)
         if held is not None:
             gradient = held[t]
+        history.append(gradient)
         x = gradient[:, None] if rule.p is None else log_sign(gradient, rule.p)
+        averages, unit = _weighted_averages(np.stack(history))
+        if rule.moments:
+            x = np.concatenate([averages, x], 1)
         for k, layer in enumerate(rule.layers):
             states[k] = layer.step(x, *states[k])
             x = states[k][0]
-        theta = theta + rule.scale * (x @ rule.weights + rule.bias)
+        delta = x @ rule.weights + rule.bias
+        if rule.shortcut is not None:
+            delta = delta + averages @ rule.shortcut
+        theta = theta + rule.scale * (unit if rule.relative else 1.0) * delta
         thetas.append(theta)
         losses.append(loss)
         gradients.append(gradient)
     return np.stack(thetas), np.array(losses), gradients
+
+
+def _weighted_averages(history: Array) -> tuple[Array, Array]:
+    """[T, N] gradients -> the last and their means over their RMS, [N, 4]; RMS [N].
+
+    An exponential average, corrected for its start, is a weighted mean of the history.
+    """
+    age = np.arange(len(history))[::-1, None]
+    mean = lambda x, decay: (decay**age * x).sum(0) / (decay**age).sum()  # noqa: E731
+    unit = np.sqrt(mean(history**2, 0.98) + 1e-16)
+    rows = [history[-1]] + [mean(history, decay) for decay in (0.5, 0.9, 0.99)]
+    return np.stack(rows, 1) / unit[:, None], unit
 
 
 class Memory(NamedTuple):

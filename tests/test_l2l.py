@@ -23,6 +23,8 @@ CASES = {
     "published": {"num_layers": 2},
     "raw": {"num_layers": 1, "features": "raw", "output_scale": 1.0},
     "code": {"num_layers": 2, "output_scale": 0.01, "p": 5.0},
+    "moments": {"num_layers": 1, "features": "moments", "shortcut": 0.2},
+    "relative": {"num_layers": 1, "features": "moments", "relative": True},
 }
 
 
@@ -43,7 +45,8 @@ def make_rule(case: str):
 
 
 def published(case: str, weights) -> reference_optimizers.L2L:
-    layers, width = [], 1 if CASES[case].get("features") == "raw" else 2
+    features = CASES[case].get("features", "log_sign")
+    layers, width = [], {"raw": 1, "log_sign": 2, "moments": 6}[features]
     for k in range(CASES[case]["num_layers"]):
         layer = weights[f"lstm_{k}"]
         kernel = layer["kernel"]
@@ -56,7 +59,10 @@ def published(case: str, weights) -> reference_optimizers.L2L:
         weights["output"]["kernel"],
         weights["output"]["bias"],
         CASES[case].get("output_scale", 0.1),
-        None if CASES[case].get("features") == "raw" else CASES[case].get("p", 10.0),
+        None if features == "raw" else CASES[case].get("p", 10.0),
+        features == "moments",
+        weights["shortcut"]["kernel"] if "shortcut" in weights else None,
+        CASES[case].get("relative", False),
     )
 
 
@@ -132,6 +138,30 @@ def test_it_starts_as_published():
     assert 0.8 < spread < 0.95  # a normal cut at two deviations has 0.88
 
 
+@pytest.mark.parametrize("relative", [False, True])
+def test_a_shortcut_alone_is_adam_or_heavy_ball(relative):
+    rule = rules.l2l(
+        hidden_size=2,
+        num_layers=1,
+        output_scale=0.1,
+        features="moments",
+        shortcut=0.2,
+        relative=relative,
+    )
+    params = rule.init(jax.random.key(0), ())
+    params["output"] = jax.tree.map(jnp.zeros_like, params["output"])
+    peer = optax.adam(0.02, b1=0.9, b2=0.98, eps=0.0)
+    if relative:
+        peer = optax.chain(optax.ema(0.9), optax.scale(-0.02))
+    gradients = jax.random.normal(jax.random.key(1), (5, 7))
+    tx = rule.bind(params)
+    state, peer_state = tx.init(gradients[0]), peer.init(gradients[0])
+    for g in gradients:
+        update, state = tx.update(g, state)
+        expected, peer_state = peer.update(g, peer_state)
+        np.testing.assert_allclose(update, expected, rtol=2e-5, atol=1e-8)
+
+
 def test_one_rule_serves_any_number_of_parameters():
     """Coordinates are alike: how they are grouped in tensors changes nothing."""
     rule, weights = make_rule("published")
@@ -149,6 +179,7 @@ def test_one_rule_serves_any_number_of_parameters():
         ({"num_layers": 0}, r"num_layers=0: choose 1 to 16"),
         ({"num_layers": 17}, r"num_layers=17: choose 1 to 16"),
         ({"features": "sign"}, r"features='sign': choose one of log_sign, raw"),
+        ({"relative": True}, r"relative=True need features='moments', not 'log_sign'"),
     ],
 )
 def test_wrong_arguments_are_refused(options, message):
