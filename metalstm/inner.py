@@ -164,7 +164,7 @@ def _products(grads: PyTree, params: PyTree, shape: tuple[int, ...]) -> Array:
     terms = jax.tree.map(
         lambda g, p: (g * p.astype(g.dtype)).reshape(*shape, -1).sum(-1), grads, params
     )
-    return sum(jax.tree.leaves(terms))
+    return sum(jax.tree.leaves(terms), jnp.float32(0))
 
 
 @jax.custom_jvp

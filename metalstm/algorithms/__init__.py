@@ -8,12 +8,15 @@ from metalstm.algorithms.gradient_based import (
     meta_lstm,
     meta_sgd,
 )
+from metalstm.algorithms.learned_optimizer import InnerRuns, learned_optimizer
 from metalstm.algorithms.metric_based import nearest_neighbour, prototypical
 
 __all__ = [
+    "InnerRuns",
     "fomaml",
     "from_scratch",
     "learned_init",
+    "learned_optimizer",
     "maml",
     "meta_lstm",
     "meta_sgd",

@@ -9,11 +9,12 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from metalstm.base import Array, PyTree, TaskMapping, map_tasks
+from metalstm.base import Array, PyTree, TaskMapping, UpdateRule, map_tasks
 
 __all__ = [
     "RunningStatistics",
     "accuracy",
+    "check_differentiable",
     "task_loss",
     "with_running_statistics",
 ]
@@ -32,6 +33,25 @@ def accuracy(scores: Array, targets: Array) -> Array:
     if jnp.issubdtype(targets.dtype, jnp.integer):
         return (scores.argmax(-1) == targets).mean()
     return -jnp.square(scores - targets).mean()
+
+
+def check_differentiable(rule: UpdateRule) -> None:
+    """Refuse a rule whose second order is NaN at g = 0, where dead ReLUs put it."""
+    params = {"w": jnp.zeros(2)}
+
+    def total(g):
+        tx = rule.bind(rule.init(jax.random.key(0), params))
+        updates, _ = tx.update({"w": g}, tx.init(params), params, value=jnp.float32(1))
+        return updates["w"].sum()
+
+    with jax.ensure_compile_time_eval():
+        derivative = jax.grad(total)(jnp.zeros(2))
+    if not bool(jnp.isfinite(derivative).all()):
+        raise ValueError(
+            "second_order=True, but the rule's derivative at a zero gradient is not "
+            "finite, and a dead ReLU gives zero gradients: choose second_order=False, "
+            "or make it smooth (optax.adam has eps_root=1e-8)"
+        )
 
 
 class RunningStatistics(NamedTuple):

@@ -11,7 +11,12 @@ import jax.numpy as jnp
 import optax
 from jax import lax
 
-from metalstm.algorithms.common import accuracy, task_loss, with_running_statistics
+from metalstm.algorithms.common import (
+    accuracy,
+    check_differentiable,
+    task_loss,
+    with_running_statistics,
+)
 from metalstm.base import (
     Array,
     Batch,
@@ -108,7 +113,7 @@ def learned_init(
             f"gradient_scale={gradient_scale!r}: choose a number, '1/batch' or 'way'"
         )
     if second_order and trainable and not rule.smooth:
-        _check_differentiable(rule)
+        check_differentiable(rule)
     test_steps = num_steps if num_test_steps is None else num_test_steps
     frozen = query_norm == "frozen" or train_query_norm == "frozen"
 
@@ -305,25 +310,6 @@ def _check_other(other: PyTree) -> None:
                 "meta-parameters that are differentiated: make it a float, or compute "
                 "it in the call"
             )
-
-
-def _check_differentiable(rule: UpdateRule) -> None:
-    """Refuse a rule whose second order is NaN at g = 0, where dead ReLUs put it."""
-    params = {"w": jnp.zeros(2)}
-
-    def total(g):
-        tx = rule.bind(rule.init(jax.random.key(0), params))
-        updates, _ = tx.update({"w": g}, tx.init(params), params, value=jnp.float32(1))
-        return updates["w"].sum()
-
-    with jax.ensure_compile_time_eval():
-        derivative = jax.grad(total)(jnp.zeros(2))
-    if not bool(jnp.isfinite(derivative).all()):
-        raise ValueError(
-            "second_order=True, but the rule's derivative at a zero gradient is not "
-            "finite, and a dead ReLU gives zero gradients: choose second_order=False, "
-            "or make it smooth (optax.adam has eps_root=1e-8)"
-        )
 
 
 def _gradient_scale(

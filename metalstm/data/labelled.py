@@ -127,7 +127,8 @@ def _decode(builder: Any, size: int | None) -> dict[str, np.ndarray]:
 
 
 def _read(builder: Any, split: str, size: int | None) -> tuple[np.ndarray, np.ndarray]:
-    images, labels = [], []
+    images: list[np.ndarray] = []
+    labels: list[int] = []
     for example in builder.as_data_source(split=split):
         image = np.asarray(example["image"], np.uint8)
         image = image if size is None else fit(image, size)
