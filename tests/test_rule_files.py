@@ -143,6 +143,8 @@ def test_groups_have_rules_of_their_own():
     assert not rule.coordinatewise
     assert rule.smooth
     assert not rule.reads_loss
+    one_reads = {"matrix": rules.lstm_gates(), "vector": rules.learned_sgd()}
+    assert rules.by_group(one_reads, rules.matrix_or_vector).reads_loss
     updates = one_update(rule.bind(weights))
     np.testing.assert_allclose(updates["b"], -0.3 * 0.3 * np.ones(3), rtol=1e-6)
     alone = rules.build_rule(SPECS["l2l"]).bind(weights["matrix"])
@@ -172,7 +174,7 @@ def test_labels_by_shape_and_path():
     params = {
         "Conv_0": {"kernel": jnp.zeros((3, 3, 1, 2)), "bias": jnp.zeros(2)},
         "out": {"kernel": jnp.zeros((2, 2)), "bias": jnp.zeros(2)},
-        "stem": jnp.zeros((3, 3, 1, 2)),
+        "stem": jnp.zeros((3, 1, 2)),  # along one axis
         "scale": jnp.zeros(()),
     }
     label = jax.tree_util.tree_map_with_path

@@ -145,7 +145,8 @@ def test_parameters_of_any_nesting_and_dtype(name):
     for leaf in jax.tree.leaves(out):
         assert np.all(np.isfinite(np.asarray(leaf, np.float32)))
     assert out["scalar"] != 1
-    for leaf in jax.tree.leaves(state):
+    all_half = transform(name).init({"kernel": jnp.ones((2, 2), jnp.bfloat16)})
+    for leaf in jax.tree.leaves((state, all_half)):
         assert leaf.dtype in (jnp.float32, jnp.int32)
 
 

@@ -45,7 +45,7 @@ def with_float_copy(
         moves, inner = tx.update(wide, state.inner, state.copy, **extra)
         copy = optax.apply_updates(state.copy, moves)
         # in float32, so that optax.apply_updates rounds once, to the copy's nearest
-        change = jax.tree.map(lambda c, p: c - jnp.asarray(p, c.dtype), copy, params)
+        change = jax.tree.map(lambda c, p: c - p, copy, params)
         return change, FloatCopyState(copy, inner)
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
