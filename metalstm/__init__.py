@@ -4,7 +4,7 @@ A learned update rule is a function from meta-parameters to an optax transform; 
 meta-learner is a function from a support set to a predictor.
 """
 
-from metalstm import algorithms, data, learners, rules
+from metalstm import algorithms, data, learners, optimizer_curves, problems, rules
 from metalstm.base import (
     Batch,
     Episode,
@@ -69,8 +69,10 @@ __all__ = [
     "make_evaluate",
     "make_train_loop",
     "make_train_step",
+    "optimizer_curves",
     "paired_difference",
     "pretrained",
+    "problems",
     "rules",
     "save_rule",
     "unroll",
