@@ -7,7 +7,7 @@ display, nothing to close.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
 import numpy as np
@@ -28,6 +28,7 @@ __all__ = [
     "layer_groups",
     "learning_curves",
     "loss_panels",
+    "meta_training_curves",
     "rate_sweeps",
 ]
 
@@ -235,13 +236,40 @@ def accuracy_bars(
     return figure
 
 
+def meta_training_curves(
+    loss: Mapping[str, Curve], validation: Mapping[str, Curve]
+) -> Figure:
+    """Draw the meta-loss of rules, and their mean log-loss on other problems.
+
+    Args:
+      loss: per rule, against meta-steps (``Curve.episodes``).
+      validation: likewise; the band is the CI over problems.
+    """
+    figure = _figure((10, 4))
+    left, right = figure.subplots(1, 2)
+    names = list(dict.fromkeys([*loss, *validation]))
+    for index, name in enumerate(names):
+        colour = _COLOURS[index % len(_COLOURS)]
+        if name in loss:
+            _draw_seeds(left, _smoothed([loss[name]]), colour=colour, label=name)
+        if name in validation:
+            curve = [validation[name]]
+            _draw_seeds(right, curve, colour=colour, label=name, marker="o")
+    left.set(xlabel="meta-steps", ylabel="meta-loss")
+    right.set(xlabel="meta-steps", ylabel="validation, mean log of the last loss")
+    for axes in (left, right):
+        axes.grid(alpha=0.3)
+        if axes.get_legend_handles_labels()[0]:
+            axes.legend(fontsize=8)
+    return figure
+
+
 def loss_panels(
     panels: Mapping[str, Mapping[str, Losses]],
     *,
-    center: Literal["mean", "geometric"] = "mean",
+    geometric: Sequence[str] = (),
     learned: Sequence[str] = (),
     columns: int = 3,
-    ylabel: str = "loss",
 ) -> Figure:
     """Draw losses against updates on a log scale, a panel a problem, a line a rule.
 
@@ -250,8 +278,9 @@ def loss_panels(
 
     Args:
       panels: per title, per optimizer its losses.
-      center: ``"geometric"`` draws exp of the mean log-loss and its CI: on quadratics,
-        whose losses differ by orders of magnitude, the mean is that of the worst few.
+      geometric: titles of panels that show exp of the mean log-loss and its CI: on
+        quadratics, whose losses differ by orders of magnitude, the mean is that of the
+        worst few.
       learned: names to draw in thick lines, over thin ones for the others.
     """
     columns = min(columns, len(panels))
@@ -265,12 +294,13 @@ def loss_panels(
     for axes, (title, drawn) in zip(grid.flat, panels.items(), strict=False):
         # hand-made optimizers first: a learned rule's line lies over theirs
         for name in sorted(drawn, key=lambda name: name in learned):
-            mean, low, high = _band(drawn[name].values, center)
+            mean, low, high = _band(drawn[name].values, title in geometric)
             style = _optimizer_style(names.index(name), name in learned)
             axes.plot(drawn[name].steps, mean, label=name, **style)
             axes.fill_between(
                 drawn[name].steps, low, high, color=style["color"], alpha=0.2, lw=0
             )
+        ylabel = "loss (geometric mean)" if title in geometric else "loss"
         axes.set(title=title, xlabel="updates", ylabel=ylabel, yscale="log")
         axes.grid(alpha=0.3)
         axes.legend(fontsize=7)
@@ -346,23 +376,22 @@ def _optimizer_style(index: int, learned: bool) -> dict[str, Any]:
     }
 
 
-def _band(values: np.ndarray, center: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def _band(
+    values: np.ndarray, geometric: bool
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Mean and the ends of its 95% CI, [S] each; nan where a problem has diverged."""
     values = np.asarray(values, np.float64)
     values = np.where(np.isfinite(values), values, np.nan)
-    if center == "geometric":
+    if geometric:
         values = np.log(np.maximum(values, np.finfo(np.float64).tiny))
-    elif center != "mean":
-        raise ValueError(f"center={center!r}: choose 'mean' or 'geometric'")
     mean = values.mean(0)
     half = np.zeros_like(mean)
     if len(values) > 1:
         half = 1.96 * values.std(0, ddof=1) / np.sqrt(len(values))
-    ends = mean, mean - half, mean + half
-    if center == "geometric":
-        return tuple(np.exp(x) for x in ends)
+    if geometric:
+        return np.exp(mean), np.exp(mean - half), np.exp(mean + half)
     # a log scale has no place for an interval that reaches zero
-    return mean, np.maximum(ends[1], 1e-3 * np.abs(mean)), ends[2]
+    return mean, np.maximum(mean - half, 1e-3 * np.abs(mean)), mean + half
 
 
 def _figure(size: tuple[float, float]) -> Figure:

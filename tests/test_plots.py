@@ -138,10 +138,11 @@ def test_loss_panels(tmp_path):
 def test_loss_panels_by_geometric_mean():
     values = np.array([[1.0, 1e-4], [1.0, 1e-8]])
     losses = {"sgd": plots.Losses(np.array([0, 1]), values)}
-    figure = plots.loss_panels({"": losses}, center="geometric")
-    np.testing.assert_allclose(figure.axes[0].lines[0].get_ydata(), [1, 1e-6])
-    with pytest.raises(ValueError, match="center='median': choose 'mean' or"):
-        plots.loss_panels({"": losses}, center="median")
+    figure = plots.loss_panels({"a": losses, "b": losses}, geometric=["a"])
+    left, right = figure.axes
+    np.testing.assert_allclose(left.lines[0].get_ydata(), [1, 1e-6])
+    np.testing.assert_allclose(right.lines[0].get_ydata(), values.mean(0))
+    assert "geometric" in left.get_ylabel()
 
 
 def test_rate_sweeps(tmp_path):
@@ -168,3 +169,15 @@ def test_escape_curves(tmp_path):
     assert right.lines[0].get_color() == left.lines[1].get_color()
     saves(figure, tmp_path)
     assert len(plots.escape_curves(escaped).axes) == 1
+
+
+def test_meta_training_curves(tmp_path):
+    steps = np.arange(1, 101)
+    loss = plots.Curve(steps, 1 / steps)
+    validation = plots.Curve(np.array([50, 100]), np.array([-1.0, -2.0]), np.ones(2))
+    figure = plots.meta_training_curves({"l2l": loss}, {"l2l": validation})
+    left, right = figure.axes
+    assert left.lines[0].get_ydata()[-1] == pytest.approx(0.01, rel=1e-6)
+    np.testing.assert_allclose(right.lines[0].get_ydata(), [-1, -2])
+    assert right.collections[0].get_paths()[0].vertices[:, 1].max() == 0
+    saves(figure, tmp_path)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import tyro
 
@@ -23,7 +23,8 @@ from experiments.config import (
 )
 
 RULES = {
-    "l2l": "the coordinate-wise LSTM of Andrychowicz et al. (2016)",
+    "l2l": "a coordinate-wise LSTM, as --features and the like make it",
+    "l2l-published": "the same as Andrychowicz et al. (2016) had it",
     "v2": "a gradient memory chained into gates",
     "meta-lstm": "the gates of Ravi & Larochelle (2017), with their LSTM",
     "gates": "the gates alone, on features, without an LSTM",
@@ -36,6 +37,7 @@ BASELINES = (
     "sgd", "momentum", "nesterov", "rmsprop", "adam", "adamw", "adagrad", "adadelta",
 )  # fmt: skip
 MORE_BASELINES = ("adam-cosine",)
+_WITHOUT_BATCHES = ("plateau", "quadratics", "logistic")
 STUDIES = {
     "comparison": "the rules and the tuned baselines on the problem of the flags",
     "generalisation": "the same on variants of it: width, depth, activation, horizon",
@@ -58,6 +60,8 @@ class Problem:
     image-classification set, such as mnist."""
     data_dir: Path | None = None
     """Where the data set is; also the environment's TFDS_DATA_DIR."""
+    train_image_size: int | None = None
+    """Meta-train on images resized to this: a smaller network is a faster one."""
     dim: int = 10
     """quadratics, logistic and plateau: number of parameters."""
     distribution: Literal["normal", "uniform"] = "normal"
@@ -89,8 +93,13 @@ class RuleOptions:
     """l2l: layers."""
     output_scale: float = 0.1
     """l2l: factor of the update."""
-    features: Literal["log_sign", "raw"] = "log_sign"
-    """l2l: what the LSTM reads of the gradient."""
+    features: Literal["log_sign", "raw", "moments"] = "log_sign"
+    """l2l: what the LSTM reads: the gradient, published in two ways, or what Adam
+    reads of it."""
+    shortcut: float | None = None
+    """l2l with moments: start as Adam of the rate --output-scale times this."""
+    relative: bool = False
+    """l2l with moments: updates in units of the gradient's size, as momentum's are."""
     forget_bias: tuple[float, float] = (4.0, 5.0)
     """Gates: range of the forget gate's initial bias."""
     input_bias: tuple[float, float] = (-5.0, -4.0)
@@ -117,12 +126,17 @@ class Budget:
     horizon: int = 100
     """Inner updates after which a problem starts again; a multiple of --unroll."""
     first_horizon: int | None = None
-    """Curriculum: the horizon doubles from here to --horizon, in equal shares of the
+    """A curriculum: the horizon doubles from here to --horizon, in equal shares of the
     first half of --meta-steps."""
+    stages: tuple[str, ...] = ()
+    """A curriculum, UNROLL:META_STEPS for each stage: whole trajectories of UNROLL
+    updates. What is left of --meta-steps has --unroll and --horizon."""
     second_order: bool = False
     """Differentiate through the inner gradients."""
     loss_transform: Literal["none", "log", "relative"] = "none"
     """Of the losses of a trajectory, before they are averaged."""
+    weights: Literal["uniform", "linear"] = "uniform"
+    """Of these losses; linear: from 0 at the start to 2 at the horizon."""
     estimator: Literal["backprop", "pes"] = "backprop"
     """backprop: truncated; pes: persistent evolution strategies, unbiased."""
     pes_std: float = 0.01
@@ -164,13 +178,13 @@ class Test:
     few_baselines: tuple[str, ...] = ("sgd", "nesterov", "rmsprop", "adam")
     """Those of generalisation, panels and plateau, where they are tuned again on every
     problem."""
-    tune_instances: int = 8
+    tune_instances: int = 64
     """Other problems, on which they are tuned."""
     tune_for: Literal["mean", "mean-log"] | None = None
     """What the last loss is tuned for; default: mean-log for quadratics, else mean."""
     long_steps: int = 1_000
     """generalisation: updates at the long horizon; 0 leaves it out."""
-    long_instances: int = 20
+    long_instances: int = 100
     """generalisation: problems at the long horizon."""
     escape_below: float = 0.1
     """plateau: a problem has escaped when its loss is below this share of the first."""
@@ -249,6 +263,41 @@ def rule_options(config: Config) -> dict[str, dict[str, Any]]:
     return found
 
 
+class Stage(NamedTuple):
+    """A part of meta-training with one program."""
+
+    unroll: int
+    horizon: int
+    end: int  # the meta-step it ends at
+
+
+def stages(config: Config) -> list[Stage]:
+    """Read ``--stages``; the last one is what the other flags say.
+
+    Raises:
+      ValueError: a stage is not UNROLL:META_STEPS, or they fill --meta-steps.
+    """
+    budget = config.budget
+    found, end = [], 0
+    for text in budget.stages:
+        unroll, _, steps = text.partition(":")
+        if not (unroll.isdecimal() and steps.isdecimal() and int(unroll) > 0):
+            raise ValueError(f"--stages {text}: give UNROLL:META_STEPS, such as 20:500")
+        if int(steps) % budget.steps_per_call:
+            raise ValueError(
+                f"--stages {text}: the meta-steps are not a multiple of "
+                f"--steps-per-call {budget.steps_per_call}"
+            )
+        end += int(steps)
+        found.append(Stage(int(unroll), int(unroll), end))
+    if found and end >= budget.meta_steps:
+        raise ValueError(
+            f"--stages take {end} meta-steps and leave none of --meta-steps "
+            f"{budget.meta_steps}: choose more than {end}"
+        )
+    return [*found, Stage(budget.unroll, budget.horizon, budget.meta_steps)]
+
+
 def parse(arguments: list[str]) -> Config:
     """Read the command line; a preset or a run gives the defaults.
 
@@ -282,6 +331,7 @@ def parse(arguments: list[str]) -> Config:
     )
     for flag, values in (
         ("rules", config.rule.rules),
+        ("stages", config.budget.stages),
         ("baselines", config.test.baselines),
         ("few_baselines", config.test.few_baselines),
         ("study", config.test.study),
@@ -313,7 +363,9 @@ def check(config: Config) -> None:
             f"--first-horizon {first}: choose a multiple of --unroll {budget.unroll} "
             f"up to --horizon {budget.horizon}"
         )
-    if budget.minutes is not None and (first or budget.schedule == "cosine"):
+    stages(config)
+    staged = first is not None or budget.stages or budget.schedule == "cosine"
+    if budget.minutes is not None and staged:
         raise ValueError(
             "--minutes: a curriculum and a cosine need --meta-steps to know their end"
         )
@@ -359,6 +411,17 @@ def _check_names(config: Config) -> None:
     for name in config.test.study:
         if name not in STUDIES:
             raise ValueError(f"--study {name}: {did_you_mean(name, STUDIES)}")
+    kind, study = config.problem.problem, config.test.study
+    if "panels" in study and kind != "mlp":
+        raise ValueError(
+            f"--study panels: the six panels are of an mlp, not {kind}; take a run of "
+            "--preset mnist-mlp, and with --beside one on quadratics"
+        )
+    if "plateau" in study and kind not in _WITHOUT_BATCHES:
+        raise ValueError(
+            f"--study plateau draws gates without minibatches: choose --problem "
+            f"{', '.join(_WITHOUT_BATCHES)}"
+        )
     rule_options(config)
 
 

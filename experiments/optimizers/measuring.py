@@ -14,19 +14,19 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import optax
 
 from experiments.optimizers.baselines import baseline
 from experiments.optimizers.config import Problem, Test
-from experiments.optimizers.problems import Source, load_source
-from metalstm import optimizer_curves
+from experiments.optimizers.problems import NEED_NO_DATA, Source, load_source
+from metalstm import optimizer_curves, rules
+from metalstm.base import TaskMapping
 from metalstm.plots import Losses, Sweep
 
 _TUNING_SEED = 2_000_003  # far from the seeds of training, validation and test
-_CHUNK = 25  # problems at once, to bound memory
 _WIDENINGS = 4  # how often a grid may grow at the end where its best lies
 
 
@@ -45,7 +45,6 @@ class Tuned(NamedTuple):
     beta: float | None
     inside: bool  # neither end of the grid of rates
     sweep: Sweep  # at the best beta
-    seconds: float | None = None
 
 
 class Bench:
@@ -54,7 +53,7 @@ class Bench:
     def __init__(self, problem: Problem, test: Test, folder: Path):
         self.problem, self.test, self.folder = problem, test, folder
         what = asdict(problem)
-        for name in ("data_dir", "scaling", "scaling_per"):
+        for name in ("data_dir", "scaling", "scaling_per", "train_image_size"):
             del what[name]
         self.identity = what | {"eval_batch": test.eval_batch}
 
@@ -86,6 +85,7 @@ class Bench:
                 seed=self.test.test_seed,
                 record_every=every,
                 eval_batch=self.test.eval_batch,
+                task_mapping=self.mapping,
             )
             return {"values": np.asarray(values, np.float32)}
 
@@ -96,77 +96,79 @@ class Bench:
         """Choose rate (and momentum) by the last loss on other problems."""
         settings = baseline(name, steps)
         test = self.test
-        betas = settings.betas or (None,)
         key = self.identity | {
             "baseline": name,
             "steps": steps,
             "instances": test.tune_instances,
             "seed": _TUNING_SEED + test.test_seed,
             "for": self.tune_for,
-            "grid": settings.grid().tolist(),
-            "betas": list(betas),
+            "grid": [settings.grid().tolist(), settings.betas],
         }
         found = self._kept("tuning", key, lambda: self._sweep(name, steps))
-        index = int(found["best"])
-        beta = betas[index]
-        sweep = Sweep(found[f"rates_{index}"], found[f"scores_{index}"])
-        best = int(np.argmin(sweep.scores))
-        rate = float(sweep.rates[best])
-        options = {} if beta is None else {"momentum": beta}
+        rates, scores = found["rates"], found["scores"]  # [R], [R, betas]
+        best, column = np.unravel_index(np.argmin(scores), scores.shape)
+        rate, options = float(rates[best]), {}
+        beta = settings.betas[column] if settings.betas else None
+        if beta is not None:
+            options["momentum"] = beta
         tx = optax.with_extra_args_support(settings.factory(rate, **options))
         identity = {"baseline": name, "rate": rate, "beta": beta}
         if name == "adam-cosine":
             identity["decay_steps"] = steps
-        inside = 0 < best < len(sweep.rates) - 1
-        return Tuned(Optimizer(name, tx, identity, False), rate, beta, inside, sweep)
+        return Tuned(
+            Optimizer(name, tx, identity, False),
+            rate,
+            beta,
+            inside=bool(0 < best < len(rates) - 1),
+            sweep=Sweep(rates, scores[:, column]),
+        )
 
     @property
-    def tune_for(self) -> str:
-        default = "mean-log" if self.problem.problem == "quadratics" else "mean"
-        return self.test.tune_for or default
+    def tune_for(self) -> Literal["mean", "mean-log"]:
+        by_log = self.problem.problem == "quadratics"
+        return self.test.tune_for or ("mean-log" if by_log else "mean")
 
     def _sweep(self, name: str, steps: int) -> dict[str, np.ndarray]:
-        settings = baseline(name, steps)
+        """Rates [R] ascending, and scores [R, betas]."""
         print(f"  tuning {name}", file=sys.stderr, flush=True)
-        found: dict[str, np.ndarray] = {}
-        scores = []
-        for index, beta in enumerate(settings.betas or (None,)):
-            options = {} if beta is None else {"momentum": beta}
-            factory = functools.partial(settings.factory, **options)
-            rates = settings.grid()
-            tried = self._scores(factory, rates, steps)
-            for _ in range(_WIDENINGS):
-                best = int(np.argmin(tried))
-                if 0 < best < len(rates) - 1:
-                    break
-                more = 10 ** (np.arange(1, 5) / 4)
-                more = rates[0] / more[::-1] if best == 0 else rates[-1] * more
-                extra = self._scores(factory, more, steps)
-                at = 0 if best == 0 else len(rates)
-                rates = np.insert(rates, at, more)
-                tried = np.insert(tried, at, extra)
-            found |= {f"rates_{index}": rates, f"scores_{index}": tried}
-            scores.append(tried.min())
-        return found | {"best": np.array(int(np.argmin(scores)))}
+        rates = baseline(name, steps).grid()
+        scores = self._scores(name, rates, steps)
+        for _ in range(_WIDENINGS):
+            best = int(np.argmin(scores.min(1)))
+            if 0 < best < len(rates) - 1:
+                break
+            more = 10 ** (np.arange(1, 5) / 4)
+            more = rates[0] / more[::-1] if best == 0 else rates[-1] * more
+            at = 0 if best == 0 else len(rates)
+            rates = np.insert(rates, at, more)
+            scores = np.insert(scores, at, self._scores(name, more, steps), axis=0)
+        return {"rates": rates, "scores": scores}
 
-    def _scores(self, factory: Callable, rates: np.ndarray, steps: int) -> np.ndarray:
-        """The mean, or mean log, of the last loss; infinite where any diverged."""
-        last = optimizer_curves.sweep(
+    def _scores(self, name: str, rates: np.ndarray, steps: int) -> np.ndarray:
+        settings = baseline(name, steps)
+        grid: dict[str, Sequence[float]] = {"learning_rate": rates.tolist()}
+        if settings.betas:
+            grid["momentum"] = settings.betas
+        tunable = rules.tunable(settings.factory, **dict.fromkeys(grid, 0.1))
+        tried = optimizer_curves.sweep(
             self.source.test,
-            factory,
-            rates,
+            tunable,
+            grid,
             self.source.data,
             num_instances=self.test.tune_instances,
             num_steps=steps,
             seed=_TUNING_SEED + self.test.test_seed,
+            score="mean_log" if self.tune_for == "mean-log" else "mean",
+            record_every=steps,
             eval_batch=self.test.eval_batch,
+            task_mapping=self.mapping,
         )
-        last = np.asarray(last, np.float64)  # [rates, instances]
-        with np.errstate(divide="ignore", invalid="ignore"):
-            if self.tune_for == "mean-log":
-                last = np.log(last)
-            scores = last.mean(1)
-        return np.where(np.isnan(scores), np.inf, scores)
+        return tried.scores.reshape(len(rates), -1)
+
+    @property
+    def mapping(self) -> TaskMapping | None:
+        """Small problems all at once; networks one by one, where they stay in cache."""
+        return "vmap" if self.problem.problem in NEED_NO_DATA else None
 
     def _kept(
         self, kind: str, key: dict[str, Any], make: Callable[[], dict[str, np.ndarray]]
@@ -188,8 +190,6 @@ class Bench:
 
 def load_optimizers(paths: dict[str, Path]) -> list[Optimizer]:
     """Bind saved rules; raises ValueError for a file that is none."""
-    from metalstm import rules
-
     found = []
     for name, path in paths.items():
         saved = rules.load_rule(path)
@@ -200,7 +200,7 @@ def load_optimizers(paths: dict[str, Path]) -> list[Optimizer]:
 
 def compete(
     bench: Bench,
-    rules: Sequence[Optimizer],
+    learned: Sequence[Optimizer],
     names: Sequence[str],
     *,
     steps: int,
@@ -210,7 +210,7 @@ def compete(
 ) -> tuple[dict[str, Losses], dict[str, Tuned]]:
     """Measure rules and tuned baselines on the same problems."""
     tuned = {name: bench.tune(name, steps=tune_steps or steps) for name in names}
-    optimizers = [*rules, *(t.optimizer for t in tuned.values())]
+    optimizers = [*learned, *(t.optimizer for t in tuned.values())]
     measured = {
         o.name: bench.losses(o, steps=steps, instances=instances, every=every)
         for o in optimizers

@@ -24,15 +24,9 @@ def share_escaped(losses: Losses, below: float) -> np.ndarray:
 def forget_gates(bench: Bench, rule: Optimizer, steps: int) -> np.ndarray | None:
     """f over the updates of a few problems, [problems, steps, N]; None without gates.
 
-    Raises:
-      ValueError: the family needs minibatches, which this picture does without.
+    The problems must be without minibatches.
     """
     family, data = bench.source.test, bench.source.data
-    if jax.tree.leaves(jax.eval_shape(family.batch, jax.random.key(0), data)):
-        raise ValueError(
-            "--study plateau draws gates on problems without minibatches: choose "
-            "--problem plateau, quadratics or logistic"
-        )
 
     def one(key: jax.Array) -> Any:
         task_key, init_key = jax.random.split(key)

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
-import os
 from typing import Any, NamedTuple
 
 from experiments.optimizers.config import Problem
 from metalstm import problems
+from metalstm.data.labelled import load_image_data
 from metalstm.problems import ProblemFamily
 
 NEED_NO_DATA = ("quadratics", "logistic", "plateau", "sinusoids")
@@ -16,6 +16,7 @@ NEED_NO_DATA = ("quadratics", "logistic", "plateau", "sinusoids")
 class Source(NamedTuple):
     training: ProblemFamily  # with random scaling, when asked for
     test: ProblemFamily
+    training_data: Any  # resized, when asked for
     data: Any  # arrays, () when the family needs none
     about: dict[str, Any]  # for config.json: name, sizes, checksum
 
@@ -34,7 +35,13 @@ def load_source(problem: Problem) -> Source:
         training = problems.with_random_scaling(
             family, low, high, per=problem.scaling_per
         )
-    return Source(training, family, data, about)
+    smaller = data
+    if problem.train_image_size is not None and problem.problem not in NEED_NO_DATA:
+        size = problem.train_image_size
+        smaller = load_image_data(
+            problem.dataset, problem.data_dir, image_size=size
+        ).train
+    return Source(training, family, smaller, data, about)
 
 
 def build_family(problem: Problem, data: Any) -> ProblemFamily:
@@ -43,7 +50,8 @@ def build_family(problem: Problem, data: Any) -> ProblemFamily:
     Raises:
       ValueError: ``--init-std`` for a family that takes none.
     """
-    name, given = problem.problem, {}
+    name = problem.problem
+    given: dict[str, Any] = {}
     if problem.init_std is not None:
         if name in ("plateau", "conv"):
             raise ValueError(
@@ -73,9 +81,15 @@ def _load_data(problem: Problem) -> tuple[Any, dict[str, Any]]:
     name = problem.problem
     if name in NEED_NO_DATA:
         return (), {"name": name}
-    folder = problem.data_dir or os.environ.get("TFDS_DATA_DIR")
-    data = problems.load_image_data(problem.dataset, folder)
-    return data, {"name": name, "dataset": problem.dataset}
+    images = load_image_data(problem.dataset, problem.data_dir)
+    # losses are those of training, as in the paper
+    return images.train, {
+        "name": name,
+        "dataset": images.name,
+        "images": len(images.train.y),
+        "classes": images.num_classes,
+        "checksum": images.checksum,
+    }
 
 
 def describe(problem: Problem) -> str:

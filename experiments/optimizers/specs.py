@@ -21,7 +21,9 @@ def rule_spec(name: str, config: Config) -> Spec:
     if base != name:
         gates["forget"] = "one"
     spec: Spec
-    if base == "l2l":
+    if base == "l2l-published":
+        spec = {"rule": "l2l"}
+    elif base == "l2l":
         spec = {
             "rule": "l2l",
             "hidden_size": options.hidden,
@@ -29,6 +31,8 @@ def rule_spec(name: str, config: Config) -> Spec:
             "output_scale": options.output_scale,
             "features": options.features,
         }
+        if options.features == "moments":
+            spec |= {"shortcut": options.shortcut, "relative": options.relative}
     elif base == "v2":
         memory = {"hidden_size": options.hidden}
         spec = {"rule": "two_layer", "memory": memory, "gates": gates}
@@ -49,6 +53,7 @@ def _merged(spec: Spec, changes: Mapping[str, Any]) -> Spec:
     out = dict(spec)
     for key, value in changes.items():
         inner = out.get(key)
-        both = isinstance(inner, dict) and isinstance(value, dict)
-        out[key] = _merged(inner, value) if both else value
+        if isinstance(inner, dict) and isinstance(value, dict):
+            value = _merged(inner, value)
+        out[key] = value
     return out

@@ -169,12 +169,6 @@ def _generalisation(context: Context) -> tuple[Rows, list[str]]:
 def _panels(context: Context) -> tuple[Rows, list[str]]:
     """Quadratics; 100 updates; the next 100; 40 units; two layers; ReLU."""
     config, test = context.config, context.config.test
-    if config.problem.problem != "mlp":
-        raise ValueError(
-            "--study panels: the six panels are of an mlp, not "
-            f"{config.problem.problem}; give a run of --preset mnist-mlp, and with "
-            "--beside one on quadratics"
-        )
     rows: Rows = []
     panels: dict[str, dict[str, Losses]] = {}
 

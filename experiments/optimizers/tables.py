@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from experiments.optimizers.measuring import Tuned
+from metalstm import optimizer_curves
 from metalstm.evaluation import mean_and_ci95
 from metalstm.plots import Losses
+
+if TYPE_CHECKING:
+    from experiments.optimizers.measuring import Tuned
 
 Row = dict[str, Any]
 
@@ -23,34 +26,26 @@ def rows_of(
 ) -> list[Row]:
     """One row an optimizer: its losses after update ``at`` (default the last).
 
-    A loss that is not finite, or above 1000 times the first, has diverged. The mean and
-    the 99th percentile are infinite when it is; the mean log, and differences of logs,
-    count it as 1000 times the first loss, so that no divergence is free.
+    The columns are those of `metalstm.optimizer_curves.summary`; differences are
+    paired, to ``reference`` (default the first). Those of logs cap a loss at 1000 times
+    its first, so that they exist where a problem diverges, and no divergence is free.
     """
     reference = reference or next(iter(measured))
-    logs = {name: _log_losses(losses, at) for name, losses in measured.items()}
+    index = {name: _index(losses, at) for name, losses in measured.items()}
+    logs = {n: capped_logs(m.values, index[n]) for n, m in measured.items()}
     rows = []
     for name, losses in measured.items():
-        index = _index(losses, at)
-        last = np.asarray(losses.values[:, index], np.float64)
-        diverged = _diverged(losses, index)
-        finite = np.where(diverged, np.inf, last)
-        row: Row = {"optimizer": name, "updates": int(losses.steps[index])}
-        row["instances"] = len(last)
-        row["mean"], row["ci95"] = np.inf, np.nan
-        if not diverged.any():
-            row["mean"], row["ci95"] = mean_and_ci95(last)
-        row["mean_log"], row["mean_log_ci95"] = mean_and_ci95(logs[name])
-        row["median"] = float(np.median(finite))
-        # "higher" never interpolates with an infinity
-        row["p99"] = float(np.quantile(finite, 0.99, method="higher"))
-        row["diverged"] = float(diverged.mean())
+        values, k = losses.values, index[name]
+        row: Row = {"optimizer": name, "updates": int(losses.steps[k])}
+        row["instances"] = len(values)
+        row |= optimizer_curves.summary(values, k)._asdict()
+        row["mean_log_ci95"] = mean_and_ci95(logs[name])[1]
         if name != reference:
-            difference = mean_and_ci95(logs[name] - logs[reference])
-            row["log_difference"] = difference
-            other = np.asarray(measured[reference].values[:, index], np.float64)
-            if np.isfinite(last - other).all():
-                row["difference"] = mean_and_ci95(last - other)
+            row["log_difference"] = mean_and_ci95(logs[name] - logs[reference])
+            other = measured[reference].values
+            if np.isfinite(values[:, k]).all() and np.isfinite(other[:, k]).all():
+                difference = optimizer_curves.curve_difference(values, other, k)
+                row["difference"] = difference
         if name in tuned:
             choice = tuned[name]
             row |= {"rate": choice.rate, "beta": choice.beta, "inside": choice.inside}
@@ -108,7 +103,7 @@ def _cells(row: Row) -> list[str]:
         f"{row['mean_log']:.2f} ± {row['mean_log_ci95']:.2f}",
         f"{row['median']:.3g}",
         f"{row['p99']:.3g}",
-        f"{row['diverged']:.0%}",
+        f"{row['share_diverged']:.0%}",
         _difference(row.get("difference"), ".3g"),
         _difference(row.get("log_difference"), ".2f"),
         _tuned(row),
@@ -117,7 +112,7 @@ def _cells(row: Row) -> list[str]:
 
 def _mean(row: Row) -> str:
     if not np.isfinite(row["mean"]):
-        return f"{row['diverged']:.0%} diverge"
+        return f"{row['share_diverged']:.0%} diverge"
     return f"{row['mean']:.3g} ± {row['ci95']:.2g}"
 
 
@@ -144,15 +139,9 @@ def _index(losses: Losses, at: int | None) -> int:
     return int(found[0])
 
 
-def _diverged(losses: Losses, index: int) -> np.ndarray:
-    values = np.asarray(losses.values, np.float64)
-    return ~(values[:, index] <= 1e3 * values[:, 0])
-
-
-def _log_losses(losses: Losses, at: int | None) -> np.ndarray:
-    index = _index(losses, at)
-    values = np.asarray(losses.values, np.float64)
-    worst = 1e3 * values[:, 0]
-    last = np.where(_diverged(losses, index), worst, values[:, index])
-    # float32 may reach zero exactly
-    return np.log(np.maximum(last, 1e-38))
+def capped_logs(losses: np.ndarray, at: int) -> np.ndarray:
+    """Logs of column ``at`` of [I, S + 1], no loss above 1000 times its first."""
+    losses = np.asarray(losses, np.float64)
+    worst = 1e3 * losses[:, 0]
+    last = np.where(losses[:, at] < worst, losses[:, at], worst)  # NaN is not below
+    return np.log(np.maximum(last, np.finfo(np.float32).tiny))

@@ -20,8 +20,9 @@ from tqdm import tqdm
 import metalstm
 from experiments.config import to_json
 from experiments.meta_training import Interrupted, stops_on_ctrl_c
-from experiments.optimizers.config import Config, may_change
-from experiments.optimizers.problems import Source
+from experiments.optimizers.config import Config, Stage, may_change, stages
+from experiments.optimizers.problems import NEED_NO_DATA, Source
+from experiments.optimizers.tables import capped_logs
 from experiments.run_folder import Metrics
 from metalstm import algorithms, checkpoints, optimizer_curves, problems
 from metalstm.base import PyTree, UpdateRule
@@ -59,20 +60,42 @@ def meta_train(
     return session.result()
 
 
-def _horizon(config: Config) -> int | Callable[[jax.Array], jax.Array]:
+def _horizon(config: Config, stage: Stage) -> int | Callable[[jax.Array], jax.Array]:
     """The horizon, or how it grows with the meta-step: doubling, in equal shares."""
     budget = config.budget
-    if budget.first_horizon is None or budget.first_horizon == budget.horizon:
-        return budget.horizon
-    stages = [budget.first_horizon]
-    while stages[-1] < budget.horizon:
-        doubled = min(2 * stages[-1], budget.horizon)
-        stages.append(doubled // budget.unroll * budget.unroll)
-    lengths = np.array(stages, np.int32)
-    each = max(budget.meta_steps // (2 * len(stages)), 1)
+    if stage.end < budget.meta_steps or budget.first_horizon in (None, budget.horizon):
+        return stage.horizon
+    horizons = [budget.first_horizon]
+    while horizons[-1] < budget.horizon:
+        doubled = min(2 * horizons[-1], budget.horizon)
+        horizons.append(doubled // budget.unroll * budget.unroll)
+    lengths = np.array(horizons, np.int32)
+    each = max(budget.meta_steps // (2 * len(horizons)), 1)
     return lambda step: jnp.asarray(lengths)[
-        jnp.minimum(jnp.asarray(step) // each, len(stages) - 1)
+        jnp.minimum(jnp.asarray(step) // each, len(horizons) - 1)
     ]
+
+
+def _algorithm(
+    rule: UpdateRule, config: Config, source: Source, stage: Stage
+) -> metalstm.MetaAlgorithm:
+    budget = config.budget
+    weights = None
+    if budget.weights == "linear":
+        weights = lambda step: 2 * step / stage.horizon  # noqa: E731
+    return algorithms.learned_optimizer(
+        source.training,
+        rule,
+        num_tasks=budget.tasks,
+        unroll_steps=stage.unroll,
+        horizon=_horizon(config, stage),
+        second_order=budget.second_order,
+        weights=weights,
+        loss_transform=budget.loss_transform,
+        estimator=budget.estimator,
+        pes_std=budget.pes_std,
+        stagger=budget.stagger,
+    )
 
 
 def _optimizer(config: Config) -> optax.GradientTransformation:
@@ -93,21 +116,12 @@ class _Session:
         self.metrics = metrics
         self.folder = folder / "checkpoints" / name
         budget = config.budget
-        self.num_steps = budget.meta_steps if budget.minutes is None else _FOREVER
-        self.num_steps -= self.num_steps % budget.steps_per_call
+        self.stages = stages(config)
+        if budget.minutes is not None:
+            self.stages = [Stage(budget.unroll, budget.horizon, _FOREVER)]
+        calls = self.stages[-1].end // budget.steps_per_call
+        self.num_steps = calls * budget.steps_per_call
         self.sampler = problems.ProblemSampler(source.training, budget.unroll + 1)
-        self.algorithm = algorithms.learned_optimizer(
-            source.training,
-            rule,
-            num_tasks=budget.tasks,
-            unroll_steps=budget.unroll,
-            horizon=_horizon(config),
-            second_order=budget.second_order,
-            loss_transform=budget.loss_transform,
-            estimator=budget.estimator,
-            pes_std=budget.pes_std,
-            stagger=budget.stagger,
-        )
         self.optimizer = _optimizer(config)
         self.state, self.history, self.seconds_before = self._start()
         self.started = time.monotonic()
@@ -115,10 +129,11 @@ class _Session:
         self.bar: Any = None
 
     def _start(self) -> tuple[FitState, list[dict[str, float]], float]:
-        draw = self.sampler.sample(jax.random.key(0), self.source.data)
+        draw = self.sampler.sample(jax.random.key(0), self.source.training_data)
+        algorithm = _algorithm(self.rule, self.config, self.source, self.stages[0])
         make = functools.partial(
             metalstm.init_train_state,
-            self.algorithm,
+            algorithm,
             self.optimizer,
             self.config.run.seed,
             draw,
@@ -142,14 +157,25 @@ class _Session:
         return restored.state, saved["history"], saved["seconds"]
 
     def run(self, stop_requested: Callable[[], bool]) -> None:
-        budget = self.config.budget
+        minutes = self.config.budget.minutes
         seconds_left = None
-        if budget.minutes is not None:
-            seconds_left = 60 * budget.minutes - self.seconds_before
+        if minutes is not None:
+            seconds_left = 60 * minutes - self.seconds_before
             if seconds_left <= 0:
                 return
+        for stage in self.stages:
+            if int(self.state.train.step) < stage.end:
+                self._run_stage(stage, stop_requested, seconds_left)
+
+    def _run_stage(
+        self,
+        stage: Stage,
+        stop_requested: Callable[[], bool],
+        seconds_left: float | None,
+    ) -> None:
+        budget = self.config.budget
         compiled = metalstm.make_train_loop(
-            self.algorithm,
+            _algorithm(self.rule, self.config, self.source, stage),
             self.optimizer,
             self.sampler,
             num_tasks=budget.tasks,
@@ -171,8 +197,8 @@ class _Session:
             self.state = metalstm.fit(
                 train_loop,
                 self.state,
-                self.source.data,
-                num_steps=self.num_steps,
+                self.source.training_data,
+                num_steps=min(stage.end, self.num_steps),
                 steps_per_call=every,
                 validate=self.validate,
                 validate_every=budget.validate_every,
@@ -187,31 +213,23 @@ class _Session:
             raise
 
     @functools.cached_property
-    def _last_losses(self) -> Callable[[PyTree], jax.Array]:
-        test, budget = self.config.test, self.config.budget
-
-        def losses(params: PyTree, data: Any) -> jax.Array:
-            return optimizer_curves.loss_curves(
-                self.source.test,
-                self.rule.bind(params),
-                data,
-                num_instances=budget.validation_instances,
-                num_steps=test.steps,
-                seed=_VALIDATION_SEED,
-                record_every=test.steps,
-                eval_batch=test.eval_batch,
-            )
-
-        compiled = jax.jit(losses)
-        return lambda params: compiled(params, self.source.data)
+    def _curves(self) -> Callable[[PyTree, Any, int], np.ndarray]:
+        test = self.config.test
+        kind = self.config.problem.problem
+        return optimizer_curves.make_loss_curves(
+            self.source.test,
+            self.rule,
+            num_instances=self.config.budget.validation_instances,
+            num_steps=test.steps,
+            record_every=test.steps,
+            eval_batch=test.eval_batch,
+            task_mapping="vmap" if kind in NEED_NO_DATA else None,
+        )
 
     def validate(self, params: PyTree) -> float:
-        """Minus the mean log of the last loss; a problem that diverged counts as 1e9 of
-        its first loss."""
-        losses = np.asarray(self._last_losses(params), np.float64)
-        worst = 1e9 * losses[:, 0]
-        last = np.where(np.isfinite(losses[:, -1]), losses[:, -1], worst)
-        logs = np.log(np.maximum(np.minimum(last, worst), 1e-300))
+        """Minus the mean log of the last loss, a divergence at its cap."""
+        losses = self._curves(params, self.source.data, _VALIDATION_SEED)
+        logs = capped_logs(losses, -1)
         mean = float(logs.mean())
         ci95 = float(1.96 * logs.std(ddof=1) / len(logs) ** 0.5)
         self.history.append({"step": self.step, "log_loss": mean, "ci95": ci95})

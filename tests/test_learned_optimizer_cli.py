@@ -1,0 +1,380 @@
+"""The learned-optimizer command line: what it writes, refuses, and goes on with."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import signal
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from experiments import learned_optimizer
+from experiments.config import with_flags
+from experiments.optimizers import (
+    measuring,
+    presets,
+    problems,
+    specs,
+    studies,
+    tables,
+    training,
+)
+from experiments.optimizers.config import RULES, Config, parse, stages
+from experiments.run_folder import Metrics
+from metalstm import checkpoints, optimizer_curves, rules
+from metalstm.plots import Losses
+
+TINY = (
+    "--dim 2 --hidden 3 --lstm-layers 1 --tasks 2 --unroll 2 --horizon 4 "
+    "--meta-steps 6 --validate-every 3 --save-every 2 --validation-instances 4 "
+    "--steps 4 --instances 6 --tune-instances 2 --long-steps 8 --long-instances 3 "
+    "--baselines sgd,momentum --few-baselines sgd"
+).split()
+
+
+@pytest.fixture(autouse=True)
+def in_an_empty_folder(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory) -> Path:
+    """One finished run of two rules with every study it can have."""
+    folder = tmp_path_factory.mktemp("finished") / "run"
+    line = ["--rules", "l2l,gates", "--study", "comparison,generalisation,cost"]
+    real = problems.variants
+    with pytest.MonkeyPatch.context() as patch:
+        # one variant: every one compiles each optimizer again
+        patch.setattr(studies, "variants", lambda p: dict(list(real(p).items())[:1]))
+        assert learned_optimizer.main([*TINY, *line, "--workdir", str(folder)]) == 0
+    return folder
+
+
+def arrays(folder: Path, which: str = "state", rule: str = "l2l") -> list[np.ndarray]:
+    """All arrays of the newest checkpoint."""
+    path = folder / "checkpoints" / rule / which
+    step = checkpoints.latest(path)
+    entries = json.loads((path / str(step) / "metadata.json").read_text())["leaves"]
+    target = [np.zeros(e["shape"], e["dtype"]) for e in entries]
+    return checkpoints.restore(path, target).state
+
+
+def assert_same_run(left: Path, right: Path) -> None:
+    for which in ("state", "best"):
+        for a, b in zip(arrays(left, which), arrays(right, which), strict=True):
+            np.testing.assert_array_equal(a, b)
+    one, two = (
+        [
+            {k: v for k, v in row.items() if k != "seconds"}
+            for row in Metrics(folder, counter="step").read()
+            if row["method"] == "l2l"
+        ]
+        for folder in (left, right)
+    )
+    assert one == two
+
+
+def test_a_run_writes_its_folder(finished):
+    results = json.loads((finished / "results.json").read_text())
+    assert list(results["rules"]) == ["l2l", "gates"]
+    about = results["rules"]["l2l"]
+    saved = rules.load_rule(finished / "rules" / "l2l.npz")
+    assert saved.spec == about["spec"]
+    assert saved.spec["hidden_size"] == 3
+    assert about["meta_steps"] == 6
+    assert saved.info["trained_on"] == results["problem"]
+    learned = sum(np.size(x) for x in jax.tree.leaves(saved.params))
+    assert about["learned_parameters"] == learned
+    for name in ("learning_curve", "comparison", "sweeps", "generalisation"):
+        assert (finished / f"{name}.png").read_bytes()[:4] == b"\x89PNG"
+    rows = Metrics(finished, counter="step").read()
+    assert {row["kind"] for row in rows} == {"train", "validation"}
+    assert [r["step"] for r in rows if r["kind"] == "validation"] == [3, 6, 3, 6]
+
+
+def test_the_comparison_pairs_the_same_problems(finished):
+    rows = json.loads((finished / "comparison.json").read_text())
+    assert [r["optimizer"] for r in rows] == ["l2l", "gates", "sgd", "momentum"]
+    assert {r["instances"] for r in rows} == {6}
+    assert "log_difference" not in rows[0]
+    curves = {}
+    for path in (finished / "curves").glob("curve-*.npz"):
+        with np.load(path) as saved:
+            key = json.loads(str(saved["key"]))
+            if key["dim"] == 2 and key["steps"] == 4:
+                curves[json.dumps(key["optimizer"])] = saved["values"]
+    sgd = next(v for o, v in curves.items() if '"sgd"' in o)
+    assert sgd.shape == (6, 5)
+    first = {v[:, 0].tobytes() for v in curves.values()}
+    assert len(first) == 1, "every optimizer starts from the same points"
+    row = rows[2]
+    assert row["mean"] == pytest.approx(sgd[:, -1].mean(), rel=1e-5)
+    for row in rows[2:]:
+        assert isinstance(row["inside"], bool)
+    table = (finished / "comparison.md").read_text()
+    assert "| momentum |" in table
+    assert f"--evaluate {finished} --study comparison" in table
+
+
+def test_the_generalisation_grid(finished):
+    rows = json.loads((finished / "generalisation.json").read_text())
+    found = list(dict.fromkeys(row["problem"] for row in rows))
+    assert found == [
+        "as in meta-training", "4 parameters", "8 updates, after 4", "8 updates",
+    ]  # fmt: skip
+    late = [r for r in rows if r["problem"] == "8 updates"]
+    assert {r["updates"] for r in late} == {8}
+    assert {r["instances"] for r in late} == {3}
+    assert [r["optimizer"] for r in late] == ["l2l", "gates", "sgd", "adam-cosine"]
+
+
+def test_cost_is_measured_beside_adam(finished):
+    rows = {r["optimizer"]: r for r in json.loads((finished / "cost.json").read_text())}
+    assert rows["adam"]["times_adam"] == 1
+    assert 8 <= rows["adam"]["state_bytes_per_parameter"] < 8.01
+    # hidden and cell of 3 units
+    assert 24 <= rows["l2l"]["state_bytes_per_parameter"] < 24.1
+
+
+def test_evaluate_measures_nothing_twice(finished, tmp_path, capsys, monkeypatch):
+    folder = tmp_path / "copy"
+    shutil.copytree(finished, folder)
+    before = (folder / "comparison.md").read_text()
+    (folder / "comparison.md").unlink()
+
+    def never(*args, **options):
+        raise AssertionError("measured again")
+
+    monkeypatch.setattr(measuring.optimizer_curves, "loss_curves", never)
+    monkeypatch.setattr(measuring.optimizer_curves, "sweep", never)
+    line = ["--evaluate", str(folder), "--study", "comparison"]
+    assert learned_optimizer.main(line) == 0
+    after = (folder / "comparison.md").read_text()
+    assert after == before.replace(str(finished), str(folder))
+    assert "log-loss − l2l" in capsys.readouterr().out
+    with pytest.raises(AssertionError, match="measured again"):
+        learned_optimizer.main([*line, "--test-seed", "1"])
+
+
+def test_a_trained_rule_is_compared_as_it_is(finished, capsys):
+    path = finished / "rules" / "l2l.npz"
+    line = [*TINY, "--rules", f"mine={path}", "--study", "comparison"]
+    line += ["--baselines", "sgd", "--curves", str(finished / "curves")]
+    assert learned_optimizer.main([*line, "--workdir", "other"]) == 0
+    capsys.readouterr()
+    rows = json.loads(Path("other/comparison.json").read_text())
+    theirs = json.loads((finished / "comparison.json").read_text())
+    assert rows[0]["optimizer"] == "mine"
+    assert rows[0]["mean"] == theirs[0]["mean"]
+    assert not Path("other/checkpoints").exists()
+
+
+def test_ctrl_c_saves_and_going_on_is_the_same_run(
+    finished, tmp_path, monkeypatch, capsys
+):
+    folder = tmp_path / "run"
+    handler = signal.getsignal(signal.SIGINT)
+    real, reports = training._Session.report, []
+
+    def report(self, step, means):
+        real(self, step, means)
+        reports.append(step)
+        if len(reports) == 3:
+            signal.raise_signal(signal.SIGINT)
+
+    monkeypatch.setattr(training._Session, "report", report)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    line = [*TINY, "--rules", "l2l", "--workdir", str(folder)]
+    try:
+        assert learned_optimizer.main(line) == 130
+    finally:
+        signal.signal(signal.SIGINT, handler)
+    assert f"--resume {folder}" in capsys.readouterr().out
+    assert not (folder / "results.json").exists()
+    assert checkpoints.latest(folder / "checkpoints" / "l2l" / "state") == 3
+    assert learned_optimizer.main(["--resume", str(folder)]) == 0
+    assert "going on at meta-step 3" in capsys.readouterr().out
+    assert_same_run(finished, folder)
+
+
+def test_more_meta_steps_and_more_rules_go_on(finished, tmp_path):
+    folder = tmp_path / "copy"
+    shutil.copytree(finished, folder)
+    line = ["--resume", str(folder), "--meta-steps", "8", "--study", "comparison"]
+    line += ["--rules", "l2l,gates,learned-sgd", "--baselines", "sgd"]
+    assert learned_optimizer.main(line) == 0
+    results = json.loads((folder / "results.json").read_text())
+    assert [r["meta_steps"] for r in results["rules"].values()] == [8, 8, 8]
+
+
+def test_minutes_stop_and_evaluate_says_what_is_missing(tmp_path, capsys):
+    folder = tmp_path / "run"
+    line = [*TINY, "--minutes", "0.001", "--study", "comparison", "--rules", "l2l"]
+    line += ["--baselines", "sgd", "--workdir", str(folder)]
+    assert learned_optimizer.main(line) == 0
+    results = json.loads((folder / "results.json").read_text())
+    assert results["rules"]["l2l"]["meta_steps"] >= 1
+    capsys.readouterr()
+    assert learned_optimizer.main(["--evaluate", str(folder), "--rules", "v2"]) == 2
+    assert "has no trained v2 yet" in capsys.readouterr().err
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(tmp_path, capsys, monkeypatch):
+    real = problems.build_family
+
+    def broken(problem, data):
+        family = real(problem, data)
+        return family._replace(loss=lambda *a: jnp.nan * family.loss(*a))
+
+    monkeypatch.setattr(problems, "build_family", broken)
+    folder = tmp_path / "run"
+    line = [*TINY, "--rules", "l2l", "--workdir", str(folder)]
+    assert learned_optimizer.main(line) == 2
+    message = capsys.readouterr().err
+    assert "not finite at step 1" in message
+    assert "the state before that step is kept" in message
+    assert checkpoints.latest(folder / "checkpoints" / "l2l" / "state") is not None
+    assert all(np.isfinite(a).all() for a in arrays(folder) if a.dtype.kind == "f")
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("--preset nmist-mlp", "did you mean mnist-mlp"),
+        ("--rules l2l,v3", "--rules v3"),
+        ("--rules l2l,l2l", "names l2l twice"),
+        ("--rules mine=nowhere.npz", "there is no such file"),
+        ("--rules adam=nowhere.npz", "a baseline has that name"),
+        ("--rules ,", "--rules is empty"),
+        ("--baselines adan", "did you mean adam"),
+        ("--study comparision", "did you mean comparison"),
+        ("--horizon 30", "is not a multiple of --unroll 20"),
+        ("--first-horizon 30", "--first-horizon 30: choose a multiple"),
+        ("--minutes 1 --schedule cosine", "need --meta-steps"),
+        ("--stages 20", "give UNROLL:META_STEPS"),
+        ("--stages 20:2000", "leave none of --meta-steps 2000"),
+        ("--stages 20:7 --steps-per-call 2", "not a multiple of --steps-per-call 2"),
+        ("--steps-per-call 7", "is not a multiple of --steps-per-call 7"),
+        ("--record-every 7", "does not divide --steps"),
+        ("--scaling 2 1", "choose 0 < low <= high"),
+        ("--tasks 0", "--tasks 0: choose 1 or more"),
+        ("--learning-rate 0", "choose a number above 0"),
+        ("--rule-options {", "give JSON by rule"),
+        ('--rule-options {"l3l":{}}', "did you mean l2l"),
+        ('--rule-options {"l2l":{"hiden":3}}', "l2l takes no 'hiden'"),
+        ("--resume nowhere", "is not a run folder"),
+        ("--evaluate nowhere", "is not a run folder"),
+        ("--resume a --workdir b", "is not a run folder"),
+        ("--problem plateau --init-std 1", "has a start of its own"),
+        ("--problem mlp --dataset omniglott --data-dir .", "omniglott"),
+        ("--study panels", "the six panels are of an mlp"),
+        ("--problem sinusoids --study plateau", "choose --problem plateau"),
+    ],
+)
+def test_a_mistake_is_one_line_with_its_remedy(line, message, capsys, monkeypatch):
+    monkeypatch.setattr(training, "meta_train", None)
+    assert learned_optimizer.main(line.split()) == 2
+    error = capsys.readouterr().err
+    assert message in error
+    assert len(error.strip().splitlines()) == 1
+    assert not list(Path().rglob("config.json")), "nothing was written"
+
+
+def test_every_preset_and_every_rule_can_be_built():
+    for name in presets.PRESETS:
+        assert parse(["--preset", name]).run.preset == name
+    params = {"conv": jnp.zeros((3, 3, 1, 2)), "dense": jnp.zeros((2, 2))}
+    for name in RULES:
+        for separate in ("none", "conv-or-dense", "matrix-or-vector"):
+            config = with_flags(Config(), separate=separate, hidden=2)
+            rule = rules.build_rule(specs.rule_spec(name, config))
+            learned = jax.eval_shape(rule.init, jax.random.key(0), params)
+            assert jax.tree.leaves(learned)
+
+
+def test_rule_options_reach_into_a_spec():
+    config = with_flags(
+        Config(), rule_options='{"v2": {"memory": {"p": 5}, "gates": {"p": 7}}}'
+    )
+    spec = specs.rule_spec("v2", config)
+    assert spec["memory"] == {"hidden_size": 20, "p": 5}
+    assert spec["gates"]["p"] == 7
+    assert spec["gates"]["forget_bias"] == [4.0, 5.0]
+    assert specs.rule_spec("v2-f1", config)["gates"]["forget"] == "one"
+
+
+def test_the_curriculum_doubles_in_the_first_half():
+    config = with_flags(
+        Config(), meta_steps=80, unroll=20, first_horizon=40, horizon=200
+    )
+    (stage,) = stages(config)
+    horizon = training._horizon(config, stage)
+    at = [int(horizon(step)) for step in (0, 9, 10, 19, 20, 29, 30, 79)]
+    assert at == [40, 40, 80, 80, 160, 160, 200, 200]
+    assert training._horizon(with_flags(config, first_horizon=200), stage) == 200
+    staged = with_flags(config, stages=("20:30", "40:10"))
+    assert [tuple(s) for s in stages(staged)] == [
+        (20, 20, 30),
+        (40, 40, 40),
+        (20, 200, 80),
+    ]
+    first, _, last = stages(staged)
+    assert training._horizon(staged, first) == 20
+    assert callable(training._horizon(staged, last))
+
+
+def test_a_divergence_is_never_free():
+    steps = np.array([0, 10])
+    good = np.array([[1.0, 0.1]] * 10)
+    bad = good.copy()
+    bad[0, 1] = np.nan
+    bad[1, 1] = 2e3  # finite, and far above its start
+    bad[2:, 1] = 1e-6  # better everywhere else
+    measured = {"good": Losses(steps, good), "bad": Losses(steps, bad)}
+    one, two = tables.rows_of(measured, {})
+    assert (one["mean"], one["share_diverged"]) == (pytest.approx(0.1), 0)
+    assert two["share_diverged"] == pytest.approx(0.2)
+    assert np.isinf(two["mean"])
+    assert np.isinf(two["p99"])
+    assert two["median"] == pytest.approx(1e-6)
+    logs = np.log([1e3, 1e3] + [1e-6] * 8)
+    assert two["log_difference"][0] == pytest.approx((logs - np.log(0.1)).mean())
+    assert "difference" not in two
+    text = tables.markdown([one, two], reference="good")
+    assert "20% diverge" in text
+    assert tables.rows_of(measured, {}, at=0)[1]["mean"] == 1
+    with pytest.raises(ValueError, match="no loss was recorded after 5 updates"):
+        tables.rows_of(measured, {}, at=5)
+
+
+def test_a_grid_grows_until_it_brackets_the_best_rate(tmp_path, monkeypatch):
+    config = with_flags(Config(), tune_instances=3, tune_for="mean")
+    bench = measuring.Bench(config.problem, config.test, tmp_path)
+    calls = []
+
+    def sweep(family, rule, grid, data, **options):
+        rates = np.asarray(grid["learning_rate"])
+        calls.append(rates)
+        away = np.log10(rates)[:, None] - 2.6  # beyond sgd's grid
+        betas = np.abs(np.asarray(grid.get("momentum", [0.0])) - 0.8)
+        scores = (away**2 + betas).reshape(-1)
+        return optimizer_curves.Sweep({}, scores, np.zeros(0), {}, {})
+
+    monkeypatch.setattr(measuring.optimizer_curves, "sweep", sweep)
+    assert bench.tune("momentum", steps=4).beta == 0.8
+    calls.clear()
+    tuned = bench.tune("sgd", steps=4)
+    assert tuned.inside
+    assert tuned.beta is None
+    assert len(calls[0]) >= 15
+    assert tuned.rate == pytest.approx(10**2.5)
+    assert (np.diff(tuned.sweep.rates) > 0).all()
+    assert len(tuned.sweep.rates) == sum(map(len, calls))
+    assert bench.tune("sgd", steps=4).rate == tuned.rate
+    before = len(calls)
+    bench.tune("sgd", steps=8)
+    assert len(calls) > before, "another budget is tuned for itself"
