@@ -82,7 +82,9 @@ def load_image_data(
         return _letters(load_glyphs(cache_dir))
     builder = open_builder(name, data_dir)
     features = builder.info.features
-    if "image" not in features or not getattr(features.get("label"), "names", None):
+    # a FeaturesDict has no .get
+    label = features["label"] if "label" in features else None  # noqa: SIM401
+    if "image" not in features or not getattr(label, "names", None):
         raise ValueError(
             f"{name} has the features {', '.join(features)}: it needs 'image' and a "
             "'label' with class names; build an ImageData from its arrays instead"
@@ -91,7 +93,7 @@ def load_image_data(
     key = fingerprint([_VERSION, builder.info.full_name, sizes, image_size])
     path = cache_folder(cache_dir) / f"labelled-{key}.npz"
     arrays = cached(path, lambda: _decode(builder, image_size))
-    return _assemble(name, arrays, tuple(features["label"].names))
+    return _assemble(name, arrays, tuple(label.names))
 
 
 def _letters(glyphs: Dataset, num_classes: int = 10) -> LabelledImages:
