@@ -231,12 +231,14 @@ def _flatten(state: PyTree) -> tuple[list[str], list[Any]]:
 
 def _numbered(leaves: list[Any]) -> dict[str, Any]:
     # Numbers as names: the structure is the target's business, so that orbax need not
-    # know NamedTuples, and a renamed field does not make a file unreadable.
+    # know NamedTuples, and a renamed field does not make a file unreadable. It refuses
+    # arrays without entries, of which there is nothing to save.
     return {
         f"{i:06d}": leaf
         if isinstance(leaf, jax.Array)
         else np.asarray(leaf, _dtype(leaf))
         for i, leaf in enumerate(leaves)
+        if np.size(leaf)
     }
 
 
@@ -288,10 +290,14 @@ def _read_arrays(path: Path, saved: list[dict], target: PyTree) -> PyTree:
         sharding = getattr(leaf, "sharding", None) or here
         return jax.ShapeDtypeStruct(np.shape(leaf), _dtype(leaf), sharding=sharding)
 
-    wanted = {f"{i:06d}": abstract(leaf) for i, leaf in enumerate(leaves)}
+    numbered = {f"{i:06d}": leaf for i, leaf in enumerate(leaves)}
+    wanted = {name: abstract(leaf) for name, leaf in numbered.items() if np.size(leaf)}
     with _checkpointer() as checkpointer:
         read = checkpointer.restore(path / "state", wanted)
-    values = [read[name] for name in sorted(wanted)]
+    values = [
+        read[name] if name in wanted else jax.numpy.zeros(np.shape(leaf), _dtype(leaf))
+        for name, leaf in numbered.items()
+    ]
     for entry, value in zip(saved, values, strict=True):
         digest = entry["digest"]
         if digest is not None and _digest(value) not in (digest, None):

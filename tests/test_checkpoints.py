@@ -33,6 +33,7 @@ def make_state(step: int) -> State:
         "w": jnp.arange(6.0).reshape(2, 3) + step,
         "half": jnp.full((3,), step, jnp.bfloat16),
         "empty": {},
+        "without_entries": jnp.zeros((0, 3)),
     }
     opt_state = optax.adam(1e-3).init(params)
     return State(jnp.int32(step), params, opt_state, (), seed=7)
