@@ -67,7 +67,8 @@ def unroll(
         with respect to theta_t.
       truncate_every: cut params, statistics and rule state from the outer derivative
         before every k-th update (truncated back-propagation through time).
-      remat: recompute each step in the backward pass instead of storing it.
+      remat: recompute each step in the backward pass instead of storing it; where the
+        rule is replayed, each of its steps in a block.
       coordinatewise: the promise of `UpdateRule.coordinatewise`. Together with
         ``second_order=False`` the derivative of theta_T is taken through a replay of
         the rule over blocks of coordinates, which stays in cache; values do not
@@ -138,7 +139,7 @@ def unroll(
         final = final._replace(rule_state=lax.stop_gradient(final.rule_state))
     if blocked:
         params, first_order = _replay(
-            tx, state.params, given, grads, losses, cut_before
+            tx, state.params, given, grads, losses, cut_before, remat
         )
         final = final._replace(params=_with_gradient(final.params, params))
         losses = _with_gradient(losses, first_order)
@@ -224,7 +225,13 @@ def _per_coordinate(tx, params: PyTree, rule_state: PyTree) -> list[bool] | None
 
 
 def _replay(
-    tx, params: PyTree, given: PyTree, grads: PyTree, losses: Array, cut_before: Array
+    tx,
+    params: PyTree,
+    given: PyTree,
+    grads: PyTree,
+    losses: Array,
+    cut_before: Array,
+    remat: bool,
 ):
     """Run the rule alone over recorded gradients and losses, block by block.
 
@@ -289,8 +296,9 @@ def _replay(
             return (optax.apply_updates(theta, updates), rule_state), product
 
         start = (theta_block, start_of(theta_block, given_block))
+        body = jax.checkpoint(step, prevent_cse=False) if remat else step
         (theta_block, _), products = lax.scan(
-            step, start, (grad_block, losses, cut_before)
+            body, start, (grad_block, losses, cut_before)
         )
         return theta_block, products
 

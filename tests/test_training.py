@@ -165,14 +165,19 @@ assert jax.device_count() == 2
 mesh = jax.make_mesh((2,), ("task",))
 episodes = tiny.episodes(4)
 sgd = optax.sgd(1.0)
-for algorithm, chunks in ((t.FROZEN, None), (t.FROZEN, 1), (t.gates_algorithm(), None)):
+for algorithm, chunks in (
+    (t.FROZEN, None),
+    (t.FROZEN, 1),
+    (t.per_task_algorithm(), 1),
+    (t.gates_algorithm(), None),
+):
     results = []
     for options in ({}, {"mesh": mesh, "accumulate_tasks": chunks}):
         step = training.make_train_step(algorithm, sgd, **options)
         state = training.init_train_state(algorithm, sgd, 0, t.EPISODE)
         results.append(jax.device_get(step(state, episodes)))
     one, two = results
-    if chunks is not None:  # the running average takes a step a chunk
+    if algorithm is t.FROZEN and chunks:  # the running average takes a step a chunk
         one, two = one[0].params, two[0].params
     else:
         assert one[1]["grad_norm"] > 0.01
@@ -184,10 +189,39 @@ assert "all-gather" not in program
 """
 
 
+def per_task_algorithm():
+    """Each task counts in a number of its own, and the gradient reads it."""
+
+    def meta_gradient(params, carry, keys, episodes):
+        seen = carry + episodes.query.x.mean((1, 2))
+        grads = {"w": params["w"] * (seen**2).mean()}
+        return grads, seen, {"loss": seen.mean()}
+
+    return toy(
+        meta_gradient=meta_gradient,
+        init_carry=lambda key, params, episode: jnp.arange(1.0, 1 + TASKS),
+        per_task_carry=True,
+    )
+
+
 def gates_algorithm():
     """A rule whose state is a scan carry that starts from zeros."""
     rule = rules.lstm_gates(hidden_size=1, input_bias=(-1.0, 0.0))
     return algorithms.meta_lstm(tiny.tanh_net(), rule, num_steps=1, gradient_scale=1.0)
+
+
+@pytest.mark.parametrize("chunk", [1, 2])
+def test_chunks_get_the_carry_of_their_own_tasks(chunk):
+    sgd, results = optax.sgd(1.0), []
+    for option in (None, chunk):
+        algorithm = per_task_algorithm()
+        step = training.make_train_step(algorithm, sgd, accumulate_tasks=option)
+        state = training.init_train_state(algorithm, sgd, 0, EPISODE)
+        for seed in range(2):
+            state, metrics = step(state, tiny.episodes(TASKS, queries=1 + seed))
+        results.append((state, metrics))
+    tiny.assert_close(results[1], results[0], rtol=1e-6)
+    assert np.ptp(results[0][0].carry) > 2
 
 
 def test_two_devices_give_the_gradient_of_one():

@@ -134,6 +134,7 @@ def learned_optimizer(
         # differentiated through the rule alone, or not at all
         second_order=second_order or pes,
         remat=remat and not pes,
+        coordinatewise=rule.coordinatewise,
         scan_unroll=scan_unroll,
     )
 
