@@ -164,7 +164,8 @@ class Test:
     """Comparison on problems that nothing was learned or tuned on."""
 
     study: tuple[str, ...] = ("comparison", "cost")
-    """Which studies to make: comparison, generalisation, panels, plateau, cost."""
+    """Which studies to make: comparison, generalisation, panels, plateau, cost; or
+    none."""
     steps: int = 100
     """Updates of each problem."""
     instances: int = 100
@@ -337,6 +338,7 @@ def parse(arguments: list[str]) -> Config:
         ("study", config.test.study),
     ):
         split = [part for item in values for part in item.split(",") if part]
+        split = [part for part in split if part != "none"]
         config = with_flags(config, **{flag: tuple(split)})
     check(config)
     return config
