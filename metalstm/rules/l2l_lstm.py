@@ -133,7 +133,8 @@ def l2l(
             del params, extra
             g = flatten(updates)
             weights = jax.tree.map(lambda w: jnp.asarray(w, g.dtype), rule)
-            moments, averages, unit = state.moments, g[None], 1.0
+            moments, averages = state.moments, g[None]
+            unit: Array | float = 1.0
             if features == "moments":
                 moments, averages, unit = _average(g, state.moments)
             x = averages
