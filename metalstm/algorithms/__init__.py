@@ -8,8 +8,8 @@ from metalstm.algorithms.gradient_based import (
     meta_lstm,
     meta_sgd,
 )
-from metalstm.algorithms.learned_optimizer import InnerRuns, learned_optimizer
 from metalstm.algorithms.metric_based import nearest_neighbour, prototypical
+from metalstm.algorithms.optimizer_training import InnerRuns, learned_optimizer
 
 __all__ = [
     "InnerRuns",
