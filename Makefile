@@ -45,6 +45,7 @@ bench: $(VENV)/.installed-experiments
 	$(BIN)/python -m benchmarks.episodes $(ARGS)
 	$(BIN)/python -m benchmarks.alternatives
 	$(BIN)/python -m benchmarks.convolutions --quick
+	$(BIN)/python -m benchmarks.learned_optimizers
 
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff format --check

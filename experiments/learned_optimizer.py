@@ -78,7 +78,12 @@ def how_to_go_on(folder: Path) -> str:
 
 
 # the library's names for what the flags call otherwise
-_FLAGS = {"unroll_steps": "unroll", "num_tasks": "tasks", "hidden_size": "hidden"}
+_FLAGS = {
+    "hidden_size": "hidden",
+    "image_size": "train-image-size",
+    "num_tasks": "tasks",
+    "unroll_steps": "unroll",
+}
 
 
 def _as_flags(message: str) -> str:

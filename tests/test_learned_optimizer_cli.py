@@ -25,7 +25,7 @@ from experiments.optimizers import (
 )
 from experiments.optimizers.config import RULES, Config, parse, stages
 from experiments.run_folder import Metrics
-from metalstm import checkpoints, optimizer_curves, rules
+from metalstm import checkpoints, data, optimizer_curves, rules
 from metalstm.plots import Losses
 
 TINY = (
@@ -173,6 +173,60 @@ def test_a_trained_rule_is_compared_as_it_is(finished, capsys):
     assert not Path("other/checkpoints").exists()
 
 
+def tiny_images(name, data_dir=None, *, image_size=None) -> data.LabelledImages:
+    """Noisy copies of a random picture a class."""
+    size, rng = image_size or 4, np.random.default_rng(0)
+    y = np.arange(40, dtype=np.int32) % 3
+    x = rng.uniform(0, 255, (3, size, size, 1))[y] + rng.normal(
+        0, 20, (40, size, size, 1)
+    )
+    images = data.ImageData(
+        jnp.asarray(np.clip(x, 0, 255).astype(np.uint8)), jnp.asarray(y)
+    )
+    return data.LabelledImages(name, images, images, ("a", "b", "c"), f"tiny-{size}")
+
+
+def test_the_six_panels(finished, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(problems, "load_image_data", tiny_images)
+    real = problems.variants
+    monkeypatch.setattr(studies, "variants", lambda p: {"ReLU": real(p)["ReLU"]})
+    folder = tmp_path / "run"
+    line = [*TINY, "--problem", "mlp", "--widths", "2", "--train-image-size", "3"]
+    line += ["--rules", "l2l", "--study", "panels", "--eval-batch", "8"]
+    line += ["--batch-size", "5", "--instances", "3", "--workdir", str(folder)]
+    assert learned_optimizer.main([*line, "--beside", str(finished)]) == 0
+    rows = json.loads((folder / "panels.json").read_text())
+    assert list(dict.fromkeys(row["problem"] for row in rows)) == [
+        "quadratics", "glyphs, 2 sigmoid units",
+        "glyphs, 2 sigmoid units, updates 4 to 8", "ReLU",
+    ]  # fmt: skip
+    assert [r["updates"] for r in rows if r["optimizer"] == "sgd"] == [4, 4, 8, 4]
+    assert [r["instances"] for r in rows if r["optimizer"] == "l2l"] == [6, 3, 3, 3]
+    assert (folder / "panels.png").read_bytes()[:4] == b"\x89PNG"
+    table = (folder / "panels.md").read_text()
+    assert f"--study panels --beside {finished}" in table
+    about = json.loads((folder / "config.json").read_text())["data"]
+    assert (about["classes"], about["checksum"]) == (3, "tiny-4")
+    assert "quadratics" in capsys.readouterr().out
+
+
+def test_who_leaves_a_plateau(finished, tmp_path):
+    folder = tmp_path / "run"
+    trained = f"gates={finished / 'rules' / 'gates.npz'}"
+    line = [*TINY, "--problem", "plateau", "--rules", f"{trained},gates-f1", "--study"]
+    line += ["plateau", "--escape-below", "0.9", "--workdir", str(folder)]
+    assert learned_optimizer.main(line) == 0
+    rows = {
+        r["optimizer"]: r for r in json.loads((folder / "plateau.json").read_text())
+    }
+    assert list(rows) == ["gates", "gates-f1", "sgd"]
+    assert 0 <= rows["gates"]["escaped"] <= 1
+    assert 0.9 < rows["gates"]["mean_forget"] < 1
+    assert rows["gates-f1"]["mean_forget"] == 1, "its gate is fixed"
+    assert "mean_forget" not in rows["sgd"]
+    assert (folder / "plateau.png").read_bytes()[:4] == b"\x89PNG"
+
+
 def test_ctrl_c_saves_and_going_on_is_the_same_run(
     finished, tmp_path, monkeypatch, capsys
 ):
@@ -271,6 +325,7 @@ def test_a_loss_that_is_not_finite_stops_the_run(tmp_path, capsys, monkeypatch):
         ("--resume nowhere", "is not a run folder"),
         ("--evaluate nowhere", "is not a run folder"),
         ("--resume a --workdir b", "is not a run folder"),
+        ("--problem mlp --train-image-size 14", "--train-image-size 14: glyphs are 28"),
         ("--problem plateau --init-std 1", "has a start of its own"),
         ("--problem mlp --dataset omniglott --data-dir .", "omniglott"),
         ("--study panels", "the six panels are of an mlp"),
