@@ -217,6 +217,10 @@ def test_training_goes_on_over_segments_and_starts_again_at_the_horizon():
     tiny.assert_close(results[1][1].params, params)
     tiny.assert_close(results[1][1].rule_state, state)
     tiny.assert_equal(results[1][1].task, draws[0].task)
+    at_start = jax.vmap(FAMILY.loss)(
+        draws[0].params, draws[0].task, draws[0].batches[:, 0]
+    )
+    tiny.assert_close(results[1][1].first_loss, at_start)
     # then from the new draw, as a run that knows nothing of before
     tiny.assert_equal(results[2][1].task, draws[2].task)
     fresh = fn(meta_params, build(unroll_steps=2, horizon=4)[2], keys_of(2), draws[2])

@@ -84,7 +84,8 @@ def load_image_data(
     features = builder.info.features
     # a FeaturesDict has no .get
     label = features["label"] if "label" in features else None  # noqa: SIM401
-    if "image" not in features or not getattr(label, "names", None):
+    names = getattr(label, "names", None)
+    if "image" not in features or not names:
         raise ValueError(
             f"{name} has the features {', '.join(features)}: it needs 'image' and a "
             "'label' with class names; build an ImageData from its arrays instead"
@@ -93,7 +94,7 @@ def load_image_data(
     key = fingerprint([_VERSION, builder.info.full_name, sizes, image_size])
     path = cache_folder(cache_dir) / f"labelled-{key}.npz"
     arrays = cached(path, lambda: _decode(builder, image_size))
-    return _assemble(name, arrays, tuple(label.names))
+    return _assemble(name, arrays, tuple(names))
 
 
 def _letters(glyphs: Dataset, num_classes: int = 10) -> LabelledImages:
