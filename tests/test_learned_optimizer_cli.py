@@ -265,6 +265,29 @@ def test_more_meta_steps_and_more_rules_go_on(finished, tmp_path):
     assert [r["meta_steps"] for r in results["rules"].values()] == [8, 8]
 
 
+def test_a_staged_run_goes_on_as_if_never_stopped(tmp_path):
+    def run(folder, *line):
+        line = [*line, "--stages", "2:2,4:2", "--meta-steps", "6", "--study", "none"]
+        line += ["--first-horizon", "2", "--stagger"]
+        given = [*TINY, "--rules", "l2l", "--workdir", str(folder)]
+        assert learned_optimizer.main([*given, *line]) == 0
+
+    whole, stopped = tmp_path / "whole", tmp_path / "stopped"
+    run(whole)
+    shutil.copytree(whole, stopped)
+    # as killed after the checkpoint of the second stage
+    for which in ("state", "best"):
+        folder = stopped / "checkpoints" / "l2l" / which
+        for step in checkpoints.steps(folder):
+            if step > 4:
+                shutil.rmtree(folder / str(step))
+    assert checkpoints.latest(stopped / "checkpoints" / "l2l" / "state") == 4
+    assert learned_optimizer.main(["--resume", str(stopped)]) == 0
+    assert_same_run(whole, stopped)
+    starts = [r["step"] for r in Metrics(whole, counter="step").read()]
+    assert max(starts) == 6
+
+
 def test_minutes_stop_and_evaluate_says_what_is_missing(tmp_path, capsys):
     folder = tmp_path / "run"
     line = [*TINY, "--minutes", "0.001", "--study", "none", "--rules", "l2l"]
@@ -374,14 +397,11 @@ def test_the_curriculum_doubles_in_the_first_half():
     assert at == [40, 40, 80, 80, 160, 160, 200, 200]
     assert training._horizon(with_flags(config, first_horizon=200), stage) == 200
     staged = with_flags(config, stages=("20:30", "40:10"))
-    assert [tuple(s) for s in stages(staged)] == [
-        (20, 20, 30),
-        (40, 40, 40),
-        (20, 200, 80),
-    ]
+    found = [tuple(stage) for stage in stages(staged)]
+    assert found == [(20, 20, 0, 30), (40, 40, 30, 40), (20, 200, 40, 80)]
     first, _, last = stages(staged)
     assert training._horizon(staged, first) == 20
-    assert callable(training._horizon(staged, last))
+    assert int(training._horizon(staged, last)(5)) == 80  # 20 meta-steps for four
 
 
 def test_a_divergence_is_never_free():

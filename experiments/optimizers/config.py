@@ -127,7 +127,7 @@ class Budget:
     """Inner updates after which a problem starts again; a multiple of --unroll."""
     first_horizon: int | None = None
     """A curriculum: the horizon doubles from here to --horizon, in equal shares of the
-    first half of --meta-steps."""
+    first half of --meta-steps (without --stages)."""
     stages: tuple[str, ...] = ()
     """A curriculum, UNROLL:META_STEPS for each stage: whole trajectories of UNROLL
     updates. What is left of --meta-steps has --unroll and --horizon."""
@@ -269,7 +269,8 @@ class Stage(NamedTuple):
 
     unroll: int
     horizon: int
-    end: int  # the meta-step it ends at
+    start: int  # meta-steps done when it begins
+    end: int  # and when it ends
 
 
 def stages(config: Config) -> list[Stage]:
@@ -279,7 +280,8 @@ def stages(config: Config) -> list[Stage]:
       ValueError: a stage is not UNROLL:META_STEPS, or they fill --meta-steps.
     """
     budget = config.budget
-    found, end = [], 0
+    found: list[Stage] = []
+    end = 0
     for text in budget.stages:
         unroll, _, steps = text.partition(":")
         if not (unroll.isdecimal() and steps.isdecimal() and int(unroll) > 0):
@@ -289,14 +291,14 @@ def stages(config: Config) -> list[Stage]:
                 f"--stages {text}: the meta-steps are not a multiple of "
                 f"--steps-per-call {budget.steps_per_call}"
             )
-        end += int(steps)
-        found.append(Stage(int(unroll), int(unroll), end))
+        start, end = end, end + int(steps)
+        found.append(Stage(int(unroll), int(unroll), start, end))
     if found and end >= budget.meta_steps:
         raise ValueError(
             f"--stages take {end} meta-steps and leave none of --meta-steps "
             f"{budget.meta_steps}: choose more than {end}"
         )
-    return [*found, Stage(budget.unroll, budget.horizon, budget.meta_steps)]
+    return [*found, Stage(budget.unroll, budget.horizon, end, budget.meta_steps)]
 
 
 def parse(arguments: list[str]) -> Config:

@@ -70,7 +70,8 @@ def _horizon(config: Config, stage: Stage) -> int | Callable[[jax.Array], jax.Ar
         doubled = min(2 * horizons[-1], budget.horizon)
         horizons.append(doubled // budget.unroll * budget.unroll)
     lengths = np.array(horizons, np.int32)
-    each = max(budget.meta_steps // (2 * len(horizons)), 1)
+    # the carry counts meta-steps from the start of the stage
+    each = max((stage.end - stage.start) // (2 * len(horizons)), 1)
     return lambda step: jnp.asarray(lengths)[
         jnp.minimum(jnp.asarray(step) // each, len(horizons) - 1)
     ]
@@ -118,7 +119,7 @@ class _Session:
         budget = config.budget
         self.stages = stages(config)
         if budget.minutes is not None:
-            self.stages = [Stage(budget.unroll, budget.horizon, _FOREVER)]
+            self.stages = [Stage(budget.unroll, budget.horizon, 0, _FOREVER)]
         calls = self.stages[-1].end // budget.steps_per_call
         self.num_steps = calls * budget.steps_per_call
         self.sampler = problems.ProblemSampler(source.training, budget.unroll + 1)
@@ -174,8 +175,11 @@ class _Session:
         seconds_left: float | None,
     ) -> None:
         budget = self.config.budget
+        algorithm = _algorithm(self.rule, self.config, self.source, stage)
+        if int(self.state.train.step) == stage.start:
+            self._begin(algorithm, stage)
         compiled = metalstm.make_train_loop(
-            _algorithm(self.rule, self.config, self.source, stage),
+            algorithm,
             self.optimizer,
             self.sampler,
             num_tasks=budget.tasks,
@@ -211,6 +215,16 @@ class _Session:
         except Interrupted:
             self.save(self.state._replace(train=latest))
             raise
+
+    def _begin(self, algorithm: metalstm.MetaAlgorithm, stage: Stage) -> None:
+        """Start every problem afresh; going on from a checkpoint here does the same."""
+        key = jax.random.fold_in(jax.random.key(self.config.run.seed), stage.start)
+        draw = self.sampler.sample(key, self.source.training_data)
+        train = self.state.train
+        carry = algorithm.init_carry(key, train.params, draw)
+        # copies: a train step donates its state, which may hold no buffer twice
+        train = train._replace(carry=jax.tree.map(jnp.array, carry))
+        self.state = self.state._replace(train=train)
 
     @functools.cached_property
     def _curves(self) -> Callable[[PyTree, Any, int], np.ndarray]:
