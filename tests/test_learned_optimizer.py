@@ -385,10 +385,10 @@ def test_the_trainer_learns_to_optimize():
         algorithm, adam, 0, sampler.sample(jax.random.key(0))
     )
     losses = []
-    for _ in range(4):
+    for _ in range(10):
         state, metrics = loop(state, None)
         losses.append(metrics["inner_loss"].mean())
-    assert losses[-1] < 0.7 * losses[0]
+    assert np.mean(losses[-3:]) < 0.7 * losses[0]
     assert set(metrics) == {"loss", "inner_loss", "diverged", "grad_norm", "finite"}
 
 
