@@ -178,7 +178,8 @@ def _with_gradient(values: PyTree, of: PyTree) -> PyTree:
 @_with_gradient.defjvp
 def _with_gradient_jvp(primals, tangents):
     like = lambda value, tangent: tangent.astype(value.dtype)  # noqa: E731
-    return primals[0], jax.tree.map(like, primals[0], tangents[1])
+    # the function itself, for the derivatives of the derivative
+    return _with_gradient(*primals), jax.tree.map(like, primals[0], tangents[1])
 
 
 def _without_derivative(tx) -> Callable:

@@ -255,6 +255,15 @@ def test_derivatives_of_the_losses_in_closed_form():
     np.testing.assert_allclose(final_by[1], np.diag(shrink[3]), atol=1e-6)
 
 
+@pytest.mark.parametrize("mode", [FIRST, BLOCKED], ids=["plain", "blocked"])
+def test_the_second_derivative_of_what_theta_becomes_in_closed_form(mode):
+    """theta_T = theta_0 + constant, so that of |theta_T|^2 is 2."""
+    objective = lambda theta: jnp.sum(sgd_losses(0.1, theta, **mode)[1] ** 2)  # noqa: E731
+    hessian = jax.jacfwd(jax.grad(objective))
+    by_theta = tiny.quick_jit(hessian)(jnp.array([1.0, -2.0]))
+    np.testing.assert_allclose(by_theta, 2 * np.eye(2), rtol=1e-6)
+
+
 def test_statistics_minibatches_keys_and_what_is_observed():
     key = jax.random.key(3)
     batches = jnp.arange(3.0)
