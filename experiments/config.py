@@ -23,6 +23,7 @@ METHODS = {
     "meta-sgd": "theta_0 and a rate for every parameter learned",
     "learned-sgd": "theta_0 and a rate for every tensor and step learned",
     "prototypical": "distance to mean embeddings",
+    "prototypical-cosine": "cosine with mean embeddings, scale learned",
     "sgd": "SGD from the first learned theta_0 of the list, rate tuned on validation",
     "momentum": "likewise",
     "adagrad": "likewise",
@@ -132,8 +133,8 @@ class Methods:
     scratch_steps: int = 50
     """Updates of scratch."""
     train_way: int | None = None
-    """Classes of a meta-training episode, for prototypical or with --tied-head; default
-    --way."""
+    """Classes of a meta-training episode, for methods that compare embeddings or with
+    --tied-head; default --way."""
     task_mapping: Literal["vmap", "scan", "unroll"] | None = None
     """How the tasks of a meta-step are laid out; default: the backend's best."""
 

@@ -18,6 +18,12 @@ RATE_GRIDS = {
     "scratch": (0.01, 0.03, 0.1, 0.3, 1.0),
 }
 
+# Methods that compare embeddings: the constructor and its options.
+COMPARING: dict[str, tuple[str, Spec]] = {
+    "prototypical": ("prototypical", {}),
+    "prototypical-cosine": ("prototypical", {"distance": "cosine"}),
+}
+
 
 def method_specs(config: Config) -> dict[str, Spec]:
     """One spec a method, in the order of --algorithms."""
@@ -32,10 +38,11 @@ def _spec(name: str, config: Config) -> Spec:
     inner = _inner_loop(config)
     second = {"second_order": config.methods.order == "second"}
     rate = config.methods.inner_rate
-    if name == "prototypical":
-        options: Spec = {"train_way": config.methods.train_way or way}
+    if name in COMPARING:
+        constructor, own = COMPARING[name]
+        options: Spec = own | {"train_way": config.methods.train_way or way}
         options |= {"train_queries": config.data.train_queries}
-        spec["algorithm"] = {"name": name, "options": options}
+        spec["algorithm"] = {"name": constructor, "options": options}
     elif name == "meta-lstm":
         spec["rule"] = {"name": "lstm_gates", "options": _gates(config)}
         options = inner | second | {"learn_init": not config.methods.draw_init}

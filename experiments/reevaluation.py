@@ -13,7 +13,7 @@ from experiments import meta_testing, report
 from experiments.config import Config, read_config, with_flags
 from experiments.run_folder import write_json
 from experiments.sources import load_source
-from metalstm.runs import any_way, build_algorithm, load_params
+from metalstm.runs import COMPARING, any_way, build_algorithm, load_params
 
 Spec = dict[str, Any]
 
@@ -107,7 +107,7 @@ def _modes(spec: Spec, config: Config) -> list[str | None]:
     normless = spec["learner"]["name"] == "mlp"
     if normless or spec["learner"]["options"].get("norm", "batch") != "batch":
         return [None]
-    if name == "prototypical":
+    if name in COMPARING:
         return ["frozen"]
     frozen = spec["algorithm"]["options"].get("train_query_norm") == "frozen"
     if config.methods.query_norm != "all":

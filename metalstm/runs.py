@@ -52,6 +52,10 @@ OPTIMIZERS: dict[str, Callable[..., optax.GradientTransformation]] = {
     "momentum": optax.sgd,
     "sgd": optax.sgd,
 }
+# methods that compare a learner's features: any way will do
+COMPARING: dict[str, Callable[..., MetaAlgorithm]] = {
+    "prototypical": algorithms.prototypical,
+}
 RULES: dict[str, Callable[..., UpdateRule]] = {
     "learned_sgd": rules.learned_sgd,
     "lstm_gates": rules.lstm_gates,
@@ -89,8 +93,8 @@ def build_algorithm(spec: Mapping[str, Any]) -> MetaAlgorithm:
     options = _tuples(spec["algorithm"].get("options", {}))
     if name == "nearest_neighbour":
         return algorithms.nearest_neighbour()
-    if name == "prototypical":
-        return algorithms.prototypical(build_learner(spec["learner"], None), **options)
+    if name in COMPARING:
+        return COMPARING[name](build_learner(spec["learner"], None), **options)
     learner = build_learner(spec["learner"], spec["way"])
     if name in ("fomaml", "maml", "meta_sgd"):
         return getattr(algorithms, name)(learner, **options)
@@ -105,7 +109,7 @@ def build_algorithm(spec: Mapping[str, Any]) -> MetaAlgorithm:
 
 def any_way(spec: Mapping[str, Any]) -> bool:
     """Whether the method serves tasks with another number of classes than ``way``."""
-    if spec["algorithm"]["name"] in ("nearest_neighbour", "prototypical"):
+    if spec["algorithm"]["name"] in ("nearest_neighbour", *COMPARING):
         return True
     return bool(spec["learner"].get("tied_head"))
 

@@ -2,32 +2,21 @@
 
 from __future__ import annotations
 
-import dataclasses
-from typing import Any
-
-import jax
-import jax.numpy as jnp
-from jax import lax
-
-from metalstm.algorithms.common import accuracy, task_loss, with_running_statistics
-from metalstm.base import (
-    Array,
-    Batch,
-    Episode,
-    Learner,
-    LearnerState,
-    MetaAlgorithm,
-    PyTree,
-    make_algorithm,
+from metalstm.algorithms.comparing import (
+    Distance,
+    Scale,
+    class_means,
+    compare_embeddings,
+    make_scale,
+    nearest_of_class,
+    one_distance,
+    similarities,
+    squared_distances,
+    stateless,
 )
+from metalstm.base import Batch, Learner, MetaAlgorithm, make_algorithm
 
 __all__ = ["nearest_neighbour", "prototypical"]
-
-
-def _squared_distances(a: Array, b: Array) -> Array:
-    """[M, d], [N, d] -> [M, N]."""
-    cross = a @ b.T
-    return jnp.square(a).sum(-1)[:, None] - 2 * cross + jnp.square(b).sum(-1)[None]
 
 
 def nearest_neighbour() -> MetaAlgorithm:
@@ -39,10 +28,8 @@ def nearest_neighbour() -> MetaAlgorithm:
     def predict(meta_params, key, support: Batch, query_x, *, num_classes: int):
         del meta_params, key
         flat = lambda x: x.reshape(x.shape[0], -1)  # noqa: E731
-        distances = _squared_distances(flat(query_x), flat(support.x))  # [M, N]
-        own = support.y[None, :] == jnp.arange(num_classes)[:, None]  # [way, N]
-        masked = jnp.where(own[None], distances[:, None, :], jnp.inf)
-        return -masked.min(-1)
+        distances = squared_distances(flat(query_x), flat(support.x))
+        return nearest_of_class(distances, support.y, num_classes)
 
     return make_algorithm(
         init=lambda key, episode: (), predict=predict, trainable=False
@@ -50,67 +37,46 @@ def nearest_neighbour() -> MetaAlgorithm:
 
 
 def prototypical(
-    learner: Learner, *, train_way: int | None = None, train_queries: int | None = None
+    learner: Learner,
+    *,
+    distance: Distance = "euclidean",
+    scale: Scale = None,
+    train_way: int | None = None,
+    train_queries: int | None = None,
 ) -> MetaAlgorithm:
-    """Prototypical networks (Snell et al., 2017), squared Euclidean distance.
+    """Prototypical networks (Snell et al., 2017), equations 1 and 2.
 
-    Scores are minus the distance to each class's mean embedding (equations 1 and 2).
-    Meta-training normalises support and query together by their own statistics;
-    meta-test uses averages over meta-training (``query_norm="frozen"``).
+    Scores are the scaled similarity to each class's mean embedding: minus the squared
+    Euclidean distance as published, or the cosine.
 
     Args:
-      learner: its outputs are the embedding.
+      learner: its outputs [N, d] are the embedding.
+      scale: a number; "learned", from where None is; None: 1 for ``euclidean`` as
+        published, "learned" from 10 for ``cosine``, which alone is too flat for a
+        softmax.
       train_way: classes in a meta-training task; the paper's is higher than the test's.
       train_queries: queries a class in meta-training.
+
+    Raises:
+      ValueError: at construction for a distance or scale that does not exist.
     """
+    params, read_scale = _scale_of(distance, scale)
 
-    def scores(embedded_support, labels, embedded_query, way: int):
-        onehot = jax.nn.one_hot(labels, way, dtype=embedded_support.dtype)  # [N, way]
-        sums = onehot.T @ embedded_support
-        prototypes = sums / jnp.maximum(onehot.sum(0), 1)[:, None]
-        return -_squared_distances(embedded_query, prototypes)
+    def scores(params, support, labels, query, way: int):
+        prototypes = class_means(support, labels, way)
+        return read_scale(params) * similarities(query, prototypes, distance)
 
-    def loss_and_stats(state: LearnerState, key: Array, episode: Episode):
-        support, query = episode
-        images = jnp.concatenate([support.x, query.x])
-        embedded, after = learner.apply(state, images, norm="gather", key=key)
-        num_support = support.x.shape[0]
-        # labels are balanced, so way is not needed: one column a support image's class
-        way = train_way if train_way is not None else num_support
-        out = scores(embedded[:num_support], support.y, embedded[num_support:], way)
-        out = jnp.where(jnp.arange(way)[None] <= support.y.max(), out, -jnp.inf)
-        metrics = {"accuracy": accuracy(out, query.y)}
-        return task_loss(out, query.y), (metrics, lax.stop_gradient(after.stats))
-
-    def loss(state, key, episode):
-        value, (metrics, _) = loss_and_stats(state, key, episode)
-        return value, metrics
-
-    def predict(state, key, support: Batch, query_x, *, num_classes: int):
-        del key
-        embedded, _ = learner.apply(state, support.x, norm="stored")
-        query, _ = learner.apply(state, query_x, norm="stored")
-        return scores(embedded, support.y, query, num_classes)
-
-    def train_sampler(spec):
-        changes = {"way": train_way, "queries": train_queries}
-        changes = {name: n for name, n in changes.items() if n is not None}
-        return dataclasses.replace(spec, **changes) if changes else spec
-
-    slots: dict[str, Any] = with_running_statistics(
-        loss_and_stats,
-        read=lambda state: state.stats,
-        write=lambda state, stats: state._replace(stats=stats),
+    return compare_embeddings(
+        learner,
+        stateless(scores, (lambda key, embedded: params) if params else None),
+        train_way=train_way,
+        train_queries=train_queries,
     )
 
-    def init(key: Array, episode: Episode) -> PyTree:
-        return learner.init(key, episode.support.x[:1])
 
-    return make_algorithm(
-        init=init,
-        loss=loss,
-        predict=predict,
-        train_sampler=train_sampler,
-        query_norm="frozen",
-        **slots,
-    )
+def _scale_of(distance: Distance, scale: Scale):
+    """`make_scale` with the defaults of ``distance``."""
+    one_distance(distance)
+    if distance == "euclidean":
+        return make_scale(scale, 1.0)
+    return make_scale("learned" if scale is None else scale, 10.0)

@@ -1,0 +1,114 @@
+"""Methods that compare embeddings, against the papers in numpy."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import reference_metric as reference
+import tiny
+
+from metalstm import algorithms
+from metalstm.base import Learner, LearnerState
+
+KEY = jax.random.key(5)
+# noise, so that no loss is near zero
+EPISODE = jax.tree.map(
+    lambda leaf: jax.random.normal(KEY, leaf.shape) if leaf.ndim > 1 else leaf,
+    tiny.episode(3, queries=3),
+)
+# nothing to learn in front of the comparison, so that numpy sees the same embeddings
+IDENTITY = Learner(
+    lambda key, x: LearnerState({}, {}, {}),
+    lambda state, x, *, norm, key=None: (x, state),
+)
+
+
+class Task(NamedTuple):
+    """The episode in float64."""
+
+    support: np.ndarray
+    labels: np.ndarray
+    query: np.ndarray
+    targets: np.ndarray
+
+
+(SUPPORT, QUERY) = EPISODE
+TASK = Task(
+    np.asarray(SUPPORT.x, np.float64),
+    np.asarray(SUPPORT.y),
+    np.asarray(QUERY.x, np.float64),
+    np.asarray(QUERY.y),
+)
+
+
+def scores(algorithm, params) -> np.ndarray:
+    return np.asarray(
+        algorithm.predict(params, KEY, SUPPORT, QUERY.x, num_classes=tiny.WAY)
+    )
+
+
+def loss(algorithm, params) -> float:
+    return float(algorithm.loss(params, KEY, EPISODE)[0])
+
+
+def cross_entropy(scores: np.ndarray) -> float:
+    log_norm = np.log(np.exp(scores).sum(1))
+    return float(np.mean(log_norm - scores[np.arange(len(scores)), TASK.targets]))
+
+
+@pytest.mark.parametrize(
+    ("options", "distance", "scale"),
+    [
+        ({}, "euclidean", 1.0),
+        ({"scale": 0.5}, "euclidean", 0.5),
+        ({"distance": "cosine"}, "cosine", 10.0),
+        ({"distance": "cosine", "scale": 3.0}, "cosine", 3.0),
+    ],
+)
+def test_prototypical_scores_are_similarities_to_class_means(options, distance, scale):
+    algorithm = algorithms.prototypical(IDENTITY, **options)
+    params = algorithm.init(KEY, EPISODE)
+    expected = reference.prototypical(
+        TASK.support, TASK.labels, TASK.query, tiny.WAY, distance, scale
+    )
+    np.testing.assert_allclose(scores(algorithm, params), expected, rtol=1e-5)
+    expected = cross_entropy(expected)
+    np.testing.assert_allclose(loss(algorithm, params), expected, rtol=1e-5)
+    with_way = algorithms.prototypical(IDENTITY, train_way=tiny.WAY, **options)
+    np.testing.assert_allclose(loss(with_way, params), expected, rtol=1e-5)
+
+
+def test_a_scale_is_learned_only_where_it_is_asked_for():
+    learned = {"distance": "cosine"}, {"scale": "learned"}
+    for options in learned:
+        algorithm = algorithms.prototypical(IDENTITY, **options)
+        params = algorithm.init(KEY, EPISODE)
+        gradient = jax.grad(lambda p, a=algorithm: a.loss(p, KEY, EPISODE)[0])(params)
+        assert gradient.params["comparison"]["log_scale"] != 0
+    for options in ({}, {"distance": "cosine", "scale": 10.0}):
+        params = algorithms.prototypical(IDENTITY, **options).init(KEY, EPISODE)
+        assert not jax.tree.leaves(params)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"distance": "manhattan"}, r"distance='manhattan': choose cosine or eucl"),
+        ({"scale": "fixed"}, r"scale='fixed': choose a number above 0, or 'learned'"),
+        ({"scale": 0.0}, r"scale=0.0: choose a number above 0"),
+    ],
+)
+def test_wrong_options_of_a_comparison_are_refused(options, message):
+    with pytest.raises(ValueError, match=message):
+        algorithms.prototypical(IDENTITY, **options)
+
+
+def test_features_of_zero_have_a_finite_derivative():
+    from metalstm.algorithms.comparing import unit
+
+    gradient = jax.grad(lambda x: unit(x).sum())(jnp.zeros(3))
+    assert np.all(np.isfinite(gradient))
