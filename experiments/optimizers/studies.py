@@ -11,7 +11,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from experiments.config import from_json, read_config
+from experiments.config import from_json, groups, read_config
 from experiments.optimizers import cost, plateau, tables
 from experiments.optimizers.config import Config, Problem
 from experiments.optimizers.measuring import Bench, Optimizer, Tuned, compete
@@ -300,10 +300,22 @@ def _protocol(context: Context, bench: Bench) -> str:
 
 
 def command(context: Context, study: str) -> str:
-    """What makes a study again."""
+    """What makes a study again: the run, and the flags that it was not made with."""
+    line = ["--evaluate", str(context.folder), "--study", study]
     beside = context.config.run.beside
-    more = ["--beside", str(beside)] if beside and study == "panels" else []
-    line = ["--evaluate", str(context.folder), "--study", study, *more]
+    if beside and study == "panels":
+        line += ["--beside", str(beside)]
+    saved = from_json(read_config(context.folder)["config"], Config())
+    for group in sorted(groups(saved) - {"run"}):
+        for name, value in vars(getattr(context.config, group)).items():
+            if value == getattr(getattr(saved, group), name) or name == "study":
+                continue
+            flag = name.replace("_", "-")
+            if isinstance(value, bool):
+                line.append(f"--{flag}" if value else f"--no-{flag}")
+            else:
+                values = value if isinstance(value, tuple) else (value,)
+                line += [f"--{flag}", *map(str, values)]
     return "python -m experiments.learned_optimizer " + shlex.join(line)
 
 
