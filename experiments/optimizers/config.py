@@ -104,6 +104,9 @@ class RuleOptions:
     """Gates: range of the forget gate's initial bias."""
     input_bias: tuple[float, float] = (-5.0, -4.0)
     """Gates: range of the input gate's initial bias; it sets the first step size."""
+    gradient_factor: float = 1.0
+    """meta-lstm and gates: multiply gradients by a learned factor that starts here, for
+    problems whose best step is above the 1 where an input gate ends."""
     separate: Literal["none", "conv-or-dense", "matrix-or-vector"] = "none"
     """A rule of its own for each kind of tensor."""
     rule_options: str = ""

@@ -42,6 +42,10 @@ def rule_spec(name: str, config: Config) -> Spec:
     else:
         spec = {"rule": "learned_sgd"}
     spec = _merged(spec, rule_options(config).get(name, {}))
+    if base in ("meta-lstm", "gates") and options.gradient_factor != 1:
+        # a learned rate with its sign reversed leaves a gradient a gradient
+        factor = {"rule": "learned_sgd", "rate": -options.gradient_factor}
+        spec = {"rule": "chain", "parts": [factor, spec]}
     if options.separate == "none":
         return spec
     labels = options.separate.replace("-", "_")
