@@ -22,6 +22,9 @@ RATE_GRIDS = {
 COMPARING: dict[str, tuple[str, Spec]] = {
     "prototypical": ("prototypical", {}),
     "prototypical-cosine": ("prototypical", {"distance": "cosine"}),
+    "matching": ("matching", {}),
+    "matching-euclidean": ("matching", {"distance": "euclidean"}),
+    "matching-fce": ("matching", {"context_steps": 3}),
 }
 
 

@@ -54,6 +54,7 @@ OPTIMIZERS: dict[str, Callable[..., optax.GradientTransformation]] = {
 }
 # methods that compare a learner's features: any way will do
 COMPARING: dict[str, Callable[..., MetaAlgorithm]] = {
+    "matching": algorithms.matching,
     "prototypical": algorithms.prototypical,
 }
 RULES: dict[str, Callable[..., UpdateRule]] = {

@@ -6,6 +6,7 @@ Written from the papers. N support images, M queries, d features.
 from __future__ import annotations
 
 import numpy as np
+from reference import Lstm
 
 Array = np.ndarray
 
@@ -33,3 +34,46 @@ def prototypical(
     return np.array(
         [[scale * similarity(q, c, distance) for c in prototypes] for q in query]
     )
+
+
+def matching(
+    support: Array, labels: Array, query: Array, way: int, distance: str, scale: float
+) -> Array:
+    """Vinyals et al. (2016), equations 1 and 2: probabilities [M, way]."""
+    out = np.zeros((len(query), way))
+    for row, q in zip(out, query, strict=True):
+        attention = softmax(
+            np.array([scale * similarity(q, s, distance) for s in support])
+        )
+        for weight, label in zip(attention, labels, strict=True):
+            row[label] += weight
+    return out
+
+
+def support_in_context(support: Array, forward: Lstm, backward: Lstm) -> Array:
+    """Appendix A.2: a bidirectional LSTM over the support set, with a skip."""
+
+    def read(cell: Lstm, rows: Array) -> list[Array]:
+        h = c = np.zeros((1, support.shape[1]))
+        out = []
+        for row in rows:
+            h, c = cell.step(row[None], h, c)
+            out.append(h[0])
+        return out
+
+    ahead, behind = read(forward, support), read(backward, support[::-1])[::-1]
+    return np.stack([a + b + x for a, b, x in zip(ahead, behind, support, strict=True)])
+
+
+def query_in_context(query: Array, support: Array, cell: Lstm, steps: int) -> Array:
+    """Appendix A.1, equations 3 to 6, one query at a time; g = ``support``."""
+    out = []
+    for x in query:
+        h = c = np.zeros(len(x))
+        for _ in range(steps):
+            r = softmax(np.array([h @ g for g in support])) @ support
+            inputs = np.concatenate([x, r])
+            h_hat, c_new = cell.step(inputs[None], h[None], c[None])
+            h, c = h_hat[0] + x, c_new[0]
+        out.append(h)
+    return np.stack(out)

@@ -69,12 +69,14 @@ CASES = {
     ),
     "prototypical": Case(algorithms.prototypical(NET)),
     "prototypical_cosine": Case(algorithms.prototypical(NET, distance="cosine")),
+    "matching": Case(algorithms.matching(NET)),
+    "matching_fce": Case(algorithms.matching(NET, context_steps=2)),
     "nearest_neighbour": Case(algorithms.nearest_neighbour()),
     "from_scratch": Case(
         algorithms.from_scratch(NET, rules.from_optax(optax.sgd(0.3)), **STEPS)
     ),
 }
-COMPARING = ("prototypical", "prototypical_cosine")
+COMPARING = ("prototypical", "prototypical_cosine", "matching", "matching_fce")
 TRAINED = [name for name, case in CASES.items() if case.algorithm.trainable]
 EPISODE = tiny.episode(queries=2)
 KEY = jax.random.key(7)
@@ -415,8 +417,11 @@ def test_another_way_than_the_heads_is_refused_and_metric_methods_take_it():
                 meta_params(name),
             )
     for name in (*COMPARING, "nearest_neighbour"):
-        scores = CASES[name].algorithm.predict(
-            meta_params(name), KEY, five.support, five.query.x, num_classes=5
+        scores = jax.eval_shape(
+            lambda p, n=name: CASES[n].algorithm.predict(
+                p, KEY, five.support, five.query.x, num_classes=5
+            ),
+            meta_params(name),
         )
         assert scores.shape == (10, 5)
 

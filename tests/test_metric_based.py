@@ -10,9 +10,10 @@ import numpy as np
 import pytest
 import reference_metric as reference
 import tiny
+from reference import Lstm
 
 from metalstm import algorithms
-from metalstm.base import Learner, LearnerState
+from metalstm.base import Batch, Learner, LearnerState
 
 KEY = jax.random.key(5)
 # noise, so that no loss is near zero
@@ -92,6 +93,78 @@ def test_a_scale_is_learned_only_where_it_is_asked_for():
     for options in ({}, {"distance": "cosine", "scale": 10.0}):
         params = algorithms.prototypical(IDENTITY, **options).init(KEY, EPISODE)
         assert not jax.tree.leaves(params)
+
+
+@pytest.mark.parametrize(
+    ("options", "distance", "scale"),
+    [
+        ({}, "cosine", 10.0),
+        ({"scale": 1.0}, "cosine", 1.0),
+        ({"distance": "euclidean"}, "euclidean", 1.0),
+    ],
+)
+def test_matching_scores_are_the_log_of_the_attention_a_class_gets(
+    options, distance, scale
+):
+    algorithm = algorithms.matching(IDENTITY, **options)
+    params = algorithm.init(KEY, EPISODE)
+    expected = np.log(reference.matching(*TASK[:3], tiny.WAY, distance, scale))
+    np.testing.assert_allclose(
+        scores(algorithm, params), expected, rtol=1e-5, atol=1e-5
+    )
+    expected = cross_entropy(expected)
+    np.testing.assert_allclose(loss(algorithm, params), expected, rtol=1e-5)
+
+
+def context_cells(params) -> dict[str, Lstm]:
+    """The three LSTMs, their kernels cut into what reads inputs and what reads h."""
+    cells = {}
+    for name, cell in params.params["comparison"]["context"].items():
+        kernel = np.asarray(cell["kernel"], np.float64)
+        size = kernel.shape[0] // 4
+        inputs, recurrent = kernel[:, :-size], kernel[:, -size:]
+        cells[name] = Lstm(inputs, recurrent, np.asarray(cell["bias"], np.float64))
+    return cells
+
+
+@pytest.mark.parametrize("steps", [1, 3])
+def test_full_context_embeddings_are_the_papers(steps):
+    algorithm = algorithms.matching(IDENTITY, context_steps=steps, scale=2.0)
+    params = algorithm.init(KEY, EPISODE)
+    cells = context_cells(params)
+    support = reference.support_in_context(
+        TASK.support, cells["forward"], cells["backward"]
+    )
+    query = reference.query_in_context(TASK.query, support, cells["attention"], steps)
+    expected = np.log(
+        reference.matching(support, TASK.labels, query, tiny.WAY, "cosine", 2.0)
+    )
+    np.testing.assert_allclose(
+        scores(algorithm, params), expected, rtol=1e-5, atol=1e-5
+    )
+
+
+def test_full_context_embeddings_read_the_order_of_the_support_set():
+    backwards = Batch(SUPPORT.x[::-1], SUPPORT.y[::-1])
+    for steps, differs in ((None, False), (2, True)):
+        algorithm = algorithms.matching(IDENTITY, context_steps=steps)
+        params = algorithm.init(KEY, EPISODE)
+        other = algorithm.predict(params, KEY, backwards, QUERY.x, num_classes=3)
+        difference = np.max(np.abs(np.asarray(other) - scores(algorithm, params)))
+        assert (difference > 1e-2) == differs
+
+
+def test_what_matching_and_comparisons_refuse():
+    with pytest.raises(ValueError, match=r"context_steps=0: choose 1 or more, or None"):
+        algorithms.matching(IDENTITY, context_steps=0)
+    maps = jax.tree.map(
+        lambda leaf: leaf[..., None] if leaf.ndim > 1 else leaf, EPISODE
+    )
+    for factory in (algorithms.matching, algorithms.prototypical):
+        algorithm = factory(IDENTITY)
+        params = algorithm.init(KEY, maps)
+        with pytest.raises(ValueError, match=r"shape \(4, 1\), but what is compared"):
+            algorithm.loss(params, KEY, maps)
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,11 @@ from metalstm.algorithms.gradient_based import (
     meta_lstm,
     meta_sgd,
 )
-from metalstm.algorithms.metric_based import nearest_neighbour, prototypical
+from metalstm.algorithms.metric_based import (
+    matching,
+    nearest_neighbour,
+    prototypical,
+)
 from metalstm.algorithms.optimizer_training import InnerRuns, learned_optimizer
 
 __all__ = [
@@ -18,6 +22,7 @@ __all__ = [
     "learned_init",
     "learned_optimizer",
     "maml",
+    "matching",
     "meta_lstm",
     "meta_sgd",
     "nearest_neighbour",

@@ -65,7 +65,16 @@ def unit(x: Array) -> Array:
 
 
 def similarities(a: Array, b: Array, distance: Distance) -> Array:
-    """[M, d], [N, d] -> [M, N]: cosines, or minus squared distances."""
+    """[M, d], [N, d] -> [M, N]: cosines, or minus squared distances.
+
+    Raises:
+      ValueError: embeddings that are not vectors.
+    """
+    if a.ndim != 2:
+        raise ValueError(
+            f"an embedding has the shape {a.shape[1:]}, but what is compared is one "
+            "vector an image: flatten the learner's outputs to [N, d]"
+        )
     if distance == "cosine":
         return unit(a) @ unit(b).T
     return -squared_distances(a, b)

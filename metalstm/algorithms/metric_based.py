@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import jax
+import jax.numpy as jnp
+
 from metalstm.algorithms.comparing import (
     Distance,
     Scale,
@@ -14,9 +17,14 @@ from metalstm.algorithms.comparing import (
     squared_distances,
     stateless,
 )
-from metalstm.base import Batch, Learner, MetaAlgorithm, make_algorithm
+from metalstm.algorithms.full_context import (
+    init_context,
+    query_in_context,
+    support_in_context,
+)
+from metalstm.base import Array, Batch, Learner, MetaAlgorithm, make_algorithm
 
-__all__ = ["nearest_neighbour", "prototypical"]
+__all__ = ["matching", "nearest_neighbour", "prototypical"]
 
 
 def nearest_neighbour() -> MetaAlgorithm:
@@ -72,6 +80,70 @@ def prototypical(
         train_way=train_way,
         train_queries=train_queries,
     )
+
+
+def matching(
+    learner: Learner,
+    *,
+    distance: Distance = "cosine",
+    scale: Scale = None,
+    context_steps: int | None = None,
+    train_way: int | None = None,
+    train_queries: int | None = None,
+) -> MetaAlgorithm:
+    """Matching networks (Vinyals et al., 2016), equations 1 and 2.
+
+    A query's distribution over classes is that of its attention over the support set,
+    a(x, x_i) = softmax_i(scale * similarity(f(x), g(x_i))); scores are its logarithm.
+
+    Args:
+      learner: its outputs [N, d] are f' and g'.
+      distance: "cosine" as published, or "euclidean", squared.
+      scale: as for `prototypical`. Published: 1, where a softmax of cosines is nearly
+        flat.
+      context_steps: K steps of full context embeddings, learned LSTMs that let f and g
+        see the whole support set; see `full_context`. None: without.
+      train_way, train_queries: as for `prototypical`.
+
+    Raises:
+      ValueError: at construction for a distance, scale or number of steps that does
+        not exist.
+    """
+    scale_params, read_scale = _scale_of(distance, scale)
+    if context_steps is not None and context_steps < 1:
+        raise ValueError(
+            f"context_steps={context_steps}: choose 1 or more, or None for embeddings "
+            "without context"
+        )
+
+    def init_params(key, embedded):
+        if context_steps is None:
+            return scale_params
+        return scale_params | {"context": init_context(key, embedded.shape[-1])}
+
+    def scores(params, support, labels, query, way: int):
+        if context_steps is not None:
+            support = support_in_context(params["context"], support)
+            query = query_in_context(params["context"], query, support, context_steps)
+        similarity = read_scale(params) * similarities(query, support, distance)
+        return _log_share_of_classes(similarity, labels, way)
+
+    learns = bool(scale_params) or context_steps is not None
+    return compare_embeddings(
+        learner,
+        stateless(scores, init_params if learns else None),
+        train_way=train_way,
+        train_queries=train_queries,
+    )
+
+
+def _log_share_of_classes(similarity: Array, labels: Array, way: int) -> Array:
+    """[M, N] -> [M, way]: the log of the sum of each class's softmax weights."""
+    log_weights = jax.nn.log_softmax(similarity)
+    own = labels[None, :] == jnp.arange(way)[:, None]
+    # finite where a class has no image, so that the derivative is too
+    masked = jnp.where(own[None], log_weights[:, None, :], -1e9)
+    return jax.nn.logsumexp(masked, -1)
 
 
 def _scale_of(distance: Distance, scale: Scale):
