@@ -20,6 +20,10 @@ METHODS = {
     "meta-lstm": "gates that mix parameters and gradients, learned with theta_0",
     "maml": "theta_0 learned, fixed SGD, second order",
     "fomaml": "the same, first order",
+    "anil": "MAML that adapts the head alone",
+    "reptile": "theta_0 moves towards where the inner loop ends",
+    "imaml": "theta_0 pulls during the inner loop, implicit gradient",
+    "gradient-agreement": "--agreement-of, tasks weighed by how their gradients agree",
     "meta-sgd": "theta_0 and a rate for every parameter learned",
     "learned-sgd": "theta_0 and a rate for every tensor and step learned",
     "prototypical": "distance to mean embeddings",
@@ -35,7 +39,10 @@ METHODS = {
     "scratch": "a fresh learner trained on the support set, rate tuned on validation",
     "nearest-neighbour": "the closest support image in pixels",
 }
-LEARNS_INIT = ("meta-lstm", "maml", "fomaml", "meta-sgd", "learned-sgd")
+LEARNS_INIT = (
+    "meta-lstm", "maml", "fomaml", "anil", "reptile", "imaml", "gradient-agreement",
+    "meta-sgd", "learned-sgd",
+)  # fmt: skip
 HAND_MADE = ("sgd", "momentum", "adagrad", "adadelta", "adam")
 
 QueryNorm = Literal["support", "support+1", "transductive", "frozen"]
@@ -130,7 +137,21 @@ class Methods:
     multiplies it by the number of classes, so that steps fit any --train-way. The
     other methods know one and way."""
     inner_rate: float = 0.1
-    """Step size of maml and fomaml; where meta-sgd and learned-sgd start."""
+    """Step size of maml, fomaml, anil and imaml; where meta-sgd and learned-sgd
+    start."""
+    adam_rate: float = 1e-3
+    """Step size of reptile's inner Adam."""
+    outer_step: float = 1.0
+    """reptile: the share of the way to theta_T that theta_0 goes in a meta-step (in
+    place of --learning-rate and --clip; --schedule applies)."""
+    train_shots: int | None = None
+    """reptile: support images of each class in meta-training; default --shot."""
+    train_batch: int | None = None
+    """reptile: images of one inner update in meta-training; default all."""
+    proximal: float = 2.0
+    """imaml: strength of the pull towards theta_0."""
+    agreement_of: Literal["maml", "fomaml", "reptile"] = "maml"
+    """gradient-agreement: whose gradients are weighed."""
     draw_init: bool = False
     """meta-lstm: draw theta_0 afresh for every episode and learn the rule alone."""
     scratch_steps: int = 50
@@ -185,8 +206,8 @@ class Budget:
     """Episodes of one meta-step."""
     learning_rate: float = 1e-3
     """Adam's, on the meta-parameters."""
-    schedule: Literal["constant", "cosine"] = "constant"
-    """cosine: to 0 over --episodes."""
+    schedule: Literal["constant", "cosine", "linear"] = "constant"
+    """cosine, linear: to 0 over --episodes."""
     clip: float = 0.25
     """Global norm to which the meta-gradient is clipped; 0: not."""
     accumulate_tasks: int | None = None
@@ -254,12 +275,13 @@ def groups(config: Any) -> set[str]:
 
 
 def may_change(config: Config) -> tuple[str, ...]:
-    """What may differ when a run goes on. A cosine's end is part of the recipe."""
+    """What may differ when a run goes on. A schedule's end is part of the recipe."""
     names = (
         "run.preset", "run.workdir", "run.resume", "run.evaluate", "run.tensorboard",
         "run.debug", "data.data_dir", "budget.minutes",
     )  # fmt: skip
-    return names if config.budget.schedule == "cosine" else (*names, "budget.episodes")
+    ends = config.budget.schedule != "constant"
+    return names if ends else (*names, "budget.episodes")
 
 
 def with_flags(config: Any, **flags: Any) -> Any:
@@ -372,8 +394,9 @@ def check(config: Config) -> None:
             f"{', '.join(tuned)}, or choose scratch"
         )
     _check_ranges(config)
-    if config.budget.schedule == "cosine" and config.budget.minutes is not None:
-        raise ValueError("--schedule cosine needs --episodes, not --minutes")
+    schedule = config.budget.schedule
+    if schedule != "constant" and config.budget.minutes is not None:
+        raise ValueError(f"--schedule {schedule} needs --episodes, not --minutes")
     if config.methods.query_norm == "all" and config.run.evaluate is None:
         raise ValueError(
             "--query-norm all goes with --evaluate RUN; train with one mode"
@@ -395,12 +418,15 @@ def _check_ranges(config: Config) -> None:
     at_least = {
         "way": 2, "shot": 1, "queries": 1, "train_queries": 1, "image_size": 8,
         "filters": 1, "blocks": 1, "steps": 1, "test_steps": 1, "support_batch": 1,
-        "scratch_steps": 1, "train_way": 2, "hidden": 0, "meta_batch": 1, "clip": 0,
-        "accumulate_tasks": 1, "steps_per_call": 1, "validate_every": 1,
+        "scratch_steps": 1, "train_way": 2, "train_shots": 1, "train_batch": 1,
+        "hidden": 0, "meta_batch": 1, "clip": 0, "accumulate_tasks": 1,
+        "steps_per_call": 1, "validate_every": 1,
         "validation_episodes": 2, "save_every": 1, "test_episodes": 2, "test_batch": 1,
         "episodes": 1, "seeds": 1, "seed": 0, "test_seed": 0,
     }  # fmt: skip
-    above_zero = ("learning_rate", "inner_rate", "minutes")
+    above_zero = (
+        "learning_rate", "inner_rate", "minutes", "adam_rate", "outer_step", "proximal",
+    )  # fmt: skip
     for group in GROUPS:
         for name, value in vars(getattr(config, group)).items():
             flag = f"--{name.replace('_', '-')}"

@@ -53,11 +53,16 @@ class Trained(NamedTuple):
 def make_programs(spec: dict[str, Any], config: Config, source: Source) -> Programs:
     algorithm = build_algorithm(spec)
     budget = config.budget
-    rate: optax.ScalarOrSchedule = budget.learning_rate
+    first_rate = spec.get("outer_step", budget.learning_rate)
+    rate: optax.ScalarOrSchedule = first_rate
     if budget.schedule == "cosine":
-        rate = optax.cosine_decay_schedule(budget.learning_rate, _num_steps(config))
+        rate = optax.cosine_decay_schedule(first_rate, _num_steps(config))
+    elif budget.schedule == "linear":
+        rate = optax.linear_schedule(first_rate, 0.0, _num_steps(config))
     optimizer = optax.adam(rate)
-    if budget.clip:
+    if "outer_step" in spec:
+        optimizer = optax.sgd(rate)
+    elif budget.clip:
         optimizer = metalstm.adam_clipped(rate, budget.clip)
     train_loop = metalstm.make_train_loop(
         algorithm,

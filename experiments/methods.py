@@ -58,7 +58,23 @@ def _spec(name: str, config: Config) -> Spec:
         options = {"rate": rate, "per": "tensor", "num_steps": steps}
         spec["rule"] = {"name": "learned_sgd", "options": options}
         spec["algorithm"] = {"name": "learned_init", "options": inner | second}
-    elif name in ("maml", "fomaml", "meta-sgd"):
+    elif name == "gradient-agreement":
+        weighed = _spec(config.methods.agreement_of, config)
+        algorithm = weighed["algorithm"]
+        options = algorithm["options"] | {"of": algorithm["name"]}
+        spec = weighed | {"algorithm": {"name": "gradient_agreement"}}
+        spec["algorithm"]["options"] = options
+    elif name == "reptile":
+        options = inner | {"rule": config.methods.adam_rate}
+        options |= {"test_batch_size": inner["batch_size"]}
+        options |= {"batch_size": config.methods.train_batch}
+        options |= {"train_shots": config.methods.train_shots}
+        spec["algorithm"] = {"name": "reptile", "options": options}
+        spec["outer_step"] = config.methods.outer_step
+    elif name == "imaml":
+        options = inner | {"rule": rate, "strength": config.methods.proximal}
+        spec["algorithm"] = {"name": "implicit_maml", "options": options}
+    elif name in ("maml", "fomaml", "anil", "meta-sgd"):
         start = [rate, rate] if name == "meta-sgd" else rate
         options = inner | {"rate": start}
         spec["algorithm"] = {"name": name.replace("-", "_"), "options": options}

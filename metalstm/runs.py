@@ -57,6 +57,15 @@ COMPARING: dict[str, Callable[..., MetaAlgorithm]] = {
     "matching": algorithms.matching,
     "prototypical": algorithms.prototypical,
 }
+# methods that adapt a learner, with a rule of their own
+ADAPTING: dict[str, Callable[..., MetaAlgorithm]] = {
+    "anil": algorithms.anil,
+    "fomaml": algorithms.fomaml,
+    "implicit_maml": algorithms.implicit_maml,
+    "maml": algorithms.maml,
+    "meta_sgd": algorithms.meta_sgd,
+    "reptile": algorithms.reptile,
+}
 RULES: dict[str, Callable[..., UpdateRule]] = {
     "learned_sgd": rules.learned_sgd,
     "lstm_gates": rules.lstm_gates,
@@ -97,8 +106,13 @@ def build_algorithm(spec: Mapping[str, Any]) -> MetaAlgorithm:
     if name in COMPARING:
         return COMPARING[name](build_learner(spec["learner"], None), **options)
     learner = build_learner(spec["learner"], spec["way"])
-    if name in ("fomaml", "maml", "meta_sgd"):
-        return getattr(algorithms, name)(learner, **options)
+    if name == "gradient_agreement":
+        own = {"name": options.pop("of"), "options": options}
+        weighed = build_algorithm({**spec, "algorithm": own})
+        how = options.get("task_mapping")
+        return algorithms.gradient_agreement(weighed, task_mapping=how)
+    if name in ADAPTING:
+        return ADAPTING[name](learner, **options)
     with_rule: dict[str, Callable[..., MetaAlgorithm]] = {
         "from_scratch": algorithms.from_scratch,
         "learned_init": algorithms.learned_init,

@@ -1,6 +1,9 @@
 """Meta-learners: functions from a support set to a predictor."""
 
+from metalstm.algorithms.agreement import gradient_agreement
+from metalstm.algorithms.displacement import reptile
 from metalstm.algorithms.gradient_based import (
+    anil,
     fomaml,
     from_scratch,
     learned_init,
@@ -14,11 +17,15 @@ from metalstm.algorithms.metric_based import (
     prototypical,
 )
 from metalstm.algorithms.optimizer_training import InnerRuns, learned_optimizer
+from metalstm.algorithms.proximal import implicit_maml
 
 __all__ = [
     "InnerRuns",
+    "anil",
     "fomaml",
     "from_scratch",
+    "gradient_agreement",
+    "implicit_maml",
     "learned_init",
     "learned_optimizer",
     "maml",
@@ -27,4 +34,5 @@ __all__ = [
     "meta_sgd",
     "nearest_neighbour",
     "prototypical",
+    "reptile",
 ]

@@ -33,9 +33,17 @@ from metalstm.base import (
     make_algorithm,
 )
 from metalstm.inner import InnerState, Trace, unroll
-from metalstm.rules import find_gates, learned_sgd, lstm_gates
+from metalstm.rules import find_gates, learned_sgd, lstm_gates, only
 
-__all__ = ["fomaml", "from_scratch", "learned_init", "maml", "meta_lstm", "meta_sgd"]
+__all__ = [
+    "anil",
+    "fomaml",
+    "from_scratch",
+    "learned_init",
+    "maml",
+    "meta_lstm",
+    "meta_sgd",
+]
 
 
 def learned_init(
@@ -397,6 +405,24 @@ def fomaml(learner: Learner, rate: float = 0.01, *, num_steps: int = 5, **option
     return maml(
         learner, rate, num_steps=num_steps, **({"second_order": False} | options)
     )
+
+
+def anil(
+    learner: Learner,
+    rate: float = 0.01,
+    *,
+    num_steps: int = 5,
+    head: str = "head",
+    **options,
+) -> MetaAlgorithm:
+    """ANIL (Raghu et al., 2020): MAML whose inner loop adapts the head alone.
+
+    ``head`` is the name in the path of the parameters that adapt; the others are
+    learned by the meta-gradient. ``options`` are those of `learned_init`.
+    """
+    options = {"second_order": True} | options
+    rule = only(fixed_sgd(rate), head)
+    return learned_init(learner, rule, num_steps=num_steps, **options)
 
 
 def meta_sgd(

@@ -4,7 +4,7 @@ from metalstm.rules.classic import chain, from_optax, learned_sgd, tunable
 from metalstm.rules.export import SavedRule, build_rule, load_rule, save_rule
 from metalstm.rules.features import FEATURES_VERSION, log_sign
 from metalstm.rules.gates import GatesState, find_gates, lstm_gates
-from metalstm.rules.groups import by_group, conv_or_dense, matrix_or_vector
+from metalstm.rules.groups import by_group, conv_or_dense, matrix_or_vector, only
 from metalstm.rules.l2l_lstm import L2LState, l2l
 from metalstm.rules.memory import MemoryState, gradient_memory, two_layer
 from metalstm.rules.precision import FloatCopyState, with_float_copy
@@ -29,6 +29,7 @@ __all__ = [
     "log_sign",
     "lstm_gates",
     "matrix_or_vector",
+    "only",
     "save_rule",
     "tunable",
     "two_layer",

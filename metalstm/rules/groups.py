@@ -11,7 +11,7 @@ import optax
 
 from metalstm.base import Array, PyTree, UpdateRule
 
-__all__ = ["by_group", "conv_or_dense", "matrix_or_vector"]
+__all__ = ["by_group", "conv_or_dense", "matrix_or_vector", "only"]
 
 
 def by_group(
@@ -71,6 +71,41 @@ def by_group(
         bind,
         smooth=all(rule.smooth for rule in rules.values()),
         reads_loss=any(rule.reads_loss for rule in rules.values()),
+    )
+
+
+def only(rule: UpdateRule, part: str) -> UpdateRule:
+    """Apply ``rule`` to the tensors whose path has a ``part``; the others stay.
+
+    ``only(rule, "head")`` updates the last layer of the networks that come with the
+    library. The rule's parameters are those of ``rule`` alone.
+
+    Raises:
+      ValueError: with the parameters at hand, none of them lies in ``part``.
+    """
+
+    def label(path: Any, leaf: Array) -> str:
+        del leaf
+        names = jax.tree_util.keystr(path, simple=True, separator="/").split("/")
+        return "moves" if part in names else "stays"
+
+    nothing = UpdateRule(
+        lambda key, params: (),
+        lambda _: optax.with_extra_args_support(optax.set_to_zero()),
+        smooth=True,
+        reads_loss=False,
+    )
+    both = by_group({"moves": rule, "stays": nothing}, label)
+
+    def init(key: Array, params: PyTree) -> PyTree:
+        paths = jax.tree_util.tree_leaves_with_path(params)
+        if all(label(path, leaf) == "stays" for path, leaf in paths):
+            found = ", ".join(jax.tree_util.keystr(path) for path, _ in paths)
+            raise ValueError(f"part={part!r} is in none of the paths {found}")
+        return both.init(key, params)["moves"]
+
+    return both._replace(
+        init=init, bind=lambda own: both.bind({"moves": own, "stays": ()})
     )
 
 

@@ -1,0 +1,259 @@
+"""Closed forms of ANIL, Reptile, gradient agreement and implicit MAML."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+import reference
+import tiny
+from test_algorithms import (
+    EPISODE,
+    KEY,
+    NET,
+    TASK,
+    W,
+    meta_params,
+    slope_learner,
+)
+
+from metalstm import algorithms, rules
+from metalstm.algorithms.agreement import agreement_weights
+from metalstm.algorithms.proximal import proximal_pull
+from metalstm.base import Episode, LearnerState, MetaParams
+from metalstm.learners import tied_head
+
+RATE = 0.05
+
+
+@dataclasses.dataclass(frozen=True)
+class Spec:
+    way: int = 5
+    shot: int = 1
+    queries: int = 15
+
+
+def slope_params() -> MetaParams:
+    return MetaParams(LearnerState(jnp.float32(W), {}, {}), ())
+
+
+def meta_gradient(algorithm, params, episodes):
+    """[T] episodes -> gradient and metrics, by the algorithm's own rule."""
+    keys = jax.random.split(KEY, jax.tree.leaves(episodes)[0].shape[0])
+    fn = tiny.quick_jit(lambda p, e: algorithm.meta_gradient(p, (), keys, e))
+    grads, _, metrics = fn(params, episodes)
+    return grads, metrics
+
+
+def batch_of(*episodes: Episode) -> Episode:
+    return jax.tree.map(lambda *leaves: jnp.stack(leaves), *episodes)
+
+
+# -- Reptile ---------------------------------------------------------------------------
+
+
+def test_reptile_on_parabolas_in_closed_form():
+    """SGD contracts w - y/x by 1 - 2 a x^2 a step; the batch is the mean over tasks."""
+    tasks = (TASK, TASK._replace(support=(1.0, -2.0)))
+    ends = []
+    for x, y in (task.support for task in tasks):
+        ends.append(y / x + (1 - 2 * RATE * x**2) ** 4 * (W - y / x))
+    sgd = rules.from_optax(optax.sgd(RATE))
+    reptile = algorithms.reptile(slope_learner(), sgd, num_steps=4)
+    both = batch_of(*(task.episode() for task in tasks))
+    grads, _ = meta_gradient(reptile, slope_params(), both)
+    np.testing.assert_allclose(grads.learner.params, W - np.mean(ends), rtol=1e-5)
+    alone, _ = meta_gradient(reptile, slope_params(), batch_of(TASK.episode()))
+    np.testing.assert_allclose(alone.learner.params, W - ends[0], rtol=1e-5)
+
+
+def test_reptiles_own_rule_is_adam_without_momentum():
+    """Equations of Kingma & Ba (2015) with beta1 = 0, beta2 = 0.999."""
+    x, y = TASK.support
+    w, second = W, 0.0
+    for t in (1, 2, 3):
+        gradient = 2 * x * (x * w - y)
+        second = 0.999 * second + 0.001 * gradient**2
+        w -= 0.2 * gradient / (np.sqrt(second / (1 - 0.999**t)) + 1e-8)
+    reptile = algorithms.reptile(slope_learner(), 0.2, num_steps=3)
+    grads, _ = meta_gradient(reptile, slope_params(), batch_of(TASK.episode()))
+    np.testing.assert_allclose(grads.learner.params, W - w, rtol=1e-4)
+
+
+def test_reptile_moves_a_tied_head_by_the_mean_of_its_classes():
+    learner = tied_head(tiny.tanh_net(num_classes=4))
+    sgd = rules.from_optax(optax.sgd(0.3))
+    options = {"num_steps": 2, "train_way": tiny.WAY}
+    reptile = algorithms.reptile(learner, sgd, **options)
+    maml = algorithms.fomaml(learner, 0.3, **options)
+    params = maml.init(jax.random.key(0), EPISODE)
+    adapt = functools.partial(maml.adapt, num_classes=tiny.WAY)
+    end, _ = tiny.quick_jit(adapt)(params, KEY, EPISODE.support)
+    grads, _ = meta_gradient(reptile, params, batch_of(EPISODE))
+    start = params.learner.params["head"]["kernel"]
+    expected = start - end.params["head"]["kernel"].mean(1, keepdims=True)
+    found = grads.learner.params["head"]["kernel"]
+    np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-7)
+
+
+def test_reptile_trains_on_more_shots_and_tests_on_more_steps():
+    reptile = algorithms.reptile(NET, train_shots=10, num_steps=2)
+    assert reptile.train_sampler(Spec()) == Spec(5, 10, 1)
+    assert algorithms.reptile(NET).train_sampler(Spec()) == Spec(5, 1, 1)
+    params = reptile.init(KEY, EPISODE)
+    _, trace = jax.eval_shape(reptile.adapt, params, KEY, EPISODE.support)
+    assert trace.losses.shape == (50,)
+
+
+def test_reptile_and_implicit_maml_gather_no_averages():
+    for factory in (algorithms.reptile, algorithms.implicit_maml):
+        with pytest.raises(ValueError, match=r"gathers no averages .* choose support"):
+            factory(NET, query_norm="frozen")
+
+
+# -- ANIL ------------------------------------------------------------------------------
+
+
+def test_anil_is_softmax_regression_on_fixed_features():
+    """The body stays; the head takes gradient steps, here by hand in float64."""
+    anil = algorithms.anil(NET, 0.3, num_steps=2, head="Dense_1")
+    params = anil.init(jax.random.key(0), EPISODE)
+    adapted = tiny.quick_jit(anil.adapt)(params, KEY, EPISODE.support)[0].params
+    start = params.learner.params
+    for name in ("Dense_0", "BatchNorm_0"):
+        tiny.assert_equal(adapted[name], start[name])
+    x, y = (np.asarray(a, np.float64) for a in EPISODE.support)
+    first, norm = start["Dense_0"], start["BatchNorm_0"]
+    hidden = x @ first["kernel"] + first["bias"]
+    hidden = (hidden - hidden.mean(0)) / np.sqrt(hidden.var(0) + 1e-5)
+    features = np.tanh(hidden * norm["scale"] + norm["bias"])
+    kernel, bias = (np.float64(start["Dense_1"][k]) for k in ("kernel", "bias"))
+    for _ in range(2):
+        scores = np.exp(features @ kernel + bias)
+        error = scores / scores.sum(1, keepdims=True) - np.eye(tiny.WAY)[y.astype(int)]
+        kernel = kernel - 0.3 * features.T @ error / len(y)
+        bias = bias - 0.3 * error.mean(0)
+    np.testing.assert_allclose(adapted["Dense_1"]["kernel"], kernel, rtol=1e-4)
+    np.testing.assert_allclose(adapted["Dense_1"]["bias"], bias, atol=1e-6)
+
+
+def test_anil_needs_parameters_called_head():
+    with pytest.raises(ValueError, match=r"part='head' is in none of the paths"):
+        algorithms.anil(NET).init(KEY, EPISODE)
+
+
+# -- gradient agreement ----------------------------------------------------------------
+
+
+def test_agreement_weights_by_hand():
+    """w_i = sum_j g_i . g_j / sum_k |sum_j g_k . g_j|: here 6, 2 and -2 over 10."""
+    grads = {"a": jnp.array([2.0, 0.5, -1.0]), "b": jnp.array([[1.0], [-0.5], [0.5]])}
+    stacked = np.array([[2.0, 1.0], [0.5, -0.5], [-1.0, 0.5]])
+    products = stacked @ stacked.T
+    expected = products.sum(1) / np.abs(products.sum(1)).sum()
+    np.testing.assert_allclose(agreement_weights(grads), expected, rtol=1e-6)
+    assert expected[2] < 0 < expected[1]
+
+
+def test_a_task_against_the_others_loses_its_say():
+    maml = algorithms.maml(slope_learner(), RATE, num_steps=1)
+    agreed = algorithms.gradient_agreement(maml)
+    near, far = TASK, TASK._replace(query=(1.5, 4.0))
+    both = batch_of(near.episode(), near.episode(), far.episode())
+    each = []
+    for task in (near, near, far):
+        grads, _ = meta_gradient(maml, slope_params(), batch_of(task.episode()))
+        each.append(float(grads.learner.params))
+    grads, metrics = meta_gradient(agreed, slope_params(), both)
+    products = np.array(each) * np.sum(each)
+    weights = products / np.abs(products).sum()
+    np.testing.assert_allclose(grads.learner.params, np.sum(weights * each), rtol=1e-5)
+    np.testing.assert_allclose(metrics["tasks_against"], np.mean(weights < 0))
+    assert metrics["tasks_against"] > 0
+
+
+def test_agreement_refuses_what_has_no_gradients_to_weigh():
+    with pytest.raises(ValueError, match=r"give it an algorithm that is meta-trained"):
+        algorithms.gradient_agreement(algorithms.nearest_neighbour())
+
+
+# -- implicit MAML ---------------------------------------------------------------------
+
+
+def test_implicit_maml_on_a_parabola_in_closed_form():
+    """w* = (2 x y + s W) / (2 x^2 + s), so dw*/dW = s / (2 x^2 + s)."""
+    (x, y), (u, v) = TASK
+    strength = 3.0
+    end = (2 * x * y + strength * W) / (2 * x**2 + strength)
+    expected = 2 * u * (u * end - v) * strength / (2 * x**2 + strength)
+    imaml = algorithms.implicit_maml(
+        slope_learner(), RATE, strength=strength, num_steps=60
+    )
+    grads, _ = meta_gradient(imaml, slope_params(), batch_of(TASK.episode()))
+    np.testing.assert_allclose(grads.learner.params, expected, rtol=1e-4)
+
+
+def test_implicit_maml_is_the_slope_of_the_fully_converged_inner_solution():
+    """Against central differences of numpy's float64 minimiser."""
+    net, strength = reference.TanhNet(tiny.FEATURES, 2, tiny.WAY), 1.5
+    support, query = (
+        net.objective(np.asarray(b.x, np.float64), np.asarray(b.y)) for b in EPISODE
+    )
+
+    def converged(theta):
+        phi = theta
+        for _ in range(100):
+            phi = phi - 0.35 * (support(phi)[1] + strength * (phi - theta))
+        return phi
+
+    rng = np.random.default_rng(0)
+    theta = 0.5 * rng.normal(size=net.size)
+    slope = support(converged(theta))[1] + strength * (converged(theta) - theta)
+    assert np.abs(slope).max() < 1e-10
+    expected = reference.central_difference(
+        lambda at: query(converged(at))[0], theta, 1e-3
+    )
+    params = jax.tree.map(jnp.float32, net.unpack(theta))
+    imaml = algorithms.implicit_maml(
+        tiny.tanh_net(2), 0.35, strength=strength, num_steps=60, cg_steps=net.size
+    )
+    start = MetaParams(LearnerState(params, {}, {}), ())
+    grads, _ = meta_gradient(imaml, start, batch_of(EPISODE))
+    found = np.concatenate(
+        [np.ravel(leaf) for leaf in jax.tree.leaves(grads.learner.params)]
+    )
+    np.testing.assert_allclose(found, expected, atol=3e-5)
+    plain = query(converged(theta))[1]  # first-order MAML's answer is another
+    assert np.abs(plain - expected).max() > 1e-2
+
+
+def test_implicit_maml_normalises_training_queries_as_asked():
+    losses = []
+    for norm in ("transductive", "support"):
+        algorithm = algorithms.implicit_maml(NET, num_steps=1, train_query_norm=norm)
+        _, metrics = meta_gradient(algorithm, meta_params("maml"), batch_of(EPISODE))
+        losses.append(metrics["loss"])
+    assert abs(losses[0] - losses[1]) > 1e-3
+
+
+def test_implicit_maml_refuses():
+    for options in ({"strength": 0.0}, {"cg_steps": 0}):
+        with pytest.raises(ValueError, match=r"choose a pull above 0 and at least 1"):
+            algorithms.implicit_maml(NET, **options)
+    with pytest.raises(ValueError, match=r"train_query_norm='frozen': implicit_maml"):
+        algorithms.implicit_maml(NET, train_query_norm="frozen")
+    pull = proximal_pull(1.0)
+    with pytest.raises(ValueError, match=r"proximal_pull needs params"):
+        pull.update(jnp.ones(2), pull.init(jnp.ones(2)))
+
+
+def test_the_pull_towards_the_start_is_the_gradient_of_its_square():
+    pull = proximal_pull(2.0)
+    start, now = jnp.array([1.0, -1.0]), jnp.array([1.5, 0.0])
+    out, _ = pull.update(jnp.array([0.1, 0.1]), pull.init(start), now)
+    np.testing.assert_allclose(out, [1.1, 2.1], rtol=1e-6)
