@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from experiments.config import Config, as_flags, may_change, parse
+from experiments.memory import keep_freed_memory
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -93,4 +94,5 @@ def require_tensorboard() -> None:
 
 
 if __name__ == "__main__":
+    keep_freed_memory()
     sys.exit(main())

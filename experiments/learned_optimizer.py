@@ -22,6 +22,7 @@ import traceback
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from experiments.memory import keep_freed_memory
 from experiments.optimizers.config import Config, may_change, parse
 
 if TYPE_CHECKING:
@@ -93,4 +94,5 @@ def _as_flags(message: str) -> str:
 
 
 if __name__ == "__main__":
+    keep_freed_memory()
     sys.exit(main())

@@ -25,7 +25,8 @@ LAYERS = (
     {"training"},
     {"runs"},
     {"metalstm"},  # the package's __init__ gathers the public names
-    {"experiments", "benchmarks"},
+    {"experiments"},
+    {"benchmarks"},  # starts its processes as experiments does
 )
 RANK = {name: rank for rank, layer in enumerate(LAYERS) for name in layer}
 HEAVY = {"matplotlib", "orbax", "tensorflow", "tensorflow_datasets"}
