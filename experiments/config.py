@@ -31,6 +31,8 @@ METHODS = {
     "matching": "attention over support images by cosine, scale learned",
     "matching-euclidean": "the same by squared distance",
     "matching-fce": "the same by cosine of full context embeddings",
+    "relation": "a network compares feature maps, squared error",
+    "relation-softmax": "the same, cross-entropy over classes",
     "sgd": "SGD from the first learned theta_0 of the list, rate tuned on validation",
     "momentum": "likewise",
     "adagrad": "likewise",

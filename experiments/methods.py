@@ -25,6 +25,8 @@ COMPARING: dict[str, tuple[str, Spec]] = {
     "matching": ("matching", {}),
     "matching-euclidean": ("matching", {"distance": "euclidean"}),
     "matching-fce": ("matching", {"context_steps": 3}),
+    "relation": ("relation", {}),
+    "relation-softmax": ("relation", {"loss": "cross_entropy"}),
 }
 
 
@@ -46,6 +48,8 @@ def _spec(name: str, config: Config) -> Spec:
         options: Spec = own | {"train_way": config.methods.train_way or way}
         options |= {"train_queries": config.data.train_queries}
         spec["algorithm"] = {"name": constructor, "options": options}
+        if constructor == "relation":
+            spec |= _relation(config)
     elif name == "meta-lstm":
         spec["rule"] = {"name": "lstm_gates", "options": _gates(config)}
         options = inner | second | {"learn_init": not config.methods.draw_init}
@@ -119,6 +123,21 @@ def _body(config: Config) -> Spec:
         "final_relu": options.final_relu,
     }
     return {"name": "conv4", "options": shared | own}
+
+
+def _relation(config: Config) -> Spec:
+    """Feature maps, halved twice as published, and the network that compares them."""
+    learner, options = _learner(config), config.learner
+    if learner["name"] == "conv4":
+        learner["options"] |= {"feature_maps": True}
+        learner["options"] |= {"num_halvings": min(2, options.blocks)}
+    net = {
+        "filters": options.filters,
+        "norm": options.norm,
+        "scale_init": options.scale_init,
+        "initializer": options.initializer,
+    }
+    return {"learner": learner, "relation_net": net}
 
 
 def _inner_loop(config: Config) -> dict[str, Any]:

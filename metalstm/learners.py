@@ -22,15 +22,17 @@ from flax import linen as nn
 
 from metalstm.base import Array, Learner, LearnerState, Norm, PyTree
 from metalstm.heads import tied_head
-from metalstm.networks import MLP, Conv4, ResNet12
+from metalstm.networks import MLP, Conv4, RelationNet, ResNet12
 
 __all__ = [
     "MLP",
     "Conv4",
+    "RelationNet",
     "ResNet12",
     "conv4",
     "from_flax",
     "mlp",
+    "relation_net",
     "resnet12",
     "tied_head",
 ]
@@ -46,6 +48,11 @@ def mlp(
 ) -> Learner:
     """A multi-layer perceptron; ``options`` are `MLP`'s attributes."""
     return from_flax(MLP(num_classes=num_classes, widths=tuple(widths), **options))
+
+
+def relation_net(**options: Any) -> Learner:
+    """The module that scores pairs; ``options`` are `RelationNet`'s attributes."""
+    return from_flax(RelationNet(**options))
 
 
 def resnet12(num_classes: int | None, **options: Any) -> Learner:

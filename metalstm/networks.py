@@ -19,7 +19,7 @@ from metalstm.base import Array
 from metalstm.convolution import Method, conv2d
 from metalstm.pooling import max_pool
 
-__all__ = ["MLP", "Conv4", "ResNet12"]
+__all__ = ["MLP", "Conv4", "RelationNet", "ResNet12"]
 
 NormKind = Literal["batch", "group", "layer", "none"]
 Initializer = Literal["torch", "flax"]
@@ -42,6 +42,8 @@ class Conv4(nn.Module):
       scale_init: of the norm's scale, "ones" or "uniform" for U(0, 1).
       final_relu: False leaves the last block's ReLU out: features keep their sign.
       zero_head: start from equal scores for every class.
+      num_halvings: only the first so many blocks halve; None: all.
+      feature_maps: without a head, return maps [N, h, w, filters], not flattened.
       method: see `metalstm.convolution.conv2d`; None lets the backend choose.
     """
 
@@ -56,9 +58,16 @@ class Conv4(nn.Module):
     scale_init: Literal["ones", "uniform"] = "ones"
     final_relu: bool = True
     zero_head: bool = False
+    num_halvings: int | None = None
+    feature_maps: bool = False
     method: Method | None = None
 
     def __post_init__(self):
+        if self.feature_maps and self.num_classes is not None:
+            raise ValueError(
+                f"feature_maps=True leaves no place for num_classes={self.num_classes}:"
+                " choose num_classes=None"
+            )
         _one_of("downsample", self.downsample, ("max_pool", "stride"))
         _one_of("norm", self.norm, ("batch", "group", "layer", "none"))
         _one_of("initializer", self.initializer, ("torch", "flax"))
@@ -67,12 +76,15 @@ class Conv4(nn.Module):
 
     @nn.compact
     def __call__(self, x: Array, train: bool) -> Array:
-        pooled = self.downsample == "max_pool"
-        _check_images(x, 2**self.num_blocks if pooled else 1)
+        halvings = self.num_blocks if self.num_halvings is None else self.num_halvings
+        pools = self.downsample == "max_pool"
+        _check_images(x, 2**halvings if pools else 1)
         for index in range(1, self.num_blocks + 1):
+            halves = index <= halvings
+            pooled = pools and halves
             x, bias = _Conv(
                 self.filters,
-                strides=1 if pooled else 2,
+                strides=2 if halves and not pools else 1,
                 initializer=self.initializer,
                 method=self.method,
                 name=f"conv{index}",
@@ -80,7 +92,55 @@ class Conv4(nn.Module):
             x = _norm(self, f"norm{index}", x, bias, train, pooled)
             if index < self.num_blocks or self.final_relu:
                 x = jax.nn.relu(x)
-        return _head(self, x.reshape(x.shape[0], -1))
+        return x if self.feature_maps else _head(self, x.reshape(x.shape[0], -1))
+
+
+class RelationNet(nn.Module):
+    """The relation module of Sung et al. (2018): how alike are the two of a pair?
+
+    Maps [P, h, w, 2 c] go through two blocks of 3x3 convolution, norm, ReLU and 2x2
+    max-pool (where there are 2 x 2 pixels left), vectors [P, 2 d] through a hidden
+    layer of ``filters`` units; then come a layer of ``hidden`` units, ReLU, and one
+    output [P, 1], a logit. Other attributes are `Conv4`'s.
+    """
+
+    filters: int = 64
+    hidden: int = 8
+    norm: NormKind = "batch"
+    epsilon: float = 1e-3
+    momentum: float = 0.05
+    initializer: Initializer = "torch"
+    scale_init: Literal["ones", "uniform"] = "ones"
+    method: Method | None = None
+
+    def __post_init__(self):
+        _one_of("norm", self.norm, ("batch", "group", "layer", "none"))
+        _one_of("initializer", self.initializer, ("torch", "flax"))
+        _one_of("scale_init", self.scale_init, ("ones", "uniform"))
+        super().__post_init__()
+
+    @nn.compact
+    def __call__(self, x: Array, train: bool) -> Array:
+        if x.ndim == 4:
+            for index in (1, 2):
+                pooled = min(x.shape[1:3]) >= 2
+                conv = _Conv(
+                    self.filters,
+                    initializer=self.initializer,
+                    method=self.method,
+                    name=f"conv{index}",
+                )
+                x, bias = conv(x)
+                x = _norm(self, f"norm{index}", x, bias, train, pooled)
+                x = jax.nn.relu(x)
+            x = x.reshape(x.shape[0], -1)
+        else:
+            x = jax.nn.relu(self._dense(self.filters, x, "dense"))
+        x = jax.nn.relu(self._dense(self.hidden, x, "hidden"))
+        return self._dense(1, x, "output")
+
+    def _dense(self, width: int, x: Array, name: str) -> Array:
+        return _dense(width, x.shape[-1], self.initializer, name=name)(x)
 
 
 class MLP(nn.Module):

@@ -56,6 +56,7 @@ OPTIMIZERS: dict[str, Callable[..., optax.GradientTransformation]] = {
 COMPARING: dict[str, Callable[..., MetaAlgorithm]] = {
     "matching": algorithms.matching,
     "prototypical": algorithms.prototypical,
+    "relation": algorithms.relation,
 }
 # methods that adapt a learner, with a rule of their own
 ADAPTING: dict[str, Callable[..., MetaAlgorithm]] = {
@@ -103,6 +104,9 @@ def build_algorithm(spec: Mapping[str, Any]) -> MetaAlgorithm:
     options = _tuples(spec["algorithm"].get("options", {}))
     if name == "nearest_neighbour":
         return algorithms.nearest_neighbour()
+    if "relation_net" in spec:
+        net = _tuples(spec["relation_net"])
+        options["relation_net"] = learners.relation_net(**net)
     if name in COMPARING:
         return COMPARING[name](build_learner(spec["learner"], None), **options)
     learner = build_learner(spec["learner"], spec["way"])

@@ -5,6 +5,8 @@ Written from the papers. N support images, M queries, d features.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 from reference import Lstm
 
@@ -48,6 +50,27 @@ def matching(
         for weight, label in zip(attention, labels, strict=True):
             row[label] += weight
     return out
+
+
+def relation(
+    support: Array,
+    labels: Array,
+    query: Array,
+    way: int,
+    net: Callable[[Array], float],
+) -> Array:
+    """Sung et al. (2018), equation 1, of mean embeddings: logits [M, way]."""
+    means = [support[labels == k].mean(0) for k in range(way)]
+    return np.array([[net(np.concatenate([c, q])) for c in means] for q in query])
+
+
+def relation_loss(logits: Array, targets: Array) -> float:
+    """Equation 2, a mean over queries of the sum over classes."""
+    total = 0.0
+    for row, target in zip(logits, targets, strict=True):
+        for k, logit in enumerate(row):
+            total += (1 / (1 + np.exp(-logit)) - float(k == target)) ** 2
+    return total / len(targets)
 
 
 def support_in_context(support: Array, forward: Lstm, backward: Lstm) -> Array:

@@ -25,7 +25,7 @@ from metalstm.base import (
     make_algorithm,
     map_tasks,
 )
-from metalstm.learners import tied_head
+from metalstm.learners import mlp, tied_head
 
 NET = tiny.norm_net()
 GATES = rules.lstm_gates(hidden_size=2, input_bias=(-1.0, 0.0))
@@ -77,12 +77,21 @@ CASES = {
     "prototypical_cosine": Case(algorithms.prototypical(NET, distance="cosine")),
     "matching": Case(algorithms.matching(NET)),
     "matching_fce": Case(algorithms.matching(NET, context_steps=2)),
+    "relation": Case(
+        algorithms.relation(NET, mlp(1, (4,), initializer="torch"), train_way=tiny.WAY)
+    ),
     "nearest_neighbour": Case(algorithms.nearest_neighbour()),
     "from_scratch": Case(
         algorithms.from_scratch(NET, rules.from_optax(optax.sgd(0.3)), **STEPS)
     ),
 }
-COMPARING = ("prototypical", "prototypical_cosine", "matching", "matching_fce")
+COMPARING = (
+    "prototypical",
+    "prototypical_cosine",
+    "matching",
+    "matching_fce",
+    "relation",
+)
 TRAINED = [name for name, case in CASES.items() if case.algorithm.trainable]
 EPISODE = tiny.episode(queries=2)
 KEY = jax.random.key(7)

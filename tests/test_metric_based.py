@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from typing import NamedTuple
 
 import jax
@@ -12,8 +13,11 @@ import reference_metric as reference
 import tiny
 from reference import Lstm
 
-from metalstm import algorithms
-from metalstm.base import Batch, Learner, LearnerState
+from experiments import methods
+from experiments.config import parse
+from metalstm import algorithms, runs
+from metalstm.base import Batch, Episode, Learner, LearnerState
+from metalstm.learners import conv4, mlp, relation_net
 
 KEY = jax.random.key(5)
 # noise, so that no loss is near zero
@@ -154,6 +158,76 @@ def test_full_context_embeddings_read_the_order_of_the_support_set():
         assert (difference > 1e-2) == differs
 
 
+def test_relation_networks_score_pairs_of_a_class_and_a_query():
+    net = mlp(1, (3,), initializer="torch")
+    squared = algorithms.relation(IDENTITY, net, train_way=tiny.WAY)
+    params = squared.init(KEY, EPISODE)
+    weights = jax.tree.map(
+        lambda leaf: np.asarray(leaf, np.float64), params.params["comparison"]
+    )
+
+    def by_hand(pair: np.ndarray) -> float:
+        hidden = pair @ weights["dense1"]["kernel"] + weights["dense1"]["bias"]
+        out = np.maximum(hidden, 0) @ weights["head"]["kernel"]
+        return float((out + weights["head"]["bias"])[0])
+
+    expected = reference.relation(*TASK[:3], tiny.WAY, by_hand)
+    np.testing.assert_allclose(scores(squared, params), expected, rtol=1e-5, atol=1e-6)
+    by_equation = reference.relation_loss(expected, TASK.targets)
+    np.testing.assert_allclose(loss(squared, params), by_equation, rtol=1e-5)
+    softmax = algorithms.relation(
+        IDENTITY, net, train_way=tiny.WAY, loss="cross_entropy"
+    )
+    np.testing.assert_allclose(
+        loss(softmax, params), cross_entropy(expected), rtol=1e-5
+    )
+
+
+def test_relation_networks_on_maps_are_the_published_ones():
+    embedding = conv4(None, 64, num_halvings=2, feature_maps=True)
+    algorithm = algorithms.relation(embedding, relation_net(), train_way=5)
+    images = Batch(jnp.zeros((5, 28, 28, 1)), jnp.arange(5))
+
+    def run():
+        params = algorithm.init(KEY, Episode(images, images))
+        out = algorithm.predict(params, KEY, images, images.x, num_classes=5)
+        return params, out
+
+    params, out = jax.eval_shape(run)
+    assert out.shape == (5, 5)
+    count = lambda tree: sum(leaf.size for leaf in jax.tree.leaves(tree))  # noqa: E731
+    first, other = 9 * 64 + 3 * 64, 9 * 64 * 64 + 3 * 64
+    assert count(params.params["embedding"]) == first + 3 * other
+    # 7 x 7 maps become 3 x 3, then one pixel of 64 features
+    pair = 9 * 128 * 64 + 3 * 64
+    assert count(params.params["comparison"]) == pair + other + 64 * 8 + 8 + 8 + 1
+    assert set(params.stats["comparison"]) == {"norm1", "norm2"}
+
+
+@pytest.mark.parametrize("shape", [(2, 3, 3, 4), (2, 6)])
+def test_a_relation_net_takes_maps_and_vectors(shape):
+    net = relation_net(filters=4, norm="layer")
+    x = jax.random.normal(KEY, shape)
+    state = net.init(KEY, x)
+    out, _ = tiny.quick_jit(lambda x: net.apply(state, x, norm="stored"))(x)
+    assert out.shape == (2, 1)
+    assert out[0] != out[1]
+
+
+def test_what_relation_networks_refuse():
+    with pytest.raises(ValueError, match=r"loss='hinge': choose squared or cross_e"):
+        algorithms.relation(IDENTITY, mlp(1), train_way=3, loss="hinge")
+    algorithm = algorithms.relation(IDENTITY, mlp(2), train_way=3)
+    params = algorithm.init(KEY, EPISODE)
+    with pytest.raises(ValueError, match=r"returned shape \(27, 2\) for 27 pairs"):
+        algorithm.loss(params, KEY, EPISODE)
+    with pytest.raises(ValueError, match=r"leaves no place for num_classes=5"):
+        conv4(5, feature_maps=True)
+    for name in ("norm", "initializer", "scale_init"):
+        with pytest.raises(ValueError, match=rf"{name}='no': choose one of"):
+            relation_net(**{name: "no"})
+
+
 def test_what_matching_and_comparisons_refuse():
     with pytest.raises(ValueError, match=r"context_steps=0: choose 1 or more, or None"):
         algorithms.matching(IDENTITY, context_steps=0)
@@ -185,3 +259,24 @@ def test_features_of_zero_have_a_finite_derivative():
 
     gradient = jax.grad(lambda x: unit(x).sum())(jnp.zeros(3))
     assert np.all(np.isfinite(gradient))
+
+
+@pytest.mark.parametrize("name", sorted(methods.COMPARING))
+@pytest.mark.parametrize("learner", ["conv4", "mlp"])
+def test_the_command_line_builds_every_method_for_any_way(name, learner):
+    line = f"--algorithms {name} --way 3 --train-way 4 --filters 2 --learner {learner}"
+    spec = json.loads(json.dumps(methods.method_specs(parse(line.split()))[name]))
+    algorithm = runs.build_algorithm(spec)
+    assert runs.any_way(spec)
+    four = runs.example_episode((28, 28, 1), 4)
+    five = runs.example_episode((28, 28, 1), 5)
+
+    def run():
+        params = algorithm.init(KEY, four)
+        value, _ = algorithm.loss(params, KEY, four)
+        out = algorithm.predict(params, KEY, five.support, five.query.x, num_classes=5)
+        return value, out
+
+    value, out = jax.eval_shape(run)
+    assert value.shape == ()
+    assert out.shape == (5, 5)

@@ -15,6 +15,7 @@ from metalstm.algorithms.metric_based import (
     matching,
     nearest_neighbour,
     prototypical,
+    relation,
 )
 from metalstm.algorithms.optimizer_training import InnerRuns, learned_optimizer
 from metalstm.algorithms.proximal import implicit_maml
@@ -34,5 +35,6 @@ __all__ = [
     "meta_sgd",
     "nearest_neighbour",
     "prototypical",
+    "relation",
     "reptile",
 ]

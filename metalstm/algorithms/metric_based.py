@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 import jax
 import jax.numpy as jnp
 
+from metalstm.algorithms.common import task_loss
 from metalstm.algorithms.comparing import (
+    Compared,
+    Comparison,
     Distance,
     Scale,
     class_means,
@@ -22,9 +27,9 @@ from metalstm.algorithms.full_context import (
     query_in_context,
     support_in_context,
 )
-from metalstm.base import Array, Batch, Learner, MetaAlgorithm, make_algorithm
+from metalstm.base import Array, Batch, Learner, MetaAlgorithm, Norm, make_algorithm
 
-__all__ = ["matching", "nearest_neighbour", "prototypical"]
+__all__ = ["matching", "nearest_neighbour", "prototypical", "relation"]
 
 
 def nearest_neighbour() -> MetaAlgorithm:
@@ -144,6 +149,74 @@ def _log_share_of_classes(similarity: Array, labels: Array, way: int) -> Array:
     # finite where a class has no image, so that the derivative is too
     masked = jnp.where(own[None], log_weights[:, None, :], -1e9)
     return jax.nn.logsumexp(masked, -1)
+
+
+def relation(
+    learner: Learner,
+    relation_net: Learner,
+    *,
+    train_way: int,
+    loss: Literal["squared", "cross_entropy"] = "squared",
+    train_queries: int | None = None,
+) -> MetaAlgorithm:
+    """Relation networks (Sung et al., 2018): a network learns how to compare.
+
+    Scores are the logits g([c_k, f(x)]) of each class's mean embedding c_k and the
+    query's, side by side along the last axis (equation 1; the paper's *sum* over a
+    class's images would have another size at another shot).
+
+    Args:
+      learner: its outputs are the embedding f: maps [N, h, w, c] as published
+        (`learners.conv4` with ``feature_maps=True, num_halvings=2``), or vectors.
+      relation_net: g, from pairs [P, ..., 2 c] to [P, 1]; see `learners.relation_net`.
+        Its batch statistics are those of all pairs of a meta-training task.
+      train_way: classes in a meta-training task. Needed: a pair with a class that is
+        not there would count in those statistics.
+      loss: "squared": of the sigmoid to 1 for the query's class and 0 for the others,
+        summed over classes (equation 2); "cross_entropy": softmax over classes (Chen
+        et al., 2019).
+      train_queries: queries a class in meta-training.
+
+    Raises:
+      ValueError: at construction for another loss; when traced for a relation_net with
+        another number of outputs.
+    """
+    if loss not in ("squared", "cross_entropy"):
+        raise ValueError(f"loss={loss!r}: choose squared or cross_entropy")
+
+    def init(key: Array, embedded: Array):
+        return relation_net.init(key, jnp.concatenate([embedded, embedded], -1))
+
+    def apply(state, support, labels, query, *, way: int, norm: Norm):
+        prototypes = class_means(support, labels, way)
+        shape = (query.shape[0], *prototypes.shape)
+        pairs = [
+            jnp.broadcast_to(prototypes[None], shape),
+            jnp.broadcast_to(query[:, None], shape),
+        ]
+        flat = jnp.concatenate(pairs, -1).reshape(-1, *shape[2:-1], 2 * shape[-1])
+        logits, state = relation_net.apply(state, flat, norm=norm)
+        if logits.shape != (flat.shape[0], 1):
+            raise ValueError(
+                f"relation_net returned shape {logits.shape} for {flat.shape[0]} pairs:"
+                " it must return one logit a pair, [P, 1]"
+            )
+        return logits.reshape(shape[:2]), state
+
+    def loss_fn(compared: Compared) -> Array:
+        if loss == "cross_entropy":
+            return task_loss(compared.scores, compared.targets)
+        is_class = jax.nn.one_hot(compared.targets, train_way)
+        errors = jax.nn.sigmoid(compared.scores) - is_class
+        return jnp.square(errors).sum(-1).mean()
+
+    return compare_embeddings(
+        learner,
+        Comparison(apply, init),
+        loss_fn=loss_fn,
+        train_way=train_way,
+        train_queries=train_queries,
+    )
 
 
 def _scale_of(distance: Distance, scale: Scale):
