@@ -35,7 +35,7 @@ def lstm_step(
 ) -> tuple[Array, Array]:
     """Return the new (hidden, cell), [H, N] each.
 
-    Its derivative is written by hand below. JAX's own keeps some fifteen arrays [H, N]
+    Its derivative is written by hand below. JAX's own keeps fourteen arrays [H, N]
     of a step for the way back, and XLA:CPU computes the gates once for each of their
     uses; this keeps six (back-propagation through 12 updates of `lstm_gates` was 1.3
     times faster, and a meta-step of the published 1-shot recipe 1.2 times).
