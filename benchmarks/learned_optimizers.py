@@ -21,6 +21,7 @@ import sys
 import time
 
 from benchmarks.episodes import probe
+from experiments.memory import keep_freed_memory
 
 __all__ = ["main"]
 
@@ -124,6 +125,7 @@ def main() -> None:
     parser.add_argument("--row", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.row:
+        keep_freed_memory()
         print(json.dumps(measure(arguments.row, arguments.seconds)))
         return
     print(
