@@ -21,7 +21,7 @@ from experiments.meta_training import (
     make_programs,
     meta_train,
 )
-from experiments.methods import method_specs
+from experiments.methods import method_specs, pretraining
 from experiments.run_folder import Metrics, write_json
 from experiments.sources import Source
 from metalstm import plots
@@ -37,11 +37,13 @@ def run_seed(
     programs: dict[str, Programs] | None = None,
 ) -> Results:
     """One seed, one folder. ``programs`` keeps what is compiled for the next seed."""
-    specs = method_specs(config)
+    specs = method_specs(config, source.num_train_classes)
     write_config(config, source, folder)
     programs = {} if programs is None else programs
     for name, spec in specs.items():
-        programs.setdefault(name, make_programs(spec, config, source))
+        for own, of in ((name, spec), *_pretrainings(spec)):
+            if own not in programs:
+                programs[own] = make_programs(of, config, source)
     metrics = Metrics(folder, tensorboard=config.run.tensorboard)
     try:
         found = _learn(config, source, folder, programs, metrics)
@@ -93,7 +95,7 @@ def write_config(config: Config, source: Source, folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     document = {
         "config": to_json(config),
-        "methods": method_specs(config),
+        "methods": method_specs(config, source.num_train_classes),
         "data": source.describe(),
         "versions": report.versions(),
     }
@@ -118,14 +120,26 @@ def _learn(
 ) -> _Found:
     found = _Found()
     names = config.methods.algorithms
-    for name in (n for n in names if programs[n].algorithm.trainable):
+    specs = method_specs(config, source.num_train_classes)
+
+    def train(name: str) -> Trained:
         trained = meta_train(name, programs[name], config, source, folder, metrics)
-        found.trained[name], found[name] = trained, trained.params
         print(
             f"{name}, best on validation: episode {trained.best_episode:,} "
             f"({100 * trained.best_mean:.1f} ± {100 * trained.best_ci95:.1f}%)",
             flush=True,
         )
+        return trained
+
+    shared: dict[str, Trained] = {}
+    for name in (n for n in names if programs[n].algorithm.trainable):
+        donors = [own for own, _ in _pretrainings(specs[name])]
+        for own in (own for own in donors if own not in shared):
+            shared[own] = train(own)
+        trained = shared[donors[0]] if donors else train(name)
+        found.trained[name], found[name] = trained, trained.params
+        if donors:
+            _transfer(name, config, source, folder, programs, found)
     for name in (n for n in names if not programs[n].algorithm.trainable):
         algorithm, evaluate = programs[name].algorithm, programs[name].evaluate
         params = meta_testing.untrained_params(name, algorithm, config, source, found)
@@ -138,6 +152,36 @@ def _learn(
     return found
 
 
+def _pretrainings(spec: dict[str, Any]) -> list[tuple[str, dict[str, Any]]]:
+    shared = pretraining(spec)
+    return [] if shared is None else [shared]
+
+
+def _transfer(
+    name: str,
+    config: Config,
+    source: Source,
+    folder: Path,
+    programs: Mapping[str, Programs],
+    found: _Found,
+) -> None:
+    """Put a floor's own rule beside the shared features, tuned on validation."""
+    algorithm, evaluate = programs[name].algorithm, programs[name].evaluate
+    own = meta_testing.untrained_params(name, algorithm, config, source, found)
+    params = own._replace(learner=found[name].learner)
+    kept: dict[str, Any] = {}
+    if name in meta_testing.RATE_GRIDS:
+        tuned = meta_testing.tune_rate(name, params, evaluate, config, source)
+        params, found.tuned[name] = tuned.params, tuned
+        kept = {"rate": tuned.rate, "steps": tuned.steps}
+        print(
+            f"{name}, best on validation: rate {tuned.rate:.3g}, {tuned.steps} steps",
+            flush=True,
+        )
+    meta_testing.save_best(folder, name, params, **kept)
+    found[name] = params
+
+
 def _test(
     config: Config,
     source: Source,
@@ -148,7 +192,7 @@ def _test(
     evaluations: dict[str, metalstm.Evaluation] = {}
     methods: dict[str, Any] = {}
     rows = []
-    specs = method_specs(config)
+    specs = method_specs(config, source.num_train_classes)
     for name in config.methods.algorithms:
         begun = time.monotonic()
         evaluation = programs[name].evaluate(
@@ -196,17 +240,21 @@ def _test(
 
 
 def _meta_training(found: _Found, name: str) -> dict[str, Any] | None:
+    chosen: dict[str, Any] = {}
     if name in found.tuned:
         tuned = found.tuned[name]
-        return {
+        chosen = {
             "rate": tuned.rate,
             "tried": {str(k): v for k, v in tuned.tried.items()},
         }
+        if tuned.tried_steps is not None:
+            tried = {str(k): v for k, v in tuned.tried_steps.items()}
+            chosen |= {"steps": tuned.steps, "tried_steps": tried}
     if name not in found.trained:
-        return None
+        return chosen or None
     trained = found.trained[name]
     speed = trained.episodes_per_second
-    return {
+    return chosen | {
         "episodes": trained.episodes,
         "wall_seconds": round(trained.seconds, 3),
         "episodes_per_second": round(speed, 3) if math.isfinite(speed) else None,
@@ -237,7 +285,7 @@ def _draw(
             print(report.gate_line(summary), flush=True)
             figure = plots.gate_curves(gates.forget, gates.input, gates.layers)
             files.append(report.save_figure(figure, folder / "gates.png"))
-    name, spec = next(iter(method_specs(config).items()))
+    name, spec = next(iter(method_specs(config, source.num_train_classes).items()))
     picture = meta_testing.one_episode(
         spec, programs[name].algorithm, found[name], source
     )

@@ -39,6 +39,12 @@ METHODS = {
     "adadelta": "likewise",
     "adam": "likewise",
     "scratch": "a fresh learner trained on the support set, rate tuned on validation",
+    "feature-neighbour": "the closest support image in pre-trained features",
+    "feature-centroid": "the closest class mean in pre-trained features",
+    "feature-cosine": "the class mean of largest cosine in pre-trained features",
+    "finetune-head": "a new head on pre-trained features, rate and steps tuned",
+    "finetune-all": "the whole pre-trained network, rate and steps tuned",
+    "baseline++": "finetune-head with cosines for scores, also in pre-training",
     "nearest-neighbour": "the closest support image in pixels",
 }
 LEARNS_INIT = (
@@ -158,6 +164,8 @@ class Methods:
     """meta-lstm: draw theta_0 afresh for every episode and learn the rule alone."""
     scratch_steps: int = 50
     """Updates of scratch."""
+    finetune_steps: int = 100
+    """Updates of finetune-head, finetune-all and baseline++, at most."""
     train_way: int | None = None
     """Classes of a meta-training episode, for methods that compare embeddings or with
     --tied-head; default --way."""
@@ -420,8 +428,9 @@ def _check_ranges(config: Config) -> None:
     at_least = {
         "way": 2, "shot": 1, "queries": 1, "train_queries": 1, "image_size": 8,
         "filters": 1, "blocks": 1, "steps": 1, "test_steps": 1, "support_batch": 1,
-        "scratch_steps": 1, "train_way": 2, "train_shots": 1, "train_batch": 1,
-        "hidden": 0, "meta_batch": 1, "clip": 0, "accumulate_tasks": 1,
+        "scratch_steps": 1, "finetune_steps": 1, "train_way": 2, "train_shots": 1,
+        "train_batch": 1, "hidden": 0, "meta_batch": 1, "clip": 0,
+        "accumulate_tasks": 1,
         "steps_per_call": 1, "validate_every": 1,
         "validation_episodes": 2, "save_every": 1, "test_episodes": 2, "test_batch": 1,
         "episodes": 1, "seeds": 1, "seed": 0, "test_seed": 0,

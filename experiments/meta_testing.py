@@ -21,6 +21,7 @@ from metalstm.data import episode_key
 from metalstm.plots import layer_groups
 from metalstm.runs import build_learner, example_episode
 
+_STEP_SHARES = (0.05, 0.2, 0.5)  # of --finetune-steps, beside all of them
 _MOST_EXTENSIONS = 4  # of a grid whose best is at its edge
 
 
@@ -28,6 +29,8 @@ class Tuned(NamedTuple):
     params: PyTree
     rate: float
     tried: dict[float, float]  # rate -> validation accuracy
+    steps: int | None = None  # of fine-tuning
+    tried_steps: dict[int, float] | None = None
 
 
 def theta_donor(methods: Sequence[str]) -> str | None:
@@ -60,11 +63,14 @@ def tune_rate(
     config: Config,
     source: Source,
 ) -> Tuned:
-    """Choose the learning rate on meta-validation, from a grid that brackets it."""
+    """Choose the learning rate on meta-validation, from a grid that brackets it.
 
-    def score(rate: float) -> float:
+    Where the rule knows a number of steps, that is chosen next, at the best rate.
+    """
+
+    def score(rate: float, steps: int | None = None) -> float:
         result = evaluate(
-            with_rate(params, rate),
+            with_rate(params, rate, steps),
             source.dataset.validation,
             num_episodes=config.budget.validation_episodes,
             split="validation",
@@ -72,7 +78,14 @@ def tune_rate(
         return result.mean
 
     rate, tried = bracketed_best(RATE_GRIDS[method], score)
-    return Tuned(with_rate(params, rate), rate, tried)
+    if "num_steps" not in params.rule:
+        return Tuned(with_rate(params, rate), rate, tried)
+    most = config.methods.finetune_steps
+    fewer = {max(1, round(share * most)) for share in _STEP_SHARES} - {most}
+    tried_steps = {steps: score(rate, steps) for steps in sorted(fewer)}
+    tried_steps[most] = tried[rate]
+    steps = max(tried_steps, key=lambda steps: tried_steps[steps])
+    return Tuned(with_rate(params, rate, steps), rate, tried, steps, tried_steps)
 
 
 def bracketed_best(
@@ -93,8 +106,11 @@ def bracketed_best(
     return max(tried, key=lambda rate: tried[rate]), tried
 
 
-def with_rate(params: MetaParams, rate: float) -> MetaParams:
-    return params._replace(rule={"learning_rate": jnp.float32(rate)})
+def with_rate(params: MetaParams, rate: float, steps: int | None = None) -> MetaParams:
+    rule = params.rule | {"learning_rate": jnp.float32(rate)}
+    if steps is not None:
+        rule["num_steps"] = jnp.float32(steps)
+    return params._replace(rule=rule)
 
 
 def save_best(folder: Path, method: str, params: PyTree, **metadata: Any) -> None:
@@ -110,7 +126,8 @@ def count_parameters(params: PyTree, spec: Spec) -> int:
         return 0
     if isinstance(params, MetaParams):
         learned = (params.learner.params, params.rule)
-        if not spec["algorithm"]["options"].get("trainable", True):
+        tuned = spec["algorithm"]["name"] == "fine_tuning"
+        if tuned or not spec["algorithm"]["options"].get("trainable", True):
             learned = (params.learner.params, ())
     else:
         learned = params.params

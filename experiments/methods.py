@@ -16,6 +16,9 @@ RATE_GRIDS = {
     "adadelta": (0.3, 1.0, 3.0, 10.0, 30.0),
     "adam": (0.0003, 0.001, 0.003, 0.01, 0.03),
     "scratch": (0.01, 0.03, 0.1, 0.3, 1.0),
+    "finetune-head": (0.003, 0.01, 0.03, 0.1, 0.3),
+    "finetune-all": (0.001, 0.003, 0.01, 0.03, 0.1),
+    "baseline++": (0.003, 0.01, 0.03, 0.1, 0.3),
 }
 
 # Methods that compare embeddings: the constructor and its options.
@@ -29,10 +32,44 @@ COMPARING: dict[str, tuple[str, Spec]] = {
     "relation-softmax": ("relation", {"loss": "cross_entropy"}),
 }
 
+# Transfer floors: the constructor and its options. Those with one classifier share
+# their pre-training.
+TRANSFER: dict[str, tuple[str, Spec]] = {
+    "feature-neighbour": ("pretrained_features", {"compare": "neighbour"}),
+    "feature-centroid": ("pretrained_features", {"compare": "centroid"}),
+    "feature-cosine": ("pretrained_features", {"compare": "cosine"}),
+    "finetune-head": ("fine_tuning", {"tune": "head"}),
+    "finetune-all": ("fine_tuning", {"tune": "all"}),
+    "baseline++": ("fine_tuning", {"tune": "head", "classifier": "cosine"}),
+}
 
-def method_specs(config: Config) -> dict[str, Spec]:
-    """One spec a method, in the order of --algorithms."""
-    return {name: _spec(name, config) for name in config.methods.algorithms}
+
+def method_specs(config: Config, num_train_classes: int = 2) -> dict[str, Spec]:
+    """One spec a method, in the order of --algorithms.
+
+    ``num_train_classes``: of meta-training, rotations included; what the transfer
+    floors pre-train on.
+    """
+    specs = {name: _spec(name, config) for name in config.methods.algorithms}
+    for name in TRANSFER.keys() & specs.keys():
+        specs[name]["algorithm"]["options"]["num_classes"] = num_train_classes
+    return specs
+
+
+def pretraining(spec: Spec) -> tuple[str, Spec] | None:
+    """What a transfer floor's pre-training is called, and how to build it.
+
+    It is validated by the comparison that costs least. None for other methods.
+    """
+    options = spec["algorithm"].get("options", {})
+    if spec["algorithm"]["name"] not in ("fine_tuning", "pretrained_features"):
+        return None
+    kind = options.get("classifier", "linear")
+    compare = "cosine" if kind == "cosine" else "centroid"
+    own: Spec = {"num_classes": options["num_classes"]}
+    own |= {"compare": compare, "classifier": kind}
+    algorithm = {"name": "pretrained_features", "options": own}
+    return f"pretrained-{kind}", spec | {"algorithm": algorithm}
 
 
 def _spec(name: str, config: Config) -> Spec:
@@ -50,6 +87,12 @@ def _spec(name: str, config: Config) -> Spec:
         spec["algorithm"] = {"name": constructor, "options": options}
         if constructor == "relation":
             spec |= _relation(config)
+    elif name in TRANSFER:
+        constructor, own = TRANSFER[name]
+        options = dict(own)
+        if constructor == "fine_tuning":
+            options["num_steps"] = config.methods.finetune_steps
+        spec["algorithm"] = {"name": constructor, "options": options}
     elif name == "meta-lstm":
         spec["rule"] = {"name": "lstm_gates", "options": _gates(config)}
         options = inner | second | {"learn_init": not config.methods.draw_init}

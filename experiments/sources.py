@@ -16,6 +16,12 @@ class Source(NamedTuple):
     train: EpisodeSpec
     test: EpisodeSpec
 
+    @property
+    def num_train_classes(self) -> int:
+        """Classes of meta-training, turned characters counted as their own."""
+        turns = 4 if self.train.rotations else 1
+        return turns * self.dataset.train.num_classes
+
     def describe(self) -> dict[str, Any]:
         """What config.json and results.json keep of it."""
         normalise = self.test.normalise

@@ -52,9 +52,11 @@ OPTIMIZERS: dict[str, Callable[..., optax.GradientTransformation]] = {
     "momentum": optax.sgd,
     "sgd": optax.sgd,
 }
-# methods that compare a learner's features: any way will do
+# methods on top of a learner's features: any way will do
 COMPARING: dict[str, Callable[..., MetaAlgorithm]] = {
+    "fine_tuning": algorithms.fine_tuning,
     "matching": algorithms.matching,
+    "pretrained_features": algorithms.pretrained_features,
     "prototypical": algorithms.prototypical,
     "relation": algorithms.relation,
 }

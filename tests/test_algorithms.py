@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -30,12 +30,16 @@ from metalstm.learners import mlp, tied_head
 NET = tiny.norm_net()
 GATES = rules.lstm_gates(hidden_size=2, input_bias=(-1.0, 0.0))
 STEPS = {"num_steps": 2}
+FEATURES = tiny.norm_net(5)
+SGD = rules.from_optax(optax.sgd(0.3))
+EPISODE = tiny.episode(queries=2)
 
 
 class Case(NamedTuple):
     algorithm: MetaAlgorithm
     inductive: bool = True
     learns_rule: bool = False
+    task: Any = None  # of meta-training, where it is no episode
 
 
 CASES = {
@@ -80,6 +84,17 @@ CASES = {
     "relation": Case(
         algorithms.relation(NET, mlp(1, (4,), initializer="torch"), train_way=tiny.WAY)
     ),
+    "pretrained_features": Case(
+        algorithms.pretrained_features(FEATURES, tiny.WAY), task=EPISODE.query
+    ),
+    "fine_tuning_head": Case(
+        algorithms.fine_tuning(FEATURES, 3, SGD, tune="head", num_steps=2),
+        task=EPISODE.query,
+    ),
+    "fine_tuning_all": Case(
+        algorithms.fine_tuning(FEATURES, 3, SGD, tune="all", num_steps=2),
+        task=EPISODE.query,
+    ),
     "nearest_neighbour": Case(algorithms.nearest_neighbour()),
     "from_scratch": Case(
         algorithms.from_scratch(NET, rules.from_optax(optax.sgd(0.3)), **STEPS)
@@ -93,7 +108,6 @@ COMPARING = (
     "relation",
 )
 TRAINED = [name for name, case in CASES.items() if case.algorithm.trainable]
-EPISODE = tiny.episode(queries=2)
 KEY = jax.random.key(7)
 
 
@@ -137,7 +151,8 @@ def gradient(name: str):
 @pytest.mark.parametrize("name", TRAINED)
 def test_meta_loss_is_finite_and_the_gradient_is_only_where_it_learns(name):
     params = meta_params(name)
-    metrics, grads = gradient(name)(params, KEY, EPISODE)
+    task = EPISODE if CASES[name].task is None else CASES[name].task
+    metrics, grads = gradient(name)(params, KEY, task)
     assert np.isfinite(metrics["loss"])
     assert 0 <= metrics["accuracy"] <= 1
     learner = grads.learner if isinstance(grads, MetaParams) else grads

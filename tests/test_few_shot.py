@@ -394,6 +394,23 @@ def test_evaluate_in_every_batch_norm_mode_and_at_any_way(tmp_path, capsys):
     assert set(labels) <= set("abcd")
 
 
+def test_floors_share_one_pre_training(tmp_path):
+    folder, chosen = tmp_path / "run", ("feature-cosine", "finetune-head")
+    line = command("--algorithms", *chosen, "--finetune-steps", 4, workdir=folder)
+    assert few_shot.main(line) == 0
+    kept = {path.name for path in (folder / "checkpoints").iterdir()}
+    assert kept == {*chosen, "pretrained-linear"}
+    methods = json.loads((folder / "results.json").read_text())["methods"]
+    tuned = methods["finetune-head"]["meta_training"]
+    assert tuned["episodes"] == methods["feature-cosine"]["meta_training"]["episodes"]
+    assert set(tuned["tried_steps"]) == {"1", "2", "4"}
+    best = max(tuned["tried_steps"].values())
+    assert tuned["tried_steps"][str(tuned["steps"])] == best
+    rule = metalstm.load_run(folder, "finetune-head").params.rule
+    assert rule["num_steps"] == tuned["steps"]
+    assert rule["learning_rate"] == np.float32(tuned["rate"])
+
+
 def test_load_run_predicts_as_the_evaluation_did(finished):
     predict = metalstm.load_run(finished)
     assert predict.method == "meta-lstm"

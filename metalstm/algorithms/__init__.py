@@ -19,10 +19,12 @@ from metalstm.algorithms.metric_based import (
 )
 from metalstm.algorithms.optimizer_training import InnerRuns, learned_optimizer
 from metalstm.algorithms.proximal import implicit_maml
+from metalstm.algorithms.transfer import fine_tuning, pretrained_features
 
 __all__ = [
     "InnerRuns",
     "anil",
+    "fine_tuning",
     "fomaml",
     "from_scratch",
     "gradient_agreement",
@@ -34,6 +36,7 @@ __all__ = [
     "meta_lstm",
     "meta_sgd",
     "nearest_neighbour",
+    "pretrained_features",
     "prototypical",
     "relation",
     "reptile",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -72,11 +72,12 @@ def reptile(
         )
     if not isinstance(rule, UpdateRule):
         rule = from_optax(optax.adam(rule, b1=0.0))
-    train_way = options.get("train_way")
+    train_way: Any = options.get("train_way")
     fixed = {"second_order": False, **options}
     inner = learned_init(
         learner, rule, num_steps=num_steps, batch_size=batch_size, **fixed
     )
+    at_way, adapt = learner.at_way, cast(Any, inner.adapt)
     tested = learned_init(
         learner,
         rule,
@@ -86,16 +87,16 @@ def reptile(
     )
 
     def displacement(start: PyTree, end: PyTree) -> PyTree:
-        if learner.at_way is None:
+        if at_way is None:
             return jax.tree.map(jnp.subtract, start, end)
-        repeated, pull = jax.vjp(lambda p: learner.at_way(p, train_way), start)
+        repeated, pull = jax.vjp(lambda p: at_way(p, train_way), start)
         (total,) = pull(jax.tree.map(jnp.subtract, repeated, end))
         (copies,) = pull(jax.tree.map(jnp.ones_like, repeated))
         return jax.tree.map(jnp.divide, total, copies)
 
     def one_task(meta_params: MetaParams, key: Array, episode: Episode):
         support, query = episode
-        end, trace = inner.adapt(meta_params, key, support, num_classes=train_way)
+        end, trace = adapt(meta_params, key, support, num_classes=train_way)
         state = meta_params.learner
         adapted = LearnerState(end.params, end.stats, state.other)
         outputs, _ = learner.apply(adapted, query.x, norm="batch")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -96,7 +96,7 @@ def implicit_maml(
         )
     if not isinstance(rule, UpdateRule):
         rule = fixed_sgd(rule)
-    train_way = options.get("train_way")
+    train_way: Any = options.get("train_way")
     num_test_steps = options.pop("num_test_steps", None)
 
     def bind(own: PyTree) -> optax.GradientTransformationExtraArgs:
@@ -106,6 +106,8 @@ def implicit_maml(
     pulled = UpdateRule(rule.init, bind)
     fixed = {"second_order": False, **options}
     inner = learned_init(learner, pulled, num_steps=num_steps, **fixed)
+    at_way, adapt = learner.at_way, cast(Any, inner.adapt)
+    # = inner.adapt
     tested = learned_init(
         learner, pulled, num_steps=num_steps, num_test_steps=num_test_steps, **fixed
     )
@@ -118,7 +120,7 @@ def implicit_maml(
 
     def one_task(meta_params: MetaParams, key: Array, episode: Episode):
         support, query = episode
-        end, trace = inner.adapt(meta_params, key, support, num_classes=train_way)
+        end, trace = adapt(meta_params, key, support, num_classes=train_way)
         state = LearnerState(end.params, end.stats, meta_params.learner.other)
 
         def support_loss(phi: PyTree) -> Array:
@@ -139,9 +141,9 @@ def implicit_maml(
             end.params
         )
         grads, _ = cg(product, slope, tol=0.0, maxiter=cg_steps)
-        if learner.at_way is not None:
+        if at_way is not None:
             start = meta_params.learner.params
-            _, pull = jax.vjp(lambda p: learner.at_way(p, train_way), start)
+            _, pull = jax.vjp(lambda p: at_way(p, train_way), start)
             (grads,) = pull(grads)
         metrics = {"loss": loss, "accuracy": correct, "support_loss": trace.losses[0]}
         return grads, metrics

@@ -2,6 +2,7 @@
 
 from metalstm.data import augment
 from metalstm.data.cache import cache_folder
+from metalstm.data.classification import ClassificationSpec
 from metalstm.data.episodes import (
     EpisodeSpec,
     Sampler,
@@ -32,6 +33,7 @@ __all__ = [
     "IMAGENET",
     "SPLITS",
     "ClassPool",
+    "ClassificationSpec",
     "ClusterSpec",
     "Dataset",
     "EpisodeSpec",

@@ -1,0 +1,56 @@
+"""Batches with the classes of the whole pool as labels: ordinary classification."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+
+from metalstm.base import Array, Batch
+from metalstm.data.episodes import EpisodeSpec, _scale, _turn
+from metalstm.data.pools import ClassPool
+
+__all__ = ["ClassificationSpec"]
+
+
+@dataclass(frozen=True)
+class ClassificationSpec:
+    """A `TaskSampler` of labelled batches, for pre-training.
+
+    num_images: of one batch; classes and images are drawn with replacement.
+    num_classes: of the pool; four times as many with ``episodes.rotations``, where
+      class c turned by k quarter circles is class 4 c + k.
+    episodes: whose rotations, augmentation and normalisation apply.
+    """
+
+    num_images: int
+    num_classes: int
+    episodes: EpisodeSpec
+
+    def sample(self, key: Array, pool: ClassPool) -> Batch:
+        """Draw x float32 [num_images, H, W, ch] and y int32 [num_images].
+
+        Raises:
+          ValueError: the pool has another number of classes.
+        """
+        num_turns = 4 if self.episodes.rotations else 1
+        available = num_turns * pool.num_classes
+        if available != self.num_classes:
+            raise ValueError(
+                f"num_classes={self.num_classes} but the pool has {available} classes"
+                f"{' with rotations' * self.episodes.rotations}: pre-train with "
+                f"num_classes={available}"
+            )
+        draw_key, augment_key = jax.random.split(key)
+        uniform = jax.random.uniform(draw_key, (2, self.num_images))
+        y = jnp.minimum(
+            (uniform[0] * available).astype(jnp.int32), available - 1
+        )  # the product may round up
+        classes, turns = y // num_turns, y % num_turns
+        counts = pool.counts[classes]
+        slots = jnp.minimum((uniform[1] * counts).astype(jnp.int32), counts - 1)
+        x = pool.images.at[classes, slots].get(mode="promise_in_bounds")
+        return Batch(
+            _scale(augment_key, _turn(x, turns, self.episodes), self.episodes), y
+        )
