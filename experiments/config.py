@@ -33,6 +33,8 @@ METHODS = {
     "matching-fce": "the same by cosine of full context embeddings",
     "relation": "a network compares feature maps, squared error",
     "relation-softmax": "the same, cross-entropy over classes",
+    "siamese": "nearest embedding, learned from pairs",
+    "siamese-triplet": "nearest embedding, learned from triplets",
     "sgd": "SGD from the first learned theta_0 of the list, rate tuned on validation",
     "momentum": "likewise",
     "adagrad": "likewise",

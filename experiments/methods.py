@@ -30,6 +30,8 @@ COMPARING: dict[str, tuple[str, Spec]] = {
     "matching-fce": ("matching", {"context_steps": 3}),
     "relation": ("relation", {}),
     "relation-softmax": ("relation", {"loss": "cross_entropy"}),
+    "siamese": ("siamese", {}),
+    "siamese-triplet": ("siamese", {"loss": "triplet"}),
 }
 
 # Transfer floors: the constructor and its options. Those with one classifier share

@@ -59,6 +59,7 @@ COMPARING: dict[str, Callable[..., MetaAlgorithm]] = {
     "pretrained_features": algorithms.pretrained_features,
     "prototypical": algorithms.prototypical,
     "relation": algorithms.relation,
+    "siamese": algorithms.siamese,
 }
 # methods that adapt a learner, with a rule of their own
 ADAPTING: dict[str, Callable[..., MetaAlgorithm]] = {

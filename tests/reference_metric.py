@@ -73,6 +73,34 @@ def relation_loss(logits: Array, targets: Array) -> float:
     return total / len(targets)
 
 
+def contrastive(unit: Array, labels: Array, margin: float) -> float:
+    """Hadsell et al. (2006), equation 4, both kinds of pairs weighing the same."""
+    same, different = [], []
+    for i in range(len(unit)):
+        for j in range(i):
+            distance = np.linalg.norm(unit[i] - unit[j])
+            if labels[i] == labels[j]:
+                same.append(distance**2)
+            else:
+                different.append(max(0.0, margin - distance) ** 2)
+    return float(np.mean(same) + np.mean(different)) / 2
+
+
+def triplet(unit: Array, labels: Array, margin: float) -> float:
+    """Schroff et al. (2015), equation 3, a mean over the triplets that violate it."""
+    violations = []
+    for a in range(len(unit)):
+        for p in range(len(unit)):
+            for n in range(len(unit)):
+                if a == p or labels[a] != labels[p] or labels[a] == labels[n]:
+                    continue
+                positive = np.sum((unit[a] - unit[p]) ** 2)
+                negative = np.sum((unit[a] - unit[n]) ** 2)
+                if positive - negative + margin > 0:
+                    violations.append(positive - negative + margin)
+    return float(np.mean(violations))
+
+
 def support_in_context(support: Array, forward: Lstm, backward: Lstm) -> Array:
     """Appendix A.2: a bidirectional LSTM over the support set, with a skip."""
 

@@ -84,6 +84,8 @@ CASES = {
     "relation": Case(
         algorithms.relation(NET, mlp(1, (4,), initializer="torch"), train_way=tiny.WAY)
     ),
+    "siamese": Case(algorithms.siamese(NET)),
+    "siamese_triplet": Case(algorithms.siamese(NET, loss="triplet", margin=1.0)),
     "pretrained_features": Case(
         algorithms.pretrained_features(FEATURES, tiny.WAY), task=EPISODE.query
     ),
@@ -106,6 +108,7 @@ COMPARING = (
     "matching",
     "matching_fce",
     "relation",
+    "siamese",
 )
 TRAINED = [name for name, case in CASES.items() if case.algorithm.trainable]
 KEY = jax.random.key(7)

@@ -20,7 +20,7 @@ LAYERS = (
     {"inner", "learners", "rules", "data", "checkpoints", "distributed", "plots"},
     {"problems"},
     {"algorithms", "pretrained_rules"},
-    {"evaluation"},
+    {"evaluation", "verification"},
     {"optimizer_curves"},
     {"training"},
     {"runs"},

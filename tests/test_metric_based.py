@@ -228,6 +228,51 @@ def test_what_relation_networks_refuse():
             relation_net(**{name: "no"})
 
 
+@pytest.mark.parametrize(
+    ("name", "margin"), [("contrastive", 1.0), ("triplet", 0.2), ("triplet", 1.5)]
+)
+def test_siamese_losses_are_the_papers_over_the_whole_task(name, margin):
+    embedded = np.concatenate([TASK.support, TASK.query])
+    labels = np.concatenate([TASK.labels, TASK.targets])
+    unit = embedded / np.linalg.norm(embedded, axis=1, keepdims=True)
+    expected = getattr(reference, name)(unit, labels, margin)
+    assert expected > 0.1
+    options = {} if margin <= 1 else {"margin": margin}
+    algorithm = algorithms.siamese(IDENTITY, loss=name, **options)
+    params = algorithm.init(KEY, EPISODE)
+    np.testing.assert_allclose(loss(algorithm, params), expected, rtol=1e-5)
+
+
+def test_a_siamese_network_asks_the_nearest_embedding():
+    algorithm = algorithms.siamese(IDENTITY)
+    found = scores(algorithm, algorithm.init(KEY, EPISODE))
+    for row, query in zip(found, TASK.query, strict=True):
+        cosines = np.array([reference.cosine(query, s) for s in TASK.support])
+        assert row.argmax() == TASK.labels[cosines.argmax()]
+        for k in range(tiny.WAY):
+            best = cosines[TASK.labels == k].max()
+            np.testing.assert_allclose(row[k], -(2 - 2 * best), atol=1e-5)
+
+
+def test_equal_embeddings_have_a_finite_derivative():
+    equal = Batch(jnp.ones((3, 4)), jnp.array([0, 1, 0]))
+    for name in ("contrastive", "triplet"):
+        algorithm = algorithms.siamese(IDENTITY, loss=name)
+
+        def value(x, algorithm=algorithm):
+            params = algorithm.init(KEY, EPISODE)
+            return algorithm.loss(params, KEY, Episode(Batch(x, equal.y), equal))[0]
+
+        assert np.all(np.isfinite(jax.grad(value)(equal.x)))
+
+
+def test_what_siamese_networks_refuse():
+    with pytest.raises(ValueError, match=r"loss='hinge': choose contrastive or tripl"):
+        algorithms.siamese(IDENTITY, loss="hinge")
+    with pytest.raises(ValueError, match=r"margin=0: choose a number above 0"):
+        algorithms.siamese(IDENTITY, margin=0)
+
+
 def test_what_matching_and_comparisons_refuse():
     with pytest.raises(ValueError, match=r"context_steps=0: choose 1 or more, or None"):
         algorithms.matching(IDENTITY, context_steps=0)

@@ -1,6 +1,7 @@
 """Meta-learners: functions from a support set to a predictor."""
 
 from metalstm.algorithms.agreement import gradient_agreement
+from metalstm.algorithms.comparing import embedding_state
 from metalstm.algorithms.displacement import reptile
 from metalstm.algorithms.gradient_based import (
     anil,
@@ -18,12 +19,14 @@ from metalstm.algorithms.metric_based import (
     relation,
 )
 from metalstm.algorithms.optimizer_training import InnerRuns, learned_optimizer
+from metalstm.algorithms.pair_losses import siamese
 from metalstm.algorithms.proximal import implicit_maml
 from metalstm.algorithms.transfer import fine_tuning, pretrained_features
 
 __all__ = [
     "InnerRuns",
     "anil",
+    "embedding_state",
     "fine_tuning",
     "fomaml",
     "from_scratch",
@@ -40,4 +43,5 @@ __all__ = [
     "prototypical",
     "relation",
     "reptile",
+    "siamese",
 ]

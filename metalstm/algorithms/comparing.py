@@ -36,6 +36,7 @@ __all__ = [
     "Scale",
     "class_means",
     "compare_embeddings",
+    "embedding_state",
     "make_scale",
     "nearest_of_class",
     "one_distance",
@@ -254,6 +255,17 @@ def with_train_options(
     changes = {"way": train_way, "queries": train_queries}
     changes = {name: n for name, n in changes.items() if n is not None}
     return lambda spec: dataclasses.replace(spec, **changes) if changes else spec
+
+
+def embedding_state(meta_params: LearnerState) -> LearnerState:
+    """Return the state of the embedding alone, of a method that compares embeddings.
+
+    With it ``learner.apply(state, x, norm="stored")`` embeds.
+    """
+    parts = meta_params.params
+    if isinstance(parts, dict) and set(parts) == {"embedding", "comparison"}:
+        return _split(meta_params)[0]
+    return meta_params
 
 
 def _join(embedding: LearnerState, comparison: LearnerState) -> LearnerState:
