@@ -41,6 +41,8 @@ METHODS = {
     "adadelta": "likewise",
     "adam": "likewise",
     "scratch": "a fresh learner trained on the support set, rate tuned on validation",
+    "hallucination": "prototypical, with support examples imagined by a generator",
+    "mann": "a network that writes the support set to an external memory",
     "feature-neighbour": "the closest support image in pre-trained features",
     "feature-centroid": "the closest class mean in pre-trained features",
     "feature-cosine": "the class mean of largest cosine in pre-trained features",
@@ -171,6 +173,12 @@ class Methods:
     train_way: int | None = None
     """Classes of a meta-training episode, for methods that compare embeddings or with
     --tied-head; default --way."""
+    imagined: int = 4
+    """hallucination: examples generated from each support image."""
+    memory_slots: int = 128
+    """mann: slots of the memory."""
+    memory_hidden: int = 200
+    """mann: units of the controller."""
     task_mapping: Literal["vmap", "scan", "unroll"] | None = None
     """How the tasks of a meta-step are laid out; default: the backend's best."""
 
@@ -430,12 +438,12 @@ def _check_ranges(config: Config) -> None:
     at_least = {
         "way": 2, "shot": 1, "queries": 1, "train_queries": 1, "image_size": 8,
         "filters": 1, "blocks": 1, "steps": 1, "test_steps": 1, "support_batch": 1,
-        "scratch_steps": 1, "finetune_steps": 1, "train_way": 2, "train_shots": 1,
-        "train_batch": 1, "hidden": 0, "meta_batch": 1, "clip": 0,
-        "accumulate_tasks": 1,
-        "steps_per_call": 1, "validate_every": 1,
-        "validation_episodes": 2, "save_every": 1, "test_episodes": 2, "test_batch": 1,
-        "episodes": 1, "seeds": 1, "seed": 0, "test_seed": 0,
+        "scratch_steps": 1, "finetune_steps": 1, "imagined": 1, "train_way": 2,
+        "train_shots": 1, "train_batch": 1, "memory_slots": 4, "memory_hidden": 1,
+        "hidden": 0, "meta_batch": 1, "clip": 0, "accumulate_tasks": 1,
+        "steps_per_call": 1, "validate_every": 1, "validation_episodes": 2,
+        "save_every": 1, "test_episodes": 2, "test_batch": 1, "episodes": 1,
+        "seeds": 1, "seed": 0, "test_seed": 0,
     }  # fmt: skip
     above_zero = (
         "learning_rate", "inner_rate", "minutes", "adam_rate", "outer_step", "proximal",

@@ -23,6 +23,7 @@ RATE_GRIDS = {
 
 # Methods that compare embeddings: the constructor and its options.
 COMPARING: dict[str, tuple[str, Spec]] = {
+    "hallucination": ("hallucination", {}),
     "prototypical": ("prototypical", {}),
     "prototypical-cosine": ("prototypical", {"distance": "cosine"}),
     "matching": ("matching", {}),
@@ -33,7 +34,6 @@ COMPARING: dict[str, tuple[str, Spec]] = {
     "siamese": ("siamese", {}),
     "siamese-triplet": ("siamese", {"loss": "triplet"}),
 }
-
 # Transfer floors: the constructor and its options. Those with one classifier share
 # their pre-training.
 TRANSFER: dict[str, tuple[str, Spec]] = {
@@ -86,9 +86,16 @@ def _spec(name: str, config: Config) -> Spec:
         constructor, own = COMPARING[name]
         options: Spec = own | {"train_way": config.methods.train_way or way}
         options |= {"train_queries": config.data.train_queries}
+        if name == "hallucination":
+            options["num_generated"] = config.methods.imagined
         spec["algorithm"] = {"name": constructor, "options": options}
         if constructor == "relation":
             spec |= _relation(config)
+    elif name == "mann":
+        options = {"train_queries": config.data.train_queries}
+        options |= {"num_slots": config.methods.memory_slots}
+        options |= {"hidden_size": config.methods.memory_hidden}
+        spec["algorithm"] = {"name": name, "options": options}
     elif name in TRANSFER:
         constructor, own = TRANSFER[name]
         options = dict(own)

@@ -107,7 +107,7 @@ def _modes(spec: Spec, config: Config) -> list[str | None]:
     normless = spec["learner"]["name"] == "mlp"
     if normless or spec["learner"]["options"].get("norm", "batch") != "batch":
         return [None]
-    if name in COMPARING:
+    if name in (*COMPARING, "mann"):
         return ["frozen"]
     frozen = spec["algorithm"]["options"].get("train_query_norm") == "frozen"
     if config.methods.query_norm != "all":

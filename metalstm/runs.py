@@ -55,6 +55,7 @@ OPTIMIZERS: dict[str, Callable[..., optax.GradientTransformation]] = {
 # methods on top of a learner's features: any way will do
 COMPARING: dict[str, Callable[..., MetaAlgorithm]] = {
     "fine_tuning": algorithms.fine_tuning,
+    "hallucination": algorithms.hallucination,
     "matching": algorithms.matching,
     "pretrained_features": algorithms.pretrained_features,
     "prototypical": algorithms.prototypical,
@@ -112,6 +113,9 @@ def build_algorithm(spec: Mapping[str, Any]) -> MetaAlgorithm:
         options["relation_net"] = learners.relation_net(**net)
     if name in COMPARING:
         return COMPARING[name](build_learner(spec["learner"], None), **options)
+    if name == "mann":
+        features = build_learner(spec["learner"], None)
+        return algorithms.mann(features, spec["way"], **options)
     learner = build_learner(spec["learner"], spec["way"])
     if name == "gradient_agreement":
         own = {"name": options.pop("of"), "options": options}

@@ -71,6 +71,12 @@ CASES = {
     "gradient_agreement": Case(
         algorithms.gradient_agreement(algorithms.fomaml(NET, 0.3, **STEPS))
     ),
+    "hallucination": Case(algorithms.hallucination(FEATURES, num_generated=2)),
+    "mann": Case(
+        algorithms.mann(
+            FEATURES, 3, hidden_size=4, num_slots=5, slot_size=3, num_reads=2
+        )
+    ),
     "meta_sgd": Case(algorithms.meta_sgd(NET, **STEPS), learns_rule=True),
     "tied_head": Case(
         algorithms.maml(
@@ -109,6 +115,14 @@ COMPARING = (
     "matching_fce",
     "relation",
     "siamese",
+)
+EQUIVARIANT = (
+    "nearest_neighbour",
+    "tied_head",
+    "hallucination",
+    "pretrained_features",
+    "fine_tuning_head",
+    "fine_tuning_all",
 )
 TRAINED = [name for name, case in CASES.items() if case.algorithm.trainable]
 KEY = jax.random.key(7)
@@ -256,7 +270,7 @@ def test_ways_of_mapping_over_tasks_agree():
 # -- label permutations ----------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", [*COMPARING, "nearest_neighbour", "tied_head"])
+@pytest.mark.parametrize("name", [*COMPARING, *EQUIVARIANT])
 def test_permuting_the_labels_permutes_the_scores(name):
     """A class's number means nothing, to a head whose classes share their start too."""
     permutation = jnp.array([2, 0, 1])

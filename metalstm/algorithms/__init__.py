@@ -12,6 +12,8 @@ from metalstm.algorithms.gradient_based import (
     meta_lstm,
     meta_sgd,
 )
+from metalstm.algorithms.imagination import hallucination
+from metalstm.algorithms.memory_augmented import mann
 from metalstm.algorithms.metric_based import (
     matching,
     nearest_neighbour,
@@ -31,10 +33,12 @@ __all__ = [
     "fomaml",
     "from_scratch",
     "gradient_agreement",
+    "hallucination",
     "implicit_maml",
     "learned_init",
     "learned_optimizer",
     "maml",
+    "mann",
     "matching",
     "meta_lstm",
     "meta_sgd",
