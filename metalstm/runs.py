@@ -56,6 +56,7 @@ OPTIMIZERS: dict[str, Callable[..., optax.GradientTransformation]] = {
 COMPARING: dict[str, Callable[..., MetaAlgorithm]] = {
     "fine_tuning": algorithms.fine_tuning,
     "hallucination": algorithms.hallucination,
+    "margin_classifier": algorithms.margin_classifier,
     "matching": algorithms.matching,
     "pretrained_features": algorithms.pretrained_features,
     "prototypical": algorithms.prototypical,

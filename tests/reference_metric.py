@@ -101,6 +101,30 @@ def triplet(unit: Array, labels: Array, margin: float) -> float:
     return float(np.mean(violations))
 
 
+def margin_logits(
+    features: Array, weights: Array, labels: Array, loss: str, m: float, s: float | None
+) -> Array:
+    """AM-softmax, equation 6; ArcFace, equation 3; SphereFace, equation 7."""
+    out = np.zeros((len(features), len(weights)))
+    for i, x in enumerate(features):
+        for j, w in enumerate(weights):
+            theta = np.arccos(cosine(x, w))
+            value = np.cos(theta)
+            if j == labels[i] and loss == "am_softmax":
+                value = np.cos(theta) - m
+            elif j == labels[i] and loss == "arcface":
+                if theta + m <= np.pi:
+                    value = np.cos(theta + m)
+                else:
+                    value = np.cos(theta) - m * np.sin(m)
+            elif j == labels[i]:
+                k = next(k for k in range(int(m)) if theta <= (k + 1) * np.pi / m)
+                psi = (-1) ** k * np.cos(m * theta) - 2 * k
+                value = (5 * np.cos(theta) + psi) / 6
+            out[i, j] = (np.linalg.norm(x) if s is None else s) * value
+    return out
+
+
 def support_in_context(support: Array, forward: Lstm, backward: Lstm) -> Array:
     """Appendix A.2: a bidirectional LSTM over the support set, with a skip."""
 

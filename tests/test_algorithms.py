@@ -95,6 +95,10 @@ CASES = {
     "pretrained_features": Case(
         algorithms.pretrained_features(FEATURES, tiny.WAY), task=EPISODE.query
     ),
+    "margin_classifier": Case(
+        algorithms.margin_classifier(FEATURES, tiny.WAY, loss="arcface"),
+        task=EPISODE.query,
+    ),
     "fine_tuning_head": Case(
         algorithms.fine_tuning(FEATURES, 3, SGD, tune="head", num_steps=2),
         task=EPISODE.query,
@@ -115,6 +119,7 @@ COMPARING = (
     "matching_fce",
     "relation",
     "siamese",
+    "margin_classifier",
 )
 EQUIVARIANT = (
     "nearest_neighbour",

@@ -13,6 +13,7 @@ from metalstm.algorithms.gradient_based import (
     meta_sgd,
 )
 from metalstm.algorithms.imagination import hallucination
+from metalstm.algorithms.margins import margin_classifier
 from metalstm.algorithms.memory_augmented import mann
 from metalstm.algorithms.metric_based import (
     matching,
@@ -39,6 +40,7 @@ __all__ = [
     "learned_optimizer",
     "maml",
     "mann",
+    "margin_classifier",
     "matching",
     "meta_lstm",
     "meta_sgd",

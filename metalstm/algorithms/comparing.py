@@ -24,6 +24,7 @@ from metalstm.base import (
     Learner,
     LearnerState,
     MetaAlgorithm,
+    MetaParams,
     Norm,
     PyTree,
     make_algorithm,
@@ -257,11 +258,15 @@ def with_train_options(
     return lambda spec: dataclasses.replace(spec, **changes) if changes else spec
 
 
-def embedding_state(meta_params: LearnerState) -> LearnerState:
+def embedding_state(meta_params: LearnerState | MetaParams) -> LearnerState:
     """Return the state of the embedding alone, of a method that compares embeddings.
 
-    With it ``learner.apply(state, x, norm="stored")`` embeds.
+    With it ``learner.apply(state, x, norm="stored")`` embeds. Of a pre-trained
+    classifier it is the body without its head.
     """
+    if isinstance(meta_params, MetaParams):
+        state = meta_params.learner
+        return state._replace(params=state.params["body"])
     parts = meta_params.params
     if isinstance(parts, dict) and set(parts) == {"embedding", "comparison"}:
         return _split(meta_params)[0]

@@ -7,6 +7,7 @@ classes of a task.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, Literal
 
 import jax
@@ -39,7 +40,7 @@ from metalstm.data.classification import ClassificationSpec
 from metalstm.inner import InnerState, unroll
 from metalstm.rules import tunable
 
-__all__ = ["fine_tuning", "pretrained_features"]
+__all__ = ["features_of", "fine_tuning", "pretrained_features", "pretraining_slots"]
 
 Classifier = Literal["linear", "cosine"]
 _COSINE_SCALE = 10.0  # cosines alone are too flat for a softmax
@@ -76,8 +77,8 @@ def pretrained_features(
         raise ValueError(f"compare={compare!r}: choose neighbour, centroid or cosine")
 
     def scores(meta_params: MetaParams, support: Batch, query_x: Array, way: int):
-        features = _embed(learner, meta_params.learner, support.x)
-        query = _embed(learner, meta_params.learner, query_x)
+        features = features_of(learner, meta_params.learner, support.x)
+        query = features_of(learner, meta_params.learner, query_x)
         if compare == "neighbour":
             distances = squared_distances(query, features)
             return nearest_of_class(distances, support.y, way)
@@ -93,7 +94,7 @@ def pretrained_features(
     return make_algorithm(
         predict=predict,
         query_norm="frozen",
-        **_pretraining(learner, num_classes, classifier, batch_size, rule=None),
+        **pretraining_slots(learner, num_classes, classifier, batch_size, rule=None),
     )
 
 
@@ -137,7 +138,7 @@ def fine_tuning(
 
         def embed(body: PyTree, x: Array) -> Array:
             params = state.params | {"body": body}
-            return _embed(learner, state._replace(params=params), x)
+            return features_of(learner, state._replace(params=params), x)
 
         body = state.params["body"]
         features = embed(body, support.x)
@@ -168,20 +169,22 @@ def fine_tuning(
     return make_algorithm(
         predict=predict,
         query_norm="frozen",
-        **_pretraining(learner, num_classes, classifier, batch_size, rule),
+        **pretraining_slots(learner, num_classes, classifier, batch_size, rule),
     )
 
 
-def _pretraining(
+def pretraining_slots(
     learner: Learner,
     num_classes: int,
     classifier: str,
     batch_size: int | None,
     rule: UpdateRule | None,
+    loss_fn: Callable[[PyTree, Array, Array], Array] | None = None,
 ) -> dict[str, Any]:
-    """The slots of `make_algorithm` that both kinds of floor share.
+    """The slots of `make_algorithm` that all pre-trained classifiers share.
 
     Meta-parameters: ``learner.params`` is ``{"body", "head": {"kernel" [d, C], ...}}``.
+    ``loss_fn``: (head, features [N, d], labels [N]) -> loss; None: cross-entropy.
     """
     if classifier not in ("linear", "cosine"):
         raise ValueError(f"classifier={classifier!r}: choose linear or cosine")
@@ -215,8 +218,12 @@ def _pretraining(
         body = LearnerState(state.params["body"], stats, other)
         features, after = learner.apply(body, batch.x, norm="gather", key=key)
         outputs = _classify(classifier, state.params["head"], features)
+        if loss_fn is None:
+            value = task_loss(outputs, batch.y)
+        else:
+            value = loss_fn(state.params["head"], features, batch.y)
         metrics = {"accuracy": accuracy(outputs, batch.y)}
-        return task_loss(outputs, batch.y), (metrics, lax.stop_gradient(after.stats))
+        return value, (metrics, lax.stop_gradient(after.stats))
 
     def loss(meta_params: MetaParams, key: Array, batch: Batch):
         value, (metrics, _) = loss_and_stats(meta_params, key, batch)
@@ -236,7 +243,8 @@ def _pretraining(
     return {"init": init, "loss": loss, "train_sampler": train_sampler, **slots}
 
 
-def _embed(learner: Learner, state: LearnerState, x: Array) -> Array:
+def features_of(learner: Learner, state: LearnerState, x: Array) -> Array:
+    """The features [N, d] of a pre-trained body, by its stored averages."""
     norm: Norm = "stored"
     body = state._replace(params=state.params["body"])
     return learner.apply(body, x, norm=norm)[0]
