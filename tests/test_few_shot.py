@@ -345,6 +345,8 @@ def test_minutes_bound_the_time(tmp_path):
     assert few_shot.main(line) == 0
     results = json.loads((folder / "results.json").read_text())
     assert results["methods"]["fomaml"]["meta_training"]["episodes"] > 0
+    # the time is over already
+    assert few_shot.main(["--resume", str(folder), "--minutes", "0.001"]) == 0
 
 
 def test_tensorboard_files(tmp_path, monkeypatch, capsys):

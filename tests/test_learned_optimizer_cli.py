@@ -298,6 +298,8 @@ def test_minutes_stop_and_evaluate_says_what_is_missing(tmp_path, capsys):
     assert learned_optimizer.main(line) == 0
     results = json.loads((folder / "results.json").read_text())
     assert results["rules"]["l2l"]["meta_steps"] >= 1
+    # the time is over already
+    assert learned_optimizer.main(["--resume", str(folder), "--minutes", "1e-4"]) == 0
     capsys.readouterr()
     assert learned_optimizer.main(["--evaluate", str(folder), "--rules", "v2"]) == 2
     assert "has no trained v2 yet" in capsys.readouterr().err

@@ -303,7 +303,8 @@ class _Session:
         count = "{n:.0f}/{total:.0f} s" if by_time else "{n:,}/{total:,} meta-steps"
         self.bar = tqdm(
             total=total,
-            initial=round(self.seconds_before, 1) if by_time else self.step,
+            # tqdm drops a total that is behind it already
+            initial=min(round(self.seconds_before, 1), total) if by_time else self.step,
             desc=f"meta-training {self.name}",
             bar_format="{desc}  {bar:22}  " + count + "  {unit}  eta {remaining}",
             ascii=" #",
