@@ -103,7 +103,7 @@ def _cells(row: Row) -> list[str]:
         f"{row['mean_log']:.2f} ± {row['mean_log_ci95']:.2f}",
         f"{row['median']:.3g}",
         f"{row['p99']:.3g}",
-        f"{row['share_diverged']:.0%}",
+        _percent(row["share_diverged"]),
         _difference(row.get("difference"), ".3g"),
         _difference(row.get("log_difference"), ".2f"),
         _tuned(row),
@@ -112,7 +112,7 @@ def _cells(row: Row) -> list[str]:
 
 def _mean(row: Row) -> str:
     if not np.isfinite(row["mean"]):
-        return f"{row['share_diverged']:.0%} diverge"
+        return f"{_percent(row['share_diverged'])} diverge"
     return f"{row['mean']:.3g} ± {row['ci95']:.2g}"
 
 
@@ -145,3 +145,8 @@ def capped_logs(losses: np.ndarray, at: int) -> np.ndarray:
     worst = 1e3 * losses[:, 0]
     last = np.where(losses[:, at] < worst, losses[:, at], worst)  # NaN is not below
     return np.log(np.maximum(last, np.finfo(np.float32).tiny))
+
+
+def _percent(share: float) -> str:
+    """0%, and no rounding of one problem in a thousand to it."""
+    return f"{100 * share:.3g}%"
