@@ -51,7 +51,7 @@ def mlp(
 
 
 def relation_net(**options: Any) -> Learner:
-    """The module that scores pairs; ``options`` are `RelationNet`'s attributes."""
+    """What scores (classes, queries); ``options`` are `RelationNet`'s attributes."""
     return from_flax(RelationNet(**options))
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from typing import Literal
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -96,12 +96,16 @@ class Conv4(nn.Module):
 
 
 class RelationNet(nn.Module):
-    """The relation module of Sung et al. (2018): how alike are the two of a pair?
+    """The relation module of Sung et al. (2018): how alike is each pair?
 
-    Maps [P, h, w, 2 c] go through two blocks of 3x3 convolution, norm, ReLU and 2x2
-    max-pool (where there are 2 x 2 pixels left), vectors [P, 2 d] through a hidden
-    layer of ``filters`` units; then come a layer of ``hidden`` units, ReLU, and one
-    output [P, 1], a logit. Other attributes are `Conv4`'s.
+    ``x`` is (classes [way, ...], queries [M, ...]); returns logits [M, way]. A pair is
+    the two side by side along the last axis. Maps [h, w, c] go through two blocks of
+    3x3 convolution, norm, ReLU and 2x2 max-pool (where there are 2 x 2 pixels left),
+    vectors [d] through a hidden layer of ``filters`` units; then come a layer of
+    ``hidden`` units, ReLU, and one output. Other attributes are `Conv4`'s.
+
+    The first layer is linear in the pair, so it is computed for each class and each
+    query, and summed for each pair: a way-th of the work, to rounding the same.
     """
 
     filters: int = 64
@@ -120,27 +124,57 @@ class RelationNet(nn.Module):
         super().__post_init__()
 
     @nn.compact
-    def __call__(self, x: Array, train: bool) -> Array:
-        if x.ndim == 4:
-            for index in (1, 2):
-                pooled = min(x.shape[1:3]) >= 2
-                conv = _Conv(
-                    self.filters,
-                    initializer=self.initializer,
-                    method=self.method,
-                    name=f"conv{index}",
-                )
-                x, bias = conv(x)
-                x = _norm(self, f"norm{index}", x, bias, train, pooled)
-                x = jax.nn.relu(x)
-            x = x.reshape(x.shape[0], -1)
+    def __call__(self, x: tuple[Array, Array], train: bool) -> Array:
+        classes, queries = x
+        shape = (queries.shape[0], classes.shape[0])
+        options: dict[str, Any] = {"method": self.method}
+        options["initializer"] = self.initializer
+        pair = _PairLayer(self.filters, **options, name="pair")
+        features, bias = pair(classes, queries)
+        if classes.ndim == 4:
+            features = self._block(features, bias, "norm1", train)
+            conv = _Conv(self.filters, **options, name="conv")
+            features = self._block(*conv(features), "norm2", train)
+            features = features.reshape(features.shape[0], -1)
         else:
-            x = jax.nn.relu(self._dense(self.filters, x, "dense"))
-        x = jax.nn.relu(self._dense(self.hidden, x, "hidden"))
-        return self._dense(1, x, "output")
+            features = jax.nn.relu(features + bias)
+        features = jax.nn.relu(self._dense(self.hidden, features, "hidden"))
+        return self._dense(1, features, "output").reshape(shape)
+
+    def _block(self, x: Array, bias: Array, name: str, train: bool) -> Array:
+        pooled = min(x.shape[1:3]) >= 2
+        return jax.nn.relu(_norm(self, name, x, bias, train, pooled))
 
     def _dense(self, width: int, x: Array, name: str) -> Array:
         return _dense(width, x.shape[-1], self.initializer, name=name)(x)
+
+
+class _PairLayer(nn.Module):
+    """A 3x3 convolution of maps, or a dense layer of vectors, for every pair.
+
+    Returns [M * way, ..., filters] in the order of the queries, and the bias.
+    """
+
+    filters: int
+    initializer: Initializer
+    method: Method | None
+
+    @nn.compact
+    def __call__(self, classes: Array, queries: Array) -> tuple[Array, Array]:
+        channels = classes.shape[-1]
+        window = (3, 3) if classes.ndim == 4 else ()
+        shape = (*window, 2 * channels, self.filters)
+        kernel_init, bias_init = _initializers(self.initializer, math.prod(shape[:-1]))
+        kernel = self.param("kernel", kernel_init, shape)
+        bias = self.param("bias", bias_init, (self.filters,))
+
+        def layer(x: Array, kernel: Array) -> Array:
+            return conv2d(x, kernel, method=self.method) if window else x @ kernel
+
+        of_classes = layer(classes, kernel[..., :channels, :])
+        of_queries = layer(queries, kernel[..., channels:, :])
+        pairs = of_queries[:, None] + of_classes[None]
+        return pairs.reshape(-1, *pairs.shape[2:]), bias
 
 
 class MLP(nn.Module):

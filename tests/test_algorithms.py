@@ -25,7 +25,7 @@ from metalstm.base import (
     make_algorithm,
     map_tasks,
 )
-from metalstm.learners import mlp, tied_head
+from metalstm.learners import relation_net, tied_head
 
 NET = tiny.norm_net()
 GATES = rules.lstm_gates(hidden_size=2, input_bias=(-1.0, 0.0))
@@ -88,7 +88,9 @@ CASES = {
     "matching": Case(algorithms.matching(NET)),
     "matching_fce": Case(algorithms.matching(NET, context_steps=2)),
     "relation": Case(
-        algorithms.relation(NET, mlp(1, (4,), initializer="torch"), train_way=tiny.WAY)
+        algorithms.relation(
+            NET, relation_net(filters=8, initializer="flax"), train_way=tiny.WAY
+        )
     ),
     "siamese": Case(algorithms.siamese(NET)),
     "siamese_triplet": Case(algorithms.siamese(NET, loss="triplet", margin=1.0)),

@@ -11,13 +11,14 @@ import numpy as np
 import pytest
 import reference_metric as reference
 import tiny
+from flax import linen as nn
 from reference import Lstm
 
 from experiments import methods
 from experiments.config import parse
 from metalstm import algorithms, runs
 from metalstm.base import Batch, Episode, Learner, LearnerState
-from metalstm.learners import conv4, mlp, relation_net
+from metalstm.learners import conv4, relation_net
 
 KEY = jax.random.key(5)
 # noise, so that no loss is near zero
@@ -159,7 +160,7 @@ def test_full_context_embeddings_read_the_order_of_the_support_set():
 
 
 def test_relation_networks_score_pairs_of_a_class_and_a_query():
-    net = mlp(1, (3,), initializer="torch")
+    net = relation_net(filters=5, hidden=3)
     squared = algorithms.relation(IDENTITY, net, train_way=tiny.WAY)
     params = squared.init(KEY, EPISODE)
     weights = jax.tree.map(
@@ -167,9 +168,10 @@ def test_relation_networks_score_pairs_of_a_class_and_a_query():
     )
 
     def by_hand(pair: np.ndarray) -> float:
-        hidden = pair @ weights["dense1"]["kernel"] + weights["dense1"]["bias"]
-        out = np.maximum(hidden, 0) @ weights["head"]["kernel"]
-        return float((out + weights["head"]["bias"])[0])
+        for name in ("pair", "hidden", "output"):
+            pair = np.maximum(pair, 0) if name != "pair" else pair
+            pair = pair @ weights[name]["kernel"] + weights[name]["bias"]
+        return float(pair[0])
 
     expected = reference.relation(*TASK[:3], tiny.WAY, by_hand)
     np.testing.assert_allclose(scores(squared, params), expected, rtol=1e-5, atol=1e-6)
@@ -204,22 +206,41 @@ def test_relation_networks_on_maps_are_the_published_ones():
     assert set(params.stats["comparison"]) == {"norm1", "norm2"}
 
 
-@pytest.mark.parametrize("shape", [(2, 3, 3, 4), (2, 6)])
-def test_a_relation_net_takes_maps_and_vectors(shape):
-    net = relation_net(filters=4, norm="layer")
-    x = jax.random.normal(KEY, shape)
-    state = net.init(KEY, x)
-    out, _ = tiny.quick_jit(lambda x: net.apply(state, x, norm="stored"))(x)
-    assert out.shape == (2, 1)
-    assert out[0] != out[1]
+@pytest.mark.parametrize("downsized", [2, 4])
+def test_a_relation_net_on_maps_is_convolutions_of_concatenated_pairs(downsized):
+    net = relation_net(filters=3, hidden=2)
+    keys = jax.random.split(KEY)
+    classes = jax.random.normal(keys[0], (2, downsized, downsized, 4))
+    queries = jax.random.normal(keys[1], (3, downsized, downsized, 4))
+    state = net.init(KEY, (classes, queries))
+
+    def by_flax(params, classes, queries):
+        pairs = [jnp.concatenate([c, q], -1) for q in queries for c in classes]
+        x = jnp.stack(pairs)
+        for layer, norm in (("pair", "norm1"), ("conv", "norm2")):
+            x = nn.Conv(3, (3, 3)).apply({"params": params[layer]}, x)
+            mean, var = x.mean((0, 1, 2)), x.var((0, 1, 2))
+            x = (x - mean) / jnp.sqrt(var + 1e-3)
+            x = x * params[norm]["scale"] + params[norm]["bias"]
+            x = nn.relu(x)
+            x = nn.max_pool(x, (2, 2), (2, 2)) if x.shape[1] > 1 else x
+        x = x.reshape(x.shape[0], -1)
+        x = nn.relu(x @ params["hidden"]["kernel"] + params["hidden"]["bias"])
+        return x @ params["output"]["kernel"] + params["output"]["bias"]
+
+    expected = tiny.quick_jit(by_flax)(state.params, classes, queries)
+    run = lambda state: net.apply(state, (classes, queries), norm="batch")[0]  # noqa: E731
+    found = tiny.quick_jit(run)(state)
+    np.testing.assert_allclose(found, expected.reshape(3, 2), rtol=1e-4, atol=1e-5)
 
 
 def test_what_relation_networks_refuse():
     with pytest.raises(ValueError, match=r"loss='hinge': choose squared or cross_e"):
-        algorithms.relation(IDENTITY, mlp(1), train_way=3, loss="hinge")
-    algorithm = algorithms.relation(IDENTITY, mlp(2), train_way=3)
+        algorithms.relation(IDENTITY, IDENTITY, train_way=3, loss="hinge")
+    first = Learner(IDENTITY.init, lambda state, x, *, norm: (x[0], state))
+    algorithm = algorithms.relation(IDENTITY, first, train_way=3)
     params = algorithm.init(KEY, EPISODE)
-    with pytest.raises(ValueError, match=r"returned shape \(27, 2\) for 27 pairs"):
+    with pytest.raises(ValueError, match=r"returned shape \(3, 4\) for 3 classes"):
         algorithm.loss(params, KEY, EPISODE)
     with pytest.raises(ValueError, match=r"leaves no place for num_classes=5"):
         conv4(5, feature_maps=True)

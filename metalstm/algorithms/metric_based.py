@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -168,8 +168,9 @@ def relation(
     Args:
       learner: its outputs are the embedding f: maps [N, h, w, c] as published
         (`learners.conv4` with ``feature_maps=True, num_halvings=2``), or vectors.
-      relation_net: g, from pairs [P, ..., 2 c] to [P, 1]; see `learners.relation_net`.
-        Its batch statistics are those of all pairs of a meta-training task.
+      relation_net: g, from (classes [way, ...], queries [M, ...]) to [M, way]; see
+        `learners.relation_net`. Its batch statistics are those of all pairs of a
+        meta-training task.
       train_way: classes in a meta-training task. Needed: a pair with a class that is
         not there would count in those statistics.
       loss: "squared": of the sigmoid to 1 for the query's class and 0 for the others,
@@ -179,29 +180,25 @@ def relation(
 
     Raises:
       ValueError: at construction for another loss; when traced for a relation_net with
-        another number of outputs.
+        outputs of another shape.
     """
     if loss not in ("squared", "cross_entropy"):
         raise ValueError(f"loss={loss!r}: choose squared or cross_entropy")
 
     def init(key: Array, embedded: Array):
-        return relation_net.init(key, jnp.concatenate([embedded, embedded], -1))
+        pairs: Any = embedded, embedded  # a learner of two arrays
+        return relation_net.init(key, pairs)
 
     def apply(state, support, labels, query, *, way: int, norm: Norm):
-        prototypes = class_means(support, labels, way)
-        shape = (query.shape[0], *prototypes.shape)
-        pairs = [
-            jnp.broadcast_to(prototypes[None], shape),
-            jnp.broadcast_to(query[:, None], shape),
-        ]
-        flat = jnp.concatenate(pairs, -1).reshape(-1, *shape[2:-1], 2 * shape[-1])
-        logits, state = relation_net.apply(state, flat, norm=norm)
-        if logits.shape != (flat.shape[0], 1):
+        pairs: Any = class_means(support, labels, way), query
+        logits, state = relation_net.apply(state, pairs, norm=norm)
+        if logits.shape != (query.shape[0], way):
             raise ValueError(
-                f"relation_net returned shape {logits.shape} for {flat.shape[0]} pairs:"
-                " it must return one logit a pair, [P, 1]"
+                f"relation_net returned shape {logits.shape} for {way} classes and "
+                f"{query.shape[0]} queries: it must return a logit for each pair, "
+                "[queries, classes]"
             )
-        return logits.reshape(shape[:2]), state
+        return logits, state
 
     def loss_fn(compared: Compared) -> Array:
         if loss == "cross_entropy":
