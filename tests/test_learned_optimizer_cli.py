@@ -23,7 +23,7 @@ from experiments.optimizers import (
     tables,
     training,
 )
-from experiments.optimizers.config import RULES, Config, parse, stages
+from experiments.optimizers.config import RULES, Config, Problem, parse, stages
 from experiments.run_folder import Metrics
 from metalstm import checkpoints, data, optimizer_curves, rules
 from metalstm.plots import Losses
@@ -460,3 +460,8 @@ def test_a_grid_grows_until_it_brackets_the_best_rate(tmp_path, monkeypatch):
     before = len(calls)
     bench.tune("sgd", steps=8)
     assert len(calls) > before, "another budget is tuned for itself"
+
+
+def test_letters_are_not_resized():
+    small = Problem(problem="mlp", dataset="mnist", train_image_size=14)
+    assert problems.variants(small)["letters"].train_image_size is None

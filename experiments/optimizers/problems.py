@@ -129,5 +129,7 @@ def variants(problem: Problem) -> dict[str, Problem]:
         "no hidden layer": change(widths=()),
     }
     if problem.dataset != "glyphs":
-        found["letters"] = change(dataset="glyphs", data_dir=None)
+        found["letters"] = change(
+            dataset="glyphs", data_dir=None, train_image_size=None
+        )
     return {k: v for k, v in found.items() if v != problem}
