@@ -301,7 +301,8 @@ def loss_panels(
                 drawn[name].steps, low, high, color=style["color"], alpha=0.2, lw=0
             )
         ylabel = "loss (geometric mean)" if title in geometric else "loss"
-        axes.set(title=title, xlabel="updates", ylabel=ylabel, yscale="log")
+        axes.set(xlabel="updates", ylabel=ylabel, yscale="log")
+        axes.set_title(title, fontsize=10)
         axes.grid(alpha=0.3)
         axes.legend(fontsize=7)
     return figure
