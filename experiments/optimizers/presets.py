@@ -44,9 +44,7 @@ _MNIST: dict[str, Any] = {
     "long_instances": 20,
 }
 _LEARNED_MNIST = (
-    _RECIPE
-    | _MNIST
-    | {"hidden": 8, "train_image_size": 14, "stages": ("50:150",), "meta_steps": 500}
+    _RECIPE | _MNIST | {"hidden": 8, "stages": ("50:400",), "meta_steps": 800}
 )
 
 PRESETS: dict[str, dict[str, Any]] = {
