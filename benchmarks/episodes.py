@@ -19,8 +19,6 @@ import subprocess
 import sys
 import time
 
-from experiments.memory import keep_freed_memory
-
 __all__ = ["main"]
 
 ROWS = {
@@ -207,16 +205,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("only", nargs="?", default="", help="rows containing this")
     parser.add_argument("--seconds", type=float, default=10, help="timed, per row")
-    parser.add_argument(
-        "--return-memory",
-        action="store_true",
-        help="leave malloc as it is, for comparison (see experiments/memory.py)",
-    )
     parser.add_argument("--row", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.row:
-        if not arguments.return_memory:
-            keep_freed_memory()
         print(json.dumps(measure(arguments.row, arguments.seconds)))
         return
     print(
@@ -228,7 +219,6 @@ def main() -> None:
             continue
         command = [sys.executable, "-m", "benchmarks.episodes", "--row", name]
         command += ["--seconds", str(arguments.seconds)]
-        command += ["--return-memory"] * arguments.return_memory
         out = subprocess.run(
             command, capture_output=True, text=True, env=dict(os.environ), check=False
         )

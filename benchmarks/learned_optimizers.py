@@ -21,7 +21,6 @@ import sys
 import time
 
 from benchmarks.episodes import probe
-from experiments.memory import keep_freed_memory
 
 __all__ = ["main"]
 
@@ -125,7 +124,6 @@ def main() -> None:
     parser.add_argument("--row", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.row:
-        keep_freed_memory()
         print(json.dumps(measure(arguments.row, arguments.seconds)))
         return
     print(

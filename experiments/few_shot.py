@@ -19,7 +19,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from experiments.config import Config, as_flags, may_change, parse
-from experiments.memory import keep_freed_memory
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -94,5 +93,4 @@ def require_tensorboard() -> None:
 
 
 if __name__ == "__main__":
-    keep_freed_memory()
     sys.exit(main())

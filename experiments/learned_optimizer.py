@@ -22,7 +22,6 @@ import traceback
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from experiments.memory import keep_freed_memory
 from experiments.optimizers.config import Config, may_change, parse
 
 if TYPE_CHECKING:
@@ -94,5 +93,4 @@ def _as_flags(message: str) -> str:
 
 
 if __name__ == "__main__":
-    keep_freed_memory()
     sys.exit(main())

@@ -18,7 +18,7 @@ from metalstm.base import Array, PyTree
 
 __all__ = ["InnerState", "Trace", "unroll"]
 
-_BLOCK = 1024  # coordinates: the activations of an LSTM of 20 units stay in cache
+_BLOCK = 8192  # coordinates: smaller blocks stay in cache but leave a second core idle
 _LANES = 16  # a block is a multiple of the vector registers' float32s
 
 
