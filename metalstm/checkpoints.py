@@ -2,8 +2,9 @@
 
 A directory holds one folder per step: the arrays of any pytree (orbax) and
 ``metadata.json``. A folder gets its name only when everything in it is written, and an
-older one is removed only after that. `restore` checks every array against a digest, so
-a truncated file is noticed, and then goes back to the checkpoint before it.
+older one is removed only after that. `restore` checks the arrays and the metadata
+against digests, so a truncated or altered file is noticed, and then goes back to the
+checkpoint before it.
 
 In a multi-process run every process calls `save` and `restore`; process 0 names,
 removes and writes the metadata.
@@ -11,6 +12,7 @@ removes and writes the metadata.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
@@ -100,6 +102,9 @@ def save(
 ) -> Path:
     """Write ``state`` as the checkpoint of ``step``; atomic and synchronous.
 
+    Later steps, which training must have gone back behind, are removed: the newest is
+    what was saved last.
+
     Args:
       state: any pytree of arrays and numbers. PRNG keys must be raw key data.
       metadata: JSON: the config (under ``"config"``), the validation history and so on.
@@ -108,6 +113,7 @@ def save(
 
     Raises:
       ValueError: ``keep`` or ``step`` is out of range, or metadata is not JSON.
+      OSError: it cannot be written; what was there before is as it was.
     """
     if keep < 1:
         raise ValueError(f"keep={keep}: at least the newest checkpoint must stay")
@@ -123,22 +129,21 @@ def save(
         "leaves": [_describe(n, v) for n, v in zip(names, leaves, strict=True)],
     }
     try:
-        text = json.dumps(document, indent=1, allow_nan=True)
+        document = json.loads(json.dumps(document))  # as `_read_json` will see it
     except TypeError as error:
         raise ValueError(f"metadata must be JSON: {error}") from error
-
-    writing = directory / f"{_WRITING}{step}"
+    document["digest"] = _digest_of_json(document)
+    text = json.dumps(document, indent=1)
+    try:
+        _write(directory, step, text, leaves)
+    except Exception as error:  # OSError, or what orbax makes of one
+        raise OSError(
+            f"checkpoint {directory / str(step)} cannot be written "
+            f"({_first_line(error)}): free space on its disk, or give a folder that "
+            f"can be written (complete there: {_listed(directory)})"
+        ) from error
     if _is_main():
-        directory.mkdir(parents=True, exist_ok=True)
-        _clean(directory)
-        writing.mkdir()
-    _barrier("checkpoint-begin")
-    with _checkpointer() as checkpointer:
-        checkpointer.save(writing / "state", _numbered(leaves))
-    if _is_main():
-        (writing / "metadata.json").write_text(text)
-        _give_name(writing, directory / str(step))
-        _prune(directory, keep)
+        _prune(directory, step, keep)
     _barrier("checkpoint-end")
     return directory / str(step)
 
@@ -222,6 +227,41 @@ def check_config(
 
 class _TargetMismatchError(ValueError):
     pass
+
+
+def _write(directory: Path, step: int, text: str, leaves: list[Any]) -> None:
+    writing = directory / f"{_WRITING}{step}"
+    try:
+        if _is_main():
+            directory.mkdir(parents=True, exist_ok=True)
+            _clean(directory)
+            writing.mkdir()
+        _barrier("checkpoint-begin")
+        with _checkpointer() as checkpointer:
+            checkpointer.save(writing / "state", _numbered(leaves))
+        if _is_main():
+            (writing / "metadata.json").write_text(text)
+            _flush_to_disk(writing)
+            _give_name(writing, directory / str(step))
+    except Exception:
+        if _is_main():  # half a checkpoint takes space that may be what is missing
+            shutil.rmtree(writing, ignore_errors=True)
+        raise
+
+
+def _flush_to_disk(folder: Path) -> None:
+    """Have files reach the disk before their folder's name does: power may fail."""
+    inside = list(folder.rglob("*"))
+    for path in (p for p in inside if p.is_file()):
+        with path.open("rb+") as file:
+            os.fsync(file.fileno())
+    for path in (p for p in (*inside, folder) if p.is_dir()):
+        with contextlib.suppress(OSError):  # not every file system syncs folders
+            handle = os.open(path, os.O_RDONLY)
+            try:
+                os.fsync(handle)
+            finally:
+                os.close(handle)
 
 
 def _flatten(state: PyTree) -> tuple[list[str], list[Any]]:
@@ -324,11 +364,15 @@ def _find(directory: str | Path, which: Literal["latest", "best"] | int) -> int:
     else:
         step = which if which in steps(directory) else None
     if step is None:
-        have = ", ".join(map(str, steps(directory))) or "none"
         raise FileNotFoundError(
-            f"no checkpoint {which!r} in {directory} (steps there: {have})"
+            f"no checkpoint {which!r} in {directory} (steps there: "
+            f"{_listed(directory)})"
         )
     return step
+
+
+def _listed(directory: str | Path) -> str:
+    return ", ".join(map(str, steps(directory))) or "none"
 
 
 def _path(directory: str | Path, step: int) -> Path:
@@ -346,14 +390,23 @@ def _give_name(writing: Path, path: Path) -> None:
     shutil.rmtree(replaced, ignore_errors=True)
 
 
-def _prune(directory: Path, keep: int) -> None:
+def _prune(directory: Path, newest: int, keep: int) -> None:
+    # A later step is one that could not be read, or was gone back behind on purpose.
+    # It must not count among the newest, or push out what was just written.
+    for step in steps(directory):
+        if step > newest:
+            _remove(directory, step)
     stay = {*steps(directory)[-keep:], best(directory)}
     for step in steps(directory):
         if step not in stay:
-            # Renamed first: a kill half way must not leave what looks complete.
-            doomed = directory / f"{_REMOVING}{step}"
-            os.rename(directory / str(step), doomed)
-            shutil.rmtree(doomed)
+            _remove(directory, step)
+
+
+def _remove(directory: Path, step: int) -> None:
+    # Renamed first: a kill half way must not leave what looks complete.
+    doomed = directory / f"{_REMOVING}{step}"
+    os.rename(directory / str(step), doomed)
+    shutil.rmtree(doomed)
 
 
 def _clean(directory: Path) -> None:
@@ -370,7 +423,21 @@ def _clean(directory: Path) -> None:
 
 
 def _read_json(path: Path) -> dict[str, Any]:
-    return json.loads((path / "metadata.json").read_text())
+    """The metadata file; raises ValueError when it is not what `save` wrote."""
+    document = json.loads((path / "metadata.json").read_bytes())
+    if not isinstance(document, dict):
+        raise ValueError("metadata.json is not what save writes")
+    # files written before there was a digest have none
+    digest = document.pop("digest", None)
+    if digest is not None and digest != _digest_of_json(document):
+        raise ValueError("metadata.json does not agree with its digest")
+    return document
+
+
+def _digest_of_json(document: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(document, sort_keys=True).encode()).hexdigest()[
+        :16
+    ]
 
 
 def _flat_json(config: Mapping[str, Any], prefix: str = "") -> dict[str, str]:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import itertools
+import json
 import os
 import signal
 import subprocess
@@ -139,6 +141,79 @@ def test_broken_metadata_falls_back(tmp_path):
     (tmp_path / "2" / "metadata.json").write_text('{"score": 2.0, ')
     assert checkpoints.best(tmp_path) == 1
     assert checkpoints.restore(tmp_path, make_state(0)).step == 1
+
+
+def test_altered_metadata_falls_back_and_is_no_other_config(tmp_path):
+    for step in (1, 2):
+        metadata = {"config": {"way": 5}, "history": [0.5]}
+        checkpoints.save(tmp_path, make_state(step), step=step, metadata=metadata)
+    document = (tmp_path / "2" / "metadata.json").read_text()
+    for altered in (
+        document.replace('"way": 5', '"way": 7'), document.replace("0.5", "0.7"),
+        document.replace("bfloat16", "float32"), "[]",
+    ):  # fmt: skip
+        (tmp_path / "2" / "metadata.json").write_text(altered)
+        restored = checkpoints.restore(tmp_path, make_state(0), config={"way": 5})
+        assert restored.step == 1
+        assert "metadata.json" in restored.message
+        assert checkpoints.best(tmp_path) is None
+
+
+def test_a_file_from_before_metadata_had_a_digest_is_read(tmp_path):
+    checkpoints.save(tmp_path, make_state(1), step=1)
+    path = tmp_path / "1" / "metadata.json"
+    document = json.loads(path.read_text())
+    del document["digest"]
+    path.write_text(json.dumps(document))
+    assert checkpoints.restore(tmp_path, make_state(0)).step == 1
+
+
+def test_going_back_removes_what_is_later(tmp_path):
+    for step in (1, 2):
+        checkpoints.save(tmp_path, make_state(step), step=step, score=step, keep=1)
+    assert checkpoints.steps(tmp_path) == [2]
+    truncate(tmp_path / "2")
+    checkpoints.save(tmp_path, make_state(1), step=1, keep=1)
+    assert checkpoints.steps(tmp_path) == [1]
+    assert_equal(checkpoints.restore(tmp_path, make_state(0)).state, make_state(1))
+
+
+def test_what_cannot_be_written_leaves_what_was_there(tmp_path, monkeypatch):
+    checkpoints.save(tmp_path, make_state(1), step=1)
+    real_rename = os.rename
+
+    def full(source, destination):
+        if Path(destination).name == "2":
+            raise OSError(errno.ENOSPC, "No space left on device")
+        real_rename(source, destination)
+
+    monkeypatch.setattr(checkpoints.os, "rename", full)
+    with pytest.raises(OSError, match=r"2 cannot be written \(.*No space.* there: 1"):
+        checkpoints.save(tmp_path, make_state(2), step=2)
+    monkeypatch.undo()
+    assert [p.name for p in tmp_path.iterdir()] == ["1"]
+    assert_equal(checkpoints.restore(tmp_path, make_state(0)).state, make_state(1))
+
+
+def test_everything_is_on_disk_before_it_has_its_name(tmp_path, monkeypatch):
+    real_rename, real_sync, synced = os.rename, os.fsync, set()
+
+    def sync(handle):
+        synced.add(os.fstat(handle).st_ino)
+        real_sync(handle)
+
+    def rename(source, destination):
+        if Path(destination) == tmp_path / "1":
+            missing = [
+                p for p in Path(source).rglob("*") if p.stat().st_ino not in synced
+            ]
+            assert not missing
+        real_rename(source, destination)
+
+    monkeypatch.setattr(checkpoints.os, "fsync", sync)
+    monkeypatch.setattr(checkpoints.os, "rename", rename)
+    checkpoints.save(tmp_path, make_state(1), step=1)
+    assert checkpoints.steps(tmp_path) == [1]
 
 
 def test_a_different_config_is_refused_and_shown(tmp_path):
