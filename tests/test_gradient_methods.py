@@ -102,6 +102,92 @@ def test_reptile_moves_a_tied_head_by_the_mean_of_its_classes():
     np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-7)
 
 
+@pytest.fixture(scope="module")
+def combined():
+    """The meta-gradient on two parabolas, of any weights; compiled once."""
+    sgd = rules.from_optax(optax.sgd(RATE))
+    both = batch_of(*(task.episode() for task in PARABOLAS))
+    keys = jax.random.split(KEY, 2)
+
+    def run(weights):
+        reptile = algorithms.reptile(
+            slope_learner(), sgd, num_steps=4, gradient_weights=weights
+        )
+        return reptile.meta_gradient(slope_params(), (), keys, both)[0].learner.params
+
+    return tiny.quick_jit(run)
+
+
+PARABOLAS = (TASK, TASK._replace(support=(1.0, -2.0)))
+
+
+def inner_gradients() -> np.ndarray:
+    """g_1 .. g_4 of SGD on each parabola (w x - y)^2, in float64: [tasks, 4]."""
+    found = []
+    for x, y in (task.support for task in PARABOLAS):
+        w, gradients = W, []
+        for _ in range(4):
+            gradients.append(2 * x * (x * w - y))
+            w -= RATE * gradients[-1]
+        found.append(gradients)
+    return np.array(found)
+
+
+@pytest.mark.parametrize(
+    "weights",
+    [(1, 0, 0, 0), (0, 1, 0, 0), (1, 1, 0, 0), (0.5, 0.5, 0, 0), (0, 0, 0, 1)],
+)
+def test_reptile_combines_inner_gradients_in_closed_form(combined, weights):
+    expected = (inner_gradients() @ np.array(weights)).mean()
+    found = combined(jnp.array(weights, jnp.float32))
+    np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-6)
+
+
+def test_the_first_gradient_alone_is_joint_training(combined):
+    """The gradient of the mean loss over tasks at theta_0, without any adaptation."""
+    joint = lambda w: sum((x * w - y) ** 2 for x, y in supports) / 2  # noqa: E731
+    supports = [task.support for task in PARABOLAS]
+    expected = (joint(W + 1e-5) - joint(W - 1e-5)) / 2e-5
+    found = combined(jnp.array([1.0, 0, 0, 0]))
+    np.testing.assert_allclose(found, expected, rtol=1e-5)
+
+
+def test_all_gradients_are_reptiles_displacement_over_the_rate(combined):
+    ends = [W - RATE * gradients.sum() for gradients in inner_gradients()]
+    found = combined(jnp.ones(4))
+    np.testing.assert_allclose(found, (W - np.mean(ends)) / RATE, rtol=1e-5)
+    two = combined(jnp.array([1.0, 1, 0, 0]))
+    half = combined(jnp.array([0.5, 0.5, 0, 0]))
+    np.testing.assert_allclose(half, two / 2, rtol=1e-6)
+
+
+def test_combined_gradients_of_minibatches_and_of_a_scaled_tied_head():
+    """The same minibatches as Reptile's own inner loop, behind a chain, pulled back."""
+    learner = tied_head(tiny.tanh_net(num_classes=4))
+    sgd = rules.from_optax(optax.chain(optax.scale(1.0), optax.sgd(RATE)))
+    options = {
+        "num_steps": 3, "batch_size": 2, "train_way": tiny.WAY, "gradient_scale": "way",
+    }  # fmt: skip
+    plain = algorithms.reptile(learner, sgd, **options)
+    summed = algorithms.reptile(learner, sgd, gradient_weights=(1, 1, 1), **options)
+    params = plain.init(jax.random.key(0), EPISODE)
+    moved, _ = meta_gradient(plain, params, batch_of(EPISODE))
+    found, _ = meta_gradient(summed, params, batch_of(EPISODE))
+    # the head's copies move against each other, so that only the body moves
+    tiny.assert_close(
+        jax.tree.map(lambda g: RATE * g, found.learner.params),
+        moved.learner.params,
+        atol=1e-6,
+    )
+    body = moved.learner.params["body"]
+    assert tiny.max_difference(body, jax.tree.map(jnp.zeros_like, body)) > 1e-3
+
+
+def test_there_is_one_weight_for_each_update():
+    with pytest.raises(ValueError, match=r"shape \(2,\) but num_steps=3: give one"):
+        algorithms.reptile(NET, num_steps=3, gradient_weights=(1.0, 1.0))
+
+
 def test_reptile_trains_on_more_shots_and_tests_on_more_steps():
     reptile = algorithms.reptile(NET, train_shots=10, num_steps=2)
     assert reptile.train_sampler(Spec()) == Spec(5, 10, 1)

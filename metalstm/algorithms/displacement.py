@@ -1,9 +1,10 @@
-"""Meta-train by where the inner loop ends, not by a query loss: Reptile."""
+"""Meta-train by where the inner loop goes, not by a query loss: Reptile."""
 
 from __future__ import annotations
 
 import dataclasses
-from typing import Any, cast
+from collections.abc import Sequence
+from typing import Any, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
@@ -23,6 +24,7 @@ from metalstm.base import (
     make_algorithm,
     map_tasks,
 )
+from metalstm.inner import InnerState
 from metalstm.rules import from_optax
 
 __all__ = ["reptile"]
@@ -39,6 +41,7 @@ def reptile(
     batch_size: int | None = None,
     test_batch_size: int | None = None,
     train_shots: int | None = None,
+    gradient_weights: Sequence[float] | Array | None = None,
     **options: Any,
 ) -> MetaAlgorithm:
     """Reptile (Nichol et al., 2018): move theta_0 towards where tasks end.
@@ -60,10 +63,15 @@ def reptile(
         epoch has several. None: the whole support set.
       train_shots: images of each class in meta-training, when they differ from the
         test's. Published: 10 (Omniglot) or 15 (mini-ImageNet). The query set has one.
+      gradient_weights: w [num_steps]: the meta-gradient is the sum of w_t g_t, g_t the
+        inner loop's gradient at update t, instead of theta_0 - theta_T (the paper's
+        figure 3). With SGD inside, all ones give (theta_0 - theta_T) / rate, and 1 for
+        g_1 alone is the gradient of joint training on all tasks. May be traced.
       options: the further ones of `learned_init`.
 
     Raises:
-      ValueError: ``query_norm="frozen"``, since averages are not gathered here.
+      ValueError: ``query_norm="frozen"``, since averages are not gathered here;
+        ``gradient_weights`` of another length than ``num_steps``.
     """
     if "frozen" in (options.get("query_norm"), options.get("train_query_norm")):
         raise ValueError(
@@ -74,8 +82,17 @@ def reptile(
         rule = from_optax(optax.adam(rule, b1=0.0))
     train_way: Any = options.get("train_way")
     fixed = {"second_order": False, **options}
+    recorded = rule
+    if gradient_weights is not None:
+        weights = jnp.asarray(gradient_weights, jnp.float32)
+        if weights.shape != (num_steps,):
+            raise ValueError(
+                f"gradient_weights has shape {weights.shape} but num_steps={num_steps}:"
+                " give one weight for each update"
+            )
+        recorded = _summing_gradients(rule, weights)
     inner = learned_init(
-        learner, rule, num_steps=num_steps, batch_size=batch_size, **fixed
+        learner, recorded, num_steps=num_steps, batch_size=batch_size, **fixed
     )
     at_way, adapt = learner.at_way, cast(Any, inner.adapt)
     tested = learned_init(
@@ -86,11 +103,16 @@ def reptile(
         **fixed,
     )
 
-    def displacement(start: PyTree, end: PyTree) -> PyTree:
+    def displacement(start: PyTree, end: InnerState) -> PyTree:
+        def moved(from_: PyTree) -> PyTree:
+            if gradient_weights is not None:
+                return _summed_gradients(end.rule_state)
+            return jax.tree.map(jnp.subtract, from_, end.params)
+
         if at_way is None:
-            return jax.tree.map(jnp.subtract, start, end)
+            return moved(start)
         repeated, pull = jax.vjp(lambda p: at_way(p, train_way), start)
-        (total,) = pull(jax.tree.map(jnp.subtract, repeated, end))
+        (total,) = pull(moved(repeated))
         (copies,) = pull(jax.tree.map(jnp.ones_like, repeated))
         return jax.tree.map(jnp.divide, total, copies)
 
@@ -105,7 +127,7 @@ def reptile(
             "support_loss": trace.losses[0],
             "accuracy": accuracy(outputs, query.y),
         }
-        return displacement(state.params, end.params), metrics
+        return displacement(state.params, end), metrics
 
     def meta_gradient(meta_params: MetaParams, carry, keys: Array, episodes: Episode):
         moves, metrics = map_tasks(
@@ -133,3 +155,39 @@ def reptile(
         train_sampler=train_sampler,
         query_norm=tested.query_norm,
     )
+
+
+class _Summing(NamedTuple):
+    inner: PyTree  # the rule's own state
+    step: Array
+    total: PyTree  # sum of w_t g_t so far
+
+
+def _summing_gradients(rule: UpdateRule, weights: Array) -> UpdateRule:
+    """The same rule, whose state also sums the gradients it is given, weighed."""
+
+    def bind(rule_params: PyTree) -> optax.GradientTransformationExtraArgs:
+        tx = rule.bind(rule_params)
+
+        def init_fn(params: PyTree) -> _Summing:
+            zeros = jax.tree.map(jnp.zeros_like, params)
+            return _Summing(tx.init(params), jnp.int32(0), zeros)
+
+        def update_fn(updates, state: _Summing, params=None, **extra):
+            weight = weights[state.step]
+            total = jax.tree.map(
+                lambda sum_, g: sum_ + weight.astype(g.dtype) * g, state.total, updates
+            )
+            updates, inner = tx.update(updates, state.inner, params, **extra)
+            return updates, _Summing(inner, state.step + 1, total)
+
+        return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+
+    return UpdateRule(rule.init, bind, smooth=rule.smooth)
+
+
+def _summed_gradients(rule_state: PyTree) -> PyTree:
+    """What `_summing_gradients` has summed; its state may lie inside a chain's."""
+    is_sum = lambda part: isinstance(part, _Summing)  # noqa: E731
+    parts = jax.tree.leaves(rule_state, is_leaf=is_sum)
+    return next(part.total for part in parts if is_sum(part))

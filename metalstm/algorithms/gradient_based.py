@@ -37,6 +37,7 @@ from metalstm.rules import find_gates, learned_sgd, lstm_gates, only
 
 __all__ = [
     "anil",
+    "fixed_sgd",
     "fomaml",
     "from_scratch",
     "learned_init",
