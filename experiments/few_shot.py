@@ -61,9 +61,9 @@ def _run(config: Config, folder: Path) -> int:
     if config.run.tensorboard:
         require_tensorboard()
     from experiments.comparison import run_seed, run_seeds
-    from experiments.meta_training import Interrupted
     from experiments.report import header
     from experiments.sources import load_source
+    from experiments.training_session import Interrupted
 
     source = load_source(config)
     print(header(config, source), flush=True)

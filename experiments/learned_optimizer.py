@@ -61,8 +61,8 @@ def _run(config: Config, folder: Path) -> int:
     from experiments.run_folder import locked, refuse_other_runs
 
     refuse_other_runs(folder, config, may_change(config))
-    from experiments.meta_training import Interrupted
     from experiments.optimizers.running import run
+    from experiments.training_session import Interrupted
 
     with locked(folder):
         try:

@@ -1,34 +1,23 @@
-"""Meta-train one method: progress, validation, checkpoints, Ctrl-C, going on."""
+"""Meta-train one method of few_shot, or go on with it."""
 
 from __future__ import annotations
 
 import functools
 import math
-import signal
-import sys
-import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import jax
 import numpy as np
 import optax
-from tqdm import tqdm
 
 import metalstm
-from experiments.config import Config, may_change, to_json
+from experiments.config import Config, may_change
 from experiments.run_folder import Metrics
 from experiments.sources import Source
-from metalstm import checkpoints
+from experiments.training_session import Session
 from metalstm.base import PyTree
 from metalstm.runs import build_algorithm, example_episode
-from metalstm.training import FitState, TrainState
-
-
-class Interrupted(Exception):  # noqa: N818 (a request, not an error)
-    """Ctrl-C came; everything is saved."""
 
 
 class Programs(NamedTuple):
@@ -51,6 +40,7 @@ class Trained(NamedTuple):
 
 
 def make_programs(spec: dict[str, Any], config: Config, source: Source) -> Programs:
+    """Compile-once parts of a method; ``config`` holds the flags as it reads them."""
     algorithm = build_algorithm(spec)
     budget = config.budget
     first_rate = spec.get("outer_step", budget.learning_rate)
@@ -67,7 +57,7 @@ def make_programs(spec: dict[str, Any], config: Config, source: Source) -> Progr
     train_loop = metalstm.make_train_loop(
         algorithm,
         optimizer,
-        source.train,
+        source.train(config),
         num_tasks=budget.meta_batch,
         steps_per_call=budget.steps_per_call,
         accumulate_tasks=budget.accumulate_tasks,
@@ -93,208 +83,80 @@ def meta_train(
       NonFiniteLossError: the state before the bad step is saved.
     """
     session = _Session(method, programs, config, source, folder, metrics)
-    with session.progress_bar(), stops_on_ctrl_c() as stop_requested:
-        session.run(stop_requested)
+    session.run()
     return session.result()
 
 
-class _Session:
-    """The state that the hooks of `metalstm.fit` share."""
+class _Session(Session):
+    unit = "episode"
 
-    def __init__(self, method, programs, config, source, folder, metrics):
-        self.method, self.programs = method, programs
-        self.config, self.source = config, source
-        self.metrics = metrics
-        self.folder = folder / "checkpoints" / method
-        self.tasks = config.budget.meta_batch
-        self.state, self.history, self.seconds_before = self._start()
-        self.started = time.monotonic()
-        self.validating = 0.0  # seconds
-        self.first_report: tuple[float, float, int] | None = None
-        self.bar: Any = None
-
-    def _start(self) -> tuple[FitState, list[dict[str, float]], float]:
-        shape, data = self.source.dataset.image_shape, self.config.data
-        episode = example_episode(shape, data.way, data.shot)
+    def __init__(
+        self,
+        method: str,
+        programs: Programs,
+        config: Config,
+        source: Source,
+        folder: Path,
+        metrics: Metrics,
+    ):
+        super().__init__(
+            method,
+            config,
+            folder,
+            metrics,
+            num_steps=_num_steps(config),
+            per_step=config.budget.meta_batch,
+            may_change=may_change(config),
+        )
+        self.programs, self.source = programs, source
+        shape, data = source.dataset.image_shape, config.data
         make = functools.partial(
             metalstm.init_train_state,
-            self.programs.algorithm,
-            self.programs.optimizer,
-            self.config.run.seed,
-            episode,
+            programs.algorithm,
+            programs.optimizer,
+            config.run.seed,
+            example_episode(shape, data.way, data.shot),
         )
-        if checkpoints.latest(self.folder / "state") is None:
-            self.metrics.rewind(self.method, -1)
-            return metalstm.init_fit_state(jax.jit(make)()), [], 0.0
-        target = jax.eval_shape(lambda: metalstm.init_fit_state(make()))
-        restored = checkpoints.restore(
-            self.folder / "state",
-            target,
-            config=to_json(self.config),
-            ignore=may_change(self.config),
-        )
-        if restored.message:
-            print(f"note: {restored.message}")
-        episode_number = restored.step * self.tasks
-        self.metrics.rewind(self.method, episode_number)
-        if restored.step < self._num_steps():
-            print(f"{self.method}: going on at episode {episode_number:,}")
-        saved = restored.metadata
-        return restored.state, saved["history"], saved["seconds"]
+        self.start(make)
 
-    def run(self, stop_requested: Callable[[], bool]) -> None:
+    def train(self) -> None:
         budget = self.config.budget
-        seconds_left = None
-        if budget.minutes is not None:
-            seconds_left = 60 * budget.minutes - self.seconds_before
-            if seconds_left <= 0:
-                return
-        latest = self.state.train
+        self.fit(
+            self.programs.train_loop,
+            self.source.dataset.train,
+            num_steps=self.num_steps,
+            validate_every=_in_steps(budget.validate_every, self.config),
+            report_every=_in_steps(max(20, budget.episodes // 2_000), self.config),
+            save_every=_in_steps(budget.save_every, self.config),
+        )
 
-        def train_loop(state: TrainState, pool: Any) -> tuple[TrainState, Any]:
-            nonlocal latest
-            latest = state
-            if stop_requested():
-                raise Interrupted
-            latest, metrics = self.programs.train_loop(state, pool)
-            return latest, metrics
-
-        try:
-            self.state = metalstm.fit(
-                train_loop,
-                self.state,
-                self.source.dataset.train,
-                num_steps=self._num_steps(),
-                steps_per_call=budget.steps_per_call,
-                validate=self.validate,
-                validate_every=self._in_steps(budget.validate_every),
-                report=self.report,
-                report_every=self._in_steps(max(20, budget.episodes // 2_000)),
-                save=self.save,
-                save_every=self._in_steps(budget.save_every),
-                max_seconds=seconds_left,
-            )
-        except Interrupted:
-            self.save(self.state._replace(train=latest))
-            raise
-
-    def validate(self, params: PyTree) -> float:
-        begun = time.monotonic()
+    def score(self, params: PyTree) -> tuple[float, dict[str, float]]:
         result = self.programs.evaluate(
             params,
             self.source.dataset.validation,
             num_episodes=self.config.budget.validation_episodes,
             split="validation",
         )
-        episode = self.episode
-        row = {"episode": episode, "mean": result.mean, "ci95": result.ci95}
-        self.history.append(row)
-        values = {"accuracy": result.mean, "ci95": result.ci95}
-        self.metrics.write(self.method, "validation", episode, **values)
-        self.validating += time.monotonic() - begun
-        return result.mean
+        return result.mean, {"accuracy": result.mean, "ci95": result.ci95}
 
-    def report(self, step: int, means: dict[str, float]) -> None:
-        self.episode = step * self.tasks
-        now = time.monotonic()
-        if self.first_report is None:
-            self.first_report = (now, self.validating, self.episode)
-        seconds = self.seconds_before + now - self.started
-        self.metrics.write(
-            self.method, "train", self.episode, seconds=round(seconds, 3), **means
-        )
-        shown = {"loss": f"{means['loss']:.3f}"}
+    def shown(self, means: dict[str, float]) -> str:
+        text = f"loss {means['loss']:.3f}"
         if "accuracy" in means:
-            shown["acc"] = f"{means['accuracy']:.1%}"
-        speed = self.episodes_per_second()
-        text = f"{speed:.1f}/s" if math.isfinite(speed) else "compiled"
-        for name, value in shown.items():
-            text += f"  {name} {value}"
-        self.bar.unit = text
-        if self.config.budget.minutes is None:
-            self.bar.update(self.episode - self.bar.n)
-        else:
-            # short of the end: a bar beyond its total warns
-            self.bar.update(min(seconds, 0.999 * self.bar.total) - self.bar.n)
-
-    def save(self, state: FitState) -> None:
-        self.state = state
-        metadata = {
-            "config": to_json(self.config),
-            "history": self.history,
-            "seconds": self.seconds_before + time.monotonic() - self.started,
-        }
-        best = int(state.best_step)
-        if math.isfinite(float(state.best_score)) and best != checkpoints.latest(
-            self.folder / "best"
-        ):
-            checkpoints.save(
-                self.folder / "best",
-                state.best_params,
-                step=best,
-                metadata={"validation": float(state.best_score)},
-                keep=1,
-            )
-        checkpoints.save(
-            self.folder / "state", state, step=int(state.train.step), metadata=metadata
-        )
+            text += f"  acc {means['accuracy']:.1%}"
+        return text
 
     def result(self) -> Trained:
-        saved = checkpoints.read_metadata(self.folder / "state")
-        episodes = int(self.state.train.step) * self.tasks
-        best_episode = int(self.state.best_step) * self.tasks
-        best = next(
-            (row for row in self.history if row["episode"] == best_episode),
-            {"mean": float(self.state.best_score), "ci95": math.nan},
-        )
+        best = int(self.state.best_step) * self.per_step
+        ci95 = {row["episode"]: row["ci95"] for row in self.history}
         return Trained(
             self.state.best_params,
-            episodes,
-            saved["seconds"],
-            self.episodes_per_second(),
-            best_episode,
-            best["mean"],
-            best["ci95"],
+            int(self.state.train.step) * self.per_step,
+            self.saved_seconds(),
+            self.speed(),
+            best,
+            float(self.state.best_score),
+            ci95.get(best, math.nan),
         )
-
-    def episodes_per_second(self) -> float:
-        if self.first_report is None:
-            return math.nan
-        begun, validating, episode = self.first_report
-        seconds = time.monotonic() - begun - (self.validating - validating)
-        if self.episode <= episode or seconds <= 0:
-            return math.nan
-        return (self.episode - episode) / seconds
-
-    @contextmanager
-    def progress_bar(self) -> Iterator[None]:
-        budget = self.config.budget
-        done = int(self.state.train.step) * self.tasks
-        self.episode = done
-        by_time = budget.minutes is not None
-        total = 60 * budget.minutes if by_time else self._num_steps() * self.tasks
-        count = "{n:.0f}/{total:.0f} s" if by_time else "{n:,}/{total:,} episodes"
-        self.bar = tqdm(
-            total=total,
-            # tqdm drops a total that is behind it already
-            initial=min(round(self.seconds_before, 1), total) if by_time else done,
-            desc=f"meta-training {self.method}",
-            bar_format="{desc}  {bar:22}  " + count + "  {unit}  eta {remaining}",
-            ascii=" #",
-            unit="compiling",  # the field of the format that tqdm leaves to us
-            # a log file gets a line now and then, a terminal a smooth bar
-            mininterval=0.2 if sys.stderr.isatty() else 15,
-        )
-        try:
-            yield
-        finally:
-            self.bar.close()
-
-    def _num_steps(self) -> int:
-        return _num_steps(self.config)
-
-    def _in_steps(self, episodes: int) -> int:
-        return _in_steps(episodes, self.config)
 
 
 def _num_steps(config: Config) -> int:
@@ -309,30 +171,6 @@ def _in_steps(episodes: int, config: Config) -> int:
     budget = config.budget
     calls = math.ceil(episodes / (budget.meta_batch * budget.steps_per_call))
     return calls * budget.steps_per_call
-
-
-@contextmanager
-def stops_on_ctrl_c() -> Iterator[Callable[[], bool]]:
-    """The first Ctrl-C (or SIGTERM) asks to stop at the next step; the second kills."""
-    requested = False
-
-    def request(number: int, frame: Any) -> None:
-        nonlocal requested
-        if requested:
-            raise KeyboardInterrupt
-        requested = True
-        print("\nstopping after this step; once more to stop at once", file=sys.stderr)
-
-    try:
-        old = {s: signal.signal(s, request) for s in (signal.SIGINT, signal.SIGTERM)}
-    except ValueError:  # not the main thread: leave signals alone
-        yield lambda: False
-        return
-    try:
-        yield lambda: requested
-    finally:
-        for number, handler in old.items():
-            signal.signal(number, handler)
 
 
 def curves(rows: list[dict[str, Any]], method: str, kind: str, name: str):
