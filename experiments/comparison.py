@@ -21,7 +21,13 @@ from experiments.meta_training import (
     make_programs,
     meta_train,
 )
-from experiments.methods import method_specs, pretraining
+from experiments.methods import (
+    METHODS,
+    Spec,
+    config_for,
+    method_specs,
+    pretrainings,
+)
 from experiments.run_folder import Metrics, write_json
 from experiments.sources import Source
 from metalstm import plots
@@ -37,13 +43,14 @@ def run_seed(
     programs: dict[str, Programs] | None = None,
 ) -> Results:
     """One seed, one folder. ``programs`` keeps what is compiled for the next seed."""
-    specs = method_specs(config, source.num_train_classes)
     write_config(config, source, folder)
     programs = {} if programs is None else programs
-    for name, spec in specs.items():
-        for own, of in ((name, spec), *_pretrainings(spec)):
-            if own not in programs:
-                programs[own] = make_programs(of, config, source)
+    if not programs:
+        specs = specs_of(config, source)
+        for name, spec in specs.items():
+            programs[name] = make_programs(spec, config_for(config, name), source)
+        for name, shared in pretrainings(config, specs)[0].items():
+            programs[name] = make_programs(shared.spec, shared.config, source)
     metrics = Metrics(folder, tensorboard=config.run.tensorboard)
     try:
         found = _learn(config, source, folder, programs, metrics)
@@ -91,11 +98,15 @@ def run_seeds(config: Config, source: Source, folder: Path) -> Results:
     return results
 
 
+def specs_of(config: Config, source: Source) -> dict[str, Spec]:
+    return method_specs(config, source.dataset.train.num_classes)
+
+
 def write_config(config: Config, source: Source, folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     document = {
         "config": to_json(config),
-        "methods": method_specs(config, source.num_train_classes),
+        "methods": specs_of(config, source),
         "data": source.describe(),
         "versions": report.versions(),
     }
@@ -120,10 +131,12 @@ def _learn(
 ) -> _Found:
     found = _Found()
     names = config.methods.algorithms
-    specs = method_specs(config, source.num_train_classes)
+    specs = specs_of(config, source)
 
-    def train(name: str) -> Trained:
-        trained = meta_train(name, programs[name], config, source, folder, metrics)
+    classifiers, uses = pretrainings(config, specs)
+
+    def train(name: str, own: Config) -> Trained:
+        trained = meta_train(name, programs[name], own, source, folder, metrics)
         print(
             f"{name}, best on validation: episode {trained.best_episode:,} "
             f"({100 * trained.best_mean:.1f} ± {100 * trained.best_ci95:.1f}%)",
@@ -133,28 +146,28 @@ def _learn(
 
     shared: dict[str, Trained] = {}
     for name in (n for n in names if programs[n].algorithm.trainable):
-        donors = [own for own, _ in _pretrainings(specs[name])]
-        for own in (own for own in donors if own not in shared):
-            shared[own] = train(own)
-        trained = shared[donors[0]] if donors else train(name)
-        found.trained[name], found[name] = trained, trained.params
-        if donors:
-            _transfer(name, config, source, folder, programs, found)
+        own = config_for(config, name)
+        if name not in uses:
+            found.trained[name] = train(name, own)
+            found[name] = found.trained[name].params
+            continue
+        classifier = uses[name]
+        if classifier not in shared:
+            shared[classifier] = train(classifier, classifiers[classifier].config)
+        found.trained[name] = shared[classifier]
+        found[name] = shared[classifier].params
+        _transfer(name, own, source, folder, programs, found)
     for name in (n for n in names if not programs[n].algorithm.trainable):
         algorithm, evaluate = programs[name].algorithm, programs[name].evaluate
-        params = meta_testing.untrained_params(name, algorithm, config, source, found)
-        if name in meta_testing.RATE_GRIDS:
-            tuned = meta_testing.tune_rate(name, params, evaluate, config, source)
+        own = config_for(config, name)
+        params = meta_testing.untrained_params(name, algorithm, own, source, found)
+        if METHODS[name].rates:
+            tuned = meta_testing.tune_rate(name, params, evaluate, own, source)
             params, found.tuned[name] = tuned.params, tuned
             print(f"{name}, best rate on validation: {tuned.rate:.3g}", flush=True)
             meta_testing.save_best(folder, name, params, rate=tuned.rate)
         found[name] = params
     return found
-
-
-def _pretrainings(spec: dict[str, Any]) -> list[tuple[str, dict[str, Any]]]:
-    shared = pretraining(spec)
-    return [] if shared is None else [shared]
 
 
 def _transfer(
@@ -170,7 +183,7 @@ def _transfer(
     own = meta_testing.untrained_params(name, algorithm, config, source, found)
     params = own._replace(learner=found[name].learner)
     kept: dict[str, Any] = {}
-    if name in meta_testing.RATE_GRIDS:
+    if METHODS[name].rates:
         tuned = meta_testing.tune_rate(name, params, evaluate, config, source)
         params, found.tuned[name] = tuned.params, tuned
         kept = {"rate": tuned.rate, "steps": tuned.steps}
@@ -192,7 +205,7 @@ def _test(
     evaluations: dict[str, metalstm.Evaluation] = {}
     methods: dict[str, Any] = {}
     rows = []
-    specs = method_specs(config, source.num_train_classes)
+    specs = specs_of(config, source)
     for name in config.methods.algorithms:
         begun = time.monotonic()
         evaluation = programs[name].evaluate(
@@ -285,7 +298,7 @@ def _draw(
             print(report.gate_line(summary), flush=True)
             figure = plots.gate_curves(gates.forget, gates.input, gates.layers)
             files.append(report.save_figure(figure, folder / "gates.png"))
-    name, spec = next(iter(method_specs(config, source.num_train_classes).items()))
+    name, spec = next(iter(specs_of(config, source).items()))
     picture = meta_testing.one_episode(
         spec, programs[name].algorithm, found[name], source
     )

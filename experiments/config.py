@@ -1,7 +1,7 @@
 """The options of few_shot, typed; no jax here, so that --help is quick.
 
-Flags are flat (``--way``), the groups only order them. `check` refuses what cannot work
-and can be told without data.
+Flags are flat (``--way``), the groups only order them. `experiments.command_line` reads
+and checks them.
 """
 
 from __future__ import annotations
@@ -9,56 +9,12 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import json
-import re
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import tyro
-
-METHODS = {
-    "meta-lstm": "gates that mix parameters and gradients, learned with theta_0",
-    "maml": "theta_0 learned, fixed SGD, second order",
-    "fomaml": "the same, first order",
-    "anil": "MAML that adapts the head alone",
-    "reptile": "theta_0 moves towards where the inner loop ends",
-    "imaml": "theta_0 pulls during the inner loop, implicit gradient",
-    "gradient-agreement": "--agreement-of, tasks weighed by how their gradients agree",
-    "meta-sgd": "theta_0 and a rate for every parameter learned",
-    "learned-sgd": "theta_0 and a rate for every tensor and step learned",
-    "prototypical": "distance to mean embeddings",
-    "prototypical-cosine": "cosine with mean embeddings, scale learned",
-    "matching": "attention over support images by cosine, scale learned",
-    "matching-euclidean": "the same by squared distance",
-    "matching-fce": "the same by cosine of full context embeddings",
-    "relation": "a network compares feature maps, squared error",
-    "relation-softmax": "the same, cross-entropy over classes",
-    "siamese": "nearest embedding, learned from pairs",
-    "siamese-triplet": "nearest embedding, learned from triplets",
-    "am-softmax": "cosine of features pre-trained with a margin of cosines",
-    "arcface": "the same with a margin of angles",
-    "sphereface": "the same with multiplied angles",
-    "sgd": "SGD from the first learned theta_0 of the list, rate tuned on validation",
-    "momentum": "likewise",
-    "adagrad": "likewise",
-    "adadelta": "likewise",
-    "adam": "likewise",
-    "scratch": "a fresh learner trained on the support set, rate tuned on validation",
-    "hallucination": "prototypical, with support examples imagined by a generator",
-    "mann": "a network that writes the support set to an external memory",
-    "feature-neighbour": "the closest support image in pre-trained features",
-    "feature-centroid": "the closest class mean in pre-trained features",
-    "feature-cosine": "the class mean of largest cosine in pre-trained features",
-    "finetune-head": "a new head on pre-trained features, rate and steps tuned",
-    "finetune-all": "the whole pre-trained network, rate and steps tuned",
-    "baseline++": "finetune-head with cosines for scores, also in pre-training",
-    "nearest-neighbour": "the closest support image in pixels",
-}
-LEARNS_INIT = (
-    "meta-lstm", "maml", "fomaml", "anil", "reptile", "imaml", "gradient-agreement",
-    "meta-sgd", "learned-sgd",
-)  # fmt: skip
-HAND_MADE = ("sgd", "momentum", "adagrad", "adadelta", "adam")
 
 QueryNorm = Literal["support", "support+1", "transductive", "frozen"]
 
@@ -160,7 +116,7 @@ class Methods:
     """reptile: the share of the way to theta_T that theta_0 goes in a meta-step (in
     place of --learning-rate and --clip; --schedule applies)."""
     train_shots: int | None = None
-    """reptile: support images of each class in meta-training; default --shot."""
+    """Support images of each class in meta-training; default --shot."""
     train_batch: int | None = None
     """reptile: images of one inner update in meta-training; default all."""
     proximal: float = 2.0
@@ -173,6 +129,9 @@ class Methods:
     """Updates of scratch."""
     finetune_steps: int = 100
     """Updates of finetune-head, finetune-all and baseline++, at most."""
+    pretrain_batch: int | None = None
+    """Images of one step of the transfer floors' pre-training; default as many as an
+    episode has."""
     train_way: int | None = None
     """Classes of a meta-training episode, for methods that compare embeddings or with
     --tied-head; default --way."""
@@ -288,13 +247,19 @@ class Config:
     budget: Budget = field(default_factory=Budget)
     test: Test = field(default_factory=Test)
     run: Run = field(default_factory=Run)
+    own: Annotated[dict[str, dict[str, Any]], tyro.conf.Fixed, tyro.conf.Suppress] = (
+        field(default_factory=dict)
+    )
+    """Per method, the flags that it sets otherwise; `experiments.methods.config_for`
+    applies them. They come from a preset: what is said on the command line holds for
+    every method."""
 
 
-GROUPS = {f.name for f in dataclasses.fields(Config)}
+GROUPS = {f.name for f in dataclasses.fields(Config) if f.name != "own"}
 
 
 def groups(config: Any) -> set[str]:
-    return {f.name for f in dataclasses.fields(config)}
+    return {f.name for f in dataclasses.fields(config) if f.name != "own"}
 
 
 def may_change(config: Config) -> tuple[str, ...]:
@@ -303,16 +268,26 @@ def may_change(config: Config) -> tuple[str, ...]:
         "run.preset", "run.workdir", "run.resume", "run.evaluate", "run.tensorboard",
         "run.debug", "data.data_dir", "budget.minutes",
     )  # fmt: skip
-    ends = config.budget.schedule != "constant"
-    return names if ends else (*names, "budget.episodes")
+    names += tuple(f"own.{method}.minutes" for method in config.own)
+    schedules = {config.budget.schedule}
+    schedules |= {own["schedule"] for own in config.own.values() if "schedule" in own}
+    if schedules != {"constant"}:
+        return names
+    own_ends = (f"own.{method}.episodes" for method in config.own)
+    return (*names, "budget.episodes", *own_ends)
 
 
 def with_flags(config: Any, **flags: Any) -> Any:
-    """Set options by their flat names; raises ValueError for an unknown one.
+    """Set options by their flat names, for every method.
 
     Works for any dataclass whose fields are groups of options, as do `to_json` and
     `from_json`.
+
+    Raises:
+      ValueError: there is no such option.
     """
+    if getattr(config, "own", None):
+        config = dataclasses.replace(config, own=without(config.own, flags))
     for name, value in flags.items():
         for group in groups(config):
             if name in {f.name for f in dataclasses.fields(getattr(config, group))}:
@@ -322,6 +297,18 @@ def with_flags(config: Any, **flags: Any) -> Any:
         else:
             raise ValueError(f"there is no option {name!r}")
     return config
+
+
+def without(
+    own: Mapping[str, Mapping[str, Any]], names: Iterable[str]
+) -> dict[str, dict[str, Any]]:
+    """Drop options from every method's own."""
+    dropped = set(names)
+    kept = {
+        method: {name: value for name, value in flags.items() if name not in dropped}
+        for method, flags in own.items()
+    }
+    return {method: flags for method, flags in kept.items() if flags}
 
 
 def to_json(config: Any) -> dict[str, Any]:
@@ -341,42 +328,14 @@ def from_json(saved: dict[str, Any], config: Any = None) -> Any:
             if value is not None and "Path" in str(f.type):
                 value = Path(value)
             config = with_flags(config, **{f.name: value})
-    return config
-
-
-def parse(arguments: list[str]) -> Config:
-    """Read the command line; a preset or a resumed run gives the defaults.
-
-    Raises:
-      ValueError: an unknown preset, or options that cannot work together.
-      FileNotFoundError: --resume or --evaluate names no run folder.
-    """
-    from experiments.presets import preset
-
-    default = Config()
-    named = value_of("--preset", arguments)
-    if named is not None:
-        default = preset(named)
-    for flag in ("--resume", "--evaluate"):
-        folder = value_of(flag, arguments)
-        if folder is not None:
-            default = from_json(read_config(Path(folder))["config"])
-            default = with_flags(default, resume=None, evaluate=None, workdir=None)
-            if named is not None:
-                raise ValueError(
-                    f"{flag} takes its options from the run; drop --preset"
-                )
-    config = tyro.cli(
-        Config,
-        args=arguments,
-        default=default,
-        description=_DESCRIPTION,
-        prog="python -m experiments.few_shot",
-        config=(tyro.conf.OmitArgPrefixes,),
-    )
-    names = [part for item in config.methods.algorithms for part in item.split(",")]
-    config = with_flags(config, algorithms=tuple(name for name in names if name))
-    check(config)
+    if "own" in saved:
+        own = {
+            method: {
+                k: tuple(v) if isinstance(v, list) else v for k, v in flags.items()
+            }
+            for method, flags in saved["own"].items()
+        }
+        config = dataclasses.replace(config, own=own)
     return config
 
 
@@ -388,112 +347,6 @@ def read_config(folder: Path) -> dict[str, Any]:
             f"{folder} is not a run folder: it has no config.json; give the folder "
             "that a run printed"
         ) from None
-
-
-def check(config: Config) -> None:
-    """Refuse what cannot work, whatever the data are.
-
-    Raises:
-      ValueError: names the flag, its value and what would do.
-    """
-    chosen = config.methods.algorithms
-    if not chosen:
-        raise ValueError(f"--algorithms is empty: choose from {', '.join(METHODS)}")
-    for name in chosen:
-        if name not in METHODS:
-            raise ValueError(f"--algorithms {name}: {did_you_mean(name, METHODS)}")
-    repeated = [name for name in chosen if chosen.count(name) > 1]
-    if repeated:
-        raise ValueError(f"--algorithms names {repeated[0]} twice: drop one")
-    tuned = [name for name in chosen if name in HAND_MADE]
-    if tuned and not any(name in LEARNS_INIT for name in chosen):
-        raise ValueError(
-            f"--algorithms {tuned[0]} starts from a learned theta_0: add one of "
-            f"{', '.join(LEARNS_INIT)}"
-        )
-    if config.methods.draw_init and tuned and "meta-lstm" in chosen:
-        raise ValueError(
-            "--draw-init learns no theta_0 for the hand-made rules: drop "
-            f"{', '.join(tuned)}, or choose scratch"
-        )
-    _check_ranges(config)
-    schedule = config.budget.schedule
-    if schedule != "constant" and config.budget.minutes is not None:
-        raise ValueError(f"--schedule {schedule} needs --episodes, not --minutes")
-    if config.methods.query_norm == "all" and config.run.evaluate is None:
-        raise ValueError(
-            "--query-norm all goes with --evaluate RUN; train with one mode"
-        )
-    if "frozen" in (config.methods.query_norm,) and (
-        config.methods.train_query_norm != "frozen" and config.run.evaluate is None
-    ):
-        raise ValueError(
-            "--query-norm frozen falls to chance unless meta-training uses the same "
-            "averages: add --train-query-norm frozen"
-        )
-    if config.run.resume is not None and config.run.workdir is not None:
-        raise ValueError("--resume RUN goes on in that folder; drop --workdir")
-    if config.run.evaluate is not None and config.run.resume is not None:
-        raise ValueError("--evaluate and --resume: choose one")
-
-
-def _check_ranges(config: Config) -> None:
-    at_least = {
-        "way": 2, "shot": 1, "queries": 1, "train_queries": 1, "image_size": 8,
-        "filters": 1, "blocks": 1, "steps": 1, "test_steps": 1, "support_batch": 1,
-        "scratch_steps": 1, "finetune_steps": 1, "imagined": 1, "train_way": 2,
-        "train_shots": 1, "train_batch": 1, "memory_slots": 4, "memory_hidden": 1,
-        "hidden": 0, "meta_batch": 1, "clip": 0, "accumulate_tasks": 1,
-        "steps_per_call": 1, "validate_every": 1, "validation_episodes": 2,
-        "save_every": 1, "test_episodes": 2, "test_batch": 1, "episodes": 1,
-        "seeds": 1, "seed": 0, "test_seed": 0,
-    }  # fmt: skip
-    above_zero = (
-        "learning_rate", "inner_rate", "minutes", "adam_rate", "outer_step", "proximal",
-    )  # fmt: skip
-    for group in GROUPS:
-        for name, value in vars(getattr(config, group)).items():
-            flag = f"--{name.replace('_', '-')}"
-            low = at_least.get(name)
-            if low is not None and value is not None and value < low:
-                raise ValueError(f"{flag} {value}: choose {low} or more")
-            if name in above_zero and value is not None and not value > 0:
-                raise ValueError(f"{flag} {value}: choose a number above 0")
-    budget = config.budget
-    chunk = budget.accumulate_tasks
-    if chunk is not None and budget.meta_batch % chunk:
-        raise ValueError(
-            f"--accumulate-tasks {chunk} does not divide --meta-batch "
-            f"{budget.meta_batch}: choose a divisor"
-        )
-    if config.methods.train_way is not None and not config.learner.tied_head:
-        fixed = [name for name in config.methods.algorithms if name in LEARNS_INIT]
-        if fixed:
-            raise ValueError(
-                f"--train-way {config.methods.train_way}: the head of {fixed[0]} has "
-                "--way classes; add --tied-head"
-            )
-    support, batch = config.data.way * config.data.shot, config.methods.support_batch
-    if batch is not None and support % batch:
-        raise ValueError(
-            f"--support-batch {batch} does not divide the {support} images of a "
-            "support set: choose a divisor"
-        )
-
-
-def as_flags(message: str) -> str:
-    """Say the library's advice in flags: 'choose way <= 5' as 'choose --way <= 5'."""
-    names = "|".join(sorted(_all_names(), key=len, reverse=True))
-    return re.sub(
-        rf"\b(choose|or) ({names})\b(?= *[<>=+])",
-        lambda m: f"{m[1]} --{m[2].replace('_', '-')}",
-        message,
-    )
-
-
-def _all_names() -> set[str]:
-    config = Config()
-    return {f.name for g in GROUPS for f in dataclasses.fields(getattr(config, g))}
 
 
 def value_of(flag: str, arguments: list[str]) -> str | None:
@@ -509,9 +362,3 @@ def did_you_mean(name: str, choices: Any) -> str:
     close = difflib.get_close_matches(name, list(choices), n=1)
     hint = f"did you mean {close[0]}? " if close else "not known. "
     return f"{hint}Choose from {', '.join(choices)}"
-
-
-_DESCRIPTION = (
-    "Learn to learn from few examples: meta-train, meta-test, compare.\n\n"
-    + ("Algorithms: " + "; ".join(f"{name} ({what})" for name, what in METHODS.items()))
-)

@@ -18,7 +18,8 @@ import traceback
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from experiments.config import Config, as_flags, may_change, parse
+from experiments.command_line import as_flags, parse
+from experiments.config import Config, may_change
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

@@ -12,8 +12,8 @@ import jax.numpy as jnp
 import numpy as np
 
 import metalstm
-from experiments.config import HAND_MADE, LEARNS_INIT, Config
-from experiments.methods import RATE_GRIDS, Spec
+from experiments.config import Config
+from experiments.methods import HAND_MADE, METHODS, Spec, theta_donor
 from experiments.sources import Source
 from metalstm import checkpoints
 from metalstm.base import MetaParams, PyTree
@@ -33,11 +33,6 @@ class Tuned(NamedTuple):
     tried_steps: dict[int, float] | None = None
 
 
-def theta_donor(methods: Sequence[str]) -> str | None:
-    """The method whose learned theta_0 the hand-made rules start from."""
-    return next((name for name in methods if name in LEARNS_INIT), None)
-
-
 def untrained_params(
     method: str,
     algorithm: metalstm.MetaAlgorithm,
@@ -49,9 +44,9 @@ def untrained_params(
     data = config.data
     episode = example_episode(source.dataset.image_shape, data.way, data.shot)
     params = algorithm.init(jax.random.key(config.run.seed), episode)
-    if method in HAND_MADE:
+    if METHODS[method].family == HAND_MADE:
         donor = theta_donor(config.methods.algorithms)
-        assert donor is not None, "refused by experiments.config.check"
+        assert donor is not None, "refused by experiments.command_line.check"
         params = MetaParams(learned[donor].learner, params.rule)
     return params
 
@@ -77,7 +72,7 @@ def tune_rate(
         )
         return result.mean
 
-    rate, tried = bracketed_best(RATE_GRIDS[method], score)
+    rate, tried = bracketed_best(METHODS[method].rates, score)
     if "num_steps" not in params.rule:
         return Tuned(with_rate(params, rate), rate, tried)
     most = config.methods.finetune_steps

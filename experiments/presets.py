@@ -5,6 +5,7 @@ What a preset does not name keeps the flag's default.
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 from experiments.config import Config, did_you_mean, with_flags
@@ -129,6 +130,41 @@ PRESETS: dict[str, dict[str, Any]] = {
     "omniglot": _OMNIGLOT,
 }
 
+# What methods set otherwise than their preset. A flag on the command line holds for
+# every method and wins over these. `experiments.methods.COMMON` names what all methods
+# of a table share, and so cannot stand here.
+
+# The published Conv4 of methods that compare embeddings, for 28 x 28 pixels.
+_EMBEDDING: dict[str, Any] = {
+    "learner": "conv4",
+    "filters": 64,
+    "strided": False,
+    "norm": "batch",
+    "norm_momentum": 0.95,
+    "final_relu": True,
+    "tied_head": False,
+    "train_way": 20,
+    "train_queries": 5,
+    "meta_batch": 1,
+    "augment": "shift",
+}
+_METRIC_METHODS = (
+    "prototypical", "prototypical-cosine", "matching", "matching-euclidean",
+    "matching-fce", "relation", "relation-softmax", "siamese", "siamese-triplet",
+    "hallucination",
+)  # fmt: skip
+_TRANSFER_METHODS = (
+    "am-softmax", "arcface", "sphereface", "feature-neighbour", "feature-centroid",
+    "feature-cosine", "finetune-head", "finetune-all", "baseline++",
+)  # fmt: skip
+
+METHOD_FLAGS: dict[str, dict[str, dict[str, Any]]] = {
+    "omniglot": {
+        **dict.fromkeys(_METRIC_METHODS, _EMBEDDING),
+        **dict.fromkeys(_TRANSFER_METHODS, _EMBEDDING),
+    },
+}
+
 
 def preset(name: str) -> Config:
     """Return the config of a named recipe.
@@ -138,4 +174,6 @@ def preset(name: str) -> Config:
     """
     if name not in PRESETS:
         raise ValueError(f"--preset {name}: {did_you_mean(name, PRESETS)}")
-    return with_flags(Config(), preset=name, **PRESETS[name])
+    config = with_flags(Config(), preset=name, **PRESETS[name])
+    own = METHOD_FLAGS.get(name, {})
+    return dataclasses.replace(config, own={m: dict(flags) for m, flags in own.items()})

@@ -7,20 +7,26 @@ import os
 from typing import Any, NamedTuple
 
 from experiments.config import Config
+from experiments.methods import config_for
 from metalstm import data
 from metalstm.data import Dataset, EpisodeSpec
 
 
 class Source(NamedTuple):
     dataset: Dataset
-    train: EpisodeSpec
     test: EpisodeSpec
 
-    @property
-    def num_train_classes(self) -> int:
-        """Classes of meta-training, turned characters counted as their own."""
-        turns = 4 if self.train.rotations else 1
-        return turns * self.dataset.train.num_classes
+    def train(self, config: Config) -> EpisodeSpec:
+        """The episodes that a method is meta-trained on, before its `train_sampler`.
+
+        ``config``: the method's own, of `experiments.methods.config_for`.
+        """
+        return dataclasses.replace(
+            self.test,
+            shot=config.methods.train_shots or config.data.shot,
+            rotations=config.data.rotations,
+            augment=_augment(config.data.augment),
+        )
 
     def describe(self) -> dict[str, Any]:
         """What config.json and results.json keep of it."""
@@ -59,19 +65,18 @@ def load_source(config: Config) -> Source:
         queries=options.queries,
         normalise=normalise,
     )
-    train = dataclasses.replace(
-        test, rotations=options.rotations, augment=_augment(options.augment)
-    )
-    meta_trained = dataclasses.replace(
-        train,
-        queries=options.train_queries or options.queries,
-        way=config.methods.train_way or options.way,
-    )
-    specs = {"train": meta_trained, "validation": test, "test": test}
-    # the smallest split first: what it allows, the others allow too
-    for split in sorted(specs, key=lambda split: dataset.pool(split).num_classes):
-        data.validate(specs[split], dataset, split)
-    return Source(dataset, train, test)
+    source = Source(dataset, test)
+    data.validate(test, dataset, "test")
+    data.validate(test, dataset, "validation")
+    for name in config.methods.algorithms:
+        own = config_for(config, name)
+        meta_trained = dataclasses.replace(
+            source.train(own),
+            queries=own.data.train_queries or options.queries,
+            way=own.methods.train_way or options.way,
+        )
+        data.validate(meta_trained, dataset, "train")
+    return source
 
 
 def _load(config: Config) -> Dataset:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import shutil
@@ -17,7 +18,15 @@ import pytest
 
 import metalstm
 from experiments import config as options
-from experiments import few_shot, meta_testing, meta_training, presets, run_folder
+from experiments import (
+    few_shot,
+    meta_testing,
+    meta_training,
+    methods,
+    presets,
+    run_folder,
+)
+from experiments.command_line import as_flags, parse
 from metalstm import data
 
 ROOT = Path(__file__).parents[1]
@@ -304,7 +313,7 @@ def test_two_runs_in_one_folder_are_refused(finished, capsys):
 
 
 def test_default_folders_do_not_collide():
-    config = options.parse(SMALL)
+    config = parse(SMALL)
     first = run_folder.choose_folder(config)
     assert first == Path("runs/few_shot/glyphs-3w1s-0")
     first.mkdir(parents=True)
@@ -474,7 +483,7 @@ def test_a_tuning_grid_brackets_its_best():
 
 @pytest.mark.parametrize("name", sorted(presets.PRESETS))
 def test_presets_are_configs_that_work(name):
-    config = options.parse(["--preset", name])
+    config = parse(["--preset", name])
     assert config.run.preset == name
     again = options.from_json(json.loads(json.dumps(options.to_json(config))))
     assert again == config
@@ -482,7 +491,7 @@ def test_presets_are_configs_that_work(name):
 
 def test_published_recipes():
     """Ravi & Larochelle's code, and Finn et al.'s."""
-    five, one = (options.parse(["--preset", f"ravi-{k}shot"]) for k in (5, 1))
+    five, one = (parse(["--preset", f"ravi-{k}shot"]) for k in (5, 1))
     for config, shot, steps, momentum, episodes in (
         (five, 5, 8, 0.05, 50_000),
         (one, 1, 12, 0.1, 75_000),
@@ -499,22 +508,148 @@ def test_published_recipes():
         assert spec["support_stats"] == "moving"
         assert spec["train_query_norm"] == "transductive"
         assert spec["query_norm"] == "support"
-    maml = options.parse(["--preset", "maml-omniglot"])
+    maml = parse(["--preset", "maml-omniglot"])
     assert (maml.methods.inner_rate, maml.methods.steps) == (0.4, 1)
     assert maml.budget.meta_batch == 32
-    mini = options.parse(["--preset", "maml-mini-imagenet"])
+    mini = parse(["--preset", "maml-mini-imagenet"])
     assert (mini.methods.steps, mini.methods.test_steps) == (5, 10)
     assert mini.methods.inner_rate == 0.01
 
 
 def few_shot_spec(config, name):
-    from experiments.methods import method_specs
+    return methods.method_specs(config)[name]
 
-    return method_specs(config)[name]
+
+@pytest.fixture
+def with_own(monkeypatch):
+    """A preset whose methods have settings of their own."""
+    flags = {"way": 3, "steps": 2, "algorithms": ("meta-lstm", "sgd")}
+    own = {
+        "meta-lstm": {"filters": 8, "steps": 3, "rotations": True},
+        "sgd": {"filters": 4, "steps": 4},
+        "matching": {"filters": 6, "forget_bias": (1.0, 2.0), "episodes": 7},
+    }
+    monkeypatch.setitem(presets.PRESETS, "mine", flags)
+    monkeypatch.setitem(presets.METHOD_FLAGS, "mine", own)
+    return "--preset mine --algorithms meta-lstm,sgd,matching,maml".split()
+
+
+def test_methods_have_settings_of_their_own(with_own):
+    config = parse(with_own)
+    specs = methods.method_specs(config)
+    filters = {n: s["learner"]["options"]["filters"] for n, s in specs.items()}
+    # sgd starts from meta-lstm's theta_0, so it adapts its learner
+    assert filters == {"meta-lstm": 8, "sgd": 8, "matching": 6, "maml": 32}
+    steps = [s["algorithm"]["options"].get("num_steps") for s in specs.values()]
+    assert steps == [3, 4, None, 2]
+    own = methods.config_for(config, "matching")
+    assert own.budget.episodes == 7
+    assert own.methods.algorithms == config.methods.algorithms
+    assert own.own == {}
+
+
+def test_a_flag_on_the_command_line_wins_over_a_methods_own(with_own):
+    # also when it is what the preset has for the others
+    config = parse([*with_own, "--steps", "2", "--filters=5", "--no-rotations"])
+    assert config.own == {"matching": {"forget_bias": (1.0, 2.0), "episodes": 7}}
+    specs = methods.method_specs(config)
+    assert {s["learner"]["options"]["filters"] for s in specs.values()} == {5}
+    assert specs["sgd"]["algorithm"]["options"]["num_steps"] == 2
+
+
+def test_own_settings_survive_the_run_folder(with_own):
+    config = parse(with_own)
+    again = options.from_json(json.loads(json.dumps(options.to_json(config))))
+    assert again == config
+    may_change = options.may_change(config)
+    assert {"budget.episodes", "own.matching.episodes"} <= set(may_change)
+    own = config.own | {"matching": {"schedule": "cosine"}}
+    ends = options.may_change(dataclasses.replace(config, own=own))
+    assert not {"budget.episodes", "own.matching.episodes"} & set(ends)
+    assert parse("--preset mine --algorithms maml".split()).own == {}
+
+
+@pytest.mark.parametrize(
+    ("own", "message"),
+    [
+        ({"maml": {"way": 7}}, "way is the same for all methods"),
+        ({"maml": {"steps": 0}}, "--steps 0: choose 1 or more"),
+        ({"maml": {"train_way": 9}}, "add --tied-head"),
+        ({"maml": {"wey": 9}}, "there is no option 'wey'"),
+    ],
+)
+def test_own_settings_are_checked(with_own, monkeypatch, own, message):
+    monkeypatch.setitem(presets.METHOD_FLAGS, "mine", own)
+    with pytest.raises(ValueError, match=message):
+        parse(with_own)
+
+
+def test_floors_share_what_has_the_same_settings():
+    config = parse("--algorithms finetune-head,finetune-all,feature-cosine".split())
+    own = {"finetune-all": {"filters": 8}, "feature-cosine": {"finetune_steps": 3}}
+    config = dataclasses.replace(config, own=own)
+    specs = methods.method_specs(config, num_classes=9)
+    wanted, uses = methods.pretrainings(config, specs)
+    assert uses == {
+        "finetune-head": "pretrained-linear",
+        "finetune-all": "pretrained-linear-2",
+        "feature-cosine": "pretrained-linear",
+    }
+    assert wanted["pretrained-linear-2"].spec["learner"]["options"]["filters"] == 8
+    assert wanted["pretrained-linear-2"].config.learner.filters == 8
+    assert wanted["pretrained-linear"].spec["algorithm"]["options"] == {
+        "num_classes": 9, "compare": "centroid", "classifier": "linear"
+    }  # fmt: skip
+
+
+def test_a_run_with_own_settings_resumes_and_loads(tmp_path, monkeypatch, with_own):
+    line = [*with_own, *command(workdir=tmp_path / "run")]
+    line[3] = "meta-lstm,sgd,prototypical,finetune-head"
+    own = {"meta-lstm": {"hidden": 3}, "prototypical": {"widths": (5,), "episodes": 20}}
+    own |= {"finetune-head": {"rotations": True, "finetune_steps": 2}}
+    monkeypatch.setattr(
+        presets, "METHOD_FLAGS", {"mine": own | {"matching": {"hidden": 9}}}
+    )
+    unsaid = {"--hidden", "--widths", "--episodes"}
+    kept = [i for i, a in enumerate(line) if not {a, line[i - 1]} & unsaid]
+    line = [line[i] for i in kept]
+    monkeypatch.setitem(
+        presets.PRESETS,
+        "mine",
+        presets.PRESETS["mine"] | {"episodes": 40, "widths": (6,), "hidden": 2},
+    )
+    assert few_shot.main(line) == 0
+    results = json.loads((tmp_path / "run" / "results.json").read_text())["methods"]
+    episodes = {n: r["meta_training"].get("episodes") for n, r in results.items()}
+    assert episodes == {
+        "meta-lstm": 40, "sgd": None, "prototypical": 20, "finetune-head": 40
+    }  # fmt: skip
+    saved = json.loads((tmp_path / "run" / "config.json").read_text())
+    assert saved["config"]["own"] == json.loads(json.dumps(own))
+    specs = saved["methods"]
+    assert specs["meta-lstm"]["rule"]["options"]["hidden_size"] == 3
+    # turned characters are further classes of pre-training
+    assert specs["finetune-head"]["algorithm"]["options"]["num_classes"] == 4 * 12
+    predict = metalstm.load_run(tmp_path / "run", "prototypical")
+    assert jax.tree.leaves(predict.params.params)[0].shape[-1] == 5
+    before = (tmp_path / "run" / "accuracies.npz").read_bytes()
+    assert few_shot.main(["--resume", str(tmp_path / "run")]) == 0
+    assert (tmp_path / "run" / "accuracies.npz").read_bytes() == before
+    again = ["--resume", str(tmp_path / "run"), "--hidden", "4"]
+    assert few_shot.main(again) == 2
+    assert few_shot.main(["--evaluate", str(tmp_path / "run")]) == 0
+
+
+def test_all_names_every_method():
+    for preset in ([], ["--preset", "omniglot"], ["--preset", "demo"]):
+        config = parse([*preset, "--algorithms", "all"])
+        assert config.methods.algorithms == tuple(methods.METHODS)
+        specs = json.loads(json.dumps(methods.method_specs(config)))
+        assert set(specs) == set(methods.METHODS)
 
 
 def test_flags_override_presets():
-    config = options.parse("--preset demo --way 7 --algorithms maml".split())
+    config = parse("--preset demo --way 7 --algorithms maml".split())
     assert config.data.way == 7
     assert config.methods.algorithms == ("maml",)
     assert config.data.dataset == "glyphs"
@@ -524,9 +659,9 @@ def test_flags_override_presets():
 
 
 def test_advice_is_said_in_flags():
-    said = options.as_flags("way=9 is too many; choose way <= 5")
+    said = as_flags("way=9 is too many; choose way <= 5")
     assert said == "way=9 is too many; choose --way <= 5"
-    assert options.as_flags("this way or that way") == "this way or that way"
+    assert as_flags("this way or that way") == "this way or that way"
 
 
 def test_metrics_survive_a_half_written_line(tmp_path):
