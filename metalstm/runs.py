@@ -230,7 +230,8 @@ class Predictor:
         if images.dtype == np.uint8:
             images = images.astype(np.float32) / 255
         images = images.astype(np.float32)
-        if images.size and (images.min() < 0 or images.max() > 1):
+        # said so that NaN, which no comparison is true of, is refused too
+        if images.size and not (images.min() >= 0 and images.max() <= 1):
             raise ValueError(
                 f"images span {images.min():.3g} to {images.max():.3g}: give uint8, or "
                 "floats in [0, 1]; normalisation is done here"

@@ -41,12 +41,15 @@ def test_a_cache_is_built_once_and_leaves_nothing_else(tmp_path):
     assert os.listdir(path.parent) == ["x.npz"]
 
 
-@pytest.mark.parametrize("damage", ["truncated", "flipped", "empty", "garbage"])
+@pytest.mark.parametrize(
+    "damage", ["truncated", "flipped", "empty", "garbage", "encrypted"]
+)
 def test_a_damaged_cache_is_rebuilt_with_a_warning(tmp_path, damage):
     calls: list = []
     path = tmp_path / "x.npz"
     cached(path, build(calls))
     whole = path.read_bytes()
+    directory = whole.index(b"PK\1\2")
     middle = len(whole) // 2  # inside the data of "a"
     path.write_bytes(
         {
@@ -55,6 +58,8 @@ def test_a_damaged_cache_is_rebuilt_with_a_warning(tmp_path, damage):
             + bytes([whole[middle] ^ 1])
             + whole[middle + 1 :],
             "empty": b"",
+            # a flag of the first entry in the zip's directory
+            "encrypted": whole[: directory + 8] + b"\1" + whole[directory + 9 :],
             "garbage": b"not a zip at all",
         }[damage]
     )

@@ -29,9 +29,13 @@ def task_loss(outputs: Array, targets: Array) -> Array:
 
 
 def accuracy(scores: Array, targets: Array) -> Array:
-    """The share of correct labels; for float targets the negative squared error."""
+    """The share of correct labels; for float targets the negative squared error.
+
+    A query with a NaN among its scores is not answered, and so not correct.
+    """
     if jnp.issubdtype(targets.dtype, jnp.integer):
-        return (scores.argmax(-1) == targets).mean()
+        answered = ~jnp.isnan(scores).any(-1)
+        return ((scores.argmax(-1) == targets) & answered).mean()
     return -jnp.square(scores - targets).mean()
 
 

@@ -14,8 +14,6 @@ import sys
 import tempfile
 import time
 import warnings
-import zipfile
-import zlib
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -35,7 +33,6 @@ __all__ = [
 
 PathLike = str | os.PathLike[str]
 
-_UNREADABLE = (zipfile.BadZipFile, zlib.error, ValueError, EOFError, OSError, KeyError)
 _ABANDONED_AFTER = 3600.0  # seconds without a write: no other process is still at it
 
 
@@ -87,7 +84,7 @@ def cached(
         try:
             with np.load(path, allow_pickle=False) as stored:
                 return {name: stored[name] for name in stored.files}
-        except _UNREADABLE as error:
+        except Exception as error:  # by where the damage is, of a dozen kinds
             warnings.warn(
                 f"cache {path} is damaged ({type(error).__name__}: {error}); "
                 f"building it again",

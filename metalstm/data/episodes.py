@@ -85,10 +85,11 @@ class EpisodeSpec:
                 raise ValueError(f"{name}={getattr(self, name)}: choose {name} >= 1")
         if self.normalise is not None:
             mean, std = map(tuple, self.normalise)
-            if len(mean) != len(std) or min(std, default=0) <= 0:
+            finite = np.isfinite([*mean, *std]).all()
+            if len(mean) != len(std) or min(std, default=0) <= 0 or not finite:
                 raise ValueError(
                     f"normalise={self.normalise}: give as many means as standard "
-                    f"deviations, the latter above 0"
+                    f"deviations, finite and the latter above 0"
                 )
             object.__setattr__(self, "normalise", Normalisation(mean, std))
         try:

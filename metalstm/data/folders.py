@@ -27,6 +27,7 @@ _FOLDERS = {
     "test": ("test",),
 }
 _VERSION = 1  # of the decoding below: what the cache holds
+_NAMED = 10  # of the corrupt files
 
 
 def load_mini_imagenet(
@@ -93,7 +94,8 @@ def load_image_folders(
       seed: of the division.
       min_images: the fewest images a class may have.
       skip_corrupt: leave out files that cannot be decoded, counted in
-        ``info["skipped"]``, where the default is to name the first and stop.
+        ``info["skipped"]`` and the first named in ``info["skipped_files"]``, where the
+        default is to name and count them and stop.
       cache_dir: where the decoded images are kept; see `metalstm.data.cache`.
 
     Raises:
@@ -180,9 +182,16 @@ def _listing(files: Mapping[str, Files], root: Path, *, dates: bool) -> Iterable
     for split in SPLITS:
         for paths in files[split].values():
             for path in paths:
-                stat = path.stat()
-                date = stat.st_mtime_ns if dates else ""
-                yield f"{split} {path.relative_to(root)} {stat.st_size} {date}"
+                size, date = _size_and_date(path)
+                yield f"{split} {path.relative_to(root)} {size} {date if dates else ''}"
+
+
+def _size_and_date(path: Path) -> tuple[int, int]:
+    try:
+        stat = path.stat()
+    except OSError:  # a link to nowhere: decoding will name it
+        return -1, -1
+    return stat.st_size, stat.st_mtime_ns
 
 
 def _check_some(files: Files, folder: Path) -> None:
@@ -229,7 +238,8 @@ def _decode(
     skip_corrupt: bool,
     info: Mapping[str, Any],
 ) -> tuple[dict[str, Split], dict[str, Any]]:
-    splits, skipped = {}, []
+    splits: dict[str, Split] = {}
+    corrupt: list[tuple[Path, Exception]] = []
     for split in SPLITS:
         most = max(len(paths) for paths in files[split].values())
         shape = (len(files[split]), most, size, size, channels)
@@ -240,15 +250,28 @@ def _decode(
                 if not isinstance(image, Exception):
                     images[row, counts[row]] = image
                     counts[row] += 1
-                elif skip_corrupt:
-                    skipped.append(path)
                 else:
-                    raise ValueError(
-                        f"{path} cannot be decoded ({image}); replace or remove it, or "
-                        f"leave such files out with skip_corrupt=True"
-                    )
-            if not counts[row]:
+                    corrupt.append((path, image))
+            if skip_corrupt and not counts[row]:
                 name = paths[0].parent.name
                 raise ValueError(f"class {name!r}: none of its files can be decoded")
         splits[split] = Split(images, counts, tuple(files[split]))
-    return splits, {**info, "skipped": len(skipped)}
+    if corrupt and not skip_corrupt:
+        raise ValueError(_about_corrupt(corrupt))
+    kept: dict[str, Any] = {"skipped": len(corrupt)}
+    if corrupt:
+        kept["skipped_files"] = [str(path) for path, _ in corrupt[:_NAMED]]
+    return splits, {**info, **kept}
+
+
+def _about_corrupt(corrupt: list[tuple[Path, Exception]]) -> str:
+    path, error = corrupt[0]
+    others = [str(path) for path, _ in corrupt[1:_NAMED]]
+    said = f"{path} cannot be decoded ({error})"
+    if others:
+        said += f", nor can {len(corrupt) - 1} more: {', '.join(others)}"
+        said += ", .." * (len(corrupt) > _NAMED)
+    return (
+        f"{said}; replace or remove what is corrupt, or leave it out with "
+        "skip_corrupt=True"
+    )

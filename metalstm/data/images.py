@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-__all__ = ["decode_files", "fit"]
+__all__ = ["as_bytes", "decode_files", "fit"]
 
 
 def fit(image: np.ndarray, size: int) -> np.ndarray:
@@ -24,6 +24,35 @@ def fit(image: np.ndarray, size: int) -> np.ndarray:
     squeezed = image[..., 0] if image.shape[-1] == 1 else image
     out = np.asarray(_fit(_pillow().fromarray(squeezed), size))
     return out.reshape(size, size, image.shape[-1])
+
+
+def as_bytes(image: Any, where: str) -> np.ndarray:
+    """Return an image [H, W, ch] as uint8, or a set of them, unless that alters it.
+
+    Raises:
+      ValueError: a value is not a whole number in [0, 255]; names ``where``.
+    """
+    image = np.asarray(image)
+    if image.dtype == np.uint8:
+        return image
+    converted = None
+    if image.dtype.kind in "buif":
+        with np.errstate(invalid="ignore"):  # NaN: refused below
+            converted = image.astype(np.uint8)
+    if converted is None or not np.array_equal(converted, image):
+        raise ValueError(
+            f"{where} has an image of {image.dtype} with values that are not whole "
+            f"numbers in [0, 255] ({_extremes(image)}): prepare it as uint8"
+        )
+    return converted
+
+
+def _extremes(image: np.ndarray) -> str:
+    if image.dtype.kind not in "buif":
+        return "not numbers"
+    if not np.isfinite(image).all():
+        return f"{(~np.isfinite(image)).sum()} of them NaN or infinite"
+    return f"{image.min():g} to {image.max():g}"
 
 
 def decode_files(
@@ -40,10 +69,14 @@ def decode_files(
 
         try:
             with pillow.open(path) as image:
+                if image.mode[0] in "IF":  # Pillow would cut off what is above 255
+                    raise ValueError(
+                        f"{image.mode} pixels: save it with 8 bits a channel"
+                    )
                 upright = ImageOps.exif_transpose(image)
                 image = upright.convert("RGB" if channels == 3 else "L")
                 return np.asarray(_fit(image, size)).reshape(size, size, channels)
-        except (OSError, SyntaxError, ValueError) as error:
+        except Exception as error:  # a dozen kinds, by format and by damage
             return error
 
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as threads:

@@ -15,9 +15,9 @@ import numpy as np
 from metalstm.base import Array
 from metalstm.data.cache import cache_folder, cached, fingerprint
 from metalstm.data.glyphs import load_glyphs
-from metalstm.data.images import fit
+from metalstm.data.images import as_bytes, fit
 from metalstm.data.pools import Dataset, checksum
-from metalstm.data.tfds import open_builder
+from metalstm.data.tfds import check_label, open_builder
 
 __all__ = ["ImageData", "LabelledImages", "load_image_data"]
 
@@ -71,8 +71,8 @@ def load_image_data(
 
     Raises:
       ImportError, FileNotFoundError, ValueError: see `open_builder`; and ValueError for
-        a set without images or labels, images of several sizes, or an ``image_size``
-        for the glyphs.
+        a set without images or labels, a label that is no class, images of several
+        sizes or with values outside a byte, or an ``image_size`` for the glyphs.
     """
     if name == "glyphs":
         if image_size is not None:
@@ -132,8 +132,9 @@ def _decode(builder: Any, size: int | None) -> dict[str, np.ndarray]:
 def _read(builder: Any, split: str, size: int | None) -> tuple[np.ndarray, np.ndarray]:
     images: list[np.ndarray] = []
     labels: list[int] = []
+    num_classes = len(builder.info.features["label"].names)
     for example in builder.as_data_source(split=split):
-        image = np.asarray(example["image"], np.uint8)
+        image = as_bytes(example["image"], builder.info.full_name)
         image = image if size is None else fit(image, size)
         if images and image.shape != images[0].shape:
             raise ValueError(
@@ -141,7 +142,13 @@ def _read(builder: Any, split: str, size: int | None) -> tuple[np.ndarray, np.nd
                 f"{images[0].shape} and {image.shape}; choose an image_size"
             )
         images.append(image)
-        labels.append(int(example["label"]))
+        label = int(example["label"])
+        check_label(label, num_classes, f"{builder.info.full_name}'s {split}")
+        labels.append(label)
+    if not images:
+        raise ValueError(
+            f"the {split} split of {builder.info.full_name} is empty: prepare it again"
+        )
     return np.stack(images), np.array(labels, np.int32)
 
 

@@ -127,9 +127,14 @@ def _pad(images: Sequence[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
         raise ValueError("images is empty: a pool needs at least one class")
     counts = np.array([len(of_class) for of_class in images], np.int32)
     padded = np.zeros((len(images), counts.max(), *images[0].shape[1:]), np.uint8)
-    for row, of_class in zip(padded, images, strict=True):
+    for i, (row, of_class) in enumerate(zip(padded, images, strict=True)):
         if of_class.dtype != np.uint8:
             raise ValueError(f"images must be uint8, got {of_class.dtype}")
+        if of_class.shape[1:] != images[0].shape[1:]:
+            raise ValueError(
+                f"images[{i}] are of shape {list(of_class.shape[1:])} and images[0] of "
+                f"{list(images[0].shape[1:])}: resize them to one"
+            )
         row[: len(of_class)] = of_class
     return padded, counts
 

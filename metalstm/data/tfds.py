@@ -15,15 +15,16 @@ from typing import Any
 import numpy as np
 
 from metalstm.data.cache import Split, cache_folder, cached_dataset, fingerprint
-from metalstm.data.images import fit
+from metalstm.data.images import as_bytes, fit
 from metalstm.data.pools import SPLITS, Dataset
 from metalstm.data.splits import check_disjoint, split_classes
 
-__all__ = ["load_tfds", "open_builder"]
+__all__ = ["check_label", "load_tfds", "open_builder"]
 
 PathLike = str | os.PathLike[str]
 
-_VERSION = 1  # of what the cache holds
+_VERSION = 2  # of what the cache holds
+_UNLABELLED = -1  # by TFDS's convention
 
 
 def open_builder(name: str, data_dir: PathLike | None = None) -> Any:
@@ -95,6 +96,9 @@ def load_tfds(
     The images of all its splits are pooled and regrouped by label: what is divided into
     training, validation and test are the *classes*.
 
+    Images without a label (-1, as TFDS marks them) and classes without an image are
+    left out, and stand in ``info`` as ``"unlabelled"`` and ``"empty_classes"``.
+
     Args:
       name: as for `tfds.builder`, with "/config" and ":version" if wanted.
       data_dir: TFDS's folder; default TFDS_DATA_DIR, then TFDS's own default.
@@ -109,7 +113,8 @@ def load_tfds(
 
     Raises:
       ImportError, FileNotFoundError, ValueError: see `open_builder`; and ValueError for
-        a feature or class that is not there, or images of several sizes.
+        a feature or class that is not there, a label that is no class, images of
+        several sizes or with values outside a byte.
     """
     builder = open_builder(name, data_dir)
     features = builder.info.features
@@ -137,12 +142,30 @@ def load_tfds(
     )
 
     def build() -> tuple[dict[str, Split], dict[str, Any]]:
-        images = _by_label(builder, image_key, label_key, image_size, max_per_class)
+        images, unlabelled = _by_label(
+            builder, image_key, label_key, image_size, max_per_class
+        )
+        info: dict[str, Any] = {"tfds": builder.info.full_name}
+        if unlabelled:
+            info["unlabelled"] = unlabelled
+        empty = [n for s in SPLITS for n in wanted[s] if not images.get(names.index(n))]
+        if empty:
+            info["empty_classes"] = empty
         parts = {split: _stack(wanted[split], names, images) for split in SPLITS}
-        return parts, {"tfds": builder.info.full_name}
+        return parts, info
 
     path = cache_folder(cache_dir) / f"tfds-{key}.npz"
     return cached_dataset(name.replace("/", "-"), path, build)
+
+
+def check_label(label: int, num_classes: int, where: str) -> None:
+    """Refuse a label outside [0, num_classes), naming ``where`` it is."""
+    if not 0 <= label < num_classes:
+        unlabelled = " (TFDS's mark of an unlabelled image)" * (label == _UNLABELLED)
+        raise ValueError(
+            f"{where} split has an image of label {label}{unlabelled}, outside [0, "
+            f"{num_classes}): prepare it again, or leave such images out"
+        )
 
 
 def _sizes(builder: Any) -> list[tuple[str, int]]:
@@ -151,15 +174,22 @@ def _sizes(builder: Any) -> list[tuple[str, int]]:
 
 def _by_label(
     builder: Any, image_key: str, label_key: str, size: int | None, limit: int | None
-) -> dict[int, list[np.ndarray]]:
+) -> tuple[dict[int, list[np.ndarray]], int]:
+    """Images by label, and how many have none."""
     images: dict[int, list[np.ndarray]] = {}
-    shape = None
+    unlabelled, shape = 0, None
+    num_classes = len(builder.info.features[label_key].names)
     for split in sorted(builder.info.splits):
         for example in builder.as_data_source(split=split):
-            of_class = images.setdefault(int(example[label_key]), [])
+            label = int(example[label_key])
+            if label == _UNLABELLED:
+                unlabelled += 1
+                continue
+            check_label(label, num_classes, f"{builder.info.full_name}'s {split}")
+            of_class = images.setdefault(label, [])
             if limit is not None and len(of_class) >= limit:
                 continue
-            image = np.asarray(example[image_key], np.uint8)
+            image = as_bytes(example[image_key], builder.info.full_name)
             image = image if size is None else fit(image, size)
             shape = shape or image.shape
             if image.shape != shape:
@@ -168,7 +198,7 @@ def _by_label(
                     f"as {shape} and {image.shape}; choose an image_size"
                 )
             of_class.append(image)
-    return images
+    return images, unlabelled
 
 
 def _stack(
