@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from experiments.command_line import as_flags, parse
+from experiments.compiled_programs import keep_compiled_programs
 from experiments.config import Config, may_change
 
 if TYPE_CHECKING:
@@ -32,6 +33,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     folder: Path | None = None
     try:
         config = parse(arguments)
+        keep_compiled_programs()
         if config.run.evaluate is not None:
             from experiments.reevaluation import reevaluate
 

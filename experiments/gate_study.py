@@ -27,6 +27,8 @@ from typing import Any
 
 import tyro
 
+from experiments.compiled_programs import keep_compiled_programs
+
 SGD_RATES = tuple(10 ** (k / 4) for k in range(-8, 7))  # 0.01 to 32
 
 
@@ -258,4 +260,6 @@ def _write(config, dataset, rows, evaluations, trained_on) -> None:
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Config))
+    chosen = tyro.cli(Config)
+    keep_compiled_programs()
+    main(chosen)

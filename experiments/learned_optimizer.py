@@ -22,6 +22,7 @@ import traceback
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from experiments.compiled_programs import keep_compiled_programs
 from experiments.optimizers.config import Config, may_change, parse
 
 if TYPE_CHECKING:
@@ -34,6 +35,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     folder: Path | None = None
     try:
         config = parse(arguments)
+        keep_compiled_programs()
         if config.run.evaluate is not None:
             from experiments.optimizers.running import evaluate
 
