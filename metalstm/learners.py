@@ -12,17 +12,21 @@ from __future__ import annotations
 
 import functools
 import inspect
+import sys
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
-from flax import core, nnx
+from flax import core
 from flax import linen as nn
 
 from metalstm.base import Array, Learner, LearnerState, Norm, PyTree
 from metalstm.heads import tied_head
 from metalstm.networks import MLP, Conv4, RelationNet, ResNet12
+
+if TYPE_CHECKING:  # a quarter of the time of `import metalstm`, for its users alone
+    from flax import nnx
 
 __all__ = [
     "MLP",
@@ -84,7 +88,7 @@ def from_flax(module: nn.Module | Callable[[nnx.Rngs], nnx.Module]) -> Learner:
       ValueError: for an NNX instance, for a class instead of an instance, and (when
         initialised) for a Linen module with batch statistics and no switch for them.
     """
-    if isinstance(module, nnx.Module):
+    if _is_nnx_module(module):
         name = type(module).__name__
         raise ValueError(
             f"from_flax got an instance of the NNX module {name}: its parameters are "
@@ -101,6 +105,11 @@ def from_flax(module: nn.Module | Callable[[nnx.Rngs], nnx.Module]) -> Learner:
             "from_flax(lambda rngs: Net(rngs=rngs))"
         )
     return _from_nnx(module)
+
+
+def _is_nnx_module(module: object) -> bool:
+    loaded = sys.modules.get("flax.nnx")  # as it is by whoever made a module
+    return loaded is not None and isinstance(module, loaded.Module)
 
 
 def _from_linen(module: nn.Module) -> Learner:
@@ -178,6 +187,10 @@ def _dropout_switch(*, on: bool) -> Callable:
 
 
 def _from_nnx(factory: Callable[[nnx.Rngs], nnx.Module]) -> Learner:
+    from flax import nnx
+
+    kinds = (nnx.Param, nnx.BatchStat, nnx.RngState, ...)
+
     @functools.cache
     def template(norm: Norm, dropout: bool) -> tuple[nnx.GraphDef, tuple]:
         """Structure without arrays: training and evaluation are different ones."""
@@ -199,12 +212,12 @@ def _from_nnx(factory: Callable[[nnx.Rngs], nnx.Module]) -> Learner:
         )
         if norm == "gather":  # exact for flax's own layer; see _gather for others
             model.set_attributes(nnx.BatchNorm, momentum=0.0, raise_if_not_found=False)
-        graphdef, *parts = nnx.split(model, *_NNX_PARTS)
+        graphdef, *parts = nnx.split(model, *kinds)
         return graphdef, tuple(parts)
 
     def init(key: Array, x: Array) -> LearnerState:
         template("stored", False)
-        _, *parts = nnx.split(factory(nnx.Rngs(key)), *_NNX_PARTS)
+        _, *parts = nnx.split(factory(nnx.Rngs(key)), *kinds)
         params, stats, _, other = map(nnx.to_pure_dict, parts)
         return LearnerState(params, stats, other)
 
@@ -217,7 +230,7 @@ def _from_nnx(factory: Callable[[nnx.Rngs], nnx.Module]) -> Learner:
             arrays = (state.params, stats, generators, state.other)
             model = nnx.merge(graphdef, *map(_fill, parts, arrays))
             outputs = model(x)
-            _, *split = nnx.split(model, *_NNX_PARTS)
+            _, *split = nnx.split(model, *kinds)
             _, new_stats, _, other = split
             return outputs, nnx.to_pure_dict(new_stats), nnx.to_pure_dict(other)
 
@@ -229,11 +242,10 @@ def _from_nnx(factory: Callable[[nnx.Rngs], nnx.Module]) -> Learner:
     return Learner(init, apply)
 
 
-_NNX_PARTS = (nnx.Param, nnx.BatchStat, nnx.RngState, ...)
-
-
 def _generators(abstract: nnx.State, key: Array | None) -> PyTree:
     """Fresh generators: one key per stream, folded in by its place; counts at zero."""
+    from flax import nnx
+
     key = jax.random.key(0) if key is None else key
     leaves, treedef = jax.tree.flatten(nnx.to_pure_dict(abstract))
     fresh = [
@@ -246,6 +258,8 @@ def _generators(abstract: nnx.State, key: Array | None) -> PyTree:
 
 
 def _fill(abstract: nnx.State, arrays: PyTree) -> nnx.State:
+    from flax import nnx
+
     filled = jax.tree.map(lambda leaf: leaf, abstract)
     nnx.replace_by_pure_dict(filled, arrays)
     return filled
