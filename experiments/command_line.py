@@ -16,6 +16,7 @@ from experiments.config import (
     from_json,
     read_config,
     value_of,
+    values_of,
     with_flags,
 )
 from experiments.methods import HAND_MADE, LEARNS_INIT, METHODS, config_for
@@ -33,15 +34,13 @@ def parse(arguments: list[str]) -> Config:
     named = value_of("--preset", arguments)
     if named is not None:
         default = preset(named)
-    for flag in ("--resume", "--evaluate"):
-        folder = value_of(flag, arguments)
-        if folder is not None:
-            default = from_json(read_config(Path(folder))["config"])
-            default = with_flags(default, resume=None, evaluate=None, workdir=None)
-            if named is not None:
-                raise ValueError(
-                    f"{flag} takes its options from the run; drop --preset"
-                )
+    resumed = value_of("--resume", arguments)
+    evaluated = [Path(name) for name in values_of("--evaluate", arguments)]
+    if resumed is not None or evaluated:
+        default = _of_runs([Path(resumed)] if resumed is not None else evaluated)
+        if named is not None:
+            flag = "--evaluate" if evaluated else "--resume"
+            raise ValueError(f"{flag} takes its options from the run; drop --preset")
     config = tyro.cli(
         Config,
         args=arguments,
@@ -58,6 +57,16 @@ def parse(arguments: list[str]) -> Config:
     config = dataclasses.replace(with_flags(config, algorithms=chosen), own=own)
     check(config)
     return config
+
+
+def _of_runs(folders: list[Path]) -> Config:
+    """The first run's options, with the methods of all."""
+    saved = [read_config(folder) for folder in folders]
+    config = from_json(saved[0]["config"])
+    names = list(config.methods.algorithms)
+    names += [n for other in saved[1:] for n in other["methods"] if n not in names]
+    config = with_flags(config, resume=None, evaluate=(), workdir=None)
+    return with_flags(config, algorithms=tuple(names))
 
 
 def given(arguments: list[str]) -> set[str]:
@@ -88,6 +97,18 @@ def check(config: Config) -> None:
     repeated = [name for name in chosen if chosen.count(name) > 1]
     if repeated:
         raise ValueError(f"--algorithms names {repeated[0]} twice: drop one")
+    _check_ranges(config)
+    evaluated = bool(config.run.evaluate)
+    if evaluated and config.run.resume is not None:
+        raise ValueError("--evaluate and --resume: choose one")
+    if config.run.resume is not None and config.run.workdir is not None:
+        raise ValueError("--resume RUN goes on in that folder; drop --workdir")
+    if not evaluated:
+        _check_training(config)
+
+
+def _check_training(config: Config) -> None:
+    chosen = config.methods.algorithms
     tuned = [name for name in chosen if METHODS[name].family == HAND_MADE]
     if tuned and not any(name in LEARNS_INIT for name in chosen):
         raise ValueError(
@@ -101,10 +122,6 @@ def check(config: Config) -> None:
         )
     for name in chosen:
         _check_options(config_for(config, name), name)
-    if config.run.resume is not None and config.run.workdir is not None:
-        raise ValueError("--resume RUN goes on in that folder; drop --workdir")
-    if config.run.evaluate is not None and config.run.resume is not None:
-        raise ValueError("--evaluate and --resume: choose one")
 
 
 def _check_options(config: Config, method: str) -> None:
@@ -113,13 +130,12 @@ def _check_options(config: Config, method: str) -> None:
     schedule = config.budget.schedule
     if schedule != "constant" and config.budget.minutes is not None:
         raise ValueError(f"--schedule {schedule} needs --episodes, not --minutes")
-    if config.methods.query_norm == "all" and config.run.evaluate is None:
+    if config.methods.query_norm == "all":
         raise ValueError(
             "--query-norm all goes with --evaluate RUN; train with one mode"
         )
-    if "frozen" in (config.methods.query_norm,) and (
-        config.methods.train_query_norm != "frozen" and config.run.evaluate is None
-    ):
+    norms = config.methods.query_norm, config.methods.train_query_norm
+    if norms[0] == "frozen" and norms[1] != "frozen":
         raise ValueError(
             "--query-norm frozen falls to chance unless meta-training uses the same "
             "averages: add --train-query-norm frozen"
@@ -172,6 +188,11 @@ def _check_ranges(config: Config) -> None:
 def as_flags(message: str) -> str:
     """Say the library's advice in flags: 'choose way <= 5' as 'choose --way <= 5'."""
     names = "|".join(sorted(_all_names(), key=len, reverse=True))
+    message = re.sub(
+        rf"\bwith ({names})=True\b",
+        lambda m: f"with --{m[1].replace('_', '-')}",
+        message,
+    )
     return re.sub(
         rf"\b(choose|or) ({names})\b(?= *[<>=+])",
         lambda m: f"{m[1]} --{m[2].replace('_', '-')}",

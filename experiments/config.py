@@ -32,6 +32,9 @@ class Data:
     """Omniglot: test on other alphabets, or on other characters of the same ones."""
     image_size: int | None = None
     """Resize to this many pixels square; default: the data set's own choice."""
+    skip_corrupt: bool = False
+    """folders: leave out files that cannot be decoded, and count them; default: name
+    them and stop."""
     way: int = 5
     """Classes of an episode."""
     shot: int = 1
@@ -230,8 +233,9 @@ class Run:
     """The run folder; default runs/few_shot/DATASET-WAYwSHOTs-SEED."""
     resume: Path | None = None
     """Go on with the run in this folder."""
-    evaluate: Path | None = None
-    """Evaluate the run in this folder again: with --way, --shot, --query-norm ..."""
+    evaluate: tuple[Path, ...] = ()
+    """Test the runs in these folders again, in one table: with --way, --shot,
+    --query-norm ..."""
     tensorboard: bool = False
     """Write TensorBoard files too."""
     debug: bool = False
@@ -264,7 +268,7 @@ def groups(config: Any) -> set[str]:
 
 def may_change(config: Config) -> tuple[str, ...]:
     """What may differ when a run goes on. A schedule's end is part of the recipe."""
-    names = (
+    names: tuple[str, ...] = (
         "run.preset", "run.workdir", "run.resume", "run.evaluate", "run.tensorboard",
         "run.debug", "data.data_dir", "budget.minutes",
     )  # fmt: skip
@@ -325,7 +329,7 @@ def from_json(saved: dict[str, Any], config: Any = None) -> Any:
             value = saved[group][f.name]
             if isinstance(value, list):
                 value = tuple(value)
-            if value is not None and "Path" in str(f.type):
+            if isinstance(value, str) and "Path" in str(f.type):
                 value = Path(value)
             config = with_flags(config, **{f.name: value})
     if "own" in saved:
@@ -340,13 +344,28 @@ def from_json(saved: dict[str, Any], config: Any = None) -> Any:
 
 
 def read_config(folder: Path) -> dict[str, Any]:
+    """What a run wrote of its options, methods and data.
+
+    Raises:
+      FileNotFoundError: there is no such run.
+      ValueError: its config.json is damaged.
+    """
+    path = folder / "config.json"
     try:
-        return json.loads((folder / "config.json").read_text())
-    except FileNotFoundError:
+        document = json.loads(path.read_bytes())
+        if not isinstance(document["config"], dict):
+            raise TypeError("config is no mapping")
+    except (FileNotFoundError, NotADirectoryError):
         raise FileNotFoundError(
             f"{folder} is not a run folder: it has no config.json; give the folder "
             "that a run printed"
         ) from None
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(
+            f"{path} is damaged ({type(error).__name__}: {error}): put a copy of it "
+            "back, or start again in another --workdir"
+        ) from None
+    return document
 
 
 def value_of(flag: str, arguments: list[str]) -> str | None:
@@ -356,6 +375,16 @@ def value_of(flag: str, arguments: list[str]) -> str | None:
         if argument.startswith(flag + "="):
             return argument.split("=", 1)[1]
     return None
+
+
+def values_of(flag: str, arguments: list[str]) -> list[str]:
+    """The values of a flag that takes several."""
+    if flag not in arguments:
+        one = value_of(flag, arguments)
+        return [] if one is None else [one]
+    after = arguments[arguments.index(flag) + 1 :]
+    ends = (i for i, argument in enumerate(after) if argument.startswith("--"))
+    return after[: next(ends, len(after))]
 
 
 def did_you_mean(name: str, choices: Any) -> str:

@@ -6,7 +6,9 @@ images, above fixed rules and floors (Ravi & Larochelle, ICLR 2017; Finn et al.,
     python -m experiments.few_shot                          # letters, no download
     python -m experiments.few_shot --preset omniglot --data-dir DIR
     python -m experiments.few_shot --preset ravi-5shot --data-dir DIR
+    python -m experiments.few_shot --preset omniglot --data-dir DIR --algorithms all
     python -m experiments.few_shot --evaluate RUN --query-norm all
+    python -m experiments.few_shot --evaluate RUN RUN2      # in one table
 
 docs/results/ has the tables, with the commands, the hardware and the time they took.
 """
@@ -18,7 +20,7 @@ import traceback
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from experiments.command_line import as_flags, parse
+from experiments.command_line import as_flags, given, parse
 from experiments.compiled_programs import keep_compiled_programs
 from experiments.config import Config, may_change
 
@@ -34,10 +36,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         config = parse(arguments)
         keep_compiled_programs()
-        if config.run.evaluate is not None:
+        if config.run.evaluate:
             from experiments.reevaluation import reevaluate
 
-            reevaluate(config)
+            reevaluate(config, given(arguments))
             return 0
         from experiments.run_folder import choose_folder
 
@@ -70,7 +72,7 @@ def _run(config: Config, folder: Path) -> int:
 
     source = load_source(config)
     print(header(config, source), flush=True)
-    with locked(folder):
+    with locked(folder, config, may_change(config)):
         try:
             if config.run.seeds == 1:
                 run_seed(config, source, folder)

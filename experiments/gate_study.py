@@ -28,6 +28,7 @@ from typing import Any
 import tyro
 
 from experiments.compiled_programs import keep_compiled_programs
+from experiments.run_folder import whole_file, write_json
 
 SGD_RATES = tuple(10 ** (k / 4) for k in range(-8, 7))  # 0.01 to 32
 
@@ -231,13 +232,14 @@ def _write(config, dataset, rows, evaluations, trained_on) -> None:
             f"{note} |"
         )
     config.workdir.mkdir(parents=True, exist_ok=True)
-    (config.workdir / "table.md").write_text("\n".join(lines) + "\n")
+    with whole_file(config.workdir / "table.md") as unfinished:
+        unfinished.write_text("\n".join(lines) + "\n")
     settings = dataclasses.asdict(config)
     del settings["data_dir"], settings["workdir"]  # say nothing of the result
     document = {"config": settings, "rows": rows}
     document["checksum"] = dataset.checksum
-    text = json.dumps(document, indent=1, default=str)
-    (config.workdir / "results.json").write_text(text + "\n")
+    document = json.loads(json.dumps(document, default=str))
+    write_json(config.workdir / "results.json", document)
     figure, axes = plt.subplots(1, 2, figsize=(10, 4), layout="constrained")
     for axis, part in zip(axes, ("ablation", "transfer"), strict=True):
         chosen = [row for row in rows if row["part"] == part]
@@ -254,7 +256,8 @@ def _write(config, dataset, rows, evaluations, trained_on) -> None:
         axis.invert_yaxis()
         axis.set_xlabel("meta-test accuracy, %")
         axis.set_title(part)
-    figure.savefig(config.workdir / "gate_study.png", dpi=120)
+    with whole_file(config.workdir / "gate_study.png") as unfinished:
+        figure.savefig(unfinished, dpi=120)
     print("\n".join(lines))
     print(f"table.md, results.json, gate_study.png in {config.workdir}")
 

@@ -66,7 +66,7 @@ def _run(config: Config, folder: Path) -> int:
     from experiments.optimizers.running import run
     from experiments.training_session import Interrupted
 
-    with locked(folder):
+    with locked(folder, config, may_change(config)):
         try:
             run(config, folder)
         except Interrupted:

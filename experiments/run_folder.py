@@ -5,13 +5,16 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, TextIO
 
 from experiments.config import Config, read_config, to_json
 
 ROOT = Path("runs") / "few_shot"
+_PART = ".part-"  # how the name of a half-written file begins
+# what a run leaves that is killed before it has written its config
+_BEFORE_CONFIG = {"lock", f"{_PART}config.json"}
 
 
 def choose_folder(config: Config) -> Path:
@@ -44,6 +47,12 @@ def refuse_other_runs(folder: Path, config: Any, ignore: Iterable[str]) -> None:
       ConfigMismatch: the folder holds a run of another configuration.
       ValueError: another process is running there, or it holds something else.
     """
+    _check_contents(folder, config, ignore)
+    with contextlib.suppress(FileNotFoundError), open(folder / "lock") as lock:
+        _take(lock, folder)
+
+
+def _check_contents(folder: Path, config: Any, ignore: Iterable[str]) -> None:
     from metalstm.checkpoints import ConfigMismatch, check_config
 
     if (folder / "config.json").exists():
@@ -57,24 +66,68 @@ def refuse_other_runs(folder: Path, config: Any, ignore: Iterable[str]) -> None:
                     "give the same options, or another --workdir",
                 )
             ) from None
-        with contextlib.suppress(FileNotFoundError), open(folder / "lock") as lock:
-            _take(lock, folder)
-    elif folder.exists() and any(folder.iterdir()):
+    elif folder.exists() and not folder.is_dir():
+        raise ValueError(f"{folder} is a file: choose another --workdir")
+    elif folder.exists() and {p.name for p in folder.iterdir()} - _BEFORE_CONFIG:
         raise ValueError(
             f"{folder} is not empty and holds no run: choose another --workdir"
         )
 
 
-@contextlib.contextmanager
-def locked(folder: Path) -> Iterator[None]:
-    """Hold the folder for this process; the kernel lets go when the process ends.
+def refuse_other_data(folder: Path, about: Mapping[str, Any]) -> None:
+    """Check, before config.json is written again, that a run goes on with its data.
+
+    Args:
+      about: what config.json is to say of the data, with their checksum.
 
     Raises:
-      ValueError: another process holds it.
+      ConfigMismatch: the run in ``folder`` began with other data.
     """
-    folder.mkdir(parents=True, exist_ok=True)
-    with open(folder / "lock", "a+") as lock:
+    from metalstm.checkpoints import ConfigMismatch, check_config
+
+    if not (folder / "config.json").exists():
+        return
+    saved = read_config(folder).get("data", {})
+    # a field that was added since then is no contradiction
+    shared = {name: value for name, value in about.items() if name in saved}
+    try:
+        check_config({name: saved[name] for name in shared}, shared)
+    except ConfigMismatch as error:
+        raise ConfigMismatch(
+            f"{folder} began with other data: {error}".replace(
+                "the saved config differs:", ""
+            ).replace(
+                "use the saved values, or another folder",
+                "put the data back as they were, or choose another --workdir",
+            )
+        ) from None
+
+
+@contextlib.contextmanager
+def locked(
+    folder: Path, config: Any = None, ignore: Iterable[str] = ()
+) -> Iterator[None]:
+    """Hold the folder for this process; the kernel lets go when the process ends.
+
+    Args:
+      config, ignore: as for `refuse_other_runs`, checked again once the folder is held:
+        since the first time another run may have come and gone.
+
+    Raises:
+      ValueError: another process holds it, or another run has been there.
+      OSError: the folder cannot be written.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = open(folder / "lock", "a+")  # noqa: SIM115 (its errors are not those below)
+    except OSError as error:
+        raise OSError(
+            f"{folder} cannot be written ({error.strerror}): choose another --workdir"
+        ) from error
+    with lock:
         _take(lock, folder)
+        if config is not None:
+            _check_contents(folder, config, ignore)
         lock.truncate(0)
         lock.write(str(os.getpid()))
         lock.flush()
@@ -95,11 +148,40 @@ def _take(lock: TextIO, folder: Path) -> None:
         ) from None
 
 
+@contextlib.contextmanager
+def whole_file(path: Path) -> Iterator[Path]:
+    """A name to write to, with the same suffix; it becomes ``path`` at the end.
+
+    Under ``path`` there is all of it or what was there before, whatever happens.
+
+    Raises:
+      OSError: it cannot be written; names ``path`` and what would do.
+    """
+    part = path.with_name(_PART + path.name)
+    try:
+        yield part
+        with open(part, "rb+") as file:
+            os.fsync(file.fileno())
+        os.replace(part, path)
+    except OSError as error:
+        raise _cannot_write(path, error) from error
+    finally:
+        with contextlib.suppress(OSError):
+            part.unlink()
+
+
+def _cannot_write(path: Path, error: OSError) -> OSError:
+    return OSError(
+        f"{path} cannot be written ({error.strerror or error}): free space on its "
+        "disk, or make its folder writable; then go on with --resume"
+    )
+
+
 def write_json(path: Path, value: Any) -> None:
     """Write all of it or nothing."""
-    temporary = path.with_name(path.name + ".part")
-    temporary.write_text(json.dumps(value, indent=1) + "\n")
-    os.replace(temporary, path)
+    text = json.dumps(value, indent=1) + "\n"
+    with whole_file(path) as part:
+        part.write_text(text)
 
 
 class Metrics:
@@ -125,26 +207,30 @@ class Metrics:
             for row in self.read()
             if row["method"] != method or row[self.counter] <= count
         ]
-        temporary = self.path.with_name(self.path.name + ".part")
-        temporary.write_text("".join(json.dumps(row) + "\n" for row in rows))
-        os.replace(temporary, self.path)
+        with whole_file(self.path) as part:
+            part.write_text("".join(json.dumps(row) + "\n" for row in rows))
 
     def write(self, method: str, kind: str, count: int, **values: float) -> None:
         row = {"method": method, "kind": kind, self.counter: count, **values}
-        with open(self.path, "a") as file:
-            file.write(json.dumps(row) + "\n")
+        try:
+            with open(self.path, "a") as file:
+                file.write(json.dumps(row) + "\n")
+        except OSError as error:
+            raise _cannot_write(self.path, error) from error
         if self._writer is not None:
             for name, value in values.items():
                 self._writer.add_scalar(f"{method}/{kind}/{name}", value, count)
 
     def read(self) -> list[dict[str, Any]]:
-        """All rows but a half-written last one."""
+        """All rows but a half-written last one, and lines that are none."""
         if not self.path.exists():
             return []
         rows = []
-        for line in self.path.read_text().splitlines():
-            with contextlib.suppress(json.JSONDecodeError):
-                rows.append(json.loads(line))
+        for line in self.path.read_bytes().splitlines():
+            with contextlib.suppress(ValueError):  # no JSON, or no UTF-8
+                row = json.loads(line)
+                if isinstance(row, dict) and {"method", "kind", self.counter} <= {*row}:
+                    rows.append(row)
         return rows
 
     def close(self) -> None:

@@ -11,6 +11,8 @@ from experiments.methods import config_for
 from metalstm import data
 from metalstm.data import Dataset, EpisodeSpec
 
+_LEFT_OUT = ("skipped", "skipped_files", "unlabelled", "empty_classes")
+
 
 class Source(NamedTuple):
     dataset: Dataset
@@ -35,6 +37,8 @@ class Source(NamedTuple):
             "name": self.dataset.name,
             "image_shape": list(self.dataset.image_shape),
             "checksum": self.dataset.checksum,
+            # how many files, images or classes were left out, and which
+            **{k: v for k, v in self.dataset.info.items() if k in _LEFT_OUT and v},
             "classes": {
                 split: self.dataset.pool(split).num_classes for split in data.SPLITS
             },
@@ -86,6 +90,11 @@ def _load(config: Config) -> Dataset:
     if options.image_size is not None:
         sized["image_size"] = options.image_size
     name = options.dataset
+    if options.skip_corrupt and name != "folders":
+        raise ValueError(
+            f"--skip-corrupt is for --dataset folders: {name} must be whole; drop it, "
+            "and prepare the data again should they be damaged"
+        )
     if name == "glyphs":
         if sized:
             raise ValueError("--image-size: glyphs are drawn at 28 pixels; drop it")
@@ -97,7 +106,9 @@ def _load(config: Config) -> Dataset:
     if name == "folders":
         if folder is None:
             raise ValueError("--dataset folders: say where they are with --data-dir")
-        return data.load_image_folders(folder, **sized)
+        return data.load_image_folders(
+            folder, skip_corrupt=options.skip_corrupt, **sized
+        )
     if name.startswith("tfds:"):
         return data.load_tfds(name.removeprefix("tfds:"), _tfds_dir(folder), **sized)
     raise ValueError(

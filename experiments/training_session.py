@@ -84,7 +84,28 @@ class Session:
             print(f"{self.name}: going on at {self.unit} {count:,}")
         self.history = restored.metadata["history"]
         self.seconds_before = restored.metadata["seconds"]
+        if not self._has_best(restored.state):
+            self._save_best(restored.state)
         return restored.state
+
+    def _has_best(self, state: FitState) -> bool:
+        """Whether best/ holds what the state calls the best, and can be read."""
+        if not math.isfinite(float(state.best_score)):
+            return True  # there is none
+        try:
+            found = checkpoints.restore(self.folder / "best", state.best_params)
+        except (OSError, ValueError):
+            return False
+        return found.step == int(state.best_step)
+
+    def _save_best(self, state: FitState) -> None:
+        checkpoints.save(
+            self.folder / "best",
+            state.best_params,
+            step=int(state.best_step),
+            metadata={"validation": float(state.best_score)},
+            keep=1,
+        )
 
     def run(self) -> None:
         """Train until the budget is spent.
@@ -183,13 +204,7 @@ class Session:
         if math.isfinite(float(state.best_score)) and best != checkpoints.latest(
             self.folder / "best"
         ):
-            checkpoints.save(
-                self.folder / "best",
-                state.best_params,
-                step=best,
-                metadata={"validation": float(state.best_score)},
-                keep=1,
-            )
+            self._save_best(state)
         metadata = {
             "config": to_json(self.config),
             "history": self.history,

@@ -9,7 +9,6 @@ from __future__ import annotations
 import functools
 import hashlib
 import json
-import os
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
@@ -24,6 +23,7 @@ from experiments.optimizers.config import Problem, Test
 from experiments.optimizers.problems import NEED_NO_DATA, Source, load_source
 from metalstm import optimizer_curves, rules
 from metalstm.base import TaskMapping
+from metalstm.data.cache import cached
 from metalstm.plots import Losses, Sweep
 
 _TUNING_SEED = 2_000_003  # far from the seeds of training, validation and test
@@ -175,17 +175,12 @@ class Bench:
     ) -> dict[str, np.ndarray]:
         text = json.dumps(key, sort_keys=True, default=str)
         name = hashlib.sha256(text.encode()).hexdigest()[:16]
-        path = self.folder / f"{kind}-{name}.npz"
-        if path.exists():
-            with np.load(path) as saved:
-                return {k: saved[k] for k in saved.files if k != "key"}
-        arrays = make()
-        path.parent.mkdir(parents=True, exist_ok=True)
-        partial = path.with_name(f".{path.name}.{os.getpid()}")
-        with partial.open("wb") as file:
-            np.savez(file, key=np.array(text), **arrays)  # type: ignore[arg-type]
-        os.replace(partial, path)
-        return arrays
+        arrays = cached(
+            self.folder / f"{kind}-{name}.npz",
+            lambda: {"key": np.array(text), **make()},
+            remedy="give a folder that can be written with --curves",
+        )
+        return {k: v for k, v in arrays.items() if k != "key"}
 
 
 def load_optimizers(paths: dict[str, Path]) -> list[Optimizer]:

@@ -22,7 +22,12 @@ from experiments.optimizers.measuring import Optimizer, load_optimizers
 from experiments.optimizers.problems import describe, load_source
 from experiments.optimizers.specs import rule_spec
 from experiments.optimizers.training import Trained, meta_train
-from experiments.run_folder import Metrics, free_folder, write_json
+from experiments.run_folder import (
+    Metrics,
+    free_folder,
+    refuse_other_data,
+    write_json,
+)
 from metalstm import plots, rules
 
 ROOT = Path("runs") / "learned_optimizer"
@@ -50,6 +55,7 @@ def run(config: Config, folder: Path) -> None:
     built = {name: rules.build_rule(spec) for name, spec in specs.items()}
     folder.mkdir(parents=True, exist_ok=True)
     document = {"config": to_json(config), "rules": specs, "data": source.about}
+    refuse_other_data(folder, source.about)
     write_json(folder / "config.json", document | {"versions": report.versions()})
     metrics = Metrics(folder, counter="step")
     found: dict[str, Any] = {}

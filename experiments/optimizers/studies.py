@@ -17,7 +17,7 @@ from experiments.optimizers.config import Config, Problem
 from experiments.optimizers.measuring import Bench, Optimizer, Tuned, compete
 from experiments.optimizers.problems import describe, variants
 from experiments.report import save_figure
-from experiments.run_folder import write_json
+from experiments.run_folder import whole_file, write_json
 from metalstm import plots
 from metalstm.plots import Losses
 
@@ -322,7 +322,8 @@ def command(context: Context, study: str) -> str:
 def _write(context: Context, study: str, caption: str, table: str) -> str:
     path = context.folder / f"{study}.md"
     lines = [caption, "", table, "", f"    {command(context, study)}"]
-    path.write_text("\n".join(lines) + "\n")
+    with whole_file(path) as part:
+        part.write_text("\n".join(lines) + "\n")
     return path.name
 
 

@@ -73,12 +73,16 @@ def fingerprint(parts: Iterable[Any]) -> str:
 
 
 def cached(
-    path: Path, build: Callable[[], Mapping[str, np.ndarray]]
+    path: Path,
+    build: Callable[[], Mapping[str, np.ndarray]],
+    *,
+    remedy: str = "set METALSTM_CACHE_DIR to a folder that can be written",
 ) -> dict[str, np.ndarray]:
     """Return the arrays stored at ``path``; build and store them if there are none.
 
     A file that cannot be read whole is rebuilt, with a warning. Where the folder cannot
-    be written, the arrays are returned all the same, with a warning.
+    be written, the arrays are returned all the same, with a warning that says
+    ``remedy``.
     """
     if path.exists():
         try:
@@ -97,7 +101,7 @@ def cached(
     except OSError as error:
         warnings.warn(
             f"cannot write cache {path} ({error}): the next run builds it again; "
-            f"set METALSTM_CACHE_DIR to a folder that can be written",
+            f"{remedy}",
             RuntimeWarning,
             stacklevel=2,
         )
