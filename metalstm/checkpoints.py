@@ -6,8 +6,10 @@ older one is removed only after that. `restore` checks the arrays and the metada
 against digests, so a truncated or altered file is noticed, and then goes back to the
 checkpoint before it.
 
-In a multi-process run every process calls `save` and `restore`; process 0 names,
-removes and writes the metadata.
+In a multi-process run every process calls `save` and `restore`, on storage they share.
+Each writes its part of what is split over them, process 0 the rest: it names, removes
+and writes the metadata. Each reads whole arrays, so that other numbers of devices and
+processes can go on, and they agree on which checkpoint that is.
 """
 
 from __future__ import annotations
@@ -24,6 +26,7 @@ from typing import Any, Literal, NamedTuple
 import jax
 import numpy as np
 
+from metalstm import distributed
 from metalstm.base import PyTree
 
 __all__ = [
@@ -142,7 +145,7 @@ def save(
             f"({_first_line(error)}): free space on its disk, or give a folder that "
             f"can be written (complete there: {_listed(directory)})"
         ) from error
-    if _is_main():
+    if distributed.is_main():
         _prune(directory, step, keep)
     _barrier("checkpoint-end")
     return directory / str(step)
@@ -186,12 +189,17 @@ def restore(
                     document["metadata"].get("config", {}), config, ignore=ignore
                 )
             _check_target(document["leaves"], target, path)
-            state = _read_arrays(path, document["leaves"], target)
+            read = _read_arrays(path, document["leaves"], target)
+            failure = None
         except (ConfigMismatch, _TargetMismatchError):
             raise
         except Exception as error:  # whatever a broken file makes its reader raise
-            failures.append(f"checkpoint {path} cannot be read ({_first_line(error)})")
+            failure = _first_line(error)
+        if distributed.any_process(failure is not None):
+            failure = failure or "by another process"
+            failures.append(f"checkpoint {path} cannot be read ({failure})")
             continue
+        state = jax.tree.map(_like, target, read)
         message = None
         if failures:
             message = "; ".join([*failures, f"went back to step {step}"])
@@ -232,19 +240,21 @@ class _TargetMismatchError(ValueError):
 def _write(directory: Path, step: int, text: str, leaves: list[Any]) -> None:
     writing = directory / f"{_WRITING}{step}"
     try:
-        if _is_main():
+        if distributed.is_main():
             directory.mkdir(parents=True, exist_ok=True)
             _clean(directory)
             writing.mkdir()
         _barrier("checkpoint-begin")
         with _checkpointer() as checkpointer:
             checkpointer.save(writing / "state", _numbered(leaves))
-        if _is_main():
+        if distributed.is_main():
             (writing / "metadata.json").write_text(text)
             _flush_to_disk(writing)
             _give_name(writing, directory / str(step))
     except Exception:
-        if _is_main():  # half a checkpoint takes space that may be what is missing
+        if (
+            distributed.is_main()
+        ):  # half a checkpoint takes space that may be what is missing
             shutil.rmtree(writing, ignore_errors=True)
         raise
 
@@ -273,10 +283,14 @@ def _numbered(leaves: list[Any]) -> dict[str, Any]:
     # Numbers as names: the structure is the target's business, so that orbax need not
     # know NamedTuples, and a renamed field does not make a file unreadable. It refuses
     # arrays without entries, of which there is nothing to save.
+    # Where there are several processes it refuses a process's own arrays too: process 0
+    # writes those.
+    def shared(leaf: Any) -> bool:
+        alone = jax.process_count() == 1
+        return isinstance(leaf, jax.Array) and (alone or not leaf.is_fully_addressable)
+
     return {
-        f"{i:06d}": leaf
-        if isinstance(leaf, jax.Array)
-        else np.asarray(leaf, _dtype(leaf))
+        f"{i:06d}": leaf if shared(leaf) else np.asarray(leaf, _dtype(leaf))
         for i, leaf in enumerate(leaves)
         if np.size(leaf)
     }
@@ -294,12 +308,55 @@ def _dtype(leaf: Any) -> np.dtype:
     )
 
 
-def _digest(leaf: Any) -> str | None:
+def _digest(leaf: Any) -> str:
     if isinstance(leaf, jax.Array) and not (
         leaf.is_fully_addressable or leaf.is_fully_replicated
     ):
-        return None  # no process holds the whole array
+        return _digest_of_rows(_rows_of_all_processes(leaf))
     data = np.ascontiguousarray(np.asarray(leaf, _dtype(leaf))).tobytes()
+    return _hash(data)
+
+
+# A digest of digests, for an array that no process has all of.
+_ROWS = "rows:"
+
+
+def _digest_of_rows(rows: np.ndarray) -> str:
+    """Of [N, 2] uint32, a digest for each entry of the leading axis."""
+    return _ROWS + _hash(rows.tobytes())
+
+
+def _rows(value: np.ndarray) -> np.ndarray:
+    digests = [
+        bytes.fromhex(_hash(np.ascontiguousarray(row).tobytes())) for row in value
+    ]
+    return np.frombuffer(b"".join(digests), np.uint32).reshape(-1, 2)
+
+
+def _rows_of_all_processes(leaf: jax.Array) -> np.ndarray:
+    from jax.experimental import multihost_utils
+
+    rows = np.zeros((leaf.shape[0], 2), np.uint32)
+    for shard in leaf.addressable_shards:
+        if shard.data.shape[1:] != leaf.shape[1:]:
+            raise ValueError(
+                f"an array {leaf.shape} is split over more than its leading axis: "
+                "split tasks alone (metalstm.distributed.place)"
+            )
+        rows[shard.index[0]] = _rows(np.asarray(shard.data))
+    # every row is another process's zeros
+    return multihost_utils.process_allgather(rows).max(0)
+
+
+def _agrees(value: np.ndarray, digest: str | None) -> bool:
+    if digest is None:  # of a split array, before there were digests of rows
+        return True
+    if digest.startswith(_ROWS):
+        return digest == _digest_of_rows(_rows(value))
+    return digest == _digest(value)
+
+
+def _hash(data: bytes) -> str:
     return hashlib.sha256(data).hexdigest()[:16]
 
 
@@ -321,38 +378,40 @@ def _check_target(saved: list[dict], target: PyTree, path: Path) -> None:
 
 
 def _read_arrays(path: Path, saved: list[dict], target: PyTree) -> PyTree:
+    """Whole arrays, in this process's memory, each compared with its digest."""
     leaves, treedef = jax.tree.flatten(target)
-    here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-
-    def abstract(leaf: Any) -> jax.ShapeDtypeStruct | np.ndarray:
-        if isinstance(leaf, np.ndarray | np.generic | int | float):
-            return np.empty(np.shape(leaf), _dtype(leaf))
-        sharding = getattr(leaf, "sharding", None) or here
-        return jax.ShapeDtypeStruct(np.shape(leaf), _dtype(leaf), sharding=sharding)
-
-    numbered = {f"{i:06d}": leaf for i, leaf in enumerate(leaves)}
-    wanted = {name: abstract(leaf) for name, leaf in numbered.items() if np.size(leaf)}
-    with _checkpointer() as checkpointer:
+    empty = [np.empty(np.shape(leaf), _dtype(leaf)) for leaf in leaves]
+    wanted = {f"{i:06d}": leaf for i, leaf in enumerate(empty) if leaf.size}
+    with _checkpointer(alone=True) as checkpointer:
         read = checkpointer.restore(path / "state", wanted)
-    values = [
-        read[name] if name in wanted else jax.numpy.zeros(np.shape(leaf), _dtype(leaf))
-        for name, leaf in numbered.items()
-    ]
+    values = [np.asarray(read.get(f"{i:06d}", leaf)) for i, leaf in enumerate(empty)]
     for entry, value in zip(saved, values, strict=True):
-        digest = entry["digest"]
-        if digest is not None and _digest(value) not in (digest, None):
+        if not _agrees(value, entry["digest"]):
             raise OSError(f"{entry['name']} does not agree with its digest")
-    values = [
-        type(leaf)(value) if isinstance(leaf, int | float) else value
-        for leaf, value in zip(leaves, values, strict=True)
-    ]
     return jax.tree.unflatten(treedef, values)
 
 
-def _checkpointer():
+def _like(leaf: Any, value: np.ndarray) -> Any:
+    """The value as an array, or a number, of the target's kind and place."""
+    if isinstance(leaf, int | float):
+        return type(leaf)(value)
+    if isinstance(leaf, np.ndarray | np.generic):
+        return value
+    here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+    sharding = getattr(leaf, "sharding", None) or here
+    return jax.make_array_from_callback(value.shape, sharding, value.__getitem__)
+
+
+def _checkpointer(*, alone: bool = False):
+    """With ``alone``, a process reads without waiting for others: one may fail."""
     import orbax.checkpoint as ocp
 
-    return ocp.Checkpointer(ocp.StandardCheckpointHandler())
+    me = jax.process_index()
+    options = ocp.options.MultiprocessingOptions(
+        primary_host=me if alone else 0, active_processes={me} if alone else None
+    )
+    handler = ocp.StandardCheckpointHandler(multiprocessing_options=options)
+    return ocp.Checkpointer(handler, multiprocessing_options=options)
 
 
 def _find(directory: str | Path, which: Literal["latest", "best"] | int) -> int:
@@ -453,10 +512,6 @@ def _flat_json(config: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
 def _first_line(error: Exception) -> str:
     text = str(error).strip().splitlines()
     return f"{type(error).__name__}: {text[0][:200] if text else ''}"
-
-
-def _is_main() -> bool:
-    return jax.process_index() == 0
 
 
 def _barrier(name: str) -> None:

@@ -18,6 +18,7 @@ from jax import lax
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
+from metalstm import distributed
 from metalstm.base import Array, Episode, MetaAlgorithm, PyTree
 from metalstm.data.episodes import TaskSampler, episode_key
 
@@ -31,6 +32,7 @@ __all__ = [
     "init_train_state",
     "make_train_loop",
     "make_train_step",
+    "place_state",
 ]
 
 # folded into the seed: keys of initialisation and of what happens inside a task
@@ -83,6 +85,18 @@ def init_train_state(
     return jax.tree.map(jnp.array, state)
 
 
+def place_state(
+    algorithm: MetaAlgorithm, state: TrainState, mesh: Mesh | None
+) -> TrainState:
+    """Put the state where a step over ``mesh`` has it: copied to every device.
+
+    A carry of each task's own is split over them.
+    """
+    carry = distributed.place(state.carry, mesh, per_task=algorithm.per_task_carry)
+    rest = distributed.place(state._replace(carry=()), mesh)
+    return rest._replace(carry=carry)
+
+
 def make_train_step(
     algorithm: MetaAlgorithm,
     optimizer: optax.GradientTransformation,
@@ -96,13 +110,17 @@ def make_train_step(
     ``metrics["finite"] = False``.
 
     Args:
-      mesh: spreads the tasks over its ``"task"`` axis; T must be a multiple of it.
-      accumulate_tasks: tasks computed at once; their gradients are summed chunk by
-        chunk, to save memory. None: all T.
+      mesh: spreads the tasks over its ``"task"`` axis; T must be a multiple of it. See
+        `metalstm.distributed.task_mesh`, and `place_state` for the state.
+      accumulate_tasks: tasks that a device computes at once; their gradients are
+        summed chunk by chunk, to save memory. None: all of its tasks.
     """
-    return jax.jit(
-        _train_step(algorithm, optimizer, mesh, accumulate_tasks), donate_argnums=0
-    )
+    step = _train_step(algorithm, optimizer, mesh, accumulate_tasks)
+
+    def one(state: TrainState, episodes: Episode):
+        return step(state, episodes, ())
+
+    return jax.jit(one, donate_argnums=0)
 
 
 def make_train_loop(
@@ -121,19 +139,24 @@ def make_train_loop(
     algorithm's ``train_sampler`` says what to meta-train on. On an accelerator many
     steps a call hide the dispatch; another number is another program, so it belongs in
     the configuration of a run that must be repeated to the bit.
+
+    Over a ``mesh`` each device samples its own tasks: the episodes of a step are the
+    same on any number of devices, and only the gradient travels.
     """
     if num_tasks < 1 or steps_per_call < 1:
         raise ValueError(
             f"num_tasks={num_tasks}, steps_per_call={steps_per_call}: choose at least 1"
         )
-    step_fn = _train_step(algorithm, optimizer, mesh, accumulate_tasks)
     train_spec = algorithm.train_sampler(spec)
 
+    def sample(keys: Array, pool: Any) -> Any:
+        return jax.vmap(lambda key: train_spec.sample(key, pool))(keys)
+
+    step_fn = _train_step(algorithm, optimizer, mesh, accumulate_tasks, sample)
+
     def one(state: TrainState, pool):
-        sample = lambda task: train_spec.sample(  # noqa: E731
-            episode_key(state.seed, "train", state.step, task), pool
-        )
-        return step_fn(state, jax.vmap(sample)(jnp.arange(num_tasks)))
+        key = lambda task: episode_key(state.seed, "train", state.step, task)  # noqa: E731
+        return step_fn(state, jax.vmap(key)(jnp.arange(num_tasks)), pool)
 
     def run(state: TrainState, pool):
         if steps_per_call == 1:
@@ -144,19 +167,31 @@ def make_train_loop(
     return jax.jit(run, donate_argnums=0)
 
 
-def _train_step(algorithm, optimizer, mesh: Mesh | None, accumulate: int | None):
+def _train_step(
+    algorithm: MetaAlgorithm,
+    optimizer: optax.GradientTransformation,
+    mesh: Mesh | None,
+    accumulate: int | None,
+    sample: Callable[[PyTree, Any], PyTree] | None = None,
+):
+    """``(state, tasks [T], pool)``: tasks are episodes, or what to sample them from."""
     meta_gradient = algorithm.meta_gradient
     if accumulate is not None:
         meta_gradient = _in_chunks(meta_gradient, accumulate, algorithm.per_task_carry)
-    if mesh is not None:
-        meta_gradient = _over_mesh(meta_gradient, mesh, algorithm.per_task_carry)
 
-    def step_fn(state: TrainState, episodes: Episode):
-        num_tasks = jax.tree.leaves(episodes)[0].shape[0]
+    def gradient(params, carry, keys, tasks, pool):
+        episodes = tasks if sample is None else sample(tasks, pool)
+        return meta_gradient(params, carry, keys, episodes)
+
+    if mesh is not None:
+        gradient = _over_mesh(gradient, mesh, algorithm.per_task_carry)
+
+    def step_fn(state: TrainState, tasks: PyTree, pool: Any):
+        num_tasks = jax.tree.leaves(tasks)[0].shape[0]
         key = jax.random.fold_in(jax.random.key(state.seed), _TASK)
         key = jax.random.fold_in(key, state.step)
         keys = jax.vmap(lambda i: jax.random.fold_in(key, i))(jnp.arange(num_tasks))
-        grads, carry, metrics = meta_gradient(state.params, state.carry, keys, episodes)
+        grads, carry, metrics = gradient(state.params, state.carry, keys, tasks, pool)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         params = algorithm.absorb(optax.apply_updates(state.params, updates), carry)
         new = TrainState(state.step + 1, state.seed, params, opt_state, carry)
@@ -208,19 +243,20 @@ def _in_chunks(meta_gradient: Callable, chunk: int, per_task_carry: bool) -> Cal
     return chunked
 
 
-def _over_mesh(meta_gradient: Callable, mesh: Mesh, per_task_carry: bool) -> Callable:
+def _over_mesh(gradient: Callable, mesh: Mesh, per_task_carry: bool) -> Callable:
     """Each device's own tasks on each device; one mean over the ``"task"`` axis."""
     if "task" not in mesh.axis_names:
         raise ValueError(f"mesh has axes {mesh.axis_names}: one must be called 'task'")
     # Auto axes: jax.make_mesh now makes Explicit ones, which refuse unsharded inputs.
     mesh = Mesh(mesh.devices, mesh.axis_names)
+    num_devices = mesh.shape["task"]
 
     def mean(x: Array) -> Array:
         # counters are the same on every device, and must stay integers
         return lax.pmean(x, "task") if jnp.issubdtype(x.dtype, jnp.inexact) else x
 
-    def local(params, carry, keys, episodes):
-        grads, carry, metrics = meta_gradient(params, carry, keys, episodes)
+    def on_one_device(params, carry, keys, tasks, pool):
+        grads, carry, metrics = gradient(params, carry, keys, tasks, pool)
         if not per_task_carry:
             carry = jax.tree.map(mean, carry)
         return jax.tree.map(mean, grads), carry, jax.tree.map(mean, metrics)
@@ -228,13 +264,25 @@ def _over_mesh(meta_gradient: Callable, mesh: Mesh, per_task_carry: bool) -> Cal
     carry_spec = P("task") if per_task_carry else P()
     # Unchecked, a gradient stays each device's own (checked, that of a replicated
     # argument is already summed), and any rule's scan may start from plain zeros.
-    return jax.shard_map(
-        local,
+    spread = jax.shard_map(
+        on_one_device,
         mesh=mesh,
-        in_specs=(P(), carry_spec, P("task"), P("task")),
+        in_specs=(P(), carry_spec, P("task"), P("task"), P()),
         out_specs=(P(), carry_spec, P()),
         check_vma=False,
     )
+
+    def checked(params, carry, keys, tasks, pool):
+        num_tasks = keys.shape[0]
+        if num_tasks % num_devices:
+            raise ValueError(
+                f"the {num_tasks} tasks of a meta-step are not a multiple of the "
+                f"mesh's {num_devices} devices: choose {num_devices}, "
+                f"{2 * num_devices} and so on, or fewer devices"
+            )
+        return spread(params, carry, keys, tasks, pool)
+
+    return checked
 
 
 class FitState(NamedTuple):
@@ -280,6 +328,7 @@ def fit(
       report: (step, mean metrics since the last report).
       save: gets the whole state.
       max_seconds: stop after this long; the end is then validated and saved as usual.
+        Several processes agree on it when they report.
 
     Raises:
       NonFiniteLossError: names the step; the state before it has been saved.
@@ -308,6 +357,16 @@ def fit(
         if report is not None:
             report(step, means)
 
+    def time_is_over(step: int) -> bool:
+        if max_seconds is None:
+            return False
+        over = time.monotonic() - started > max_seconds
+        if jax.process_count() == 1:
+            return over
+        # clocks differ, and asking costs: at every report all do what one wants
+        every = report_every or steps_per_call
+        return step % every == 0 and distributed.any_process(over)
+
     def keep(validated: bool) -> None:
         nonlocal state
         if validated and validate is not None:
@@ -321,9 +380,7 @@ def fit(
             state = state._replace(train=train)
             step += steps_per_call
             pending.append(metrics)
-            done = step >= num_steps
-            if max_seconds is not None and time.monotonic() - started > max_seconds:
-                done = True
+            done = step >= num_steps or time_is_over(step)
             validates = done or (bool(validate_every) and step % validate_every == 0)
             saves = done or (bool(save_every) and step % save_every == 0)
             if validates or saves or (bool(report_every) and step % report_every == 0):
