@@ -12,7 +12,7 @@ import jax
 import numpy as np
 
 import metalstm
-from experiments import meta_testing, report
+from experiments import meta_testing, report, table
 from experiments.config import Config, to_json, with_flags
 from experiments.meta_training import (
     Programs,
@@ -28,8 +28,14 @@ from experiments.methods import (
     method_specs,
     pretrainings,
 )
-from experiments.run_folder import Metrics, write_json
+from experiments.run_folder import (
+    Metrics,
+    refuse_other_data,
+    whole_file,
+    write_json,
+)
 from experiments.sources import Source
+from experiments.table import Table
 from metalstm import plots
 from metalstm.base import PyTree
 
@@ -56,8 +62,9 @@ def run_seed(
         found = _learn(config, source, folder, programs, metrics)
     finally:
         metrics.close()
-    results = _test(config, source, folder, programs, found)
-    files = ["results.json", *_draw(config, source, folder, programs, found, results)]
+    results, whole = _test(config, source, folder, programs, found)
+    files = ["results.json", *whole.write(folder)]
+    files += _draw(config, source, folder, programs, found, results)
     write_json(folder / "results.json", results)
     print(report.ending(folder, files), flush=True)
     return results
@@ -72,30 +79,62 @@ def run_seeds(config: Config, source: Source, folder: Path) -> Results:
         print(f"seed {seed}")
         own = with_flags(config, seed=seed, seeds=1)
         per_seed[seed] = run_seed(own, source, folder / f"seed-{seed}", programs)
-    rows: list[dict[str, Any]] = []
-    methods: dict[str, Any] = {}
-    for name in config.methods.algorithms:
-        means = [r["methods"][name]["accuracy"] for r in per_seed.values()]
-        mean, ci95 = meta_testing.over_seeds(means)
-        methods[name] = {"accuracy": mean, "ci95": ci95, "accuracies": means}
-        first = [
-            r["methods"][config.methods.algorithms[0]]["accuracy"]
-            for r in per_seed.values()
-        ]
-        difference = None
-        if rows:
-            difference = meta_testing.over_seeds(np.subtract(means, first).tolist())
-        learned = next(iter(per_seed.values()))["methods"][name]["learned_parameters"]
-        row = {"name": name, "mean": mean, "ci95": ci95, "learned": learned}
-        rows.append(row | {"difference": difference})
-    caption = f"mean over {len(per_seed)} meta-training seeds, 95% CI over seeds"
-    print(report.table(rows, caption=caption))
-    results = {"seeds": list(per_seed), "ci95_over": "seeds", "methods": methods}
+    results, whole = _over_seeds(config, per_seed)
+    print(whole)
+    files = ["results.json", *whole.write(folder)]
     write_json(folder / "results.json", results)
     figure = _learning_curves(config, [folder / f"seed-{seed}" for seed in per_seed])
     name = report.save_figure(figure, folder / "learning_curve.png")
-    print(report.ending(folder, ["results.json", name]), flush=True)
+    print(report.ending(folder, [*files, name]), flush=True)
     return results
+
+
+def _over_seeds(config: Config, per_seed: dict[int, Results]) -> tuple[Results, Table]:
+    """Means over seeds of meta-training, their CI and that of paired differences."""
+    names = config.methods.algorithms
+    of = {name: [r["methods"][name] for r in per_seed.values()] for name in names}
+    accuracies = {n: [r["accuracy"] for r in rows] for n, rows in of.items()}
+    reference = table.reference_of(names)
+    methods, rows = {}, []
+    for name in names:
+        means, first = accuracies[name], of[name][0]
+        mean, ci95 = meta_testing.over_seeds(means)
+        difference = None
+        if name != reference:
+            to = accuracies[reference]
+            difference = meta_testing.over_seeds(np.subtract(means, to).tolist())
+        trained = [r["meta_training"] or {} for r in of[name]]
+        episodes, seconds = (
+            float(np.mean([t[key] for t in trained])) if key in trained[0] else None
+            for key in ("episodes", "wall_seconds")
+        )
+        methods[name] = {
+            "accuracy": mean,
+            "ci95": ci95,
+            "accuracies": means,
+            "paired_difference": difference,
+        }
+        rows.append(
+            table.Row(
+                name,
+                mean,
+                ci95,
+                difference,
+                first["batch_norm"],
+                first["learned_parameters"],
+                None if episodes is None else round(episodes),
+                seconds,
+                table.published_beside(name, config, first["batch_norm"]),
+            )
+        )
+    what = f"mean over {len(per_seed)} meta-training seeds, the CI over seeds"
+    results = {
+        "seeds": list(per_seed),
+        "ci95_over": "seeds",
+        "paired_difference_to": reference,
+        "methods": methods,
+    }
+    return results, Table(table.caption(what, reference), rows)
 
 
 def specs_of(config: Config, source: Source) -> dict[str, Spec]:
@@ -110,6 +149,7 @@ def write_config(config: Config, source: Source, folder: Path) -> None:
         "data": source.describe(),
         "versions": report.versions(),
     }
+    refuse_other_data(folder, document["data"])
     write_json(folder / "config.json", document)
 
 
@@ -201,55 +241,75 @@ def _test(
     folder: Path,
     programs: Mapping[str, Programs],
     found: _Found,
-) -> Results:
-    evaluations: dict[str, metalstm.Evaluation] = {}
-    methods: dict[str, Any] = {}
-    rows = []
+) -> tuple[Results, Table]:
+    names = config.methods.algorithms
     specs = specs_of(config, source)
-    for name in config.methods.algorithms:
+    evaluations: dict[str, metalstm.Evaluation] = {}
+    seconds: dict[str, float] = {}
+    for name in names:
         begun = time.monotonic()
-        evaluation = programs[name].evaluate(
+        evaluations[name] = programs[name].evaluate(
             found[name],
             source.dataset.test,
             num_episodes=config.test.test_episodes,
             seed=config.test.test_seed,
         )
-        seconds = time.monotonic() - begun
-        learned = meta_testing.count_parameters(found[name], specs[name])
+        seconds[name] = time.monotonic() - begun
+    reference = table.reference_of(names)
+    methods: dict[str, Any] = {}
+    rows = []
+    for name, evaluation in evaluations.items():
         difference = None
-        if evaluations:
-            first = next(iter(evaluations.values()))
-            difference = metalstm.paired_difference(evaluation, first)
-        evaluations[name] = evaluation
+        if name != reference:
+            difference = metalstm.paired_difference(evaluation, evaluations[reference])
+        batch_norm = table.batch_norm_of(specs[name], evaluation.query_norm)
+        published = table.published_beside(name, config, batch_norm)
+        learned = meta_testing.count_parameters(found[name], specs[name])
+        trained = _meta_training(found, name)
+        row = table.Row(
+            name,
+            evaluation.mean,
+            evaluation.ci95,
+            difference,
+            batch_norm,
+            learned,
+            (trained or {}).get("episodes"),
+            (trained or {}).get("wall_seconds"),
+            published,
+        )
+        rows.append(row)
         methods[name] = {
             "accuracy": evaluation.mean,
             "ci95": evaluation.ci95,
             "episodes": len(evaluation.accuracies),
-            "batch_norm": evaluation.query_norm,
+            "batch_norm": batch_norm,
             "split": evaluation.split,
             "seed": config.run.seed,
             "test_seed": evaluation.seed,
-            "paired_difference_to_first": difference,
+            "paired_difference": difference,
+            "published": published and published.number._asdict(),
+            "published_marks": published and table.marks_of(published),
             "learned_parameters": learned,
-            "wall_seconds": round(seconds, 3),
-            "episodes_per_second": round(len(evaluation.accuracies) / seconds, 3),
-            "meta_training": _meta_training(found, name),
+            "wall_seconds": round(seconds[name], 3),
+            "episodes_per_second": round(len(evaluation.accuracies) / seconds[name], 3),
+            "meta_training": trained,
         }
-        row = {"name": name, "mean": evaluation.mean, "ci95": evaluation.ci95}
-        rows.append(row | {"difference": difference, "learned": learned})
-    episodes = config.test.test_episodes
-    caption = f"meta-test, the same {episodes} episodes for every method"
-    print(report.table(rows, caption=caption), flush=True)
+    what = f"meta-test, the same {config.test.test_episodes} episodes for every method"
+    whole = Table(table.caption(what, reference), rows)
+    print(whole, flush=True)
     arrays: dict[str, Any] = {n: e.accuracies for n, e in evaluations.items()}
-    np.savez(folder / "accuracies.npz", **arrays)
-    return {
+    with whole_file(folder / "accuracies.npz") as part:
+        np.savez(part, **arrays)
+    results = {
         "dataset": source.describe(),
         "way": config.data.way,
         "shot": config.data.shot,
         "versions": report.versions(),
         "device": jax.devices()[0].device_kind,
+        "paired_difference_to": reference,
         "methods": methods,
     }
+    return results, whole
 
 
 def _meta_training(found: _Found, name: str) -> dict[str, Any] | None:

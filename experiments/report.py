@@ -11,6 +11,7 @@ from typing import Any
 import jax
 
 from experiments.config import Config
+from experiments.run_folder import whole_file
 from experiments.sources import Source
 
 _NORMS = {
@@ -48,6 +49,8 @@ def header(config: Config, source: Source) -> str:
     norm = _NORMS.get(config.methods.query_norm, config.methods.query_norm)
     if config.learner.norm != "batch" or config.learner.learner == "mlp":
         norm = "none in this learner"
+    if any(own.keys() & {"query_norm", "norm"} for own in config.own.values()):
+        norm = "by method, see the table"
     lines = (
         f"metalstm {have['metalstm']}  jax {have['jax']}  {kind}, {count}{cores}  ",
         f"seed {config.run.seed}\n",
@@ -65,28 +68,15 @@ def _about(source: Source) -> str:
         return ", scripts disjoint, look-alikes merged"
     if "summary" in info:
         return f", {info['summary']}"
-    return ""
-
-
-def table(rows: Sequence[Mapping[str, Any]], *, caption: str) -> str:
-    """The results, one line a row: its name, mean, ci95, difference and learned."""
-    lines = [caption]
-    width = max(len("method"), *(len(row["name"]) for row in rows))
-    lines.append(
-        f"  {'method':{width}}  {'accuracy (95% CI)':18}  {'paired difference':18}  "
-        "learned parameters"
-    )
-    for row in rows:
-        accuracy = f"{100 * row['mean']:.1f} ± {100 * row['ci95']:.1f}"
-        difference = ""
-        if row.get("difference") is not None:
-            mean, ci95 = row["difference"]
-            difference = f"{100 * mean:+.1f} ± {100 * ci95:.1f}"
-        learned = f"{row['learned']:,}"
-        lines.append(
-            f"  {row['name']:{width}}  {accuracy:18}  {difference:18}  {learned:>18}"
-        )
-    return "\n".join(lines)
+    left_out = []
+    if skipped := info.get("skipped"):
+        some = ", ".join(info["skipped_files"][:3]) + ", .." * (skipped > 3)
+        left_out.append(f"{skipped} corrupt files ({some})")
+    if unlabelled := info.get("unlabelled"):
+        left_out.append(f"{unlabelled} images without a label")
+    if empty := info.get("empty_classes"):
+        left_out.append(f"{len(empty)} classes without an image")
+    return f"\n  left out: {', '.join(left_out)}" if left_out else ""
 
 
 def gate_line(summary: Mapping[str, float]) -> str:
@@ -98,7 +88,8 @@ def gate_line(summary: Mapping[str, float]) -> str:
 
 
 def save_figure(figure: Any, path: Path) -> str:
-    figure.savefig(path)
+    with whole_file(path) as part:
+        figure.savefig(part)
     return path.name
 
 

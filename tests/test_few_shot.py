@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import dataclasses
 import json
 import os
@@ -116,8 +117,7 @@ def test_a_run_writes_its_folder(finished):
         assert row["split"] == "test"
         assert row["seed"] == 0
         assert row["episodes_per_second"] > 0
-        expected = None if name == "nearest-neighbour" else "support"
-        assert row["batch_norm"] == expected
+        assert row["batch_norm"] is None, f"an MLP has none, also for {name}"
     with np.load(finished / "accuracies.npz") as per_episode:
         mine = per_episode["meta-lstm"]
         difference = per_episode["sgd"] - mine
@@ -126,7 +126,9 @@ def test_a_run_writes_its_folder(finished):
     assert row["ci95"] == pytest.approx(1.96 * mine.std(ddof=1) / 10**0.5, abs=1e-6)
     assert row["meta_training"]["episodes"] == 40
     assert 0 < row["gates"]["mean_f"] < 1
-    paired = results["methods"]["sgd"]["paired_difference_to_first"]
+    assert results["paired_difference_to"] == "meta-lstm"
+    assert row["paired_difference"] is None
+    paired = results["methods"]["sgd"]["paired_difference"]
     assert paired[0] == pytest.approx(difference.mean(), abs=1e-6)
     tried = results["methods"]["sgd"]["meta_training"]["tried"]
     assert len(tried) >= 6
@@ -134,6 +136,13 @@ def test_a_run_writes_its_folder(finished):
         assert (finished / f"{picture}.png").read_bytes()[:4] == b"\x89PNG"
     rows = run_folder.Metrics(finished).read()
     assert {row["kind"] for row in rows} == {"train", "validation"}
+    with open(finished / "table.csv", newline="") as file:
+        written = {row["name"]: row for row in csv.DictReader(file)}
+    assert list(written) == list(results["methods"])
+    assert float(written["sgd"]["difference"]) == pytest.approx(paired[0])
+    assert written["meta-lstm"]["meta_training_episodes"] == "40"
+    assert written["scratch"]["meta_training_episodes"] == ""
+    assert "| sgd |" in (finished / "table.md").read_text()
 
 
 def test_what_a_run_prints(finished, capsys, tmp_path):
@@ -382,6 +391,59 @@ def test_evaluate_again_at_another_shot(finished, tmp_path, capsys):
     capsys.readouterr()
     assert few_shot.main(["--evaluate", str(folder), "--way", "4"]) == 2
     assert "choose --way 3, or train with --tied-head" in capsys.readouterr().err
+
+
+def test_runs_of_several_folders_become_one_table(finished, tmp_path, capsys):
+    folders = [tmp_path / "a" / "run", tmp_path / "b" / "run"]
+    for folder in folders:
+        shutil.copytree(finished, folder)
+    saved = json.loads((folders[0] / "config.json").read_text())
+    # the first has no Meta-LSTM: the others are compared with the second's
+    specs = {n: s for n, s in saved["methods"].items() if n != "meta-lstm"}
+    algorithms = {"algorithms": list(specs), "test_steps": 1}
+    config = saved["config"] | {"methods": saved["config"]["methods"] | algorithms}
+    run_folder.write_json(
+        folders[0] / "config.json", saved | {"methods": specs, "config": config}
+    )
+    (folders[0] / "results.json").unlink()
+    line = ["--evaluate", *map(str, folders), "--algorithms", "sgd,meta-lstm"]
+    assert few_shot.main([*line, "--workdir", str(tmp_path / "out")]) == 0
+    out = capsys.readouterr().out
+    assert "paired, to meta-lstm" in out
+    stem = tmp_path / "out" / "evaluation-3w1s-support-0"
+    rows = json.loads(stem.with_suffix(".json").read_text())
+    assert [r["name"] for r in rows] == ["sgd (a/run)", "meta-lstm", "sgd (b/run)"]
+    results = json.loads((folders[1] / "results.json").read_text())["methods"]
+    shorter, meta_lstm, sgd = rows
+    for row, name in ((sgd, "sgd"), (meta_lstm, "meta-lstm")):
+        assert row["mean"] == pytest.approx(results[name]["accuracy"])
+    paired = results["sgd"]["paired_difference"]
+    assert sgd["difference"] == pytest.approx(paired[0], abs=1e-6)
+    assert shorter["mean"] != sgd["mean"], "its run has one update at the test"
+    assert [r["meta_training_episodes"] for r in rows] == [None, 40, None]
+    spent = results["meta-lstm"]["meta_training"]["wall_seconds"]
+    assert meta_lstm["meta_training_seconds"] == spent
+    assert stem.with_suffix(".md").exists()
+    assert stem.with_suffix(".csv").exists()
+
+
+def test_runs_that_make_no_common_table_are_refused(finished, tmp_path, capsys):
+    folder = tmp_path / "copy"
+    shutil.copytree(finished, folder)
+    assert few_shot.main(["--evaluate", str(folder), str(folder)]) == 2
+    assert "twice" in capsys.readouterr().err
+    line = ["--evaluate", str(folder), "--algorithms", "maml"]
+    assert few_shot.main(line) == 2
+    assert "the runs have meta-lstm, sgd" in capsys.readouterr().err
+    saved = json.loads((folder / "config.json").read_text())
+    other = saved | {"data": saved["data"] | {"image_shape": [8, 8, 1]}}
+    run_folder.write_json(folder / "config.json", other)
+    assert few_shot.main(["--evaluate", str(finished), str(folder)]) == 2
+    message = capsys.readouterr().err
+    assert f"{folder} was trained with image_shape [8, 8, 1]" in message
+    (folder / "seed-0").mkdir()
+    assert few_shot.main(["--evaluate", str(folder)]) == 2
+    assert "several seeds" in capsys.readouterr().err
 
 
 @pytest.mark.slow

@@ -1,0 +1,119 @@
+"""The table of few_shot, and the published numbers beside ours."""
+
+from __future__ import annotations
+
+import csv
+
+import pytest
+
+from experiments import methods, published, table
+from experiments.command_line import parse
+
+
+def beside(method, batch_norm="support", *, dataset="omniglot", shot=1, **options):
+    options = {"split": "alphabets", "way": 5} | options
+    return published.beside(
+        method, dataset=dataset, shot=shot, batch_norm=batch_norm, **options
+    )
+
+
+def test_published_numbers_carry_their_protocol():
+    for (dataset, way, shot), entries in published.PUBLISHED.items():
+        assert dataset in ("omniglot", "mini-imagenet")
+        assert way in (5, 20)
+        assert shot in (1, 5)
+        assert entries.keys() <= methods.METHODS.keys()
+        for numbers in entries.values():
+            for number in numbers:
+                assert 20 < number.value < 100, "per cent"
+                assert number.source
+
+
+def test_the_nearest_protocol_stands_beside_ours():
+    # Finn's own is of other characters and transductive; ours is neither
+    ours = beside("maml")
+    assert (ours.number.value, ours.other, ours.unknown) == (91.8, (), ("split",))
+    transductive = beside("maml", "transductive", split="characters")
+    assert (transductive.number.value, str(transductive)) == (98.7, "98.7")
+    assert str(beside("reptile")) == "95.4*"
+    assert beside("reptile").other == ("split 1,200 / 423 characters",)
+    assert str(beside("reptile", "transductive", split="characters")) == "97.7*"
+    assert str(beside("prototypical", "frozen")) == "98.2~"
+    assert str(beside("finetune-all", "frozen")) == "82.0-86.0~?"
+    mini = beside("meta-lstm", dataset="mini-imagenet")
+    assert str(mini) == "43.44 ± 0.77"
+    assert str(beside("meta-lstm", "transductive", dataset="mini-imagenet"))[-1] == "*"
+    for absent in ({"shot": 3}, {"dataset": "glyphs"}, {"way": 7}):
+        assert beside("maml", **absent) is None
+    assert beside("sgd") is None
+
+
+def rows(names=("maml", "meta-lstm")):
+    found = []
+    for index, name in enumerate(names):
+        difference = None if name == "meta-lstm" else (-0.1234, 0.0123)
+        number = beside(name, "support")
+        trained = (123_456, 4_321.7) if index % 2 else (None, None)
+        found.append(
+            table.Row(
+                name, 0.98765, 0.00432, difference, "support", 112_234, *trained, number
+            )
+        )
+    return found
+
+
+def test_the_terminal_table_fits_and_explains_its_marks():
+    names = tuple(methods.METHODS)
+    whole = table.Table(table.caption("meta-test", "meta-lstm"), rows(names))
+    lines = str(whole).splitlines()
+    assert max(map(len, lines)) <= table.WIDTH
+    cells = next(line for line in lines if line.split()[0] == "maml").split("  ")
+    cells = [cell.strip() for cell in cells if cell.strip()]
+    assert cells[:4] == ["maml", "98.8 ± 0.4", "-12.3 ± 1.2", "91.8~"]
+    assert cells[4:] == ["support", "112,234", "123,456", "4,322"]
+    legend = "\n".join(whole.legend())
+    assert "* other protocol: transductive (meta-lstm, fomaml); split 1,1" in legend
+    assert "split 1,200 / 423 characters (reptile)" in legend
+    assert "~ not stated: split (meta-lstm, maml" in legend
+    assert "? unconfirmed: quoted (relation" in legend
+    assert "Nichol et al. 2018 (reptile)" in legend
+    none_beside = [row._replace(published=None) for row in whole.rows]
+    assert table.Table("", none_beside).legend() == []
+
+
+def test_markdown_and_csv(tmp_path):
+    whole = table.Table("caption", rows())
+    assert whole.write(tmp_path) == ["table.md", "table.csv"]
+    text = (tmp_path / "table.md").read_text()
+    assert "| meta-lstm | 98.8 ± 0.4 |  | 94.7\\*\\~ | support | 112,234 |" in text
+    lines = [line for line in text.splitlines() if line.startswith("|")]
+    assert {line.count("|") for line in lines} == {9}
+    with open(tmp_path / "table.csv", newline="") as file:
+        maml, meta_lstm = csv.DictReader(file)
+    assert float(maml["difference"]) == -0.1234
+    assert meta_lstm["difference"] == ""
+    assert maml["published_percent"] == "91.8"
+    assert maml["published_marks"] == "~"
+    assert maml["meta_training_seconds"] == ""
+    assert meta_lstm["meta_training_episodes"] == "123456"
+    assert {path.name for path in tmp_path.iterdir()} == {"table.md", "table.csv"}
+
+
+def test_whom_the_others_are_compared_with():
+    assert table.reference_of(["maml", "meta-lstm"]) == "meta-lstm"
+    assert table.reference_of(["maml", "anil"]) == "maml"
+
+
+@pytest.mark.parametrize(
+    ("line", "expected"),
+    [
+        ("", {"maml": "support", "prototypical": "frozen", "nearest-neighbour": None}),
+        ("--norm layer", {"maml": None, "prototypical": None}),
+        ("--learner mlp", {"maml": None}),
+    ],
+)
+def test_the_batch_norm_mode_of_a_method(line, expected):
+    config = parse(["--algorithms", *expected, *line.split()])
+    specs = methods.method_specs(config)
+    for name, mode in expected.items():
+        assert table.batch_norm_of(specs[name], mode or "support") == mode
