@@ -127,6 +127,25 @@ PRESETS: dict[str, dict[str, Any]] = {
         "meta_batch": 4,
         "episodes": 4 * 60_000,
     },
+    # the methods that a CPU can train, by time; Meta-LSTM as published
+    "mini-imagenet": _RAVI
+    | {
+        "shot": 1,
+        "steps": 12,
+        "norm_momentum": 0.1,
+        "algorithms": (
+            "meta-lstm",
+            "prototypical",
+            "matching",
+            "baseline++",
+            "finetune-head",
+            "finetune-all",
+            "feature-centroid",
+            "feature-neighbour",
+            "nearest-neighbour",
+        ),
+        "minutes": 30,
+    },
     "omniglot": _OMNIGLOT,
 }
 
@@ -134,7 +153,7 @@ PRESETS: dict[str, dict[str, Any]] = {
 # every method and wins over these. `experiments.methods.COMMON` names what all methods
 # of a table share, and so cannot stand here.
 
-# The published Conv4 of methods that compare embeddings, for 28 x 28 pixels.
+# The published Conv4 of methods that compare embeddings.
 _EMBEDDING: dict[str, Any] = {
     "learner": "conv4",
     "filters": 64,
@@ -162,6 +181,12 @@ METHOD_FLAGS: dict[str, dict[str, dict[str, Any]]] = {
     "omniglot": {
         **dict.fromkeys(_METRIC_METHODS, _EMBEDDING),
         **dict.fromkeys(_TRANSFER_METHODS, _EMBEDDING),
+        "mann": _EMBEDDING | {"meta_batch": 16},
+        "scratch": _EMBEDDING,
+    },
+    "mini-imagenet": {
+        **dict.fromkeys(_METRIC_METHODS, _EMBEDDING | {"augment": "none"}),
+        **dict.fromkeys(_TRANSFER_METHODS, _EMBEDDING | {"augment": "none"}),
     },
 }
 

@@ -26,6 +26,7 @@ from experiments import (
     methods,
     presets,
     run_folder,
+    shots_and_ways,
 )
 from experiments.command_line import as_flags, parse
 from metalstm import data
@@ -446,6 +447,70 @@ def test_runs_that_make_no_common_table_are_refused(finished, tmp_path, capsys):
     assert "several seeds" in capsys.readouterr().err
 
 
+SWEEP = (
+    "--shots 2 1 5 6 --ways 3 4 9 --test-episodes 10 --test-batch 5 --algorithms "
+    "nearest-neighbour sgd"
+).split()
+
+
+def test_accuracy_against_shots_and_ways(finished, tmp_path, capsys, monkeypatch):
+    folder = tmp_path / "copy"
+    shutil.copytree(finished, folder)
+    tested, real = [], metalstm.evaluate
+
+    def evaluate(algorithm, params, pool, spec, **options):
+        if len(tested) == 3:
+            raise KeyboardInterrupt
+        tested.append((spec.way, spec.shot, spec.queries))
+        return real(algorithm, params, pool, spec, **options)
+
+    monkeypatch.setattr(metalstm, "evaluate", evaluate)
+    assert shots_and_ways.main([str(folder), *SWEEP]) == 130
+    assert "goes on from here" in capsys.readouterr().err
+    before = json.loads((folder / shots_and_ways.NAME).read_text())["points"]
+    assert len(before) == 3
+    monkeypatch.setattr(metalstm, "evaluate", real)
+    assert shots_and_ways.main([str(folder), *SWEEP]) == 0
+    out = capsys.readouterr().out
+    assert "3-way 6-shot left out: shot=6 and queries=1 need 7 images" in out
+    assert "9-way 1-shot left out: way=9 is more than the 5 classes" in out
+    assert "4-way 1-shot, sgd left out: its head has 3 classes" in out
+    assert "3-way 5-shot: 1 queries a class" in out
+    points = json.loads((folder / shots_and_ways.NAME).read_text())["points"]
+    assert points[:3] == before
+    both = ["sgd", "nearest-neighbour"]
+    expected = [(3, k, 2, n) for k in (1, 2) for n in both]
+    expected += [(3, 5, 1, n) for n in both] + [(4, 1, 2, "nearest-neighbour")]
+    names = ("way", "shot", "queries", "method")
+    assert [tuple(row[name] for name in names) for row in points] == expected
+    results = json.loads((folder / "results.json").read_text())["methods"]
+    assert points[0]["mean"] == pytest.approx(results["sgd"]["accuracy"])
+    for axis in ("shot", "way"):
+        picture = folder / f"accuracy_vs_{axis}.png"
+        assert picture.read_bytes()[:4] == b"\x89PNG"
+    # other settings would mix what is not comparable
+    assert shots_and_ways.main([str(folder), *SWEEP, "--test-seed", "1"]) == 2
+    message = capsys.readouterr().err
+    assert "holds points with test_seed 0, not 1: give another --workdir" in message
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("nowhere", "not a run folder"),
+        ("RUN --shots 0", "--shots 0: choose 1 or more"),
+        ("RUN --ways 1", "--ways 1: choose 2 or more"),
+        ("RUN --algorithms maml", "the runs have meta-lstm, sgd"),
+        ("--shots 1", "name at least one run folder"),
+    ],
+)
+def test_mistakes_about_shots_and_ways(finished, line, message, capsys, tmp_path):
+    line = line.replace("RUN", str(finished)).split()
+    assert shots_and_ways.main([*line, "--workdir", str(tmp_path / "out")]) == 2
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
 @pytest.mark.slow
 def test_evaluate_in_every_batch_norm_mode_and_at_any_way(tmp_path, capsys):
     folder = tmp_path / "run"
@@ -703,8 +768,9 @@ def test_a_run_with_own_settings_resumes_and_loads(tmp_path, monkeypatch, with_o
 
 
 def test_all_names_every_method():
-    for preset in ([], ["--preset", "omniglot"], ["--preset", "demo"]):
-        config = parse([*preset, "--algorithms", "all"])
+    for preset in (None, "omniglot", "demo", "mini-imagenet"):
+        chosen = [] if preset is None else ["--preset", preset]
+        config = parse([*chosen, "--algorithms", "all"])
         assert config.methods.algorithms == tuple(methods.METHODS)
         specs = json.loads(json.dumps(methods.method_specs(config)))
         assert set(specs) == set(methods.METHODS)

@@ -181,3 +181,57 @@ def test_meta_training_curves(tmp_path):
     np.testing.assert_allclose(right.lines[0].get_ydata(), [-1, -2])
     assert right.collections[0].get_paths()[0].vertices[:, 1].max() == 0
     saves(figure, tmp_path)
+
+
+def test_accuracy_sweep(tmp_path):
+    sweeps = {
+        "meta-lstm": [(1, 0.6, 0.02), (5, 0.8, 0.01)],
+        "maml": [(1, 0.5, 0.02), (5, 0.8, 0.01)],
+        "matching": [(5, 0.79, 0.01)],
+    }
+    families = {"meta-lstm": "gradient", "maml": "gradient", "matching": "metric"}
+    chance = [(1, 0.2), (5, 0.2)]
+    figure = plots.accuracy_sweep(
+        sweeps, families, xlabel="shots", chance=chance, bold=["meta-lstm"]
+    )
+    axes = figure.axes[0]
+    lines = {line.get_label(): line for line in axes.lines}
+    np.testing.assert_allclose(lines["maml"].get_ydata(), [0.5, 0.8])
+    assert axes.get_yscale() == "linear"
+    band = axes.collections[0].get_paths()[0].vertices[:, 1]
+    assert (band.min(), band.max()) == (pytest.approx(0.58), pytest.approx(0.81))
+    styles = {name: line.get_linestyle() for name, line in lines.items()}
+    assert styles["meta-lstm"] == styles["maml"] != styles["matching"]
+    assert lines["meta-lstm"].get_color() != lines["maml"].get_color()
+    assert lines["meta-lstm"].get_linewidth() > lines["maml"].get_linewidth()
+    names = {text.get_text(): text.get_position() for text in axes.texts}
+    assert names.keys() == {*sweeps, "chance"}
+    del names["chance"]
+    heights = sorted(height for _, height in names.values())
+    assert np.diff(heights).min() > 0.02, "names do not overlap"
+    assert {x for x, _ in names.values()} == {1.05}, "right of the axes"
+    assert [text.get_text() for text in figure.legends[0].texts] == [
+        "gradient", "metric"
+    ]  # fmt: skip
+    saves(figure, tmp_path)
+
+
+def test_high_accuracies_are_spread_by_their_odds(tmp_path):
+    sweeps = {"a": [(5, 0.99, 0.03), (20, 0.95, 0.001)], "b": [(20, 0.999, 0.0)]}
+    figure = plots.accuracy_sweep(
+        sweeps, {"a": "x", "b": "x"}, xlabel="ways", chance=[(5, 0.2), (20, 0.05)]
+    )
+    axes = figure.axes[0]
+    assert axes.get_yscale() == "logit"
+    low, high = axes.get_ylim()
+    assert 0 < low < 0.05
+    assert 0.999 < high < 1, "the band above 1 is cut"
+    assert not figure.legends, "one family"
+    saves(figure, tmp_path)
+
+
+def test_names_are_spread_as_little_as_needed():
+    positions = plots._spread(np.array([0.2, 0.5, 0.5, 0.51]), 0.1)
+    np.testing.assert_allclose(positions, [0.2, 0.403333, 0.503333, 0.603333], 1e-5)
+    crowded = plots._spread(np.full(5, 0.99), 0.25)
+    np.testing.assert_allclose(crowded, [0, 0.25, 0.5, 0.75, 1])
