@@ -12,9 +12,6 @@ from typing import Any, TextIO
 from experiments.config import Config, read_config, to_json
 
 ROOT = Path("runs") / "few_shot"
-_PART = ".part-"  # how the name of a half-written file begins
-# what a run leaves that is killed before it has written its config
-_BEFORE_CONFIG = {"lock", f"{_PART}config.json"}
 
 
 def choose_folder(config: Config) -> Path:
@@ -68,10 +65,17 @@ def _check_contents(folder: Path, config: Any, ignore: Iterable[str]) -> None:
             ) from None
     elif folder.exists() and not folder.is_dir():
         raise ValueError(f"{folder} is a file: choose another --workdir")
-    elif folder.exists() and {p.name for p in folder.iterdir()} - _BEFORE_CONFIG:
+    elif folder.exists() and not all(map(_before_config, folder.iterdir())):
         raise ValueError(
             f"{folder} is not empty and holds no run: choose another --workdir"
         )
+
+
+def _before_config(path: Path) -> bool:
+    """Whether a run leaves it that is killed before it has written its config."""
+    from metalstm.files import is_unfinished
+
+    return path.name == "lock" or is_unfinished(path.name, "config.json")
 
 
 def refuse_other_data(folder: Path, about: Mapping[str, Any]) -> None:
@@ -150,24 +154,18 @@ def _take(lock: TextIO, folder: Path) -> None:
 
 @contextlib.contextmanager
 def whole_file(path: Path) -> Iterator[Path]:
-    """A name to write to, with the same suffix; it becomes ``path`` at the end.
-
-    Under ``path`` there is all of it or what was there before, whatever happens.
+    """`metalstm.files.whole_file` in a run's folder.
 
     Raises:
       OSError: it cannot be written; names ``path`` and what would do.
     """
-    part = path.with_name(_PART + path.name)
+    from metalstm import files  # here, for scripts import this before --help
+
     try:
-        yield part
-        with open(part, "rb+") as file:
-            os.fsync(file.fileno())
-        os.replace(part, path)
+        with files.whole_file(path) as part:
+            yield part
     except OSError as error:
         raise _cannot_write(path, error) from error
-    finally:
-        with contextlib.suppress(OSError):
-            part.unlink()
 
 
 def _cannot_write(path: Path, error: OSError) -> OSError:

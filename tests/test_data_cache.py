@@ -77,20 +77,24 @@ def test_a_writer_that_dies_leaves_no_file_under_the_name(tmp_path, monkeypatch)
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patched:
-        patched.setattr(os, "replace", die)
+        patched.setattr(Path, "replace", die)
         with pytest.raises(KeyboardInterrupt):
             cached(path, build([]))
     assert os.listdir(tmp_path) == []
 
 
 def test_what_a_killed_writer_left_is_removed_when_it_is_old(tmp_path):
-    old, new = tmp_path / "x.abc.tmp", tmp_path / "x.def.tmp"
-    for left in (old, new):
-        left.write_bytes(b"half")
+    old, new, other = (
+        tmp_path / f".part-{name}" for name in
+        ("01234567-x.npz", "89abcdef-x.npz", "01234567-other-x.npz")
+    )  # fmt: skip
     past = time.time() - 7200
-    os.utime(old, (past, past))
+    for left in (old, new, other):
+        left.write_bytes(b"half")
+        if left != new:
+            os.utime(left, (past, past))
     cached(tmp_path / "x.npz", build([]))
-    assert sorted(os.listdir(tmp_path)) == ["x.def.tmp", "x.npz"]
+    assert set(os.listdir(tmp_path)) == {new.name, other.name, "x.npz"}
 
 
 def test_a_folder_that_cannot_be_written_is_a_warning(tmp_path):

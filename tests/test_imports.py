@@ -14,7 +14,7 @@ ROOT = Path(__file__).parents[1]
 
 # A module may import from the layers above its own line, and from itself.
 LAYERS = (
-    {"base"},
+    {"base", "files"},
     {"convolution", "pooling"},
     {"heads", "networks"},
     {"inner", "learners", "rules", "data", "checkpoints", "distributed", "plots"},

@@ -50,7 +50,7 @@ def test_what_cannot_be_written_is_named_with_what_to_do(tmp_path, monkeypatch):
         raise OSError(errno.ENOSPC, "No space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr(run_folder.os, "replace", full)
+        patch.setattr(Path, "replace", full)
         with pytest.raises(
             OSError, match=r"results\.json cannot be written \(No space "
         ):
@@ -65,7 +65,7 @@ def test_a_run_killed_before_its_config_can_start_again(tmp_path):
     folder = tmp_path / "run"
     with run_folder.locked(folder):
         pass
-    (folder / ".part-config.json").write_text('{"conf')
+    (folder / ".part-01234567-config.json").write_text('{"conf')
     run_folder.refuse_other_runs(folder, Config(), ())
     (folder / "thesis.tex").touch()
     with pytest.raises(ValueError, match="is not empty and holds no run: choose"):

@@ -6,13 +6,10 @@ bits, and a file appears under its name only once it is complete.
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import json
 import os
 import sys
-import tempfile
-import time
 import warnings
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
@@ -21,6 +18,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from metalstm.data.pools import SPLITS, Dataset, checksum, make_pool
+from metalstm.files import whole_file
 
 __all__ = [
     "Split",
@@ -32,8 +30,6 @@ __all__ = [
 ]
 
 PathLike = str | os.PathLike[str]
-
-_ABANDONED_AFTER = 3600.0  # seconds without a write: no other process is still at it
 
 
 class Split(NamedTuple):
@@ -110,21 +106,8 @@ def cached(
 
 def _write(path: Path, arrays: Mapping[str, np.ndarray]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    for left in path.parent.glob(f"{path.stem}.*.tmp"):  # by a process that was killed
-        with contextlib.suppress(OSError):
-            if time.time() - left.stat().st_mtime > _ABANDONED_AFTER:
-                left.unlink()
-    handle, temporary = tempfile.mkstemp(".tmp", f"{path.stem}.", path.parent)
-    try:
-        with os.fdopen(handle, "wb") as file:
-            np.savez(file, allow_pickle=False, **arrays)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except BaseException:
-        with contextlib.suppress(OSError):
-            os.unlink(temporary)
-        raise
+    with whole_file(path) as part:
+        np.savez(part, allow_pickle=False, **arrays)
 
 
 def assemble(

@@ -12,7 +12,6 @@ import hashlib
 import inspect
 import io
 import json
-import os
 import zipfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -24,6 +23,7 @@ import numpy as np
 import optax
 
 from metalstm.base import PyTree, UpdateRule
+from metalstm.files import whole_file
 from metalstm.rules.classic import chain, learned_sgd
 from metalstm.rules.features import FEATURES_VERSION
 from metalstm.rules.gates import lstm_gates
@@ -190,15 +190,9 @@ def save_rule(
         "sha256": _digest(spec, info, arrays),
     }
     text = np.frombuffer(json.dumps(header).encode(), np.uint8)
-    partial = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        with partial.open("wb") as file:
-            np.savez(file, **{_HEADER: text}, **arrays)  # type: ignore[arg-type]
-            file.flush()
-            os.fsync(file.fileno())
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
+    # a file, not a name: to one without .npz numpy would add it
+    with whole_file(path) as part, part.open("wb") as file:
+        np.savez(file, **{_HEADER: text}, **arrays)  # type: ignore[arg-type]
     return path
 
 

@@ -1,0 +1,48 @@
+"""Files that are whole or not there, whatever happens while they are written."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import secrets
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+__all__ = ["is_unfinished", "whole_file"]
+
+_PREFIX = ".part-"
+_ABANDONED_AFTER = 3600.0  # seconds without a write: no other process is still at it
+
+
+@contextlib.contextmanager
+def whole_file(path: Path) -> Iterator[Path]:
+    """Give another name in the same folder to write to; at the end it becomes ``path``.
+
+    Until then, and when something is raised, ``path`` is as it was; so it is after a
+    kill at any moment. What a killed process left is removed an hour later by the next
+    that writes ``path``. The name given has the suffix of ``path``.
+    """
+    _remove_abandoned(path)
+    part = path.with_name(f"{_PREFIX}{secrets.token_hex(4)}-{path.name}")
+    try:
+        yield part
+        with part.open("rb+") as file:
+            os.fsync(file.fileno())  # before the name: power may fail
+        part.replace(path)
+    finally:
+        with contextlib.suppress(OSError):  # gone, when all went well
+            part.unlink()
+
+
+def is_unfinished(name: str, of: str) -> bool:
+    """Whether ``name`` is that of an unfinished file which was to be called ``of``."""
+    return name.startswith(_PREFIX) and name[len(_PREFIX) + 8 :] == f"-{of}"
+
+
+def _remove_abandoned(path: Path) -> None:
+    for left in path.parent.glob(f"{_PREFIX}*"):
+        with contextlib.suppress(OSError):  # another process may remove it too
+            old = time.time() - left.stat().st_mtime > _ABANDONED_AFTER
+            if old and is_unfinished(left.name, path.name):
+                left.unlink()
