@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import os
 import textwrap
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import Any, NamedTuple
 
 from experiments.config import Config
 from experiments.published import Beside, beside, legend
+from experiments.run_folder import whole_file
 
 REFERENCE = "meta-lstm"  # what the others are compared with, where it is
 WIDTH = 110  # columns of a terminal
@@ -81,14 +81,16 @@ class Table(NamedTuple):
 
     def write(self, folder: Path, stem: str = "table") -> list[str]:
         """Write STEM.md and STEM.csv whole, or nothing; return their names."""
-        _replace(folder / f"{stem}.md", self.markdown())
-        part = folder / f"{stem}.csv.part"
-        with open(part, "w", newline="") as file:
+        with whole_file(folder / f"{stem}.md") as part:
+            part.write_text(self.markdown())
+        with (
+            whole_file(folder / f"{stem}.csv") as part,
+            open(part, "w", newline="") as f,
+        ):
             values = [row.values() for row in self.rows]
-            writer = csv.DictWriter(file, list(values[0]))
+            writer = csv.DictWriter(f, list(values[0]))
             writer.writeheader()
             writer.writerows(values)
-        os.replace(part, folder / f"{stem}.csv")
         return [f"{stem}.md", f"{stem}.csv"]
 
 
@@ -162,9 +164,3 @@ def batch_norm_of(spec: Mapping[str, Any], mode: str | None) -> str | None:
     if learner is None or learner["name"] == "mlp":
         return None
     return mode if learner["options"].get("norm", "batch") == "batch" else None
-
-
-def _replace(path: Path, text: str) -> None:
-    part = path.with_name(path.name + ".part")
-    part.write_text(text)
-    os.replace(part, path)

@@ -77,26 +77,31 @@ def learning_curves(
         the 95% CI over seeds, or with one seed that over episodes (``Curve.ci95``).
       chance: a dotted line at this accuracy.
     """
-    figure = _figure((10, 4))
-    left, right = figure.subplots(1, 2)
     methods = list(dict.fromkeys([*loss, *accuracy, *validation]))
-    colours = {m: _COLOURS[i % len(_COLOURS)] for i, m in enumerate(methods)}
+    crowded = len(methods) > len(_COLOURS)
+    figure = _figure((12.5, max(4, 1 + 0.15 * len(methods))) if crowded else (10, 4))
+    left, right = figure.subplots(1, 2)
+    styles = {}
+    for index, method in enumerate(methods):
+        style = _optimizer_style(index, learned=False)
+        styles[method] = {"colour": style["color"], "linestyle": style["linestyle"]}
     for method, seeds in loss.items():
-        _draw_seeds(left, _smoothed(seeds), colour=colours[method], label=method)
+        _draw_seeds(left, _smoothed(seeds), label=method, **styles[method])
     for method, seeds in accuracy.items():
-        colour = colours[method]
-        _draw_seeds(right, _smoothed(seeds), colour=colour, alpha=0.45, scale=100)
+        _draw_seeds(right, _smoothed(seeds), alpha=0.45, scale=100, **styles[method])
     for method, seeds in validation.items():
-        label, colour = f"{method}, validation", colours[method]
-        _draw_seeds(right, seeds, label=label, colour=colour, scale=100, marker="o")
+        label = f"{method}, validation"
+        _draw_seeds(right, seeds, label=label, scale=100, marker="o", **styles[method])
     if chance is not None:
         right.axhline(100 * chance, color="grey", linestyle=":", label="chance")
     left.set(xlabel="meta-training episodes", ylabel="query loss", title=title)
     right.set(xlabel="meta-training episodes", ylabel="query accuracy, %")
     for axes in (left, right):
         axes.grid(alpha=0.3)
-        if axes.get_legend_handles_labels()[0]:
+        if axes.get_legend_handles_labels()[0] and not crowded:
             axes.legend(fontsize=8)
+    if crowded:
+        right.legend(fontsize=7, loc="upper left", bbox_to_anchor=(1.01, 1.0))
     return figure
 
 
@@ -579,6 +584,7 @@ def _draw_seeds(
     alpha: float = 1.0,
     scale: float = 1.0,
     marker: str = "",
+    linestyle: str = "-",
 ) -> None:
     seeds = [curve for curve in seeds if len(curve.episodes)]
     if not seeds:
@@ -586,7 +592,8 @@ def _draw_seeds(
     episodes, mean, band = _over_seeds(seeds)
     mean = scale * mean
     style = {"marker": marker, "markersize": 3, "linewidth": 1.4, "alpha": alpha}
-    axes.plot(episodes, mean, color=colour, label=label, **style)
+    style |= {"color": colour, "linestyle": linestyle}
+    axes.plot(episodes, mean, label=label, **style)
     if band is not None:
         low, high = mean - scale * band, mean + scale * band
         axes.fill_between(episodes, low, high, color=colour, alpha=0.2 * alpha)

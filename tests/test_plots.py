@@ -42,6 +42,18 @@ def test_learning_curves(tmp_path):
     saves(figure, tmp_path)
 
 
+def test_learning_curves_of_many_methods_can_be_told_apart(tmp_path):
+    curves = {f"m{k}": [plots.Curve(np.arange(5), np.full(5, k))] for k in range(20)}
+    figure = plots.learning_curves(curves, {}, curves)
+    left, right = figure.axes
+    styles = [(line.get_color(), line.get_linestyle()) for line in left.lines]
+    assert len(set(styles)) == 20
+    assert [(a.get_color(), a.get_linestyle()) for a in right.lines] == styles
+    assert left.get_legend() is None, "one legend, beside the panels"
+    assert len(right.get_legend().get_texts()) == 20
+    saves(figure, tmp_path)
+
+
 def test_one_seed_shows_the_interval_over_episodes():
     curve = plots.Curve(np.array([10, 20]), np.array([0.5, 0.6]), np.array([0.1, 0.2]))
     figure = plots.learning_curves({}, {}, {"maml": [curve]})
