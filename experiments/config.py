@@ -9,12 +9,15 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import json
+import typing
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import tyro
+
+from experiments.saved_options import read_options
 
 QueryNorm = Literal["support", "support+1", "transductive", "frozen"]
 
@@ -272,12 +275,14 @@ def may_change(config: Config) -> tuple[str, ...]:
         "run.preset", "run.workdir", "run.resume", "run.evaluate", "run.tensorboard",
         "run.debug", "data.data_dir", "budget.minutes",
     )  # fmt: skip
-    names += tuple(f"own.{method}.minutes" for method in config.own)
+    # a new value holds for all methods, and so leaves none of them its own
+    chosen = config.methods.algorithms
+    names += tuple(f"own.{method}.minutes" for method in chosen)
     schedules = {config.budget.schedule}
     schedules |= {own["schedule"] for own in config.own.values() if "schedule" in own}
     if schedules != {"constant"}:
         return names
-    own_ends = (f"own.{method}.episodes" for method in config.own)
+    own_ends = (f"own.{method}.episodes" for method in chosen)
     return (*names, "budget.episodes", *own_ends)
 
 
@@ -319,26 +324,23 @@ def to_json(config: Any) -> dict[str, Any]:
     return json.loads(json.dumps(dataclasses.asdict(config), default=str))
 
 
-def from_json(saved: dict[str, Any], config: Any = None) -> Any:
-    """The config of a run folder; options added since then keep those of ``config``."""
+def from_json(saved: Any, config: Any = None) -> Any:
+    """The config of a run folder; options added since then keep those of ``config``.
+
+    Raises:
+      ValueError: an option is not of its type.
+    """
     config = Config() if config is None else config
-    for group in groups(config) & saved.keys():
-        for f in dataclasses.fields(getattr(config, group)):
-            if f.name not in saved[group]:
-                continue
-            value = saved[group][f.name]
-            if isinstance(value, list):
-                value = tuple(value)
-            if isinstance(value, str) and "Path" in str(f.type):
-                value = Path(value)
-            config = with_flags(config, **{f.name: value})
+    flat: dict[str, Any] = {}
+    for group in groups(config):
+        hints = typing.get_type_hints(type(getattr(config, group)))
+        flat |= hints
+        options = read_options(group, saved.get(group, {}), hints)
+        changed = dataclasses.replace(getattr(config, group), **options)
+        config = dataclasses.replace(config, **{group: changed})
     if "own" in saved:
-        own = {
-            method: {
-                k: tuple(v) if isinstance(v, list) else v for k, v in flags.items()
-            }
-            for method, flags in saved["own"].items()
-        }
+        by_method = read_options("own", saved, {"own": dict})["own"]
+        own = {m: read_options(m, flags, flat) for m, flags in by_method.items()}
         config = dataclasses.replace(config, own=own)
     return config
 

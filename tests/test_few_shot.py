@@ -688,7 +688,9 @@ def test_own_settings_survive_the_run_folder(with_own):
     config = parse(with_own)
     again = options.from_json(json.loads(json.dumps(options.to_json(config))))
     assert again == config
-    may_change = options.may_change(config)
+    longer = parse([*with_own, *"--episodes 9 --filters 8 --forget-bias 1 2".split()])
+    assert "matching" not in longer.own
+    may_change = options.may_change(longer)
     assert {"budget.episodes", "own.matching.episodes"} <= set(may_change)
     own = config.own | {"matching": {"schedule": "cosine"}}
     ends = options.may_change(dataclasses.replace(config, own=own))
