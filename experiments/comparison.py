@@ -31,13 +31,13 @@ from experiments.methods import (
 from experiments.run_folder import (
     Metrics,
     refuse_other_data,
-    whole_file,
     write_json,
 )
 from experiments.sources import Source
 from experiments.table import Table
 from metalstm import plots
 from metalstm.base import PyTree
+from metalstm.files import whole_file
 
 Results = dict[str, Any]
 

@@ -28,7 +28,7 @@ from typing import Any
 import tyro
 
 from experiments.compiled_programs import keep_compiled_programs
-from experiments.run_folder import whole_file, write_json
+from experiments.run_folder import write_json
 
 SGD_RATES = tuple(10 ** (k / 4) for k in range(-8, 7))  # 0.01 to 32
 
@@ -231,6 +231,8 @@ def _write(config, dataset, rows, evaluations, trained_on) -> None:
             f"{100 * row['mean']:.1f} ± {100 * row['ci95']:.1f} | {difference} | "
             f"{note} |"
         )
+    from metalstm.files import whole_file
+
     config.workdir.mkdir(parents=True, exist_ok=True)
     with whole_file(config.workdir / "table.md") as unfinished:
         unfinished.write_text("\n".join(lines) + "\n")

@@ -21,6 +21,7 @@ from experiments.saved_methods import (
 )
 from experiments.sources import load_source
 from experiments.table import Row, Table
+from metalstm.files import whole_file
 from metalstm.runs import COMPARING, any_way, build_algorithm, load_params
 
 # Of the flags of a method, those that may be said anew for its test.
@@ -157,5 +158,6 @@ def _write(
     rows = [row.values() | tested for row in whole.rows]
     write_json(folder / f"{stem}.json", rows)
     arrays = {label: e.accuracies for label, e in evaluations.items()}
-    np.savez(folder / f"{stem}.npz", **arrays)  # type: ignore[arg-type]
+    with whole_file(folder / f"{stem}.npz") as part:
+        np.savez(part, **arrays)  # type: ignore[arg-type]
     return [f"{stem}.json", *whole.write(folder, stem)]

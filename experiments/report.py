@@ -11,8 +11,8 @@ from typing import Any
 import jax
 
 from experiments.config import Config
-from experiments.run_folder import whole_file
 from experiments.sources import Source
+from metalstm.files import whole_file
 
 _NORMS = {
     "support": "support (inductive)",

@@ -152,31 +152,10 @@ def _take(lock: TextIO, folder: Path) -> None:
         ) from None
 
 
-@contextlib.contextmanager
-def whole_file(path: Path) -> Iterator[Path]:
-    """`metalstm.files.whole_file` in a run's folder.
-
-    Raises:
-      OSError: it cannot be written; names ``path`` and what would do.
-    """
-    from metalstm import files  # here, for scripts import this before --help
-
-    try:
-        with files.whole_file(path) as part:
-            yield part
-    except OSError as error:
-        raise _cannot_write(path, error) from error
-
-
-def _cannot_write(path: Path, error: OSError) -> OSError:
-    return OSError(
-        f"{path} cannot be written ({error.strerror or error}): free space on its "
-        "disk, or make its folder writable; then go on with --resume"
-    )
-
-
 def write_json(path: Path, value: Any) -> None:
     """Write all of it or nothing."""
+    from metalstm.files import whole_file
+
     text = json.dumps(value, indent=1) + "\n"
     with whole_file(path) as part:
         part.write_text(text)
@@ -200,6 +179,8 @@ class Metrics:
 
     def rewind(self, method: str, count: int) -> None:
         """Drop what a killed run wrote about ``method`` after ``count``."""
+        from metalstm.files import whole_file
+
         rows = [
             row
             for row in self.read()
@@ -214,7 +195,10 @@ class Metrics:
             with open(self.path, "a") as file:
                 file.write(json.dumps(row) + "\n")
         except OSError as error:
-            raise _cannot_write(self.path, error) from error
+            raise OSError(
+                f"{self.path} cannot be written ({error.strerror}): free space on its "
+                "disk, or make its folder writable; then go on with --resume"
+            ) from error
         if self._writer is not None:
             for name, value in values.items():
                 self._writer.add_scalar(f"{method}/{kind}/{name}", value, count)

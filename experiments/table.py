@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 from experiments.config import Config
 from experiments.published import Beside, beside, legend
-from experiments.run_folder import whole_file
+from metalstm.files import whole_file
 
 REFERENCE = "meta-lstm"  # what the others are compared with, where it is
 WIDTH = 110  # columns of a terminal

@@ -22,6 +22,9 @@ def whole_file(path: Path) -> Iterator[Path]:
     Until then, and when something is raised, ``path`` is as it was; so it is after a
     kill at any moment. What a killed process left is removed an hour later by the next
     that writes ``path``. The name given has the suffix of ``path``.
+
+    Raises:
+      OSError: it cannot be written; names ``path`` and what would do.
     """
     _remove_abandoned(path)
     part = path.with_name(f"{_PREFIX}{secrets.token_hex(4)}-{path.name}")
@@ -30,6 +33,11 @@ def whole_file(path: Path) -> Iterator[Path]:
         with part.open("rb+") as file:
             os.fsync(file.fileno())  # before the name: power may fail
         part.replace(path)
+    except OSError as error:
+        raise OSError(
+            f"{path} cannot be written ({error.strerror or error}): free space on its "
+            "disk, or make its folder writable"
+        ) from error
     finally:
         with contextlib.suppress(OSError):  # gone, when all went well
             part.unlink()

@@ -18,6 +18,7 @@ from experiments.optimizers.config import Config as OptimizerConfig
 from experiments.optimizers.measuring import Bench
 from metalstm.checkpoints import ConfigMismatch
 from metalstm.data import Dataset, make_pool
+from metalstm.files import whole_file
 
 
 def write_config(folder: Path, config: Config, **more) -> Path:
@@ -31,7 +32,7 @@ def test_a_file_is_whole_or_as_it_was(tmp_path):
     run_folder.write_json(path, [1])
 
     def stop_half_way():
-        with run_folder.whole_file(path) as part:
+        with whole_file(path) as part:
             part.write_text("[2")
             assert part.suffix == ".json"
             raise KeyboardInterrupt

@@ -17,8 +17,9 @@ from experiments.optimizers.config import Config, Problem
 from experiments.optimizers.measuring import Bench, Optimizer, Tuned, compete
 from experiments.optimizers.problems import describe, variants
 from experiments.report import save_figure
-from experiments.run_folder import whole_file, write_json
+from experiments.run_folder import write_json
 from metalstm import plots
+from metalstm.files import whole_file
 from metalstm.plots import Losses
 
 Rows = list[dict[str, Any]]

@@ -96,8 +96,8 @@ def cached(
         _write(path, arrays)
     except OSError as error:
         warnings.warn(
-            f"cannot write cache {path} ({error}): the next run builds it again; "
-            f"{remedy}",
+            f"cannot write cache {path} ({error.__cause__ or error}): the next run "
+            f"builds it again; {remedy}",
             RuntimeWarning,
             stacklevel=2,
         )
