@@ -19,6 +19,7 @@ from experiments.config import (
     values_of,
     with_flags,
 )
+from experiments.devices import check as check_devices
 from experiments.methods import HAND_MADE, LEARNS_INIT, METHODS, config_for
 from experiments.presets import preset
 
@@ -103,6 +104,7 @@ def check(config: Config) -> None:
         raise ValueError("--evaluate and --resume: choose one")
     if config.run.resume is not None and config.run.workdir is not None:
         raise ValueError("--resume RUN goes on in that folder; drop --workdir")
+    check_devices(config.devices)
     if not evaluated:
         _check_training(config)
 

@@ -35,7 +35,7 @@ from experiments.run_folder import (
 )
 from experiments.sources import Source
 from experiments.table import Table
-from metalstm import plots
+from metalstm import distributed, plots
 from metalstm.base import PyTree
 from metalstm.files import whole_file
 
@@ -63,6 +63,8 @@ def run_seed(
     finally:
         metrics.close()
     results, whole = _test(config, source, folder, programs, found)
+    if not distributed.is_main():
+        return results
     files = ["results.json", *whole.write(folder)]
     files += _draw(config, source, folder, programs, found, results)
     write_json(folder / "results.json", results)
@@ -80,6 +82,8 @@ def run_seeds(config: Config, source: Source, folder: Path) -> Results:
         own = with_flags(config, seed=seed, seeds=1)
         per_seed[seed] = run_seed(own, source, folder / f"seed-{seed}", programs)
     results, whole = _over_seeds(config, per_seed)
+    if not distributed.is_main():
+        return results
     print(whole)
     files = ["results.json", *whole.write(folder)]
     write_json(folder / "results.json", results)
@@ -149,7 +153,7 @@ def write_config(config: Config, source: Source, folder: Path) -> None:
         "data": source.describe(),
         "versions": report.versions(),
     }
-    refuse_other_data(folder, document["data"])
+    distributed.on_main(lambda: refuse_other_data(folder, document["data"]))
     write_json(folder / "config.json", document)
 
 
@@ -298,8 +302,9 @@ def _test(
     whole = Table(table.caption(what, reference), rows)
     print(whole, flush=True)
     arrays: dict[str, Any] = {n: e.accuracies for n, e in evaluations.items()}
-    with whole_file(folder / "accuracies.npz") as part:
-        np.savez(part, **arrays)
+    if distributed.is_main():
+        with whole_file(folder / "accuracies.npz") as part:
+            np.savez(part, **arrays)
     results = {
         "dataset": source.describe(),
         "way": config.data.way,

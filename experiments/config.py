@@ -17,6 +17,7 @@ from typing import Annotated, Any, Literal
 
 import tyro
 
+from experiments.devices import MAY_CHANGE, Devices
 from experiments.saved_options import read_options
 
 QueryNorm = Literal["support", "support+1", "transductive", "frozen"]
@@ -253,6 +254,7 @@ class Config:
     rule: RuleOptions = field(default_factory=RuleOptions)
     budget: Budget = field(default_factory=Budget)
     test: Test = field(default_factory=Test)
+    devices: Devices = field(default_factory=Devices)
     run: Run = field(default_factory=Run)
     own: Annotated[dict[str, dict[str, Any]], tyro.conf.Fixed, tyro.conf.Suppress] = (
         field(default_factory=dict)
@@ -273,7 +275,7 @@ def may_change(config: Config) -> tuple[str, ...]:
     """What may differ when a run goes on. A schedule's end is part of the recipe."""
     names: tuple[str, ...] = (
         "run.preset", "run.workdir", "run.resume", "run.evaluate", "run.tensorboard",
-        "run.debug", "data.data_dir", "budget.minutes",
+        "run.debug", "data.data_dir", "budget.minutes", *MAY_CHANGE,
     )  # fmt: skip
     # a new value holds for all methods, and so leaves none of them its own
     chosen = config.methods.algorithms

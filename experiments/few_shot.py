@@ -20,6 +20,7 @@ import traceback
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from experiments import devices
 from experiments.command_line import as_flags, given, parse
 from experiments.compiled_programs import keep_compiled_programs
 from experiments.config import Config, may_change
@@ -36,6 +37,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         config = parse(arguments)
         keep_compiled_programs()
+        devices.join(config.devices)
         if config.run.evaluate:
             from experiments.reevaluation import reevaluate
 
@@ -70,8 +72,11 @@ def _run(config: Config, folder: Path) -> int:
     from experiments.sources import load_source
     from experiments.training_session import Interrupted
 
-    source = load_source(config)
-    print(header(config, source), flush=True)
+    mesh = devices.mesh_for(config.devices, config.budget.meta_batch, "--meta-batch")
+    source = load_source(config).placed(mesh, config.devices.devices)
+    print(header(config, source, devices.describe(mesh)), flush=True)
+    if devices.is_one_of_several():
+        print(how_to_go_on(folder), flush=True)  # a process may die
     with locked(folder, config, may_change(config)):
         try:
             if config.run.seeds == 1:
@@ -98,4 +103,4 @@ def require_tensorboard() -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    devices.exit_with(main)

@@ -22,6 +22,7 @@ import traceback
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from experiments import devices
 from experiments.compiled_programs import keep_compiled_programs
 from experiments.optimizers.config import Config, may_change, parse
 
@@ -36,6 +37,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         config = parse(arguments)
         keep_compiled_programs()
+        devices.join(config.devices)
         if config.run.evaluate is not None:
             from experiments.optimizers.running import evaluate
 
@@ -66,6 +68,8 @@ def _run(config: Config, folder: Path) -> int:
     from experiments.optimizers.running import run
     from experiments.training_session import Interrupted
 
+    if devices.is_one_of_several():
+        print(how_to_go_on(folder), flush=True)  # a process may die
     with locked(folder, config, may_change(config)):
         try:
             run(config, folder)
@@ -95,4 +99,4 @@ def _as_flags(message: str) -> str:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    devices.exit_with(main)

@@ -15,7 +15,7 @@ import metalstm
 from experiments.config import Config
 from experiments.methods import HAND_MADE, METHODS, Spec, theta_donor
 from experiments.sources import Source
-from metalstm import checkpoints
+from metalstm import checkpoints, distributed
 from metalstm.base import MetaParams, PyTree
 from metalstm.data import episode_key
 from metalstm.plots import layer_groups
@@ -168,8 +168,9 @@ def observe_gates(
         return inner.params, trace.observed
 
     observed, theta = [], None
+    pool = distributed.local(source.dataset.test)
     for task in range(num_tasks):
-        theta, gates = observe(params, source.dataset.test, jnp.int32(task))
+        theta, gates = observe(params, pool, jnp.int32(task))
         if not gates:
             return None
         observed.append(jax.device_get(gates))
@@ -202,7 +203,8 @@ def one_episode(
         return None
     learner = build_learner(spec["learner"], spec["way"])
     key = episode_key(0, "test", 0, 0)
-    episode = jax.jit(source.test.sample)(key, source.dataset.test)
+    pool = distributed.local(source.dataset.test)
+    episode = jax.jit(source.test.sample)(key, pool)
     way = source.test.way
 
     @jax.jit

@@ -10,12 +10,15 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import optax
+from jax.sharding import Mesh
 
 import metalstm
 from experiments.config import Config, may_change
+from experiments.devices import mesh_for
 from experiments.run_folder import Metrics
 from experiments.sources import Source
 from experiments.training_session import Session
+from metalstm import distributed
 from metalstm.base import PyTree
 from metalstm.runs import build_algorithm, example_episode
 
@@ -27,6 +30,7 @@ class Programs(NamedTuple):
     optimizer: optax.GradientTransformation
     train_loop: Callable[..., Any]
     evaluate: Callable[..., metalstm.Evaluation]
+    mesh: Mesh | None  # of a meta-step
 
 
 class Trained(NamedTuple):
@@ -54,18 +58,23 @@ def make_programs(spec: dict[str, Any], config: Config, source: Source) -> Progr
         optimizer = optax.sgd(rate)
     elif budget.clip:
         optimizer = metalstm.adam_clipped(rate, budget.clip)
+    mesh = mesh_for(config.devices, budget.meta_batch, "--meta-batch")
     train_loop = metalstm.make_train_loop(
         algorithm,
         optimizer,
         source.train(config),
         num_tasks=budget.meta_batch,
         steps_per_call=budget.steps_per_call,
+        mesh=mesh,
         accumulate_tasks=budget.accumulate_tasks,
     )
     evaluate = metalstm.make_evaluate(
-        algorithm, source.test, batch_size=config.test.test_batch
+        algorithm,
+        source.test,
+        batch_size=config.test.test_batch,
+        mesh=distributed.task_mesh(num_devices=config.devices.devices),
     )
-    return Programs(algorithm, optimizer, train_loop, evaluate)
+    return Programs(algorithm, optimizer, train_loop, evaluate, mesh)
 
 
 def meta_train(
@@ -107,6 +116,7 @@ class _Session(Session):
             num_steps=_num_steps(config),
             per_step=config.budget.meta_batch,
             may_change=may_change(config),
+            mesh=programs.mesh,
         )
         self.programs, self.source = programs, source
         shape, data = source.dataset.image_shape, config.data
@@ -117,7 +127,7 @@ class _Session(Session):
             config.run.seed,
             example_episode(shape, data.way, data.shot),
         )
-        self.start(make)
+        self.start(programs.algorithm, make)
 
     def train(self) -> None:
         budget = self.config.budget

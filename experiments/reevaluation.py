@@ -11,6 +11,7 @@ import numpy as np
 import metalstm
 from experiments import meta_testing, report, table
 from experiments.config import Config, with_flags
+from experiments.devices import describe
 from experiments.methods import Spec, config_for
 from experiments.run_folder import write_json
 from experiments.saved_methods import (
@@ -21,6 +22,7 @@ from experiments.saved_methods import (
 )
 from experiments.sources import load_source
 from experiments.table import Row, Table
+from metalstm import distributed
 from metalstm.files import whole_file
 from metalstm.runs import COMPARING, any_way, build_algorithm, load_params
 
@@ -47,9 +49,11 @@ def reevaluate(config: Config, said: Collection[str]) -> Table:
     for method in wanted:
         _check_way(method, config)
     # no meta-training here, so its episodes need not be possible
+    mesh = distributed.task_mesh(num_devices=config.devices.devices)
     source = load_source(with_flags(config, algorithms=()))
+    source = source.placed(mesh, config.devices.devices)
     refuse_other_images(runs, source)
-    print(report.header(config, source), flush=True)
+    print(report.header(config, source, describe(mesh)), flush=True)
 
     every_mode = config.methods.query_norm == "all"
     anew = {name: getattr(config.methods, name) for name in _SAID_ANEW & set(said)}
@@ -72,6 +76,7 @@ def reevaluate(config: Config, said: Collection[str]) -> Table:
                 num_episodes=config.test.test_episodes,
                 seed=config.test.test_seed,
                 batch_size=config.test.test_batch,
+                mesh=mesh,
             )
             label = f"{method.label} [{mode}]" if every_mode and mode else method.label
             first_modes.setdefault(method.label, label)
@@ -102,6 +107,8 @@ def reevaluate(config: Config, said: Collection[str]) -> Table:
     to = "the method's first mode" if every_mode else reference
     whole = Table(table.caption(what, to), rows)
     print(whole)
+    if not distributed.is_main():
+        return whole
     folder = config.run.workdir or config.run.evaluate[0]
     files = _write(folder, config, whole, evaluations)
     print(f"{', '.join(files)} in {folder}", flush=True)

@@ -35,13 +35,13 @@ def versions() -> dict[str, str]:
     return found
 
 
-def header(config: Config, source: Source) -> str:
+def header(config: Config, source: Source, computing: str) -> str:
+    """``computing`` says on how many devices."""
     have = versions()
     devices = jax.devices()
     kind = devices[0].platform
     if kind != "cpu":
         kind = devices[0].device_kind
-    count = f"{len(devices)} device" + "s" * (len(devices) != 1)
     cores = f", {os.cpu_count()} cores" if devices[0].platform == "cpu" else ""
     data = config.data
     height, width = source.dataset.image_shape[:2]
@@ -52,7 +52,7 @@ def header(config: Config, source: Source) -> str:
     if any(own.keys() & {"query_norm", "norm"} for own in config.own.values()):
         norm = "by method, see the table"
     lines = (
-        f"metalstm {have['metalstm']}  jax {have['jax']}  {kind}, {count}{cores}  ",
+        f"metalstm {have['metalstm']}  jax {have['jax']}  {kind}, {computing}{cores}  ",
         f"seed {config.run.seed}\n",
         f"{source.dataset.name} {height}x{width}   train / val / test: ",
         f"{' / '.join(classes)} classes{_about(source)}\n",

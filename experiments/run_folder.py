@@ -9,6 +9,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, TextIO
 
+from experiments import devices
 from experiments.config import Config, read_config, to_json
 
 ROOT = Path("runs") / "few_shot"
@@ -31,11 +32,17 @@ def free_folder(base: Path) -> Path:
     while folder.exists():
         number += 1
         folder = base.with_name(f"{base.name}-{number}")
+    if devices.is_one_of_several():
+        from metalstm import distributed
+
+        return Path(distributed.from_main(str(folder)))
     return folder
 
 
 def refuse_other_runs(folder: Path, config: Any, ignore: Iterable[str]) -> None:
     """Check, without writing, that this run may use ``folder``.
+
+    Of several processes the first does.
 
     Args:
       ignore: options in which this run may differ from the one in the folder.
@@ -44,9 +51,13 @@ def refuse_other_runs(folder: Path, config: Any, ignore: Iterable[str]) -> None:
       ConfigMismatch: the folder holds a run of another configuration.
       ValueError: another process is running there, or it holds something else.
     """
-    _check_contents(folder, config, ignore)
-    with contextlib.suppress(FileNotFoundError), open(folder / "lock") as lock:
-        _take(lock, folder)
+
+    def check() -> None:
+        _check_contents(folder, config, ignore)
+        with contextlib.suppress(FileNotFoundError), open(folder / "lock") as lock:
+            _take(lock, folder)
+
+    devices.on_main(check)
 
 
 def _check_contents(folder: Path, config: Any, ignore: Iterable[str]) -> None:
@@ -113,6 +124,8 @@ def locked(
 ) -> Iterator[None]:
     """Hold the folder for this process; the kernel lets go when the process ends.
 
+    Of several processes the first holds it for all.
+
     Args:
       config, ignore: as for `refuse_other_runs`, checked again once the folder is held:
         since the first time another run may have come and gone.
@@ -121,6 +134,14 @@ def locked(
       ValueError: another process holds it, or another run has been there.
       OSError: the folder cannot be written.
     """
+    with contextlib.ExitStack() as stack:
+        hold = _held(folder, config, ignore)
+        devices.on_main(lambda: stack.enter_context(hold))
+        yield
+
+
+@contextlib.contextmanager
+def _held(folder: Path, config: Any, ignore: Iterable[str]) -> Iterator[None]:
     try:
         folder.mkdir(parents=True, exist_ok=True)
         lock = open(folder / "lock", "a+")  # noqa: SIM115 (its errors are not those below)
@@ -153,9 +174,12 @@ def _take(lock: TextIO, folder: Path) -> None:
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Write all of it or nothing."""
+    """Write all of it or nothing; of several processes the first writes."""
+    from metalstm import distributed
     from metalstm.files import whole_file
 
+    if not distributed.is_main():
+        return
     text = json.dumps(value, indent=1) + "\n"
     with whole_file(path) as part:
         part.write_text(text)
@@ -170,9 +194,12 @@ class Metrics:
     def __init__(
         self, folder: Path, *, tensorboard: bool = False, counter: str = "episode"
     ):
+        from metalstm import distributed
+
         self.path, self.counter = folder / "metrics.jsonl", counter
+        self.writes = distributed.is_main()
         self._writer = None
-        if tensorboard:
+        if tensorboard and self.writes:
             from tensorboardX import SummaryWriter
 
             self._writer = SummaryWriter(str(folder / "tensorboard"))
@@ -181,6 +208,8 @@ class Metrics:
         """Drop what a killed run wrote about ``method`` after ``count``."""
         from metalstm.files import whole_file
 
+        if not self.writes:
+            return
         rows = [
             row
             for row in self.read()
@@ -190,6 +219,8 @@ class Metrics:
             part.write_text("".join(json.dumps(row) + "\n" for row in rows))
 
     def write(self, method: str, kind: str, count: int, **values: float) -> None:
+        if not self.writes:
+            return
         row = {"method": method, "kind": kind, self.counter: count, **values}
         try:
             with open(self.path, "a") as file:

@@ -6,9 +6,11 @@ import dataclasses
 import os
 from typing import Any, NamedTuple
 
+from jax.sharding import Mesh
+
 from experiments.config import Config
 from experiments.methods import config_for
-from metalstm import data
+from metalstm import data, distributed
 from metalstm.data import Dataset, EpisodeSpec
 
 _LEFT_OUT = ("skipped", "skipped_files", "unlabelled", "empty_classes")
@@ -29,6 +31,21 @@ class Source(NamedTuple):
             rotations=config.data.rotations,
             augment=_augment(config.data.augment),
         )
+
+    def placed(self, mesh: Mesh | None, num_devices: int | None) -> Source:
+        """The pools on every device that needs them.
+
+        Args:
+          mesh: of a meta-step.
+          num_devices: how many evaluate; None is all.
+        """
+        every = distributed.task_mesh(num_devices=num_devices)
+        dataset = self.dataset._replace(
+            train=distributed.place(self.dataset.train, mesh),
+            validation=distributed.place(self.dataset.validation, every),
+            test=distributed.place(self.dataset.test, every),
+        )
+        return self._replace(dataset=dataset)
 
     def describe(self) -> dict[str, Any]:
         """What config.json and results.json keep of it."""

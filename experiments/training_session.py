@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import signal
 import sys
@@ -12,14 +13,15 @@ from pathlib import Path
 from typing import Any
 
 import jax
+from jax.sharding import Mesh
 from tqdm import tqdm
 
 import metalstm
 from experiments.config import to_json
 from experiments.run_folder import Metrics
-from metalstm import checkpoints
+from metalstm import checkpoints, distributed
 from metalstm.base import PyTree
-from metalstm.training import FitState, TrainState
+from metalstm.training import FitState, TrainState, place_state
 
 
 class Interrupted(Exception):  # noqa: N818 (a request, not an error)
@@ -44,12 +46,13 @@ class Session:
         *,
         num_steps: int,
         may_change: Iterable[str],
+        mesh: Mesh | None,
         per_step: int = 1,
     ):
         self.name, self.config, self.metrics = name, config, metrics
         self.folder = folder / "checkpoints" / name
         self.num_steps, self.per_step = num_steps, per_step
-        self.may_change = may_change
+        self.may_change, self.mesh = may_change, mesh
         self.history: list[dict[str, float]] = []
         self.seconds_before = 0.0  # of earlier sessions
         self.validating = 0.0  # seconds
@@ -57,9 +60,16 @@ class Session:
         self.bar: Any = None
         self.state: FitState
 
-    def start(self, make: Callable[[], TrainState]) -> None:
+    def start(
+        self, algorithm: metalstm.MetaAlgorithm, make: Callable[[], TrainState]
+    ) -> None:
         """Draw the first state, or take up the newest that was saved."""
-        self.state = self._restored(make) or self._drawn(make)
+        state = self._restored(make) or self._drawn(make)
+        train = place_state(algorithm, state.train, self.mesh)
+        self.state = state._replace(train=train)
+        # `_restored` has seen to it that it is there
+        best = int(state.best_step)
+        self.saved_best = best if math.isfinite(float(state.best_score)) else None
         self.count = int(self.state.train.step) * self.per_step
         self.started = time.monotonic()
 
@@ -68,7 +78,7 @@ class Session:
         return metalstm.init_fit_state(jax.jit(make)())
 
     def _restored(self, make: Callable[[], TrainState]) -> FitState | None:
-        if checkpoints.latest(self.folder / "state") is None:
+        if _latest(self.folder / "state") is None:
             return None
         restored = checkpoints.restore(
             self.folder / "state",
@@ -143,23 +153,25 @@ class Session:
         save_every: int,
     ) -> None:
         """`metalstm.fit` with this session's hooks; stops and saves on Ctrl-C."""
-        latest = self.state.train
+        latest, step = self.state.train, int(self.state.train.step)
+        each = self.config.budget.steps_per_call
 
         def interruptible(state: TrainState, pool: Any) -> tuple[TrainState, Any]:
-            nonlocal latest
+            nonlocal latest, step
             latest = state
-            if self.stop_requested():
+            if self._must_stop(step, report_every):
                 raise Interrupted
             latest, metrics = train_loop(state, pool)
+            step += each
             return latest, metrics
 
         try:
             self.state = metalstm.fit(
                 interruptible,
                 self.state,
-                pool,
+                distributed.place(pool, self.mesh),
                 num_steps=num_steps,
-                steps_per_call=self.config.budget.steps_per_call,
+                steps_per_call=each,
                 validate=self.validate,
                 validate_every=validate_every,
                 report=self.report,
@@ -171,6 +183,13 @@ class Session:
         except Interrupted:
             self.save(self.state._replace(train=latest))
             raise
+
+    def _must_stop(self, step: int, report_every: int) -> bool:
+        if jax.process_count() == 1:
+            return self.stop_requested()
+        # all must stop at one step, and asking costs: they ask when they report
+        asks = step % report_every == 0
+        return asks and distributed.any_process(self.stop_requested())
 
     def validate(self, params: PyTree) -> float:
         begun = time.monotonic()
@@ -201,10 +220,9 @@ class Session:
     def save(self, state: FitState) -> None:
         self.state = state
         best = int(state.best_step)
-        if math.isfinite(float(state.best_score)) and best != checkpoints.latest(
-            self.folder / "best"
-        ):
+        if math.isfinite(float(state.best_score)) and best != self.saved_best:
             self._save_best(state)
+            self.saved_best = best
         metadata = {
             "config": to_json(self.config),
             "history": self.history,
@@ -250,6 +268,7 @@ class Session:
             + ("{n:.0f}/{total:.0f} s" if by_time else count)
             + "  {unit}  eta {remaining}",
             ascii=" #",
+            disable=not distributed.is_main(),
             unit="compiling",  # the field of the format that tqdm leaves to us
             # a log file gets a line now and then, a terminal a smooth bar
             mininterval=0.2 if sys.stderr.isatty() else 15,
@@ -258,6 +277,11 @@ class Session:
             yield
         finally:
             self.bar.close()
+
+
+def _latest(folder: Path) -> int | None:
+    """The newest step as process 0 sees it: shared storage may show another late."""
+    return json.loads(distributed.from_main(json.dumps(checkpoints.latest(folder))))
 
 
 @contextmanager

@@ -175,10 +175,14 @@ def restore(
       ValueError: the checkpoint holds other arrays than ``target``.
     """
     directory = Path(directory).absolute()
-    first = _find(directory, which)
+    # shared storage may show a folder to one process before another
+    first = json.loads(distributed.from_main(json.dumps(_look_for(directory, which))))
+    if first is None:
+        raise _missing(directory, which)
     candidates = [first]
     if not isinstance(which, int):
-        candidates += [s for s in reversed(steps(directory)) if s != first]
+        others = json.loads(distributed.from_main(json.dumps(steps(directory))))
+        candidates += [s for s in reversed(others) if s != first]
     failures = []
     for step in candidates:
         path = _path(directory, step)
@@ -415,6 +419,15 @@ def _checkpointer(*, alone: bool = False):
 
 
 def _find(directory: str | Path, which: Literal["latest", "best"] | int) -> int:
+    step = _look_for(directory, which)
+    if step is None:
+        raise _missing(directory, which)
+    return step
+
+
+def _look_for(
+    directory: str | Path, which: Literal["latest", "best"] | int
+) -> int | None:
     if which == "best":
         step = best(directory)
         step = latest(directory) if step is None else step
@@ -422,12 +435,13 @@ def _find(directory: str | Path, which: Literal["latest", "best"] | int) -> int:
         step = latest(directory)
     else:
         step = which if which in steps(directory) else None
-    if step is None:
-        raise FileNotFoundError(
-            f"no checkpoint {which!r} in {directory} (steps there: "
-            f"{_listed(directory)})"
-        )
     return step
+
+
+def _missing(directory: str | Path, which: Any) -> FileNotFoundError:
+    return FileNotFoundError(
+        f"no checkpoint {which!r} in {directory} (steps there: {_listed(directory)})"
+    )
 
 
 def _listed(directory: str | Path) -> str:

@@ -134,18 +134,19 @@ def from_main(text: str) -> str:
 
 
 def on_main(act: Callable[[], Any]) -> None:
-    """Do it on process 0 alone; where it raises, the others raise RuntimeError."""
+    """Do it on process 0 alone; where it raises, the others raise ValueError."""
     error: Exception | None = None
     if is_main():
         try:
             act()
         except Exception as raised:
             error = raised
+    # what process 0 raises, the others hear
     message = from_main("" if error is None else f"process 0: {error}")
     if error is not None:
         raise error
     if message:
-        raise RuntimeError(message)
+        raise ValueError(message)
 
 
 def task_mesh(
@@ -187,10 +188,11 @@ def place(tree: PyTree, mesh: Mesh | None, *, per_task: bool = False) -> PyTree:
     Every process gives the same values. What is in place already is not copied.
 
     Args:
+      mesh: None is one device, and takes back what was spread.
       per_task: leaves have a leading [T], of which each device gets its part.
     """
     if mesh is None:
-        return tree
+        return local(tree)
     sharding = NamedSharding(mesh, P("task") if per_task else P())
 
     def one(leaf: Any) -> jax.Array:

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
+from jax.sharding import PartitionSpec as P
 
+from metalstm import distributed
 from metalstm.algorithms.common import accuracy
 from metalstm.base import Episode, MetaAlgorithm, PyTree, TaskMapping, map_tasks
 from metalstm.data.episodes import Sampler, episode_key
@@ -56,22 +60,24 @@ def make_evaluate(
     *,
     batch_size: int = 8,
     task_mapping: TaskMapping | None = None,
+    mesh: Mesh | None = None,
 ) -> Callable[..., Evaluation]:
     """Compile once, evaluate often: ``(params, pool, num_episodes=, seed=, split=)``.
 
     Args:
       batch_size: episodes in one jitted call.
       task_mapping: how they are laid out; see `metalstm.base.map_tasks`.
+      mesh: spreads the episodes of a batch over its ``"task"`` axis, of which the batch
+        becomes a multiple: the same accuracies. See `metalstm.distributed.task_mesh`.
     """
 
     classes = None if spec.regression else spec.way
+    if mesh is not None:
+        batch_size = mesh.size * math.ceil(batch_size / mesh.size)
 
-    # Two programs, so that the costly one does not depend on the size of the pool.
-    @jax.jit
     def sample(keys: jax.Array, pool: Any) -> Episode:
-        return jax.vmap(lambda key: spec.sample(key, pool))(keys)
+        return jax.vmap(lambda key: spec.sample(key, pool))(_typed(keys))
 
-    @jax.jit
     def score(params: PyTree, keys: jax.Array, episodes: Episode) -> jax.Array:
         def one(key: jax.Array, episode: Episode) -> jax.Array:
             key = jax.random.fold_in(key, _TASK)
@@ -81,7 +87,14 @@ def make_evaluate(
             )
             return accuracy(scores, query.y)
 
-        return map_tasks(one, keys, episodes, how=task_mapping)
+        return map_tasks(one, _typed(keys), episodes, how=task_mapping)
+
+    if mesh is not None:
+        task, same = P("task"), P()
+        sample = _spread(mesh, sample, (task, same), task)
+        score = _spread(mesh, score, (same, task, task), task)
+    # Two programs, so that the costly one does not depend on the size of the pool.
+    draw, grade = jax.jit(sample), jax.jit(_on_every_device(mesh, score))
 
     def run(
         params: PyTree,
@@ -93,17 +106,42 @@ def make_evaluate(
     ) -> Evaluation:
         if num_episodes < 2:
             raise ValueError(f"num_episodes={num_episodes}: choose at least 2")
+        params, pool = (distributed.place(tree, mesh) for tree in (params, pool))
         results = []
         for start in range(0, num_episodes, batch_size):
             # the last batch runs past the end, so that one program serves all
             tasks = jnp.arange(start, start + batch_size)
-            keys = jax.vmap(lambda i: episode_key(seed, split, 0, i))(tasks)
-            results.append(score(params, keys, sample(keys, pool)))
+            typed = jax.vmap(lambda i: episode_key(seed, split, 0, i))(tasks)
+            keys = distributed.place(jax.random.key_data(typed), mesh, per_task=True)
+            results.append(grade(params, keys, draw(keys, pool)))
         accuracies = np.concatenate(jax.device_get(results))[:num_episodes]
         mean, ci95 = mean_and_ci95(accuracies)
         return Evaluation(accuracies, mean, ci95, algorithm.query_norm, split, seed)
 
     return run
+
+
+def _typed(keys: jax.Array) -> jax.Array:
+    # raw until they are where they are used: typed keys are not placed
+    return jax.random.wrap_key_data(keys)
+
+
+def _spread(mesh: Mesh, fn: Callable, in_specs: Any, out_specs: Any) -> Callable:
+    return jax.shard_map(
+        fn, mesh=mesh, in_specs=in_specs, out_specs=out_specs, check_vma=False
+    )
+
+
+def _on_every_device(mesh: Mesh | None, score: Callable) -> Callable:
+    """Accuracies that each process can read."""
+    if mesh is None:
+        return score
+
+    def gathered(*args: Any) -> jax.Array:
+        every = jax.sharding.NamedSharding(mesh, P())
+        return jax.lax.with_sharding_constraint(score(*args), every)
+
+    return gathered
 
 
 def evaluate(

@@ -399,11 +399,11 @@ def _validated(state: FitState, validate: Callable[[PyTree], float]) -> FitState
     score = float(validate(state.train.params))
     if not score > float(state.best_score):
         return state
-    copy = jax.tree.map(jnp.array, state.train.params)
+    copy = jax.tree.map(jnp.array, distributed.local(state.train.params))
     return state._replace(
         best_params=copy,
         best_score=jnp.float32(score),
-        best_step=jnp.array(state.train.step),
+        best_step=jnp.int32(int(state.train.step)),
     )
 
 

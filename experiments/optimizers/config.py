@@ -21,6 +21,8 @@ from experiments.config import (
     value_of,
     with_flags,
 )
+from experiments.devices import MAY_CHANGE, Devices
+from experiments.devices import check as check_devices
 
 RULES = {
     "l2l": "a coordinate-wise LSTM, as --features and the like make it",
@@ -225,6 +227,7 @@ class Config:
     rule: RuleOptions = field(default_factory=RuleOptions)
     budget: Budget = field(default_factory=Budget)
     test: Test = field(default_factory=Test)
+    devices: Devices = field(default_factory=Devices)
     run: Run = field(default_factory=Run)
 
 
@@ -233,7 +236,7 @@ def may_change(config: Config) -> tuple[str, ...]:
     names = [
         *(f"run.{name}" for name in vars(config.run) if name != "seed"),
         *(f"test.{name}" for name in vars(config.test) if name != "steps"),
-        "problem.data_dir", "budget.minutes", "rule.rules",
+        *MAY_CHANGE, "problem.data_dir", "budget.minutes", "rule.rules",
     ]  # fmt: skip
     fixed = config.budget.schedule == "cosine" or config.budget.first_horizon
     return (*names,) if fixed else (*names, "budget.meta_steps")
@@ -392,6 +395,9 @@ def check(config: Config) -> None:
         raise ValueError("--resume RUN goes on in that folder; drop --workdir")
     if run.evaluate is not None and run.resume is not None:
         raise ValueError("--evaluate and --resume: choose one")
+    check_devices(config.devices)
+    if run.evaluate is not None and config.devices.distributed:
+        raise ValueError("--evaluate runs in one process: drop --distributed")
 
 
 def _check_names(config: Config) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from experiments import report
+from experiments import devices, report
 from experiments.config import read_config, to_json
 from experiments.optimizers.config import (
     Config,
@@ -28,7 +28,7 @@ from experiments.run_folder import (
     refuse_other_data,
     write_json,
 )
-from metalstm import plots, rules
+from metalstm import distributed, plots, rules
 
 ROOT = Path("runs") / "learned_optimizer"
 
@@ -46,7 +46,8 @@ def choose_folder(config: Config) -> Path:
 def run(config: Config, folder: Path) -> None:
     """Meta-train, or go on; then every study; then results.json."""
     source = load_source(config.problem)
-    print(_header(config), flush=True)
+    mesh = devices.mesh_for(config.devices, config.budget.tasks, "--tasks")
+    print(_header(config, devices.describe(mesh)), flush=True)
     specs = {
         name: rule_spec(name, config)
         for name in rule_names(config)
@@ -61,7 +62,11 @@ def run(config: Config, folder: Path) -> None:
     found: dict[str, Any] = {}
     for name, spec in specs.items():
         trained = meta_train(name, built[name], config, source, folder, metrics)
+        if not distributed.is_main():
+            continue
         found[name] = _export(name, spec, trained, config, folder)
+    if not distributed.is_main():
+        return
     files = ["results.json", "config.json", "metrics.jsonl"]
     if specs:
         files += [f"rules/{name}.npz" for name in specs]
@@ -94,7 +99,7 @@ def evaluate(config: Config) -> None:
     folder = config.run.evaluate
     assert folder is not None
     read_config(folder)  # says so when it is no run folder
-    print(_header(config), flush=True)
+    print(_header(config, devices.describe(None)), flush=True)
     make_all(config, folder)
 
 
@@ -155,7 +160,7 @@ def _export(
     }
 
 
-def _header(config: Config) -> str:
+def _header(config: Config, computing: str) -> str:
     have, device = report.versions(), jax.devices()[0]
     kind = device.platform if device.platform == "cpu" else device.device_kind
     budget = config.budget
@@ -166,8 +171,8 @@ def _header(config: Config) -> str:
     if budget.estimator == "pes":
         how = f"in pieces of {budget.unroll}, by pes"
     return (
-        f"metalstm {have['metalstm']}  jax {have['jax']}  {kind}, {os.cpu_count()} "
-        f"cores  seed {config.run.seed}\n{describe(config.problem)}\n"
+        f"metalstm {have['metalstm']}  jax {have['jax']}  {kind}, {computing}, "
+        f"{os.cpu_count()} cores  seed {config.run.seed}\n{describe(config.problem)}\n"
         f"meta-training: {how_long} of {budget.tasks} problems, {budget.horizon} "
         f"updates, {how}"
     )

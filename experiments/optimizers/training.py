@@ -13,13 +13,15 @@ import numpy as np
 import optax
 
 import metalstm
+from experiments.devices import mesh_for
 from experiments.optimizers.config import Config, Stage, may_change, stages
 from experiments.optimizers.problems import NEED_NO_DATA, Source
 from experiments.optimizers.tables import capped_logs
 from experiments.run_folder import Metrics
 from experiments.training_session import Session
-from metalstm import algorithms, optimizer_curves, problems
+from metalstm import algorithms, distributed, optimizer_curves, problems
 from metalstm.base import PyTree, UpdateRule
+from metalstm.training import place_state
 
 _VALIDATION_SEED = 1_000_003  # far from the seeds of training, tuning and test
 _FOREVER = 10**9  # meta-steps: time decides
@@ -124,17 +126,19 @@ class _Session(Session):
             metrics,
             num_steps=calls * budget.steps_per_call,
             may_change=may_change(config),
+            mesh=mesh_for(config.devices, budget.tasks, "--tasks"),
         )
         self.sampler = problems.ProblemSampler(source.training, budget.unroll + 1)
         self.optimizer = _optimizer(config)
+        algorithm = _algorithm(rule, config, source, self.stages[0])
         make = functools.partial(
             metalstm.init_train_state,
-            _algorithm(rule, config, source, self.stages[0]),
+            algorithm,
             self.optimizer,
             config.run.seed,
             self.sampler.sample(jax.random.key(0), source.training_data),
         )
-        self.start(make)
+        self.start(algorithm, make)
 
     def train(self) -> None:
         for stage in self.stages:
@@ -152,6 +156,7 @@ class _Session(Session):
             self.sampler,
             num_tasks=budget.tasks,
             steps_per_call=budget.steps_per_call,
+            mesh=self.mesh,
         )
         every = budget.steps_per_call
         self.fit(
@@ -168,9 +173,11 @@ class _Session(Session):
         key = jax.random.fold_in(jax.random.key(self.config.run.seed), stage.start)
         draw = self.sampler.sample(key, self.source.training_data)
         train = self.state.train
-        carry = algorithm.init_carry(key, train.params, draw)
+        params = distributed.local(train.params)
+        carry = algorithm.init_carry(key, params, draw)
         # copies: a train step donates its state, which may hold no buffer twice
         train = train._replace(carry=jax.tree.map(jnp.array, carry))
+        train = place_state(algorithm, train, self.mesh)
         self.state = self.state._replace(train=train)
 
     @functools.cached_property
@@ -189,6 +196,7 @@ class _Session(Session):
 
     def score(self, params: PyTree) -> tuple[float, dict[str, float]]:
         """Minus the mean log of the last loss, a divergence at its cap."""
+        params = distributed.local(params)
         losses = self._curves(params, self.source.data, _VALIDATION_SEED)
         logs = capped_logs(losses, -1)
         mean = float(logs.mean())

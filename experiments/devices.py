@@ -1,0 +1,159 @@
+"""Flags for several devices and processes, and what follows from them.
+
+No jax is imported before it is needed, so that --help is quick.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import traceback
+from collections.abc import Callable
+from dataclasses import dataclass, fields
+from typing import Any, NoReturn
+
+
+@dataclass(frozen=True)
+class Devices:
+    """Where to compute."""
+
+    devices: int | None = None
+    """Devices that share the tasks of a meta-step; default: all, or in one process as
+    many as divide these tasks."""
+    distributed: bool = False
+    """This is one of several processes that run the same command. A TPU pod, Slurm or
+    Open MPI say which; else the next three flags do."""
+    coordinator: str | None = None
+    """HOST:PORT where process 0 listens."""
+    num_processes: int | None = None
+    """How many processes."""
+    process_id: int | None = None
+    """Which one this is, from 0."""
+    heartbeat_timeout: int = 100
+    """Seconds after which processes end when one of them was not heard of."""
+
+
+# none of them is part of the recipe: a run may go on elsewhere
+MAY_CHANGE = tuple(f"devices.{field.name}" for field in fields(Devices))
+
+
+def check(devices: Devices) -> None:
+    """Refuse what cannot work; raises ValueError with the flag and the remedy."""
+    manual = {
+        "--coordinator": devices.coordinator,
+        "--num-processes": devices.num_processes,
+        "--process-id": devices.process_id,
+    }
+    given = [flag for flag, value in manual.items() if value is not None]
+    missing = [flag for flag, value in manual.items() if value is None]
+    if given and missing:
+        raise ValueError(f"{given[0]} needs {' and '.join(missing)} too")
+    if given and not devices.distributed:
+        raise ValueError(f"{given[0]} goes with --distributed: add it")
+    if devices.devices is not None and devices.devices < 1:
+        raise ValueError(f"--devices {devices.devices}: choose 1 or more")
+    if devices.heartbeat_timeout < 1:
+        raise ValueError(
+            f"--heartbeat-timeout {devices.heartbeat_timeout}: choose 1 or more"
+        )
+
+
+def join(devices: Devices) -> None:
+    """Find the other processes, if there are to be any; process 0 alone prints."""
+    if not devices.distributed:
+        return
+    from metalstm import distributed
+
+    distributed.initialize(
+        devices.coordinator,
+        devices.num_processes,
+        devices.process_id,
+        heartbeat_timeout=devices.heartbeat_timeout,
+    )
+    if not distributed.is_main():
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115 (until the end)
+
+
+def mesh_for(devices: Devices, num_tasks: int, flag: str) -> Any:
+    """The mesh of a meta-step, None for one device; ``flag`` sets ``num_tasks``.
+
+    Raises:
+      ValueError: the devices do not divide the tasks, or there are not so many.
+    """
+    import jax
+
+    from metalstm import distributed
+
+    total = jax.device_count()
+    count = total if devices.devices is None else devices.devices
+    must_divide = devices.devices is not None or jax.process_count() > 1
+    if must_divide and count <= total and num_tasks % count:
+        raise ValueError(
+            f"{flag} {num_tasks} is not a multiple of the {count} devices of "
+            f"{_processes()}: choose {flag} {count}, {2 * count} and so on, or fewer "
+            "devices"
+        )
+    try:
+        return distributed.task_mesh(num_tasks, num_devices=devices.devices)
+    except ValueError as error:
+        raise ValueError(f"--devices {devices.devices}: {error}") from error
+
+
+def describe(mesh: Any) -> str:
+    """How many devices compute a meta-step, of how many, in how many processes."""
+    import jax
+
+    total = jax.device_count()
+    used = 1 if mesh is None else mesh.devices.size
+    text = f"{total} device" + "s" * (total != 1)
+    if used < total:
+        text = f"{used} of {text}"
+    if jax.process_count() > 1:
+        text += f" in {_processes()}"
+    return text
+
+
+def _processes() -> str:
+    import jax
+
+    count = jax.process_count()
+    return f"{count} process" + "es" * (count != 1)
+
+
+def exit_with(main: Callable[[], int]) -> NoReturn:
+    """Run a script's ``main`` and end the process with its status.
+
+    Among several processes one that fails ends at once: to wait for the others, as
+    JAX does at exit, would be to wait for what this one was to compute.
+    """
+    try:
+        status = main()
+    except SystemExit:
+        raise
+    except BaseException:
+        traceback.print_exc()
+        status = 1
+    if status not in (0, 130) and is_one_of_several():
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)
+    sys.exit(status)
+
+
+def on_main(act: Callable[[], Any]) -> None:
+    """Do it on process 0 alone; where it raises, all do."""
+    if not is_one_of_several():
+        act()
+        return
+    from metalstm import distributed
+
+    distributed.on_main(act)
+
+
+def is_one_of_several() -> bool:
+    """Whether `join` has found other processes."""
+    if "jax" not in sys.modules:
+        return False
+    import jax
+
+    return jax.distributed.is_initialized()
