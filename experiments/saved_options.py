@@ -61,7 +61,8 @@ def fits(value: Any, hint: Any) -> bool:
 
 
 def _describe(hint: Any) -> str:
-    return str(getattr(hint, "__name__", hint)).replace("typing.", "")
+    name = hint.__name__ if isinstance(hint, type) else str(hint)
+    return name.replace("typing.", "").replace("pathlib.", "")
 
 
 def _short(value: Any) -> str:
