@@ -59,6 +59,13 @@ def test_clusters_are_balanced_shuffled_and_separable_as_stated():
     assert abs((support[0] - own).std() - 1.02) < 0.05
 
 
+def test_a_sinusoids_curve_goes_through_its_points():
+    spec, key = SinusoidSpec(shot=4), jax.random.key(5)
+    episode = spec.sample(key)
+    for part in episode:
+        np.testing.assert_allclose(spec.curve(key, part.x), part.y, rtol=1e-6)
+
+
 @pytest.mark.parametrize("spec", SPECS, ids=lambda s: type(s).__name__)
 def test_sampler_protocol(spec):
     key = jax.random.key(1)

@@ -47,16 +47,20 @@ class SinusoidSpec:
     def regression(self) -> bool:
         return True
 
+    def curve(self, key: Array, x: Array) -> Array:
+        """The function whose points ``sample(key)`` draws, at x."""
+        amplitude_key, phase_key, *_ = jax.random.split(key, 4)
+        amplitude = _uniform(amplitude_key, self.amplitude)
+        return amplitude * jnp.sin(x - _uniform(phase_key, self.phase))
+
     def sample(self, key: Array, pool: Any = None) -> Episode:
         """Draw one task; ``pool`` is ignored."""
         del pool
-        amplitude_key, phase_key, support_key, query_key = jax.random.split(key, 4)
-        amplitude = _uniform(amplitude_key, self.amplitude)
-        phase = _uniform(phase_key, self.phase)
+        _, _, support_key, query_key = jax.random.split(key, 4)
 
-        def draw(key: Array, num: int) -> Batch:
-            x = _uniform(key, self.domain, (num, 1))
-            return Batch(x, amplitude * jnp.sin(x - phase))
+        def draw(points_key: Array, num: int) -> Batch:
+            x = _uniform(points_key, self.domain, (num, 1))
+            return Batch(x, self.curve(key, x))
 
         return Episode(draw(support_key, self.shot), draw(query_key, self.queries))
 

@@ -1,0 +1,1 @@
+"""The sinusoid study: methods, training, measuring, figures."""

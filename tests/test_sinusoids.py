@@ -1,0 +1,152 @@
+"""The sinusoid study: what it measures, tabulates, writes and refuses."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import tiny
+
+from experiments import sinusoids
+from experiments.regression import methods, study, training
+from experiments.regression.training import Found
+from metalstm import algorithms
+from metalstm.data import SinusoidSpec, episode_key
+
+TINY = (
+    "--methods joint --shot 3 --test-shots 3 --widths 4 --test-steps 2 --meta-steps 4 "
+    "--tuning-steps 2 --tasks 2 --inits 2 --test-tasks 6 --validation-tasks 4"
+).split()
+
+
+@pytest.fixture(autouse=True)
+def in_an_empty_folder(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+
+
+def test_a_trajectory_ends_where_prediction_does_and_starts_unadapted():
+    config = sinusoids.Config(widths=(6,))
+    learner = methods.make_learner(config)
+    episode = SinusoidSpec(4, queries=7).sample(jax.random.key(3))
+    maml = algorithms.maml(learner, 0.02, num_steps=3)
+    params = maml.init(jax.random.key(0), episode)
+    tx = methods.fixed_sgd(0.02).bind(())
+
+    @tiny.quick_jit
+    def both(params):
+        path = training.trajectory(learner, tx, params.learner, episode, 3)
+        state = params.learner._replace(params=jax.tree.map(lambda p: p[-1], path))
+        outputs, _ = learner.apply(state, episode.query.x, norm="batch")
+        key = jax.random.key(1)
+        predicted = maml.predict(params, key, episode.support, episode.query.x)
+        return path, outputs, predicted
+
+    path, outputs, predicted = both(params)
+    np.testing.assert_allclose(outputs, predicted, rtol=1e-5, atol=1e-6)
+    first = jax.tree.map(lambda p: p[0], path)
+    tiny.assert_equal(first, params.learner.params)
+
+
+def test_a_run_writes_what_it_found_and_goes_on_where_it_was(capsys):
+    line = [*TINY, "--workdir", "run"]
+    assert sinusoids.main(line) == 0
+    printed = capsys.readouterr().out
+    assert "Paired difference to joint" in printed
+    results = json.loads(Path("run/results.json").read_text())
+    joint = results["methods"]["joint"]
+    assert len(joint["trials"]) == len(results["methods"]["scratch"]["trials"]) == 12
+    found = joint["errors"]["3"]
+    assert np.shape(found["mean_of_each_init"]) == (2, 3)
+    np.testing.assert_allclose(
+        np.mean(found["mean_of_each_init"], 0), found["mean"], rtol=1e-5
+    )
+    one, other = found["mean_of_each_init"]
+    assert one != other, "initialisations differ"
+    losses = np.array(joint["meta_training_loss"])
+    assert losses.shape == (2, 2)
+    for name in ("error_by_step.png", "functions.png", "spread.png", "table.md"):
+        assert Path("run", name).read_bytes()
+    before = Path("run/methods/joint.npz").read_bytes()
+    assert sinusoids.main(line) == 0
+    assert "rates" not in capsys.readouterr().out, "nothing was trained again"
+    assert Path("run/methods/joint.npz").read_bytes() == before
+    assert sinusoids.main([*line, "--seed", "1"]) == 2
+    assert "holds another run" in capsys.readouterr().err
+
+
+def test_tasks_are_the_same_whatever_the_initialisation():
+    """A task is a function of (seed, split, i); only theta_0 reads the other seed."""
+    config = sinusoids.Config(
+        methods=("joint",), shot=3, widths=(4,), tuning_steps=1, meta_steps=1, tasks=2
+    )
+    joint = methods.make_methods(config)["joint"]
+    # an outer rate of 0: the loss of one meta-step is that of theta_0 on its tasks
+    trainer = training.Trainer(joint, config)
+    params, (loss,) = trainer.train((0.01, 0.0), 5, 1)
+    again, (same,) = trainer.train((0.01, 0.0), 5, 1)
+    other, (different,) = trainer.train((0.01, 0.0), 6, 1)
+    assert loss == same != different
+    tiny.assert_equal(params, again)
+    assert tiny.max_difference(params, other) > 0.01
+    spec = training.train_spec(config)
+    total = 0.0
+    for task in range(2):
+        key = episode_key(config.seed + training._TRAIN_SEED, "train", 0, task)
+        support = joint.build(0.01).train_sampler(spec).sample(key).support
+        outputs, _ = methods.make_learner(config).apply(
+            other.learner, support.x, norm="batch"
+        )
+        total += float(jnp.square(outputs - support.y).mean()) / 2
+    np.testing.assert_allclose(total, different, rtol=1e-5)
+
+
+def test_tables_by_hand():
+    joint = np.zeros((2, 3, 2)) + np.array([1.0, 0.8])
+    maml = np.zeros((2, 3, 2)) + np.array([2.0, 0.5])
+    maml[1, :, 1] += 0.2  # the second initialisation
+    maml[:, 2, 0] += 0.3  # a hard task, before
+    text = study._tables(10, {"maml": maml, "joint": joint})
+    rows = [line for line in text.splitlines() if line.startswith("| maml")]
+    spread = 1.96 * np.std([2.0, 2.0, 2.3], ddof=1) / np.sqrt(3)
+    assert rows[0] == f"| maml | 2.100 ± {spread:.3f} | 0.600 ± 0.000 |"
+    assert rows[1] == f"| maml | +1.100 ± {spread:.3f} | -0.200 ± 0.000 |"
+    assert rows[2].endswith(f"| 0.500 to 0.700 ({0.1 * np.sqrt(2):.3f}) |")
+    assert text.count("| joint") == 2, "no difference to itself"
+
+
+def test_a_rate_at_the_edge_of_its_grid_is_marked():
+    config = sinusoids.Config(methods=("fomaml",))
+    method = methods.make_methods(config)["fomaml"]
+    inner, outer = method.inner_rates, method.outer_rates
+    assert len(method.trials) == 12
+
+    def marks(*rates):
+        found = Found(np.array([]), np.array(rates), *[None] * 5)
+        return study._at_the_edge(found, method)
+
+    assert marks(inner[1], outer[1]) == ("", "")
+    assert marks(inner[0], outer[-1]) == ("*", "*")
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("--methods mamml", "--methods mamml: did you mean maml?"),
+        ("--methods maml,maml", "--methods names maml twice: drop one"),
+        ("--test-shots 0", "--test-shots 0: choose 1 or more"),
+        ("--inits 1", "--inits 1: choose 2 or more"),
+        ("--preset demmo", "--preset demmo: did you mean demo?"),
+    ],
+)
+def test_mistakes_are_named(line, message, capsys):
+    assert sinusoids.main(line.split()) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_flags_override_a_preset():
+    config = sinusoids.parse_arguments("--preset demo --methods joint".split())
+    assert (config.methods, config.inits) == (("joint",), 2)
