@@ -11,7 +11,6 @@ from typing import Any
 import jax
 import numpy as np
 
-import metalstm
 from experiments import meta_testing, report, table
 from experiments.config import Config, to_json, with_flags
 from experiments.meta_training import (
@@ -34,7 +33,7 @@ from experiments.run_folder import (
     write_json,
 )
 from experiments.sources import Source
-from experiments.table import Table
+from experiments.table import Table, Tested
 from metalstm import distributed, plots
 from metalstm.base import PyTree
 from metalstm.files import whole_file
@@ -246,62 +245,40 @@ def _test(
     programs: Mapping[str, Programs],
     found: _Found,
 ) -> tuple[Results, Table]:
-    names = config.methods.algorithms
     specs = specs_of(config, source)
-    evaluations: dict[str, metalstm.Evaluation] = {}
-    seconds: dict[str, float] = {}
-    for name in names:
+    tested, methods = [], {}
+    for name in config.methods.algorithms:
         begun = time.monotonic()
-        evaluations[name] = programs[name].evaluate(
+        evaluation = programs[name].evaluate(
             found[name],
             source.dataset.test,
             num_episodes=config.test.test_episodes,
             seed=config.test.test_seed,
         )
-        seconds[name] = time.monotonic() - begun
-    reference = table.reference_of(names)
-    methods: dict[str, Any] = {}
-    rows = []
-    for name, evaluation in evaluations.items():
-        difference = None
-        if name != reference:
-            difference = metalstm.paired_difference(evaluation, evaluations[reference])
-        batch_norm = table.batch_norm_of(specs[name], evaluation.query_norm)
-        published = table.published_beside(name, config, batch_norm)
-        learned = meta_testing.count_parameters(found[name], specs[name])
-        trained = _meta_training(found, name)
-        row = table.Row(
+        seconds = time.monotonic() - begun
+        one = Tested(
             name,
-            evaluation.mean,
-            evaluation.ci95,
-            difference,
-            batch_norm,
-            learned,
-            (trained or {}).get("episodes"),
-            (trained or {}).get("wall_seconds"),
-            published,
+            name,
+            evaluation,
+            table.batch_norm_of(specs[name], evaluation.query_norm),
+            meta_testing.count_parameters(found[name], specs[name]),
+            _meta_training(found, name) or {},
         )
-        rows.append(row)
-        methods[name] = {
-            "accuracy": evaluation.mean,
-            "ci95": evaluation.ci95,
-            "episodes": len(evaluation.accuracies),
-            "batch_norm": batch_norm,
-            "split": evaluation.split,
-            "seed": config.run.seed,
-            "test_seed": evaluation.seed,
-            "paired_difference": difference,
-            "published": published and published.number._asdict(),
-            "published_marks": published and table.marks_of(published),
-            "learned_parameters": learned,
-            "wall_seconds": round(seconds[name], 3),
-            "episodes_per_second": round(len(evaluation.accuracies) / seconds[name], 3),
-            "meta_training": trained,
+        tested.append(one)
+        methods[name] = _result(one, config, seconds)
+    reference = table.reference_of(config.methods.algorithms)
+    rows = table.rows_of(tested, config, lambda _: reference)
+    for row in rows:
+        marked = row.published
+        methods[row.name] |= {
+            "paired_difference": row.difference,
+            "published": marked and marked.number._asdict(),
+            "published_marks": marked and table.marks_of(marked),
         }
     what = f"meta-test, the same {config.test.test_episodes} episodes for every method"
     whole = Table(table.caption(what, reference), rows)
     print(whole, flush=True)
-    arrays: dict[str, Any] = {n: e.accuracies for n, e in evaluations.items()}
+    arrays: dict[str, Any] = {one.name: one.evaluation.accuracies for one in tested}
     if distributed.is_main():
         with whole_file(folder / "accuracies.npz") as part:
             np.savez(part, **arrays)
@@ -315,6 +292,24 @@ def _test(
         "methods": methods,
     }
     return results, whole
+
+
+def _result(one: Tested, config: Config, seconds: float) -> dict[str, Any]:
+    """What results.json has of a method on its own."""
+    evaluation = one.evaluation
+    return {
+        "accuracy": evaluation.mean,
+        "ci95": evaluation.ci95,
+        "episodes": len(evaluation.accuracies),
+        "batch_norm": one.batch_norm,
+        "split": evaluation.split,
+        "seed": config.run.seed,
+        "test_seed": evaluation.seed,
+        "learned_parameters": one.learned,
+        "wall_seconds": round(seconds, 3),
+        "episodes_per_second": round(len(evaluation.accuracies) / seconds, 3),
+        "meta_training": one.meta_training or None,
+    }
 
 
 def _meta_training(found: _Found, name: str) -> dict[str, Any] | None:

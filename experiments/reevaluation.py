@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Collection
+from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -20,8 +20,8 @@ from experiments.saved_methods import (
     read_runs,
     refuse_other_images,
 )
-from experiments.sources import load_source
-from experiments.table import Row, Table
+from experiments.sources import Source, load_source
+from experiments.table import Table, Tested
 from metalstm import distributed
 from metalstm.files import whole_file
 from metalstm.runs import COMPARING, any_way, build_algorithm, load_params
@@ -55,21 +55,46 @@ def reevaluate(config: Config, said: Collection[str]) -> Table:
     refuse_other_images(runs, source)
     print(report.header(config, source, describe(mesh)), flush=True)
 
-    every_mode = config.methods.query_norm == "all"
+    tested = list(_test_again(wanted, source, config, said))
+    methods = [one.method for one in tested]
+    to = reference = tested[methods.index(table.reference_of(methods))].name
+    rows = table.rows_of(tested, config, lambda _: reference)
+    if config.methods.query_norm == "all":
+        to = "the method's first mode"
+        first: dict[str, str] = {}
+        for one in tested:
+            first.setdefault(_without_mode(one), one.name)
+        rows = table.rows_of(tested, config, lambda one: first[_without_mode(one)])
+    what = f"meta-test, the same {config.test.test_episodes} episodes for every row"
+    whole = Table(table.caption(what, to), rows)
+    print(whole)
+    if not distributed.is_main():
+        return whole
+    folder = config.run.workdir or config.run.evaluate[0]
+    files = _write(folder, config, whole, tested)
+    print(f"{', '.join(files)} in {folder}", flush=True)
+    return whole
+
+
+def _test_again(
+    wanted: Sequence[SavedMethod],
+    source: Source,
+    config: Config,
+    said: Collection[str],
+) -> Iterator[Tested]:
+    """Test each method, in each mode that is asked for and makes sense."""
+    mesh = distributed.task_mesh(num_devices=config.devices.devices)
     anew = {name: getattr(config.methods, name) for name in _SAID_ANEW & set(said)}
-    found: list[tuple[SavedMethod, Row]] = []
-    evaluations: dict[str, metalstm.Evaluation] = {}
-    first_modes: dict[str, str] = {}
     for method in wanted:
         own = config_for(with_flags(method.config, **anew), method.name)
         shape = source.dataset.image_shape
         params, message = load_params(method.folder, method.name, method.spec, shape)
         if message:
             print(f"note: {message}")
+        learned = meta_testing.count_parameters(params, method.spec)
         for mode in modes(method.spec, own.methods.query_norm):
-            changed = test_spec(method.spec, config.data.way, mode, own)
             evaluation = metalstm.evaluate(
-                build_algorithm(changed),
+                build_algorithm(test_spec(method.spec, config.data.way, mode, own)),
                 params,
                 source.dataset.test,
                 source.test,
@@ -78,41 +103,19 @@ def reevaluate(config: Config, said: Collection[str]) -> Table:
                 batch_size=config.test.test_batch,
                 mesh=mesh,
             )
-            label = f"{method.label} [{mode}]" if every_mode and mode else method.label
-            first_modes.setdefault(method.label, label)
-            evaluations[label] = evaluation
-            row = Row(
-                label,
-                evaluation.mean,
-                evaluation.ci95,
-                None,
+            several = own.methods.query_norm == "all" and mode is not None
+            yield Tested(
+                f"{method.label} [{mode}]" if several else method.label,
+                method.name,
+                evaluation,
                 mode,
-                meta_testing.count_parameters(params, method.spec),
-                method.meta_training.get("episodes"),
-                method.meta_training.get("wall_seconds"),
-                table.published_beside(method.name, config, mode),
+                learned,
+                method.meta_training,
             )
-            found.append((method, row))
 
-    names = [method.name for method, _ in found]
-    reference = found[names.index(table.reference_of(names))][1].name
-    rows = []
-    for method, row in found:
-        to = first_modes[method.label] if every_mode else reference
-        if row.name != to:
-            pair = evaluations[row.name], evaluations[to]
-            row = row._replace(difference=metalstm.paired_difference(*pair))
-        rows.append(row)
-    what = f"meta-test, the same {config.test.test_episodes} episodes for every row"
-    to = "the method's first mode" if every_mode else reference
-    whole = Table(table.caption(what, to), rows)
-    print(whole)
-    if not distributed.is_main():
-        return whole
-    folder = config.run.workdir or config.run.evaluate[0]
-    files = _write(folder, config, whole, evaluations)
-    print(f"{', '.join(files)} in {folder}", flush=True)
-    return whole
+
+def _without_mode(one: Tested) -> str:
+    return one.name.removesuffix(f" [{one.batch_norm}]")
 
 
 def test_spec(spec: Spec, way: int, mode: str | None, own: Config) -> Spec:
@@ -156,15 +159,15 @@ def _write(
     folder: Path,
     config: Config,
     whole: Table,
-    evaluations: dict[str, metalstm.Evaluation],
+    tested: Sequence[Tested],
 ) -> list[str]:
     folder.mkdir(parents=True, exist_ok=True)
     data, norm = config.data, config.methods.query_norm
     stem = f"evaluation-{data.way}w{data.shot}s-{norm}-{config.test.test_seed}"
-    tested = {"seed": config.test.test_seed, "episodes": config.test.test_episodes}
-    rows = [row.values() | tested for row in whole.rows]
+    which = {"seed": config.test.test_seed, "episodes": config.test.test_episodes}
+    rows = [row.values() | which for row in whole.rows]
     write_json(folder / f"{stem}.json", rows)
-    arrays = {label: e.accuracies for label, e in evaluations.items()}
+    arrays = {one.name: one.evaluation.accuracies for one in tested}
     with whole_file(folder / f"{stem}.npz") as part:
         np.savez(part, **arrays)  # type: ignore[arg-type]
     return [f"{stem}.json", *whole.write(folder, stem)]

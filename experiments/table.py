@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import csv
 import textwrap
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from experiments.config import Config
 from experiments.published import Beside, beside, legend
+from metalstm.evaluation import Evaluation, paired_difference
 from metalstm.files import whole_file
 
 REFERENCE = "meta-lstm"  # what the others are compared with, where it is
@@ -48,6 +49,43 @@ class Row(NamedTuple):
             "meta_training_episodes": self.episodes,
             "meta_training_seconds": self.seconds,
         }
+
+
+class Tested(NamedTuple):
+    """A method's test, before it is set beside the others."""
+
+    name: str  # as the table has it
+    method: str
+    evaluation: Evaluation
+    batch_norm: str | None
+    learned: int
+    meta_training: Mapping[str, Any]  # what results.json has of it, or nothing
+
+
+def rows_of(
+    tested: Sequence[Tested], config: Config, compared_to: Callable[[Tested], str]
+) -> list[Row]:
+    """A row for each, with its paired difference to the row named ``compared_to``."""
+    by_name = {one.name: one.evaluation for one in tested}
+    rows = []
+    for one in tested:
+        to, difference = compared_to(one), None
+        if one.name != to:
+            difference = paired_difference(one.evaluation, by_name[to])
+        rows.append(
+            Row(
+                one.name,
+                one.evaluation.mean,
+                one.evaluation.ci95,
+                difference,
+                one.batch_norm,
+                one.learned,
+                one.meta_training.get("episodes"),
+                one.meta_training.get("wall_seconds"),
+                published_beside(one.method, config, one.batch_norm),
+            )
+        )
+    return rows
 
 
 class Table(NamedTuple):

@@ -31,6 +31,7 @@ __all__ = [
     "loss_panels",
     "meta_training_curves",
     "rate_sweeps",
+    "roc_curves",
 ]
 
 # Okabe and Ito's colours: told apart by colour-blind readers too.
@@ -292,17 +293,7 @@ def accuracy_sweep(
         x, level = np.array(chance, float).T
         axes.plot(x, level, color="grey", linestyle=(0, (1, 2)), linewidth=1.6)
         axes.annotate("chance", (x[0], level[0]), (2, 3), textcoords="offset points")
-    lowest, highest = axes.dataLim.intervaly
-    if np.median([points[-1][1] for points in sweeps.values()]) > 0.9:
-        # a band may pass 1, which a scale of odds cannot show
-        highest = min(highest, 1 - (1 - max(p[-1][1] for p in sweeps.values())) / 2)
-        highest = min(highest, 0.9995)
-        axes.set_yscale("logit", nonpositive="clip")
-        axes.set_yticks([t for t in _ODDS_TICKS if lowest <= t <= highest])
-        axes.set_ylim(0.85 * lowest, highest)
-    else:
-        axes.set_ylim(lowest - 0.03, min(1, highest) + 0.02)
-    axes.yaxis.set_major_formatter(lambda value, _: f"{100 * value:g}")
+    _accuracy_scale(axes, [points[-1][1] for points in sweeps.values()])
     # lines end at the right edge, where their names are
     axes.set(xscale="log", xlim=(0.94 * xs[0], xs[-1] * 1.02))
     axes.set_xticks(xs, [f"{x:g}" for x in xs])
@@ -312,6 +303,21 @@ def accuracy_sweep(
     _name_ends(axes, sweeps, colours, bold)
     _family_legend(figure, order)
     return figure
+
+
+def _accuracy_scale(axes: Any, ends: Sequence[float]) -> None:
+    """Per cent on a scale of odds where most lines end above 90%, or a linear one."""
+    lowest, highest = axes.dataLim.intervaly
+    if np.median(ends) > 0.9:
+        # a band may pass 1, which a scale of odds cannot show
+        highest = min(highest, 1 - (1 - max(ends)) / 2)
+        highest = min(highest, 0.9995)
+        axes.set_yscale("logit", nonpositive="clip")
+        axes.set_yticks([t for t in _ODDS_TICKS if lowest <= t <= highest])
+        axes.set_ylim(0.85 * lowest, highest)
+    else:
+        axes.set_ylim(lowest - 0.03, min(1, highest) + 0.02)
+    axes.yaxis.set_major_formatter(lambda value, _: f"{100 * value:g}")
 
 
 _DASHES: tuple[Any, ...] = (
@@ -502,6 +508,36 @@ def rate_sweeps(
         axes.set_yscale("log")
     axes.grid(alpha=0.3)
     axes.legend(fontsize=7)
+    return figure
+
+
+def roc_curves(
+    curves: Mapping[str, tuple[np.ndarray, np.ndarray]], *, title: str = ""
+) -> Figure:
+    """Draw true accepts against false accepts, the latter on a log scale.
+
+    A line's dot is where both errors are equally frequent.
+
+    Args:
+      curves: per method, false and true accepts [K] in [0, 1], both rising, as
+        `metalstm.verification.Verification` has them.
+    """
+    figure = _figure((6.5, 4.8))
+    axes = figure.subplots()
+    smallest = min(false[false > 0].min() for false, _ in curves.values())
+    left = min(smallest, 1e-2)
+    for index, (name, (false, true)) in enumerate(curves.items()):
+        style = _optimizer_style(index, learned=False) | {"linewidth": 1.6}
+        shown = np.maximum(false, left)  # none has no place on a log scale
+        axes.plot(shown, 100 * true, drawstyle="steps-post", label=name, **style)
+        equal = int(np.argmax(false >= 1 - true))
+        axes.plot(shown[equal], 100 * true[equal], "o", color=style["color"], ms=5)
+    even = np.geomspace(left, 1)
+    axes.plot(even, 100 * even, color="grey", linestyle=":", label="chance")
+    axes.set(xlabel="false accepts", ylabel="true accepts, %", title=title)
+    axes.set(xscale="log", xlim=(left, 1), ylim=(0, 102))
+    axes.grid(alpha=0.3)
+    axes.legend(fontsize=8, loc="lower right")
     return figure
 
 
