@@ -29,9 +29,11 @@ class Data:
 
     dataset: str = "glyphs"
     """glyphs (needs no download), omniglot, mini-imagenet, folders (your images, one
-    folder a class), or tfds:NAME for any TFDS image-classification set."""
+    folder a class), arrays (your .npz of x and y, such as spectrograms), or tfds:NAME
+    for any TFDS image-classification set."""
     data_dir: Path | None = None
-    """Where the data set is. For TFDS sets also the environment's TFDS_DATA_DIR."""
+    """Where the data set is; arrays: the file. For TFDS sets also the environment's
+    TFDS_DATA_DIR."""
     split: Literal["alphabets", "characters"] = "alphabets"
     """Omniglot: test on other alphabets, or on other characters of the same ones."""
     image_size: int | None = None

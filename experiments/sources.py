@@ -126,11 +126,19 @@ def _load(config: Config) -> Dataset:
         return data.load_image_folders(
             folder, skip_corrupt=options.skip_corrupt, **sized
         )
+    if name == "arrays":
+        if folder is None or sized:
+            raise ValueError(
+                "--image-size: arrays are used at their own size; drop it"
+                if sized
+                else "--dataset arrays: say which .npz with --data-dir FILE"
+            )
+        return data.load_arrays(folder)
     if name.startswith("tfds:"):
         return data.load_tfds(name.removeprefix("tfds:"), _tfds_dir(folder), **sized)
     raise ValueError(
-        f"--dataset {name}: choose glyphs, omniglot, mini-imagenet, folders or "
-        "tfds:NAME"
+        f"--dataset {name}: choose glyphs, omniglot, mini-imagenet, folders, "
+        "arrays or tfds:NAME"
     )
 
 

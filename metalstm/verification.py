@@ -16,10 +16,13 @@ from metalstm.base import Learner, LearnerState
 
 __all__ = [
     "Pairs",
+    "Summary",
     "Verification",
+    "bootstrap_over_identities",
     "draw_pairs",
     "pool_examples",
     "receiver_operating_characteristic",
+    "score_pairs",
     "verify",
 ]
 
@@ -78,13 +81,29 @@ class Verification(NamedTuple):
         allowed = self.false_accepts <= false_accept_rate
         return float(self.true_accepts[allowed].max())
 
+    def summary(self, false_accept_rate: float = 0.01) -> Summary:
+        """Return the three numbers; raises ValueError as `true_accepts_at` does."""
+        accepted = self.true_accepts_at(false_accept_rate)
+        return Summary(self.equal_error_rate, accepted, self.area)
+
+
+class Summary(NamedTuple):
+    """Shares; each a number, or with an interval's ends (low, high)."""
+
+    equal_error_rate: Any
+    true_accepts: Any  # at ``false_accept_rate`` false accepts
+    area: Any
+
 
 def receiver_operating_characteristic(
-    scores: np.ndarray, same: np.ndarray
+    scores: np.ndarray, same: np.ndarray, *, weights: np.ndarray | None = None
 ) -> Verification:
     """Return the curve of scores [P], higher is more alike, against the truth [P].
 
     Pairs of equal score are accepted together, so ties help nobody.
+
+    Args:
+      weights: [P], how many pairs each stands for; None: one.
 
     Raises:
       ValueError: scores that are not numbers, or pairs of one kind alone.
@@ -105,13 +124,58 @@ def receiver_operating_characteristic(
             "needs both"
         )
     order = np.argsort(-scores, kind="stable")
-    ranked = scores[order]
+    ranked, same = scores[order], same[order]
+    counts = np.ones(len(order)) if weights is None else np.asarray(weights)[order]
     last = np.append(np.flatnonzero(np.diff(ranked)), len(ranked) - 1)  # of each score
-    start = np.zeros(1)
-    true = np.concatenate([start, np.cumsum(same[order])[last] / num_same])
-    false = np.concatenate([start, np.cumsum(~same[order])[last] / num_different])
+    shares = [np.cumsum(counts * kind)[last] for kind in (same, ~same)]
+    true, false = (np.concatenate([[0.0], share / share[-1]]) for share in shares)
     thresholds = np.concatenate([[np.inf], ranked[last]])
     return Verification(thresholds, false, true, num_same, num_different)
+
+
+def bootstrap_over_identities(
+    scores: np.ndarray,
+    pairs: Pairs,
+    labels: Any,
+    *,
+    false_accept_rate: float = 0.01,
+    num_samples: int = 1000,
+    seed: int = 0,
+) -> Summary:
+    """Return 95% intervals (low, high) had other identities been drawn.
+
+    Identities are drawn with replacement: pairs of one identity that is drawn k times
+    count k times, those of two that are drawn k and l times k l times. Pairs that share
+    an identity stand or fall together, so intervals over pairs would be too narrow.
+
+    Args:
+      scores: [P], of the pairs.
+      labels: [N], as given to `draw_pairs`.
+
+    Raises:
+      ValueError: fewer than two samples, and what `Verification.true_accepts_at` or
+        `receiver_operating_characteristic` refuses.
+    """
+    if num_samples < 2:
+        raise ValueError(f"num_samples={num_samples}: choose at least 2")
+    identities, y = np.unique(np.asarray(labels), return_inverse=True)
+    order = np.argsort(-np.asarray(scores, np.float64), kind="stable")
+    scores, same = np.asarray(scores)[order], np.asarray(pairs.same)[order]
+    first, second = y[pairs.first[order]], y[pairs.second[order]]
+    receiver_operating_characteristic(scores, same)  # there are pairs of both kinds
+    rng = np.random.default_rng(seed)
+    found: list[Summary] = []
+    while len(found) < num_samples:
+        drawn = rng.integers(0, len(identities), len(identities))
+        times = np.bincount(drawn, minlength=len(identities))
+        weights = np.where(same, times[first], times[first] * times[second])
+        if not weights[same].any() or not weights[~same].any():
+            continue  # no rate can be measured: draw again
+        curve = receiver_operating_characteristic(scores, same, weights=weights)
+        found.append(curve.summary(false_accept_rate))
+    low, high = np.quantile(np.array(found), [0.025, 0.975], axis=0)
+    ends = ((float(a), float(b)) for a, b in zip(low, high, strict=True))
+    return Summary(*ends)
 
 
 def draw_pairs(labels: Any, num_pairs: int, *, seed: int = 0) -> Pairs:
@@ -188,22 +252,41 @@ def verify(
       ValueError: another similarity, as many labels as examples are not given, or what
         `draw_pairs` refuses.
     """
-    if similarity not in get_args(Similarity):
-        choices = " or ".join(get_args(Similarity))
-        raise ValueError(f"similarity={similarity!r}: choose {choices}")
-    x = np.asarray(x)
     if len(x) != len(labels):
         raise ValueError(f"{len(labels)} labels for {len(x)} examples: give one each")
     pairs = draw_pairs(labels, num_pairs, seed=seed)
-    embedded = _embed(learner, state, x, batch_size)
+    options: dict[str, Any] = {"similarity": similarity, "batch_size": batch_size}
+    scores = score_pairs(learner, state, x, pairs, **options)
+    return receiver_operating_characteristic(scores, pairs.same)
+
+
+def score_pairs(
+    learner: Learner,
+    state: LearnerState,
+    x: Any,
+    pairs: Pairs,
+    *,
+    similarity: Similarity = "cosine",
+    batch_size: int = 256,
+) -> np.ndarray:
+    """Return how alike the embeddings of each pair are, [P], higher is more.
+
+    The arguments are those of `verify`.
+
+    Raises:
+      ValueError: another similarity.
+    """
+    if similarity not in get_args(Similarity):
+        choices = " or ".join(get_args(Similarity))
+        raise ValueError(f"similarity={similarity!r}: choose {choices}")
+    embedded = _embed(learner, state, np.asarray(x), batch_size)
     if similarity == "cosine":
         norms = np.linalg.norm(embedded, axis=1, keepdims=True)
         embedded = embedded / np.maximum(norms, 1e-12)
     difference = embedded[pairs.first] - embedded[pairs.second]
     # between unit vectors the distance ranks as the cosine does
     distances = np.linalg.norm(difference, axis=1)
-    scores = 1 - distances**2 / 2 if similarity == "cosine" else -distances
-    return receiver_operating_characteristic(scores, pairs.same)
+    return 1 - distances**2 / 2 if similarity == "cosine" else -distances
 
 
 def pool_examples(pool: Any) -> tuple[np.ndarray, np.ndarray]:

@@ -247,3 +247,22 @@ def test_names_are_spread_as_little_as_needed():
     np.testing.assert_allclose(positions, [0.2, 0.403333, 0.503333, 0.603333], 1e-5)
     crowded = plots._spread(np.full(5, 0.99), 0.25)
     np.testing.assert_allclose(crowded, [0, 0.25, 0.5, 0.75, 1])
+
+
+def test_roc_curves_have_a_line_and_an_equal_error_dot_for_each_method():
+    false = np.array([0.0, 0.0, 0.02, 0.1, 0.5, 1.0])
+    perfect = np.array([0.0, 1.0, 1.0, 1.0, 1.0, 1.0])
+    curves = {"a": (false, np.linspace(0, 1, 6)), "b": (false, perfect)}
+    figure = plots.roc_curves(curves, title="letters")
+    (axes,) = figure.axes
+    lines = [line for line in axes.lines if line.get_label() in curves]
+    assert [line.get_label() for line in lines] == ["a", "b"]
+    for line, (_, true) in zip(lines, curves.values(), strict=True):
+        np.testing.assert_allclose(line.get_ydata(), 100 * true)
+        assert np.all(np.asarray(line.get_xdata()) > 0)
+    dots = [line for line in axes.lines if line.get_marker() == "o"]
+    # errors are equal where false = 1 - true: at the fifth place, and at the second
+    found = [(line.get_xdata()[0], line.get_ydata()[0]) for line in dots]
+    np.testing.assert_allclose(found, [(0.5, 80.0), (0.01, 100.0)])
+    assert axes.get_xscale() == "log"
+    assert axes.get_title() == "letters"

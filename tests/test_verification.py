@@ -156,3 +156,79 @@ def test_what_verification_refuses():
         verification.verify(IDENTITY, state, x, [0, 1])
     with pytest.raises(ValueError, match=r"similarity='dot': choose cosine or eucl"):
         verification.verify(IDENTITY, state, x, [0, 1, 1], similarity="dot")
+
+
+# -- intervals over identities ---------------------------------------------------------
+
+
+def test_a_weight_counts_a_pair_so_many_times():
+    rng = np.random.default_rng(0)
+    scores, same = np.round(rng.normal(size=200), 1), rng.random(200) < 0.5
+    weights = rng.integers(0, 4, 200)
+    weighted = curve(scores, same, weights=weights)
+    repeated = curve(np.repeat(scores, weights), np.repeat(same, weights))
+    assert weighted.summary(0.1) == pytest.approx(repeated.summary(0.1))
+    once = curve(scores, same, weights=np.ones(200))
+    tiny.assert_equal(tuple(once), tuple(curve(scores, same)))
+
+
+def drawn_identities(seed: int, people: int = 30, each: int = 6):
+    """Pairs of one-dimensional examples, and the scores that they get."""
+    rng = np.random.default_rng(seed)
+    labels = np.repeat(np.arange(people), each)
+    # people differ in how steady they are, which pairs of theirs share
+    spread = rng.gamma(1.0, 1.0, people)[labels]
+    x = 3 * rng.normal(size=people)[labels] + spread * rng.normal(size=len(labels))
+    pairs = verification.draw_pairs(labels, 2000, seed=seed)
+    return labels, pairs, -np.abs(x[pairs.first] - x[pairs.second])
+
+
+def test_intervals_are_as_wide_as_other_identities_differ():
+    rates, widths = [], []
+    for seed in range(80):
+        labels, pairs, scores = drawn_identities(seed)
+        rates.append(curve(scores, pairs.same).equal_error_rate)
+        if seed < 4:
+            ends = verification.bootstrap_over_identities(
+                scores, pairs, labels, num_samples=150, seed=seed
+            )
+            low, high = ends.equal_error_rate
+            assert low < rates[-1] < high
+            assert all(0 <= a < b <= 1 for a, b in ends)
+            widths.append(high - low)
+    found = np.mean(widths) / (2 * 1.96 * np.std(rates, ddof=1))
+    assert 0.7 < found < 1.5
+    # over pairs, as if each were another person's, they would be far too narrow
+    rate = np.mean(rates)
+    assert np.mean(widths) > 2 * (2 * 1.96 * np.sqrt(rate * (1 - rate) / 2000))
+
+
+def test_the_same_seed_draws_the_same_intervals():
+    labels, pairs, scores = drawn_identities(0, people=5)
+    ends = [
+        verification.bootstrap_over_identities(
+            scores, pairs, labels, num_samples=20, seed=seed
+        )
+        for seed in (1, 1, 2)
+    ]
+    assert ends[0] == ends[1] != ends[2]
+
+
+def test_what_the_intervals_refuse():
+    labels, pairs, scores = drawn_identities(0)
+    bootstrap = verification.bootstrap_over_identities
+    with pytest.raises(ValueError, match=r"num_samples=1: choose at least 2"):
+        bootstrap(scores, pairs, labels, num_samples=1)
+    with pytest.raises(ValueError, match=r"false_accept_rate=0: choose a share"):
+        bootstrap(scores, pairs, labels, false_accept_rate=0)
+    alike = pairs._replace(same=np.ones(2000, bool))
+    with pytest.raises(ValueError, match=r"2000 pairs of one identity and 0 of two"):
+        bootstrap(scores, alike, labels)
+
+
+def test_hallucinations_embedding_is_without_its_generator():
+    net = tiny.norm_net(4)
+    state = algorithms.hallucination(net).init(jax.random.key(0), tiny.episode())
+    embedding = algorithms.embedding_state(state)
+    tiny.assert_equal(embedding.params, state.params["embedding"])
+    assert net.apply(embedding, tiny.episode().query.x, norm="stored")[0].shape[1] == 4

@@ -270,6 +270,8 @@ def embedding_state(meta_params: LearnerState | MetaParams) -> LearnerState:
     parts = meta_params.params
     if isinstance(parts, dict) and set(parts) == {"embedding", "comparison"}:
         return _split(meta_params)[0]
+    if isinstance(parts, dict) and set(parts) == {"embedding", "generator"}:
+        return meta_params._replace(params=parts["embedding"])
     return meta_params
 
 

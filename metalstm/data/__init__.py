@@ -1,6 +1,7 @@
 """Where episodes come from: pools of images, the sampler, and the sources."""
 
 from metalstm.data import augment
+from metalstm.data.arrays import load_arrays, read_arrays
 from metalstm.data.cache import cache_folder
 from metalstm.data.classification import ClassificationSpec
 from metalstm.data.episodes import (
@@ -47,6 +48,7 @@ __all__ = [
     "cache_folder",
     "checksum",
     "episode_key",
+    "load_arrays",
     "load_glyphs",
     "load_image_data",
     "load_image_folders",
@@ -54,6 +56,7 @@ __all__ = [
     "load_omniglot",
     "load_tfds",
     "make_pool",
+    "read_arrays",
     "sample_episode",
     "sample_episodes",
     "split_classes",
