@@ -251,7 +251,7 @@ def load_run(path: str | Path, method: str | None = None) -> Predictor:
 
     Raises:
       FileNotFoundError: the folder, or the method's checkpoint, is not there.
-      ValueError: the run has no such method.
+      ValueError: the run has no such method, or its config.json is damaged.
     """
     path = Path(path)
     if not (path / "config.json").exists():
@@ -265,25 +265,57 @@ def load_run(path: str | Path, method: str | None = None) -> Predictor:
             f"{path} holds a run for each of several seeds: give one of "
             f"{', '.join(seeds)} in it"
         )
-    saved = json.loads((path / "config.json").read_text())
-    specs, source = saved["methods"], saved["data"]
+    specs, source = _read_config(path / "config.json")
     method = next(iter(specs)) if method is None else method
     if method not in specs:
         raise ValueError(
             f"method={method!r} is not in {path}: choose one of {', '.join(specs)}"
         )
     spec = specs[method]
-    params, message = load_params(path, method, spec, source["image_shape"])
+    try:
+        params, message = load_params(path, method, spec, source["image_shape"])
+        algorithm, serves_any_way = build_algorithm(spec), any_way(spec)
+    except (OSError, ValueError):
+        raise
+    except Exception as error:  # whatever an option of a wrong kind leads to
+        raise ValueError(
+            f"{path / 'config.json'} makes no {method} ({type(error).__name__}: "
+            f"{error}): put a copy of it back, or train with this metalstm"
+        ) from error
     return Predictor(
         method=method,
-        algorithm=build_algorithm(spec),
+        algorithm=algorithm,
         params=params,
         way=spec["way"],
-        any_way=any_way(spec),
+        any_way=serves_any_way,
         image_shape=tuple(source["image_shape"]),
         normalise=source.get("normalise"),
         message=message,
     )
+
+
+def _read_config(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The methods and the data of a run; raises ValueError when it is damaged."""
+    try:
+        document = json.loads(path.read_bytes())
+        specs, source = document["methods"], document["data"]
+        shape, normalise = source["image_shape"], source.get("normalise")
+        sound = all(isinstance(s["way"], int) and s["way"] > 0 for s in specs.values())
+        sound &= len(shape) > 0 and all(isinstance(n, int) and n > 0 for n in shape)
+        if normalise is not None:
+            mean, std = (np.array(part, np.float32) for part in normalise)
+            sound &= mean.ndim == std.ndim == 1 and bool((std > 0).all())
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise ValueError(
+            f"{path} is damaged ({type(error).__name__}: {error}): put a copy of it "
+            "back, or train again"
+        ) from error
+    if not sound or not specs:
+        raise ValueError(
+            f"{path} is damaged (no methods, or sizes that cannot be): put a copy of "
+            "it back, or train again"
+        )
+    return specs, source
 
 
 def _predict(algorithm: MetaAlgorithm, num_classes: int) -> Callable[..., jax.Array]:

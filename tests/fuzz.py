@@ -12,6 +12,7 @@ many.
 from __future__ import annotations
 
 import argparse
+import atexit
 import contextlib
 import functools
 import inspect
@@ -19,6 +20,7 @@ import io
 import json
 import random
 import resource
+import shutil
 import sys
 import tempfile
 import time
@@ -350,6 +352,53 @@ def optimizer_config(rng: random.Random, folder: Path) -> None:
     _read_saved(rng, folder, Config(), parse)
 
 
+@functools.cache
+def _good_run() -> Path:
+    """A run folder, as short as can be; it lasts as long as the process."""
+    import jax
+
+    from experiments.config import Config, with_flags
+    from experiments.methods import method_specs
+    from metalstm import checkpoints, runs
+
+    folder = Path(tempfile.mkdtemp(prefix="fuzz-run-"))
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    names = ("prototypical", "meta-lstm", "scratch")
+    config = with_flags(
+        Config(), learner="mlp", widths=(3,), hidden=2, way=2, algorithms=names
+    )
+    specs, shape = method_specs(config), (3, 3, 1)
+    for name in names:
+        algorithm = runs.build_algorithm(specs[name])
+        params = jax.jit(algorithm.init)(
+            jax.random.key(0), runs.example_episode(shape, 2)
+        )
+        path = folder / "checkpoints" / name / "best"
+        checkpoints.save(path, params, step=0, metadata={}, keep=1)
+    about = {"image_shape": shape, "normalise": [[0.5], [0.5]]}
+    document = {"methods": specs, "data": about}
+    (folder / "config.json").write_text(json.dumps(document, indent=1))
+    return folder
+
+
+def run_folder(rng: random.Random, folder: Path) -> None:
+    """A finished run whose config.json is changed or damaged, for `load_run`."""
+    import metalstm
+
+    whole = (_good_run() / "config.json").read_bytes()
+    data = damaged(rng, whole)
+    if rng.random() < 0.8:
+        data = json.dumps(changed(rng, json.loads(whole))).encode()
+    (folder / "config.json").write_bytes(data)
+    (folder / "checkpoints").symlink_to(_good_run() / "checkpoints")
+    method = rng.choice((None, "prototypical", "meta-lstm", "scratch"))
+    try:
+        reading(lambda: metalstm.load_run(folder, method), folder, "=", _good_run())
+    except BaseException as error:
+        error.add_note(f"{method}, config.json: {data!r}")
+        raise
+
+
 TARGETS: dict[str, Callable[[random.Random, Path], None]] = {
     "rule_bytes": rule_bytes,
     "rule_spec": rule_spec,
@@ -357,6 +406,7 @@ TARGETS: dict[str, Callable[[random.Random, Path], None]] = {
     "optimizer_flags": optimizer_flags,
     "few_shot_config": few_shot_config,
     "optimizer_config": optimizer_config,
+    "run_folder": run_folder,
 }
 
 

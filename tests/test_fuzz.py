@@ -9,12 +9,17 @@ import re
 import fuzz
 import pytest
 
+import metalstm
 from experiments import command_line
 from experiments.config import Config, from_json, to_json
 from experiments.optimizers import config as optimizers
 
 ROUNDS = int(os.environ.get("METALSTM_FUZZ_ROUNDS", "0"))
-QUICK = {"rule_bytes": 40, "rule_spec": 40}  # those that build a command line: slower
+QUICK = {
+    "rule_bytes": 40,
+    "rule_spec": 40,
+    "run_folder": 5,
+}  # those that build a command line: slower
 
 
 @pytest.mark.parametrize("target", fuzz.TARGETS)
@@ -107,3 +112,38 @@ def test_options_survive_their_file_and_null_keeps_a_default():
     assert str(found.data.data_dir) == "a/b"
     assert found.data.way == config.data.way
     assert found.budget.learning_rate == 1
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda d: d.pop("methods"), r"config.json is damaged \(KeyError: 'methods'\)"),
+        (lambda d: d.update(methods={}), r"damaged \(no methods, or sizes that cannot"),
+        (lambda d: d.update(data=3), r"config.json is damaged \(TypeError"),
+        (lambda d: d["data"].update(image_shape=[3, -3, 1]), r"sizes that cannot be"),
+        (lambda d: d["data"].update(normalise=[[0.5], [0]]), r"sizes that cannot be"),
+        (lambda d: d["methods"]["scratch"].update(way="2"), r"sizes that cannot be"),
+        (
+            lambda d: d["methods"]["scratch"].pop("learner"),
+            r"config.json makes no scratch \(KeyError: 'learner'\)",
+        ),
+        (
+            lambda d: d["methods"]["scratch"]["learner"]["options"].update(widths="x"),
+            r"config.json makes no scratch \(\w+",
+        ),
+    ],
+)
+def test_a_damaged_run_is_no_predictor(tmp_path, change, message):
+    """Fuzzing run_folder: KeyError, TypeError and what flax makes of wrong options."""
+    document = json.loads((fuzz._good_run() / "config.json").read_text())
+    change(document)
+    (tmp_path / "config.json").write_text(json.dumps(document))
+    (tmp_path / "checkpoints").symlink_to(fuzz._good_run() / "checkpoints")
+    with pytest.raises(ValueError, match=message):
+        metalstm.load_run(tmp_path, "scratch" if document.get("methods") else None)
+
+
+def test_the_fuzzers_run_is_sound():
+    folder = fuzz._good_run()
+    assert metalstm.load_run(folder).method == "prototypical"
+    assert metalstm.load_run(folder, "scratch").way == 2
