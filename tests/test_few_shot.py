@@ -29,7 +29,7 @@ from experiments import (
     shots_and_ways,
 )
 from experiments.command_line import as_flags, parse
-from metalstm import data
+from metalstm import data, runs
 
 ROOT = Path(__file__).parents[1]
 SMALL = (
@@ -351,6 +351,7 @@ def test_several_seeds_are_aggregated(tmp_path, capsys):
         metalstm.load_run(folder)
 
 
+@pytest.mark.fault("NaN, Inf and values that are no bytes")
 def test_a_loss_that_is_not_finite_stops_with_the_step_named(tmp_path, capsys):
     folder = tmp_path / "run"
     line = command("--algorithms", "fomaml", workdir=folder)
@@ -586,8 +587,6 @@ def test_load_run_refuses(finished, tmp_path):
 
 
 def test_spec_builders_refuse_unknown_names():
-    from metalstm import runs
-
     with pytest.raises(ValueError, match="learner='vgg': choose one of conv4"):
         runs.build_learner({"name": "vgg"}, 5)
     with pytest.raises(ValueError, match="rule='lion'"):
@@ -776,6 +775,24 @@ def test_all_names_every_method():
         assert config.methods.algorithms == tuple(methods.METHODS)
         specs = json.loads(json.dumps(methods.method_specs(config)))
         assert set(specs) == set(methods.METHODS)
+
+
+@pytest.mark.parametrize("name", methods.METHODS)
+def test_every_method_of_the_omniglot_preset_predicts(name):
+    """By shapes alone: nothing is compiled."""
+    line = ["--preset", "omniglot", "--algorithms", name]
+    hand_made = methods.METHODS[name].family == methods.HAND_MADE
+    config = parse([*line, *(["meta-lstm"] if hand_made else [])])
+    spec = json.loads(json.dumps(methods.method_specs(config, 781)[name]))
+    algorithm = runs.build_algorithm(spec)
+    episode = runs.example_episode((28, 28, 1), 5)
+
+    def predict():
+        params = algorithm.init(jax.random.key(0), episode)
+        key, (support, query) = jax.random.key(0), episode
+        return algorithm.predict(params, key, support, query.x, num_classes=5)
+
+    assert jax.eval_shape(predict).shape == (5, 5)
 
 
 def test_flags_override_presets():
