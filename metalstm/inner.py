@@ -5,18 +5,35 @@ How to differentiate is an argument of the loop, never a line inside a rule.
 
 from __future__ import annotations
 
+import functools
+import math
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Literal, NamedTuple, get_args
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 from jax import lax
+from jax.ad_checkpoint import checkpoint_name
 
+from metalstm import mixed_mode
 from metalstm.base import Array, PyTree
 
-__all__ = ["InnerState", "Trace", "unroll"]
+__all__ = ["InnerState", "Memory", "Trace", "unroll"]
+
+Memory = Literal["plain", "remat", "mixed", "segments"]
+"""What `unroll` keeps of its steps for the way back; see docs/memory.md.
+
+``plain``: all that they computed. ``remat``: theta_t and the rule's state; each step is
+computed again. ``mixed``: these and the gradients; of a step only the rule is computed
+again, and the derivative of its gradient is taken forward over reverse
+(`metalstm.mixed_mode`), which stores nothing of the learner. ``segments``: the state at
+the start of every segment of about sqrt(T) steps; each segment is computed again, as
+``mixed``.
+"""
+
+_KEPT = "inner gradient"  # what "mixed" keeps beside the states
 
 _BLOCK = 8192  # coordinates: smaller blocks stay in cache but leave a second core idle
 _LANES = 16  # a block is a multiple of the vector registers' float32s
@@ -42,7 +59,7 @@ def unroll(
     num_steps: int,
     second_order: bool,
     truncate_every: int | None = None,
-    remat: bool = False,
+    memory: Memory = "plain",
     coordinatewise: bool = False,
     observe: Callable[[InnerState], PyTree] | None = None,
     key: Array | None = None,
@@ -67,8 +84,9 @@ def unroll(
         with respect to theta_t.
       truncate_every: cut params, statistics and rule state from the outer derivative
         before every k-th update (truncated back-propagation through time).
-      remat: recompute each step in the backward pass instead of storing it; where the
-        rule is replayed, each of its steps in a block.
+      memory: how much to keep for the backward pass, and how much to compute again;
+        see `Memory`. It changes no value. In second order ``mixed`` and ``segments``
+        have no `jax.jvp` (but one of their gradient).
       coordinatewise: the promise of `UpdateRule.coordinatewise`. Together with
         ``second_order=False`` the derivative of theta_T is taken through a replay of
         the rule over blocks of coordinates, which stays in cache; values do not
@@ -79,13 +97,16 @@ def unroll(
         as straight-line code.
 
     Raises:
-      ValueError: ``num_steps`` or ``truncate_every`` is not positive, or ``batches``
-        does not lead with ``num_steps``.
+      ValueError: ``num_steps`` or ``truncate_every`` is not positive, ``memory`` is not
+        a choice, or ``batches`` does not lead with ``num_steps``.
     """
     if num_steps < 1:
         raise ValueError(f"num_steps={num_steps}: choose at least 1")
     if truncate_every is not None and truncate_every < 1:
         raise ValueError(f"truncate_every={truncate_every}: choose at least 1, or None")
+    if memory not in get_args(Memory):
+        choices = ", ".join(get_args(Memory))
+        raise ValueError(f"memory={memory!r}: choose one of {choices}")
     for leaf in jax.tree.leaves(batches):
         if leaf.shape[:1] != (num_steps,):
             raise ValueError(
@@ -104,9 +125,8 @@ def unroll(
     loop_update = _without_derivative(tx) if blocked else tx.update
     cut_before = _cut_steps(num_steps, truncate_every)
 
-    def total_loss(*args):
-        loss, stats = loss_fn(*args)
-        return jnp.sum(loss), (loss, stats)
+    mixed = second_order and memory in ("mixed", "segments")
+    gradient = mixed_mode.value_and_gradient if mixed else _value_and_gradient
 
     def step(carry: InnerState, xs):
         t, cut, batch = xs
@@ -114,9 +134,8 @@ def unroll(
         if truncate_every is not None:
             carry = _cut(carry, cut)
         at = carry if second_order else jax.tree.map(lax.stop_gradient, carry)
-        (_, (loss, stats)), grads = jax.value_and_grad(total_loss, has_aux=True)(
-            at.params, at.stats, batch, step_key
-        )
+        loss, stats, grads = gradient(loss_fn, at.params, at.stats, batch, step_key)
+        loss, grads = checkpoint_name((loss, grads), _KEPT)
         if not second_order:
             loss, stats, grads = jax.tree.map(lax.stop_gradient, (loss, stats, grads))
         updates, rule_state = loop_update(
@@ -130,20 +149,63 @@ def unroll(
         return new, (loss, observed, grads if blocked else ())
 
     xs = (jnp.arange(num_steps), cut_before, batches)
-    body = jax.checkpoint(step, prevent_cse=False) if remat else step
+    # replayed, the loop itself has no way back
     start = jax.tree.map(lax.stop_gradient, state) if blocked else state
-    final, (losses, observed, grads) = lax.scan(
-        body, start, xs, length=num_steps, unroll=scan_unroll
-    )
+    kept: Memory = "plain" if blocked else memory
+    final, (losses, observed, grads) = _scan(step, start, xs, kept, scan_unroll)
     if constant_states:
         final = final._replace(rule_state=lax.stop_gradient(final.rule_state))
     if blocked:
         params, first_order = _replay(
-            tx, state.params, given, grads, losses, cut_before, remat
+            tx, state.params, given, grads, losses, cut_before, memory
         )
         final = final._replace(params=_with_gradient(final.params, params))
         losses = _with_gradient(losses, first_order)
     return final, Trace(losses, observed)
+
+
+def _value_and_gradient(loss_fn: Callable, *args):
+    def total(*args):
+        loss, stats = loss_fn(*args)
+        return jnp.sum(loss), (loss, stats)
+
+    (_, (loss, stats)), grads = jax.value_and_grad(total, has_aux=True)(*args)
+    return loss, stats, grads
+
+
+def _scan(step: Callable, start: PyTree, xs: PyTree, memory: Memory, unroll: int = 1):
+    """`lax.scan`, which keeps for the way back what ``memory`` says."""
+    length = jax.tree.leaves(xs)[0].shape[0]
+    if memory == "plain":
+        return lax.scan(step, start, xs, unroll=unroll)
+    policies = jax.checkpoint_policies
+    keep = None if memory == "remat" else policies.save_only_these_names(_KEPT)
+    # a loop computes again by itself; of straight-line code XLA would merge both times
+    step = jax.checkpoint(step, prevent_cse=unroll > 1, policy=keep)
+    steps = functools.partial(lax.scan, step, unroll=unroll)
+    if memory != "segments":
+        return steps(start, xs)
+
+    segment = _segment_length(length)
+    whole = length - length % segment
+    if whole == length:
+        first, rest = xs, None
+    else:  # a part of an array is a copy of it
+        first = jax.tree.map(lambda x: x[:whole], xs)
+        rest = jax.tree.map(lambda x: x[whole:], xs)
+    first = jax.tree.map(lambda x: x.reshape(-1, segment, *x.shape[1:]), first)
+    state, out = lax.scan(jax.checkpoint(steps, prevent_cse=False), start, first)
+    out = jax.tree.map(lambda x: x.reshape(whole, *x.shape[2:]), out)
+    if rest is not None:
+        state, last = steps(state, rest)
+        out = jax.tree.map(lambda *parts: jnp.concatenate(parts), out, last)
+    return state, out
+
+
+def _segment_length(num_steps: int) -> int:
+    """About sqrt(T), if possible a divisor: T / k + k states are then the fewest."""
+    root = math.isqrt(num_steps - 1) + 1
+    return next((k for k in range(root, 2 * root) if num_steps % k == 0), root)
 
 
 def _cut_steps(num_steps: int, truncate_every: int | None) -> Array:
@@ -232,7 +294,7 @@ def _replay(
     grads: PyTree,
     losses: Array,
     cut_before: Array,
-    remat: bool,
+    memory: Memory,
 ):
     """Run the rule alone over recorded gradients and losses, block by block.
 
@@ -297,9 +359,8 @@ def _replay(
             return (optax.apply_updates(theta, updates), rule_state), product
 
         start = (theta_block, start_of(theta_block, given_block))
-        body = jax.checkpoint(step, prevent_cse=False) if remat else step
-        (theta_block, _), products = lax.scan(
-            body, start, (grad_block, losses, cut_before)
+        (theta_block, _), products = _scan(
+            step, start, (grad_block, losses, cut_before), memory
         )
         return theta_block, products
 

@@ -15,9 +15,9 @@ ROOT = Path(__file__).parents[1]
 # A module may import from the layers above its own line, and from itself.
 LAYERS = (
     {"base", "files"},
-    {"convolution", "pooling"},
+    {"convolution", "mixed_mode", "pooling"},
     {"heads", "networks"},
-    {"inner", "learners", "rules", "data", "checkpoints", "distributed", "plots"},
+    {"inner", "learners", "rules", "data", "checkpoints", "plots"},
     {"problems"},
     {"algorithms", "pretrained_rules"},
     {"evaluation", "verification"},

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import functools
+import math
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -12,7 +14,8 @@ import pytest
 import tiny
 from jax.flatten_util import ravel_pytree
 
-from metalstm import inner, rules
+from metalstm import inner, learners, rules
+from metalstm.base import Batch, Learner, LearnerState, UpdateRule
 from metalstm.inner import InnerState, unroll
 
 STEPS = 4
@@ -95,6 +98,7 @@ def largest(tree) -> float:
 FIRST = {"second_order": False}
 SECOND = {"second_order": True}
 BLOCKED = {"second_order": False, "coordinatewise": True}
+MEMORIES = ("plain", "remat", "mixed", "segments")
 
 
 @pytest.mark.parametrize("name", RULES)
@@ -217,18 +221,227 @@ def test_truncation_cuts_exactly_the_gradient_across_segments(mode):
     assert largest(after) == 0
 
 
-def test_remat_shows_in_the_program_and_changes_no_gradient():
-    """Where there is something to store: blocked, the loop has no derivative."""
-    mode, weights = SECOND, {"d": [1, 0, 2, 1]}
-    plain, remat = run(**mode, **weights), run(**mode, **weights, remat=True)
-    tiny.assert_close(remat, plain, rtol=1e-5)
-    args = (make_weights("gates"), theta_0(), theta_0(), jnp.zeros(STEPS))
+@pytest.mark.parametrize(
+    ("mode", "memory"),
+    [(FIRST, "mixed"), (FIRST, "segments"), (BLOCKED, "segments")],
+)
+def test_memory_changes_no_first_order_gradient(mode, memory):
+    weights = {"d": [1, 0, 2, 1]}
+    plain = run("sgd", **mode, **weights)
+    tiny.assert_close(run("sgd", **mode, **weights, memory=memory), plain)
+    args = (make_weights("sgd"), theta_0(), theta_0(), jnp.zeros(STEPS))
 
     def checkpoints(**options):
-        jaxpr = outer_gradient("gates", **options).trace(*args).jaxpr
+        jaxpr = outer_gradient("sgd", **mode, **options).trace(*args).jaxpr
         return str(jaxpr).count("prevent_cse=False")
 
-    assert checkpoints(**mode, remat=True) > checkpoints(**mode)
+    assert checkpoints(memory=memory) > checkpoints()
+
+
+class Task(NamedTuple):
+    """A learner's problem for the tests of memory, in float64."""
+
+    learner: Learner
+    batches: Batch  # x [T, N, ...]
+    theta: LearnerState
+    steps: int
+
+
+def make_task(network: str) -> Task:
+    """7 steps are two segments of 3 and one step; 4 are two of 2."""
+    rng = np.random.default_rng(0)
+    if network == "mlp":
+        learner, steps, shape = tiny.norm_net(), 7, (tiny.FEATURES,)
+    else:
+        learner, steps, shape = learners.conv4(3, 2, num_blocks=1), 4, (4, 4, 1)
+    x = rng.normal(size=(steps, 6, *shape))
+    y = rng.integers(0, 3, (steps, 6))
+    state = learner.init(jax.random.key(0), jnp.asarray(x[0], jnp.float32))
+    state = jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.float64), state)
+    return Task(learner, Batch(jnp.asarray(x), jnp.asarray(y)), state, steps)
+
+
+SLOW_RULES = {  # name: rule, and where its parameters are to be
+    "rates": rules.learned_sgd((0.1, 0.5), per="parameter"),
+    "gates": rules.lstm_gates(hidden_size=2, input_bias=(-1.0, 0.0)),
+    "l2l": rules.l2l(hidden_size=2, num_layers=1, features="raw"),
+}
+
+
+def memory_gradient(task: Task, rule: UpdateRule, **options):
+    """Values, and gradients by rule, theta_0, images and what the loss closes over.
+
+    The objective has all there is in it: theta_T, the losses, the statistics. Noise
+    comes from the key, labels are integers, and closed-over arrays are of both kinds.
+    """
+    shift = jnp.arange(6) % 2
+
+    def objective(weights, theta, x, closed_over):
+        def loss_fn(params, stats, batch, key):
+            state = LearnerState(params, stats, task.theta.other)
+            noise = jax.random.normal(key, batch.x.shape, jnp.float64)
+            inputs = batch.x * closed_over["scale"] + 0.1 * noise
+            outputs, new = task.learner.apply(state, inputs, norm="batch")
+            labels = (batch.y + shift) % 3
+            losses = optax.softmax_cross_entropy_with_integer_labels(outputs, labels)
+            squares = sum(jnp.sum(leaf**2) for leaf in jax.tree.leaves(params))
+            return losses.mean() + closed_over["decay"] * squares, new.stats
+
+        final, trace = unroll(
+            loss_fn,
+            rule.bind(weights),
+            InnerState(theta, task.theta.stats, None),
+            Batch(x, task.batches.y),
+            num_steps=task.steps,
+            second_order=True,
+            key=jax.random.key(5),
+            **options,
+        )
+        wave = lambda leaf: jnp.sin(1 + jnp.arange(leaf.size)).reshape(leaf.shape)  # noqa: E731
+        ends = jax.tree.leaves((final.params, final.stats))
+        value = sum(jnp.vdot(wave(leaf), leaf**2) for leaf in ends)
+        return value + jnp.vdot(wave(trace.losses), trace.losses), final.params
+
+    closed_over = {"scale": jnp.float64(1.1), "decay": jnp.float64(0.05)}
+    params = task.theta.params
+    weights = rule.init(jax.random.key(1), params)
+    weights = jax.tree.map(lambda leaf: leaf.astype(jnp.float64), weights)
+    args = (weights, params, task.batches.x, closed_over)
+    fn = tiny.quick_jit(jax.grad(objective, (0, 1, 2, 3), has_aux=True))
+    return fn, args
+
+
+@pytest.mark.parametrize(
+    ("network", "name", "choices", "options"),
+    [
+        ("mlp", "rates", ["remat", "segments"], {}),
+        ("mlp", "gates", ["segments"], {"truncate_every": 3}),
+        ("mlp", "l2l", ["mixed"], {}),
+        ("conv", "rates", ["segments"], {}),
+    ],
+)
+def test_memory_changes_no_second_order_gradient(network, name, choices, options):
+    """Batch norm, noise, learned rates, LSTMs: to 1e-6 in float64, and much better."""
+    with jax.enable_x64(True):
+        task, rule = make_task(network), SLOW_RULES[name]
+        fn, args = memory_gradient(task, rule, **options)
+        plain, final = fn(*args)
+        for part in plain:
+            assert largest(part) > 1e-3
+        for memory in choices:
+            fn, args = memory_gradient(task, rule, memory=memory, **options)
+            grads, end = fn(*args)
+            tiny.assert_close(end, final, rtol=1e-12)
+            tiny.assert_close(grads, plain, rtol=1e-9, atol=1e-11)
+
+
+def test_stored_memory_shrinks_from_choice_to_choice():
+    """Bytes of the compiled gradient: a wide layer, and a rule with a large state."""
+    rule = rules.l2l(hidden_size=4, num_layers=1, features="raw")
+    x = jnp.asarray(np.random.default_rng(0).normal(size=(64, 30)), jnp.float32)
+
+    def loss_fn(params, stats, batch, key):
+        hidden = jnp.tanh(jnp.sin(x @ params["w"]) ** 2)
+        return jnp.mean(jnp.tanh(hidden @ params["v"]) ** 2), stats
+
+    def objective(weights, theta, memory):
+        state = InnerState(theta, (), None)
+        tx, options = rule.bind(weights), {"num_steps": 36, "second_order": True}
+        return unroll(loss_fn, tx, state, memory=memory, **options)[1].losses.sum()
+
+    theta = {"w": jnp.full((30, 20), 0.1), "v": jnp.full(20, 0.1)}
+    args = (rule.init(jax.random.key(0), theta), theta)
+
+    def stored(memory):
+        fn = tiny.quick_jit(jax.grad(functools.partial(objective, memory=memory)))
+        return fn.lower(*args).compile().memory_analysis().temp_size_in_bytes
+
+    plain, remat, mixed, segments = map(stored, MEMORIES)
+    assert remat < 0.5 * plain
+    assert remat < mixed < 0.5 * plain  # the gradients are kept
+    assert segments < 0.5 * remat
+
+
+def test_mixed_derivatives_map_over_tasks_and_can_be_differentiated_again():
+    """vmap = loop; forward over reverse = reverse over reverse = the plain path's."""
+    rule = rules.learned_sgd((0.1, 0.2), per="parameter")
+    thetas = jnp.linspace(-1, 1, 6).reshape(2, 3)
+    weights = rule.init(jax.random.key(0), thetas[0])
+
+    def gradient(weights, theta, memory):
+        def objective(weights):
+            final, trace = unroll(
+                loss_fn,
+                rule.bind(weights),
+                InnerState(theta, jnp.float32(0), None),
+                num_steps=3,
+                second_order=True,
+                memory=memory,
+            )
+            return jnp.sum(jnp.sin(final.params)) + trace.losses[1]
+
+        return jax.grad(objective)(weights)
+
+    def both(theta, memory):
+        fn = functools.partial(gradient, theta=theta, memory=memory)
+        again = jax.grad(lambda w: _dot(fn(w), weights))(weights)
+        return *jax.jvp(fn, (weights,), (weights,)), again
+
+    @tiny.quick_jit
+    def everything(thetas):
+        return (
+            jax.vmap(functools.partial(both, memory="mixed"))(thetas),
+            jax.lax.map(functools.partial(both, memory="plain"), thetas),
+            both(thetas[1], "segments"),
+        )
+
+    mixed, plain, segments = everything(thetas)
+    tiny.assert_close(mixed, plain, rtol=1e-4)
+    tiny.assert_close(mixed[1], mixed[2], rtol=1e-4)
+    tiny.assert_close(segments, jax.tree.map(lambda leaf: leaf[1], plain), rtol=1e-4)
+    assert largest(mixed[1]) > 1e-3
+
+
+def test_mixed_derivatives_of_stacked_problems_are_those_of_each():
+    """A loss for each problem; one counts for more than the other."""
+    thetas = jnp.array([[0.3, -1.0], [0.8, 0.1]])
+
+    def losses_fn(params, stats, batch, key):
+        return jnp.cosh(params * jnp.array([1.0, 2.0])).sum(-1), stats
+
+    def objective(rate, thetas, memory):
+        tx = rules.learned_sgd().bind(rate)
+        state = InnerState(thetas, (), None)
+        options = {"num_steps": 3, "second_order": True, "memory": memory}
+        final, trace = unroll(losses_fn, tx, state, **options)
+        return _dot(trace.losses, jnp.arange(6.0).reshape(3, 2)) + final.params[0, 1]
+
+    plain, mixed = (
+        jax.grad(objective, (0, 1))(jnp.float32(0.1), thetas, memory)
+        for memory in ("plain", "mixed")
+    )
+    tiny.assert_close(mixed, plain)
+
+
+def test_mixed_has_no_forward_derivative_and_says_so():
+    def losses(rate, memory):
+        tx = rules.learned_sgd().bind(rate)
+        state = InnerState(jnp.ones(2), 0, None)
+        options = {"num_steps": 2, "second_order": True, "memory": memory}
+        return unroll(loss_fn, tx, state, **options)[1].losses
+
+    for memory in ("plain", "remat"):
+        assert largest(jax.jacfwd(losses)(0.1, memory)) > 1e-3
+    with pytest.raises(TypeError, match="custom_vjp"):
+        jax.jacfwd(losses)(0.1, "mixed")
+
+
+def test_segments_are_about_as_long_as_there_are_many():
+    for steps in range(1, 400):
+        length = inner._segment_length(steps)
+        assert math.sqrt(steps) <= length < 2 * math.sqrt(steps) + 2
+    lengths = [inner._segment_length(steps) for steps in (1, 7, 10, 30, 100, 300)]
+    assert lengths == [1, 3, 5, 6, 10, 20]
 
 
 def sgd_losses(rate, theta, **options):
@@ -398,6 +611,10 @@ def _dot(a, b):
     [
         ({"num_steps": 0}, r"num_steps=0: choose at least 1"),
         ({"num_steps": 2, "truncate_every": 0}, r"truncate_every=0: choose at least 1"),
+        (
+            {"num_steps": 2, "memory": "sqrt"},
+            r"memory='sqrt': choose one of plain, remat, mixed, segments",
+        ),
         (
             {"num_steps": 2, "batches": jnp.zeros((3, 1))},
             r"shape \(3, 1\) but num_steps=2: stack one batch for each step",

@@ -146,9 +146,12 @@ def test_a_segment_of_the_whole_horizon_is_full_backpropagation(
 
 
 @pytest.mark.parametrize("layout", ["vmap", "scan", "unroll"])
-def test_layouts_and_remat_change_no_gradient(expected, layout):
+def test_layouts_and_memory_change_no_gradient(expected, layout):
     fn, meta_params, carry = build(
-        unroll_steps=4, horizon=4, task_mapping=layout, remat=layout == "scan"
+        unroll_steps=4,
+        horizon=4,
+        task_mapping=layout,
+        memory="segments" if layout == "scan" else "plain",
     )
     result = fn(meta_params, carry, keys_of(0), draw_many(4))
     assert_gradient(result, expected["none", False])
@@ -173,7 +176,7 @@ def test_stacked_tasks_are_the_tasks_one_by_one():
 def test_what_is_stacked_is_one_matrix_product_for_all_tasks():
     def widest_dot(layout):
         fn, meta_params, carry = build(
-            unroll_steps=2, horizon=2, task_mapping=layout, remat=False
+            unroll_steps=2, horizon=2, task_mapping=layout, memory="plain"
         )
         text = str(fn.trace(meta_params, carry, keys_of(0), draw_many(2)).jaxpr)
         return "f32[8,9]" in text  # [4 H, T N]

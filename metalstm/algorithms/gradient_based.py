@@ -32,7 +32,7 @@ from metalstm.base import (
     UpdateRule,
     make_algorithm,
 )
-from metalstm.inner import InnerState, Trace, unroll
+from metalstm.inner import InnerState, Memory, Trace, unroll
 from metalstm.rules import find_gates, learned_sgd, lstm_gates, only
 
 __all__ = [
@@ -63,7 +63,7 @@ def learned_init(
     train_way: int | None = None,
     train_queries: int | None = None,
     trainable: bool = True,
-    remat: bool = False,
+    memory: Memory | None = None,
     scan_unroll: int = 1,
     task_mapping: TaskMapping | None = None,
 ) -> MetaAlgorithm:
@@ -95,7 +95,9 @@ def learned_init(
         ``at_way``, that is, a head whose classes share their start.
       train_queries: queries a class in meta-training, when they differ from the test's.
       trainable: False for a floor that is never meta-trained.
-      remat, scan_unroll: see `metalstm.inner.unroll`.
+      memory: see `metalstm.inner.Memory`. None: "mixed" in second order, which was the
+        fastest too (docs/memory.md), else "plain".
+      scan_unroll: see `metalstm.inner.unroll`.
       task_mapping: see `metalstm.base.map_tasks`.
 
     Raises:
@@ -123,6 +125,8 @@ def learned_init(
         )
     if second_order and trainable and not rule.smooth:
         check_differentiable(rule)
+    if memory is None:
+        memory = "mixed" if second_order else "plain"
     test_steps = num_steps if num_test_steps is None else num_test_steps
     frozen = query_norm == "frozen" or train_query_norm == "frozen"
 
@@ -185,7 +189,7 @@ def learned_init(
             batches,
             num_steps=steps,
             second_order=second_order,
-            remat=remat,
+            memory=memory,
             coordinatewise=rule.coordinatewise,
             observe=observe,
             key=jax.random.fold_in(key, _DROPOUT),

@@ -27,7 +27,7 @@ from metalstm.base import (
     make_algorithm,
     map_tasks,
 )
-from metalstm.inner import InnerState, unroll
+from metalstm.inner import InnerState, Memory, unroll
 from metalstm.problems import Draw, ProblemFamily, ProblemSampler
 from metalstm.rules.flat import coordinate_dtype, flatten, unflatten
 
@@ -68,7 +68,7 @@ def learned_optimizer(
     estimator: Literal["backprop", "pes"] = "backprop",
     pes_std: float = 0.01,
     stagger: bool = False,
-    remat: bool = True,
+    memory: Memory = "mixed",
     scan_unroll: int = 1,
     task_mapping: TaskMapping | Literal["stacked"] | None = None,
 ) -> MetaAlgorithm:
@@ -107,8 +107,8 @@ def learned_optimizer(
       pes_std: sigma.
       stagger: let the first runs end at different times, so that every meta-step sees
         all phases of training.
-      remat: recompute each step of a segment in its backward pass; less memory and, on
-        a CPU, faster. It changes no value.
+      memory: what a segment keeps for its backward pass; `metalstm.inner.Memory`. To
+        compute the rule again needs less memory and is, on a CPU, faster.
       scan_unroll: see `metalstm.inner.unroll`.
       task_mapping: "stacked" runs all tasks as one problem whose parameters are theirs
         end to end, so that a rule's matrix product is one for all of them. Only for a
@@ -133,7 +133,7 @@ def learned_optimizer(
         unroll_steps,
         # differentiated through the rule alone, or not at all
         second_order=second_order or pes,
-        remat=remat and not pes,
+        memory="plain" if pes else memory,
         coordinatewise=rule.coordinatewise,
         scan_unroll=scan_unroll,
     )
