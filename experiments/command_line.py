@@ -19,6 +19,7 @@ from experiments.config import (
     values_of,
     with_flags,
 )
+from experiments.devices import Devices
 from experiments.devices import check as check_devices
 from experiments.methods import HAND_MADE, LEARNS_INIT, METHODS, config_for
 from experiments.presets import preset
@@ -67,6 +68,7 @@ def _of_runs(folders: list[Path]) -> Config:
     names = list(config.methods.algorithms)
     names += [n for other in saved[1:] for n in other["methods"] if n not in names]
     config = with_flags(config, resume=None, evaluate=(), workdir=None)
+    config = dataclasses.replace(config, devices=Devices())  # it may go on elsewhere
     return with_flags(config, algorithms=tuple(names))
 
 

@@ -7,7 +7,7 @@ work and can be told without data.
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -330,6 +330,8 @@ def parse(arguments: list[str]) -> Config:
         default = with_flags(
             default, resume=None, evaluate=None, workdir=None, beside=None
         )
+        # it may go on elsewhere
+        default = replace(default, devices=Devices())
     config = tyro.cli(
         Config,
         args=arguments,
