@@ -1,0 +1,154 @@
+"""Twenty meta-steps on several devices: tests/test_distributed.py runs it.
+
+    python devices_run.py FOLDER 1,2,8 4-of-2
+    python devices_run.py FOLDER 4 8-of-1 HOST:PORT PROCESSES PROCESS
+
+FOLDER gets, for each number of devices, a file of gradients and states and checkpoints
+of step 10. Then the last and the first take up the checkpoints of another run, which
+is waited for, and go on.
+"""
+
+from __future__ import annotations
+
+import functools
+import sys
+import time
+from pathlib import Path
+
+import jax
+import numpy as np
+import optax
+import tiny
+
+from metalstm import algorithms, checkpoints, distributed, problems, rules, training
+from metalstm.data import ClusterSpec
+
+TASKS, STEPS, HALF = 8, 20, 10
+CASES = ("maml", "l2l")
+# with its first part's state, which is the gradient: Adam would hide a factor
+OPTIMIZER = optax.chain(optax.trace(0.0), training.adam_clipped(0.01))
+
+
+@functools.cache
+def build(case: str):
+    """An algorithm and its sampler: without a carry, or with each task's own."""
+    if case == "maml":
+        spec = ClusterSpec(way=tiny.WAY, shot=1, queries=2, dim=tiny.FEATURES)
+        net = tiny.tanh_net()
+        # as on an accelerator: every task's own weights, side by side
+        return algorithms.maml(net, 0.3, num_steps=1, task_mapping="vmap"), spec
+    family = problems.quadratics(3)
+    rule = rules.l2l(hidden_size=3, num_layers=1)
+    algorithm = algorithms.learned_optimizer(
+        family, rule, num_tasks=TASKS, unroll_steps=2, horizon=8, stagger=True
+    )
+    return algorithm, problems.ProblemSampler(family, 3)
+
+
+def start(case: str) -> training.TrainState:
+    algorithm, sampler = build(case)
+    episode = sampler.sample(jax.random.key(0))
+    return training.init_train_state(algorithm, OPTIMIZER, 0, episode)
+
+
+@functools.cache
+def make_loop(case: str, mesh):
+    algorithm, sampler = build(case)
+    return training.make_train_loop(
+        algorithm, OPTIMIZER, sampler, num_tasks=TASKS, mesh=mesh
+    )
+
+
+def whole(tree) -> list[np.ndarray]:
+    """Every leaf on this process, also one that is split over all."""
+    from jax.experimental import multihost_utils
+
+    if jax.process_count() == 1:
+        return [np.asarray(leaf) for leaf in jax.tree.leaves(tree)]
+    return [
+        np.asarray(leaf)
+        if leaf.is_fully_replicated
+        else multihost_utils.process_allgather(leaf, tiled=True)
+        for leaf in jax.tree.leaves(tree)
+    ]
+
+
+def steps(case: str, mesh, folder: Path, restored_from: str | None = None):
+    """The first gradient, and the state at step 10 and at step 20.
+
+    Saved at step 10 under the name of the devices, or restored from another.
+    """
+    algorithm, _ = build(case)
+    state = start(case)
+    if restored_from is not None:
+        target = jax.eval_shape(lambda: state)
+        state = checkpoints.restore(folder / restored_from / case, target).state
+        assert state.step == HALF
+    if mesh is None:  # what was restored is committed to its device: one program
+        state = jax.device_put(state, jax.devices()[0])
+    state = training.place_state(algorithm, state, mesh)
+    loop = make_loop(case, mesh)
+    found = {}
+    for step in range(int(state.step), STEPS):
+        if step == 1:
+            found["gradient"] = whole(state.opt_state[0].trace)
+        if step == HALF:
+            found["half"] = whole(state)
+            if restored_from is None:
+                checkpoints.save(folder / name_of(mesh) / case, state, step=step)
+        state, metrics = loop(state, None)
+        assert metrics["finite"].all()
+    return found | {"end": whole(state.params), "carry": whole(state.carry)}
+
+
+def name_of(mesh) -> str:
+    devices = 1 if mesh is None else mesh.devices.size
+    return f"{devices}-of-{jax.process_count()}"
+
+
+def write(path: Path, **lists: list[np.ndarray]) -> None:
+    arrays = {
+        f"{n}{i:03d}": a for n, leaves in lists.items() for i, a in enumerate(leaves)
+    }
+    if distributed.is_main():
+        np.savez(path, **arrays)
+
+
+def go_on(folder: Path, mesh, other: str) -> None:
+    for case in CASES:
+        deadline = time.monotonic() + 300
+        while distributed.any_process(
+            checkpoints.latest(folder / other / case) is None
+        ):
+            assert time.monotonic() < deadline, f"{other} saved nothing"
+            time.sleep(0.1)
+        found = steps(case, mesh, folder, restored_from=other)
+        write(folder / f"{name_of(mesh)}-after-{other}-{case}.npz", **found)
+
+
+def programs(folder: Path, mesh) -> None:
+    """Write the compiled steps."""
+    for case in CASES:
+        state = training.place_state(build(case)[0], start(case), mesh)
+        compiled = make_loop(case, mesh).lower(state, None).compile()
+        (folder / f"{case}.hlo").write_text(compiled.as_text())
+
+
+def main(folder: str, devices: str, other: str, *address: str) -> None:
+    if address:
+        coordinator, processes, process = address
+        distributed.initialize(coordinator, int(processes), int(process))
+    counts = [int(count) for count in devices.split(",")]
+    meshes = [distributed.task_mesh(TASKS, num_devices=count) for count in counts]
+    for mesh in meshes:
+        for case in CASES:
+            path = Path(folder) / f"{name_of(mesh)}-{case}.npz"
+            write(path, **steps(case, mesh, Path(folder)))
+    for mesh in {meshes[0], meshes[-1]}:
+        go_on(Path(folder), mesh, other)
+    if not address:
+        programs(Path(folder), meshes[-1])
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

@@ -1,0 +1,455 @@
+"""One device = two = eight = two processes of two; what travels; who dies and why."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import jax
+import numpy as np
+import optax
+import pytest
+import tiny
+from devices_run import CASES
+from test_training import toy
+
+from experiments import devices, launch
+from metalstm import distributed, training
+
+TESTS = Path(__file__).parent
+# compiling is most of it
+QUICK_XLA = (
+    "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
+)
+
+
+def environment(num_devices: int) -> dict[str, str]:
+    count = f"--xla_force_host_platform_device_count={num_devices}"
+    return os.environ | {
+        "XLA_FLAGS": f"{count} {QUICK_XLA}",
+        "JAX_PLATFORMS": "cpu",
+        "PYTHONPATH": os.pathsep.join([str(TESTS), str(TESTS.parent)]),
+    }
+
+
+@pytest.fixture(scope="module")
+def ran(tmp_path_factory) -> Path:
+    """A process of 1, 2 and 8 devices, and beside it two processes of two each."""
+    folder = tmp_path_factory.mktemp("devices")
+    script = [sys.executable, str(TESTS / "devices_run.py"), str(folder)]
+    place = [f"localhost:{launch._free_port()}", "2"]
+    started = [
+        subprocess.Popen(
+            [*script, *arguments],
+            env=environment(num_devices),
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for arguments, num_devices in (
+            (["1,2,8", "4-of-2"], 8),
+            (["4", "8-of-1", *place, "0"], 2),
+            (["4", "8-of-1", *place, "1"], 2),
+        )
+    ]
+    try:
+        for process in started:
+            out, _ = process.communicate(timeout=580)
+            assert process.returncode == 0, out
+    finally:
+        for process in started:
+            process.kill()
+    return folder
+
+
+def load(folder: Path, name: str, kind: str) -> list[np.ndarray]:
+    with np.load(folder / f"{name}.npz") as saved:
+        return [saved[key] for key in sorted(saved.files) if key.startswith(kind)]
+
+
+def assert_same(folder: Path, name: str, other: str, kind: str) -> None:
+    mine, theirs = load(folder, name, kind), load(folder, other, kind)
+    assert len(mine) == len(theirs)
+    for a, b in zip(mine, theirs, strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize("where", ["2-of-1", "8-of-1", "4-of-2"])
+@pytest.mark.parametrize("case", CASES)
+def test_any_devices_take_the_steps_of_one(ran, case, where):
+    """The gradient itself, and the meta-parameters after 20 steps of Adam."""
+    for kind in ("gradient", "end", "carry"):
+        assert_same(ran, f"{where}-{case}", f"1-of-1-{case}", kind)
+    flat = np.concatenate([x.ravel() for x in load(ran, f"1-of-1-{case}", "gradient")])
+    assert np.linalg.norm(flat) > 0.1
+    half, end = (load(ran, f"1-of-1-{case}", kind) for kind in ("half", "end"))
+    assert any(not np.array_equal(a, b) for a, b in zip(half[2:], end, strict=False))
+    assert (case == "l2l") == bool(load(ran, f"{where}-{case}", "carry"))
+
+
+@pytest.mark.parametrize(
+    ("where", "other"),
+    [("1-of-1", "4-of-2"), ("8-of-1", "4-of-2"), ("4-of-2", "8-of-1")],
+)
+@pytest.mark.parametrize("case", CASES)
+def test_a_checkpoint_goes_on_with_other_devices_and_processes(ran, case, where, other):
+    """What is restored is what was saved, to the bit; then the same steps."""
+    resumed = f"{where}-after-{other}-{case}"
+    saved = load(ran, f"{other}-{case}", "half")
+    for a, b in zip(load(ran, resumed, "half"), saved, strict=True):
+        np.testing.assert_array_equal(a, b)
+    assert_same(ran, resumed, f"{other}-{case}", "end")
+
+
+def collectives(program: str) -> list[tuple[str, int]]:
+    """Kind and number of elements of every collective in compiled HLO."""
+    kinds = "all-reduce|all-gather|all-to-all|collective-permute|reduce-scatter"
+    found = []
+    for line in program.splitlines():
+        match = re.search(rf"= (.*?) ({kinds})(?:-start)?\(", line)
+        if match:
+            shapes = re.findall(r"\w+\[([\d,]*)\]", match[1])
+            sizes = [np.prod([int(n) for n in s.split(",") if n]) for s in shapes]
+            found.append((match[2], int(sum(sizes))))
+    return found
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_only_the_meta_gradient_travels(ran, case):
+    """No all-gather: neither of tasks' own kernels nor of their carry."""
+    found = collectives((ran / f"{case}.hlo").read_text())
+    assert {kind for kind, _ in found} == {"all-reduce"}
+    learned = sum(x.size for x in load(ran, f"8-of-1-{case}", "end"))
+    travels = sum(size for _, size in found)
+    assert learned < travels <= learned + 4  # and the metrics' means
+
+
+def test_the_search_for_collectives_finds_them():
+    line = "  %x = (f32[5,3]{1,0}, /*index=1*/f32[]) all-gather(%a, %b), dims={0}"
+    assert collectives(line) == [("all-gather", 16)]
+    assert collectives("  %y = f32[8]{0} all-reduce-start(%a)") == [("all-reduce", 8)]
+    assert collectives("  %z = f32[8]{0} fusion(%all-reduce)") == []
+
+
+def test_a_split_array_has_a_digest_and_a_wrong_one_is_noticed(ran, tmp_path):
+    """Of an array that no process has whole: by rows."""
+    from metalstm import checkpoints
+
+    path = ran / "4-of-2" / "l2l"
+    document = json.loads((path / "10" / "metadata.json").read_text())
+    digests = [leaf["digest"] for leaf in document["leaves"]]
+    assert any(digest.startswith("rows:") for digest in digests)
+    value = np.arange(6.0).reshape(3, 2)
+    digest = checkpoints._digest_of_rows(checkpoints._rows(value))
+    assert checkpoints._agrees(value, digest)
+    assert not checkpoints._agrees(value[::-1], digest)
+
+
+# the launcher, with scripts that need no jax
+
+LISTENER = """
+import signal, sys, time
+place = dict(zip(sys.argv[1::2], sys.argv[2::2]))
+me = sys.argv[sys.argv.index("--process-id") + 1]
+print("process", me, "of", sys.argv[sys.argv.index("--num-processes") + 1], flush=True)
+print("to go on: python -m experiments.few_shot --resume some folder", flush=True)
+"""
+WAITS = "time.sleep(60)\n"
+SAVES = "signal.signal(signal.SIGINT, lambda *_: sys.exit(130))\n" + WAITS
+
+
+def script(folder: Path, monkeypatch, **by_process: str) -> str:
+    """A module to launch; what each process does is told by ``p0=``, ``p1=``."""
+    lines = "".join(f"if me == '{k[1:]}':\n  {v}\n" for k, v in by_process.items())
+    (folder / "script_of_test.py").write_text(LISTENER + lines)
+    monkeypatch.setenv("PYTHONPATH", str(folder))
+    return "script_of_test"
+
+
+def launched(folder: Path, name: str, *options: str) -> int:
+    own = ["--processes", "2", "--log-dir", str(folder / "logs"), *options]
+    return launch.main([*own, "--", name])
+
+
+def test_the_launcher_says_who_died_of_what_and_stops_the_rest(
+    tmp_path, monkeypatch, capfdbinary
+):
+    begun = time.monotonic()
+    name = script(
+        tmp_path,
+        monkeypatch,
+        p0="time.sleep(60)",
+        p1="import os; print('out of luck', flush=True); os.kill(os.getpid(), 9)",
+    )
+    assert launched(tmp_path, name) == 128 + 9
+    assert time.monotonic() - begun < 30
+    out = capfdbinary.readouterr().out.decode()
+    assert re.search(r"process 1 \(pid \d+\) was killed by SIGKILL", out)
+    assert "| out of luck" in out
+    assert "stopped the others, which waited for it: 0" in out
+    assert "--processes 2 -- script_of_test --resume some folder" in out
+    assert "process 0 of 2" in out
+    assert "process 1 of 2" not in out.replace("| process 1 of 2", "")
+    assert "process 1 of 2" in (tmp_path / "logs" / "process-1.log").read_text()
+
+
+def test_the_launcher_returns_the_status_of_a_mistake(tmp_path, monkeypatch, capsys):
+    name = script(tmp_path, monkeypatch, p0="sys.exit(2)", p1="sys.exit(2)")
+    assert launched(tmp_path, name) == 2
+    assert "ended with exit status 2" in capsys.readouterr().out
+
+
+def test_the_launcher_passes_ctrl_c_on_and_waits(tmp_path, monkeypatch, capsys):
+    saves = SAVES.replace("\n", "\n  ")
+    name = script(tmp_path, monkeypatch, p0=saves, p1=saves)
+    real = launch._watch
+
+    def interrupted(workers, *rest):
+        logs = [worker.log for worker in workers]
+        deadline = time.monotonic() + 30
+        while not all(p.exists() and b"to go on" in p.read_bytes() for p in logs):
+            assert time.monotonic() < deadline
+            time.sleep(0.02)
+        time.sleep(0.3)  # for the handlers
+        os.kill(os.getpid(), signal.SIGINT)
+        return real(workers, *rest)
+
+    monkeypatch.setattr(launch, "_watch", interrupted)
+    handler = signal.getsignal(signal.SIGINT)
+    assert launched(tmp_path, name) == 130
+    assert signal.getsignal(signal.SIGINT) is handler
+    assert "killed" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("--processes 2", "no script"),
+        ("--processes 0 -- x", "--processes 0: choose 1 or more"),
+        ("--heartbeat-timeout 0 -- x", "--heartbeat-timeout 0: choose 1 or more"),
+        ("--devices-per-process 0 -- x", "--devices-per-process 0"),
+    ],
+)
+def test_the_launcher_refuses(line, message, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert launch.main(line.split()) == 2
+    assert message in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_killed_host_stops_the_run_and_the_run_goes_on(tmp_path):
+    """kill -9 of one of two processes; the same command line resumes on one."""
+    from test_few_shot import tiny_images
+
+    folder, logs = tmp_path / "run", tmp_path / "logs"
+    write_images(tmp_path / "images", tiny_images)
+    line = (
+        "--dataset folders --image-size 8 --learner mlp --widths 4 --steps 1 --way 3 "
+        "--queries 2 --meta-batch 4 --algorithms fomaml --validation-episodes 4 "
+        "--test-episodes 4 --test-batch 4 --episodes 100000 --validate-every 100000 "
+        f"--save-every 40 --workdir {folder} --data-dir {tmp_path / 'images'}"
+    ).split()
+    parent = subprocess.Popen(
+        [
+            *(sys.executable, "-m", "experiments.launch", "--log-dir", str(logs)),
+            *("--heartbeat-timeout", "30", "--", "experiments.few_shot", *line),
+        ],
+        cwd=TESTS.parent,
+        env=environment(1) | {"METALSTM_CACHE_DIR": str(tmp_path / "cache")},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    try:
+        state = folder / "checkpoints" / "fomaml" / "state"
+        deadline = time.monotonic() + 400
+        while len(list(state.glob("[0-9]*"))) < 2 and parent.poll() is None:
+            assert time.monotonic() < deadline
+            time.sleep(0.02)
+        children = Path(f"/proc/{parent.pid}/task/{parent.pid}/children").read_text()
+        os.kill(int(children.split()[1]), signal.SIGKILL)
+        killed = time.monotonic()
+        out, _ = parent.communicate(timeout=60)
+    finally:
+        parent.kill()
+    assert time.monotonic() - killed < 45
+    assert parent.returncode == 128 + 9, out
+    assert re.search(r"process 1 \(pid \d+\) was killed by SIGKILL", out)
+    assert f"-- experiments.few_shot --resume {folder}" in out
+    from metalstm.checkpoints import latest
+
+    saved = latest(state)
+    assert saved is not None
+    resumed = subprocess.run(
+        [
+            *(sys.executable, "-m", "experiments.few_shot", "--resume", str(folder)),
+            *("--episodes", str(4 * saved + 40)),
+        ],
+        cwd=TESTS.parent,
+        env=environment(4) | {"METALSTM_CACHE_DIR": str(tmp_path / "cache")},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert resumed.returncode == 0, resumed.stderr
+    assert "cpu, 4 devices," in resumed.stdout
+    assert f"going on at episode {4 * saved:,}" in resumed.stdout
+    rows = [json.loads(row) for row in (folder / "metrics.jsonl").open()]
+    seen = [row["episode"] for row in rows if row["kind"] == "train"]
+    assert seen == sorted(set(seen))
+    assert seen[-1] == 4 * saved + 40
+
+
+def write_images(images: Path, draw) -> None:
+    from PIL import Image
+
+    for split, number in (("train", 12), ("val", 5), ("test", 5)):
+        for k, of_class in enumerate(draw(number, seed=number)):
+            (images / split / f"{split}{k}").mkdir(parents=True)
+            for m, image in enumerate(of_class):
+                path = images / split / f"{split}{k}" / f"{m}.png"
+                Image.fromarray(image[..., 0]).save(path)
+
+
+# what is refused, on the one device of these tests
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"coordinator": "a:1"}, "num_processes, process_id missing"),
+        ({"num_processes": 2, "process_id": 0}, "coordinator missing"),
+        ({"heartbeat_timeout": 0}, "heartbeat_timeout=0: choose 1 or more"),
+        (
+            {"coordinator": "a", "num_processes": 2, "process_id": 0},
+            "coordinator='a': give host:port",
+        ),
+        (
+            {"coordinator": "a:1", "num_processes": 2, "process_id": 2},
+            "process_id=2 of num_processes=2",
+        ),
+        ({}, "no cluster's environment .*: give coordinator=host:port"),
+    ],
+)
+def test_joining_names_what_is_missing(options, message, monkeypatch):
+    # what initialize does where it finds no cluster, without its search of the network
+    def found_nothing(**given):
+        raise ValueError("coordinator_address should be defined.")
+
+    monkeypatch.setattr(jax.distributed, "initialize", found_nothing)
+    with pytest.raises(ValueError, match=message):
+        distributed.initialize(**options)
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (
+            {"coordinator": "a:1"},
+            "--coordinator needs --num-processes and --process-id",
+        ),
+        (
+            {"coordinator": "a:1", "num_processes": 2, "process_id": 0},
+            "--coordinator goes with --distributed",
+        ),
+        ({"devices": 0}, "--devices 0: choose 1 or more"),
+        ({"heartbeat_timeout": 0}, "--heartbeat-timeout 0: choose 1 or more"),
+    ],
+)
+def test_flags_that_do_not_go_together(flags, message):
+    with pytest.raises(ValueError, match=message):
+        devices.check(devices.Devices(**flags))
+
+
+def test_a_run_goes_on_where_its_command_line_says(tmp_path):
+    """Not in as many processes as before, of which there may be none."""
+    from experiments import command_line
+    from experiments.config import to_json, with_flags
+    from experiments.optimizers import config as optimizers
+
+    elsewhere = {"distributed": True, "coordinator": "a:1", "num_processes": 2}
+    for parse in (command_line.parse, optimizers.parse):
+        before = with_flags(parse([]), **elsewhere, process_id=1)
+        document = {"config": to_json(before), "methods": {}}
+        (tmp_path / "config.json").write_text(json.dumps(document))
+        config = parse(["--resume", str(tmp_path)])
+        assert config.devices == devices.Devices()
+        again = parse(["--resume", str(tmp_path), "--devices", "2"])
+        assert again.devices == devices.Devices(devices=2)
+    assert {name.split(".")[1] for name in devices.MAY_CHANGE} == {
+        *vars(devices.Devices())
+    }
+
+
+def eight_devices(monkeypatch, processes: int = 1) -> None:
+    monkeypatch.setattr(jax, "devices", lambda: jax.local_devices() * 8)
+    monkeypatch.setattr(jax, "device_count", lambda: 8)
+    monkeypatch.setattr(jax, "process_count", lambda: processes)
+
+
+def test_a_mesh_takes_as_many_devices_as_divide_the_tasks(monkeypatch):
+    assert distributed.task_mesh(4) is None
+    assert devices.describe(None) == "1 device"
+    eight_devices(monkeypatch)
+    sizes = {n: distributed.task_mesh(n) for n in (16, 8, 6, 4, 1)}
+    used = {n: 1 if mesh is None else mesh.size for n, mesh in sizes.items()}
+    assert used == {16: 8, 8: 8, 6: 6, 4: 4, 1: 1}
+    assert devices.describe(sizes[4]) == "4 of 8 devices"
+    assert devices.describe(sizes[8]) == "8 devices"
+
+
+def test_devices_that_do_not_divide_the_tasks_are_refused(monkeypatch):
+    eight_devices(monkeypatch)
+    with pytest.raises(ValueError, match="num_devices=9: choose 1 to 8"):
+        distributed.task_mesh(num_devices=9)
+    with pytest.raises(ValueError, match="num_tasks=6 is not a multiple of the 4 d"):
+        distributed.task_mesh(6, num_devices=4)
+    with pytest.raises(ValueError, match=r"--tasks 6 is not .*: choose --tasks 4, 8"):
+        devices.mesh_for(devices.Devices(devices=4), 6, "--tasks")
+    with pytest.raises(ValueError, match="--devices 9: num_devices=9"):
+        devices.mesh_for(devices.Devices(devices=9), 9, "--tasks")
+    eight_devices(monkeypatch, processes=2)
+    assert devices.describe(distributed.task_mesh(8)) == "8 devices in 2 processes"
+    with pytest.raises(ValueError, match="8 devices of 2 processes: choose num_tasks"):
+        distributed.task_mesh(4)
+    with pytest.raises(ValueError, match="num_devices=4: choose 8, all of them"):
+        distributed.task_mesh(8, num_devices=4)
+    with pytest.raises(ValueError, match="--meta-batch 4 is not a multiple of the 8 d"):
+        devices.mesh_for(devices.Devices(), 4, "--meta-batch")
+
+
+def test_a_step_says_that_its_tasks_do_not_divide(monkeypatch):
+    class Three:
+        axis_names, shape = ("task",), {"task": 3}
+        devices = np.array(jax.devices())
+
+    # the mesh of three devices that this machine lacks
+    monkeypatch.setattr(training, "Mesh", lambda *_: Three())
+    monkeypatch.setattr(jax, "shard_map", lambda fn, **_: fn)
+    step = training.make_train_step(toy(), optax.sgd(1.0), mesh=Three())
+    state = training.init_train_state(toy(), optax.sgd(1.0), 0, tiny.episode())
+    with pytest.raises(
+        ValueError, match=r"the 4 tasks .* mesh's 3 devices: choose 3, 6"
+    ):
+        step(state, tiny.episodes(4))
+
+
+def test_one_process_agrees_with_itself():
+    assert distributed.any_process(True)
+    assert not distributed.any_process(False)
+    assert distributed.from_main("näher") == "näher"
+
+    def fails():
+        raise KeyError("x")
+
+    with pytest.raises(KeyError):
+        distributed.on_main(fails)
+    tree = {"a": np.arange(3.0)}
+    assert distributed.place(tree, None) is not None
+    np.testing.assert_array_equal(distributed.local(tree)["a"], tree["a"])
