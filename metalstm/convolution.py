@@ -2,12 +2,14 @@
 
 Shapes: T tasks, N images, H rows, W columns, C input channels, O output channels.
 
-On a GPU or TPU `lax.conv_general_dilated` is what there is. XLA's CPU backend computes
-its derivatives slowly, slower still inside a loop, and worst with a kernel per task
-(a grouped convolution). There, three shifts side by side and a matrix product for a
-few images at a time, so that they stay in the cache, is several times faster
-(benchmarks/convolutions.py). Two primitives hold it, for JAX has no other way to say
-how an operation is differentiated both ways *and* batched:
+On a GPU or TPU `lax.conv_general_dilated` is what there is. XLA's CPU backend runs the
+convolution itself at the speed of a matrix product (jaxlib 0.10), but its derivative by
+the kernel a hundred times slower inside a loop, and a kernel per task (a grouped
+convolution) slowest of all. There, one task at a time, and for the kernel's derivative
+shifts side by side and a matrix product for a few images at a time, so that they stay
+in the cache, is many times faster (benchmarks/convolutions.py). Two primitives hold it,
+for JAX has no other way to say how an operation is differentiated both ways *and*
+batched:
 
   correlate(x, k)   y[i, j] = sum_ab x[i + a, j + b] k[a, b]      [T, N, H, W, O]
   outer(x, g)       k[a, b] = sum_ij x[i + a, j + b]^T g[i, j]    [T, 3, 3, C, O]
@@ -144,52 +146,44 @@ def _slices(x: Array, kernel: Array, strides: int, padding: str) -> Array:
 
 
 def _correlate_images(x: Array, kernel: Array) -> Array:
-    """x [n, H, W, C], kernel [3, 3, C, O] -> [n, H, W, O]."""
+    """x [n, H, W, C], kernel [3, 3, C, O] -> [n, H, W, O], for few channels."""
     images, height, width, channels = x.shape
     filters = kernel.shape[-1]
-    if channels <= _FEW_CHANNELS:
-        y = lax.dot_general(
-            _nine_shifts(x),
-            kernel.reshape(9 * channels, filters),
-            (((0,), (0,)), ((), ())),
-        )
-        return y.reshape(images, height, width, filters)
-    kernel = kernel.transpose(1, 2, 0, 3).reshape(3 * channels, 3 * filters)
-    y = (_row_shifts(x) @ kernel).reshape(images, height + 2, width, 3, filters)
-    above, same, below = (y[:, i : i + height, :, i] for i in range(3))
-    return above + same + below
+    y = lax.dot_general(
+        _shifts(x, rows=True),
+        kernel.reshape(9 * channels, filters),
+        (((0,), (0,)), ((), ())),
+    )
+    return y.reshape(images, height, width, filters)
 
 
 def _outer_images(x: Array, g: Array) -> Array:
     """x [n, H, W, C], g [n, H, W, O] -> [3, 3, C, O]."""
     channels, filters = x.shape[-1], g.shape[-1]
     if channels <= _FEW_CHANNELS:
-        product = _nine_shifts(x) @ g.reshape(-1, filters)
+        product = _shifts(x, rows=True) @ g.reshape(-1, filters)
         return product.reshape(3, 3, channels, filters)
     height = g.shape[1]
     padded = jnp.pad(g, ((0, 0), (2, 2), (0, 0), (0, 0)))
     shifted = [padded[:, 2 - i : height + 4 - i] for i in range(3)]
     g = jnp.concatenate(shifted, -1).reshape(-1, 3 * filters)
-    product = (_row_shifts(x).T @ g).reshape(3, channels, 3, filters)
+    product = (_shifts(x, rows=False) @ g).reshape(3, channels, 3, filters)
     return product.transpose(2, 0, 1, 3)
 
 
-def _nine_shifts(x: Array) -> Array:
-    """[n, H, W, C] -> [9 C, n H W]: whole planes, so that rows are copied whole."""
+def _shifts(x: Array, *, rows: bool) -> Array:
+    """[n, H, W, C] -> [9 C, n H W], every pixel's 3 x 3 neighbours; without the shifts
+    along ``rows`` [3 C, n (H + 2) W], its left and right ones.
+
+    Whole planes are shifted, so that rows of pixels are copied whole.
+    """
     _, height, width, channels = x.shape
     planes = jnp.pad(x.transpose(3, 0, 1, 2), ((0, 0), (0, 0), (1, 1), (1, 1)))
+    tops, kept = (range(3), height) if rows else (range(1), height + 2)
     shifted = [
-        planes[:, :, i : i + height, j : j + width] for i in range(3) for j in range(3)
+        planes[:, :, i : i + kept, j : j + width] for i in tops for j in range(3)
     ]
-    return jnp.concatenate(shifted).reshape(9 * channels, -1)
-
-
-def _row_shifts(x: Array) -> Array:
-    """[n, H, W, C] -> [n (H + 2) W, 3 C]: each pixel beside its left and right."""
-    width, channels = x.shape[2:]
-    padded = jnp.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0)))
-    shifted = [padded[:, :, j : j + width] for j in range(3)]
-    return jnp.concatenate(shifted, -1).reshape(-1, 3 * channels)
+    return jnp.concatenate(shifted).reshape(len(shifted) * channels, -1)
 
 
 # The same for all images of all tasks, a block at a time.
@@ -199,6 +193,8 @@ def _correlate(x: Array, kernel: Array) -> Array:
     """x [T, N, H, W, C], kernel [T, 3, 3, C, O] -> [T, N, H, W, O]."""
 
     def one_task(x, kernel):
+        if x.shape[-1] > _FEW_CHANNELS:
+            return conv2d(x, kernel, method="xla")
         y = lax.map(lambda block: _correlate_images(block, kernel), _blocks(x, x))
         return y.reshape(*x.shape[:-1], kernel.shape[-1])
 
