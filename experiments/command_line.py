@@ -170,6 +170,9 @@ def _check_ranges(config: Config) -> None:
         for name, value in vars(getattr(config, group)).items():
             flag = f"--{name.replace('_', '-')}"
             low = at_least.get(name)
+            parts = value if isinstance(value, tuple) else (value,)
+            if any(part != part for part in parts):  # NaN, below and above nothing
+                raise ValueError(f"{flag} {value}: give a number")
             if low is not None and value is not None and value < low:
                 raise ValueError(f"{flag} {value}: choose {low} or more")
             if name in above_zero and value is not None and not value > 0:

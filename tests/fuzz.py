@@ -273,7 +273,10 @@ def _check_types(config: Any) -> None:
 
     for part in (getattr(config, group) for group in groups(config)):
         for name, hint in _hints(type(part)).items():
-            assert fits(getattr(part, name), hint), f"{name}: {getattr(part, name)!r}"
+            found = getattr(part, name)
+            assert fits(found, hint), f"{name}: {found!r}"
+            numbers = found if isinstance(found, tuple) else (found,)
+            assert all(number == number for number in numbers), f"{name} is NaN"
 
 
 def _read_flags(rng: random.Random, folder: Path, config: Any, parse: Any) -> None:

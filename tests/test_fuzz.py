@@ -100,6 +100,21 @@ def test_options_of_an_optimizers_run_likewise(tmp_path):
         optimizers.parse(line)
 
 
+@pytest.mark.parametrize(
+    ("parse", "line"),
+    [
+        (command_line.parse, "--clip nan"),
+        (command_line.parse, "--forget-bias nan 5"),
+        (optimizers.parse, "--clip nan"),
+        (optimizers.parse, "--output-scale nan"),
+    ],
+)
+def test_what_is_no_number_is_refused(parse, line):
+    """Fuzzing flags: NaN is neither below nor above any limit, and passed them all."""
+    with pytest.raises(ValueError, match=rf"{line.split()[0]} .*nan.*: give a number"):
+        parse(line.split())
+
+
 def test_options_survive_their_file_and_null_keeps_a_default():
     config = Config()
     document = to_json(config)
