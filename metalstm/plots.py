@@ -534,7 +534,8 @@ def roc_curves(
         axes.plot(shown[equal], 100 * true[equal], "o", color=style["color"], ms=5)
     even = np.geomspace(left, 1)
     axes.plot(even, 100 * even, color="grey", linestyle=":", label="chance")
-    axes.set(xlabel="false accepts", ylabel="true accepts, %", title=title)
+    about = "false accepts (dot: as frequent as false rejects)"
+    axes.set(xlabel=about, ylabel="true accepts, %", title=title)
     axes.set(xscale="log", xlim=(left, 1), ylim=(0, 102))
     axes.grid(alpha=0.3)
     axes.legend(fontsize=8, loc="lower right")
