@@ -208,6 +208,13 @@ def _report(
     print(f"\n{first.fate()}; the last lines of {first.log}:", flush=True)
     for line in first.last_lines():
         print(f"  | {line}")
+    silent = _silent(first.log)
+    if silent:
+        print(
+            f"before that, process {silent} was not heard of for "
+            f"{options.heartbeat_timeout} seconds: it hung, or its machine did; the "
+            f"end of its log is in {first.log.with_name(f'process-{silent}.log')}"
+        )
     # of the same mistake the others die by themselves, and say so in their logs
     deadline = time.monotonic() + _GRACE
     while any(w.process.poll() is None for w in workers):
@@ -228,6 +235,13 @@ def _report(
         )
     status = first.process.returncode
     return status if status > 0 else 128 - status
+
+
+def _silent(log: Path) -> str | None:
+    """The process whose heartbeats stopped, as JAX says when it gives up."""
+    pattern = r"\(stopped sending heartbeats\):\s+(\d+)\s"
+    found = re.search(pattern, log.read_text(errors="replace"))
+    return found[1] if found else None
 
 
 def _again(options: Options, script: list[str], folder: str) -> str:

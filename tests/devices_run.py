@@ -22,6 +22,7 @@ import tiny
 
 from metalstm import algorithms, checkpoints, distributed, problems, rules, training
 from metalstm.data import ClusterSpec
+from metalstm.evaluation import make_evaluate
 
 TASKS, STEPS, HALF = 8, 20, 10
 CASES = ("maml", "l2l")
@@ -114,6 +115,14 @@ def write(path: Path, **lists: list[np.ndarray]) -> None:
         np.savez(path, **arrays)
 
 
+def evaluated(mesh) -> np.ndarray:
+    """Accuracies of 10 episodes in batches of 3, or of the next multiple of devices."""
+    algorithm, spec = build("maml")
+    run = make_evaluate(algorithm, spec, batch_size=3, mesh=mesh)
+    params = distributed.place(start("maml").params, mesh)
+    return run(params, None, num_episodes=10).accuracies
+
+
 def go_on(folder: Path, mesh, other: str) -> None:
     for case in CASES:
         deadline = time.monotonic() + 300
@@ -146,6 +155,9 @@ def main(folder: str, devices: str, other: str, *address: str) -> None:
             write(path, **steps(case, mesh, Path(folder)))
     for mesh in {meshes[0], meshes[-1]}:
         go_on(Path(folder), mesh, other)
+        write(
+            Path(folder) / f"{name_of(mesh)}-tested.npz", accuracies=[evaluated(mesh)]
+        )
     if not address:
         programs(Path(folder), meshes[-1])
 

@@ -17,7 +17,7 @@ import optax
 import pytest
 import tiny
 from devices_run import CASES
-from test_training import toy
+from test_training import EPISODE, SPEC, toy
 
 from experiments import devices, launch
 from metalstm import distributed, training
@@ -105,6 +105,14 @@ def test_a_checkpoint_goes_on_with_other_devices_and_processes(ran, case, where,
     for a, b in zip(load(ran, resumed, "half"), saved, strict=True):
         np.testing.assert_array_equal(a, b)
     assert_same(ran, resumed, f"{other}-{case}", "end")
+
+
+@pytest.mark.parametrize("where", ["8-of-1", "4-of-2"])
+def test_evaluations_are_those_of_one_device(ran, where):
+    one, many = (load(ran, f"{w}-tested", "accuracies")[0] for w in ("1-of-1", where))
+    np.testing.assert_array_equal(many, one)
+    assert one.shape == (10,)
+    assert np.ptp(one) > 0
 
 
 def collectives(program: str) -> list[tuple[str, int]]:
@@ -197,6 +205,22 @@ def test_the_launcher_says_who_died_of_what_and_stops_the_rest(
     assert "process 0 of 2" in out
     assert "process 1 of 2" not in out.replace("| process 1 of 2", "")
     assert "process 1 of 2" in (tmp_path / "logs" / "process-1.log").read_text()
+
+
+def test_the_launcher_names_a_process_that_was_not_heard_of(
+    tmp_path, monkeypatch, capsys
+):
+    """In the words of jax 0.10.2, when process 1 had been stopped with SIGSTOP."""
+    said = (
+        "UNAVAILABLE: The following tasks are unhealthy (stopped sending heartbeats):"
+        "\\n1\\nThe tasks have crashed. Check the task logs"
+    )
+    aborts = f"import os; print('{said}', flush=True); os.abort()"
+    name = script(tmp_path, monkeypatch, p0=aborts, p1="time.sleep(60)")
+    assert launched(tmp_path, name, "--heartbeat-timeout", "7") == 128 + 6
+    out = capsys.readouterr().out
+    assert "was killed by SIGABRT" in out
+    assert "process 1 was not heard of for 7 seconds: it hung" in out
 
 
 def test_the_launcher_returns_the_status_of_a_mistake(tmp_path, monkeypatch, capsys):
@@ -438,6 +462,39 @@ def test_a_step_says_that_its_tasks_do_not_divide(monkeypatch):
         ValueError, match=r"the 4 tasks .* mesh's 3 devices: choose 3, 6"
     ):
         step(state, tiny.episodes(4))
+
+
+def two_processes(monkeypatch) -> list[bool]:
+    """What this process asks the other, which agrees to everything."""
+    asked: list[bool] = []
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    monkeypatch.setattr(
+        distributed, "any_process", lambda flag: asked.append(flag) or flag
+    )
+    return asked
+
+
+def test_processes_agree_on_the_time_when_they_report(monkeypatch):
+    loop = training.make_train_loop(toy(), optax.sgd(1.0), SPEC, num_tasks=2)
+    state = training.init_train_state(toy(), optax.sgd(1.0), 0, EPISODE)
+    asked = two_processes(monkeypatch)
+    options = {"num_steps": 9, "report_every": 3, "max_seconds": 0}
+    end = training.fit(loop, training.init_fit_state(state), None, **options)
+    assert int(end.train.step) == 3
+    assert asked == [True]
+
+
+def test_processes_agree_on_ctrl_c_when_they_report(monkeypatch):
+    from experiments.training_session import Session
+
+    session = object.__new__(Session)
+    session.stop_requested = lambda: True
+    assert session._must_stop(5, report_every=2)
+    asked = two_processes(monkeypatch)
+    assert not session._must_stop(5, report_every=2)
+    assert asked == []
+    assert session._must_stop(6, report_every=2)
+    assert asked == [True]
 
 
 def test_one_process_agrees_with_itself():
