@@ -19,6 +19,7 @@ import tiny
 from devices_run import CASES
 from test_training import EPISODE, SPEC, toy
 
+from benchmarks import scaling
 from experiments import devices, launch
 from metalstm import distributed, training
 
@@ -339,6 +340,21 @@ def write_images(images: Path, draw) -> None:
             for m, image in enumerate(of_class):
                 path = images / split / f"{split}{k}" / f"{m}.png"
                 Image.fromarray(image[..., 0]).save(path)
+
+
+def test_the_model_of_step_times():
+    link, parts = scaling.Link(1e9, 1e-5), scaling.Parts(1e-3, 250_000)
+    assert scaling.ring_seconds(250_000, 1, link) == 0
+    # one megabyte there and back in two messages, by hand
+    assert scaling.ring_seconds(250_000, 2, link) == pytest.approx(1e-3 + 2e-5)
+    assert scaling.ring_seconds(250_000, 64, link) == pytest.approx(1.96875e-3 + 126e-5)
+    assert scaling.step_seconds(parts, 2, 3, link) == pytest.approx(4.02e-3)
+    for hosts in (2, 64):
+        tasks = scaling.tasks_for(parts, hosts, link)
+        travels = scaling.ring_seconds(250_000, hosts, link)
+        assert travels <= 0.1 * scaling.step_seconds(parts, hosts, tasks, link)
+        assert travels > 0.1 * scaling.step_seconds(parts, hosts, tasks - 1, link)
+    assert scaling.tasks_for(parts, 1, link) == 1
 
 
 # what is refused, on the one device of these tests
