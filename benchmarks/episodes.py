@@ -3,88 +3,43 @@
     python -m benchmarks.episodes            # every row
     python -m benchmarks.episodes mini-5shot # rows whose name contains the word
 
-Each row runs in a process of its own (peak memory is the process's) and is timed
-between two probes, a 2048-square float32 matrix product. "share" is the arithmetic of
-the published recipe (counted below) per second over the probe's: a ratio that another
-machine, or a noisier hour, should reproduce. Images are random: speed does not care.
+A row's arithmetic is counted below; `benchmarks.rows` says what the columns are. Images
+are random: speed does not care.
 """
 
 from __future__ import annotations
 
-import argparse
-import json
-import os
-import resource
-import subprocess
-import sys
 import time
 
-__all__ = ["main"]
+from benchmarks import rows
+from benchmarks.rows import Target
 
-ROWS = {
-    "mini-1shot": {"image": (84, 3), "shot": 1, "steps": 12, "tasks": 1},
-    "mini-5shot": {"image": (84, 3), "shot": 5, "steps": 8, "tasks": 1},
-    "mini-5shot-second-order": {
-        "image": (84, 3),
-        "shot": 5,
-        "steps": 8,
-        "tasks": 1,
-        "second_order": True,
-    },
-    "omniglot-lstm-first-order": {
-        "image": (28, 1),
-        "shot": 1,
-        "steps": 3,
-        "tasks": 4,
-        "downsample": "stride",
-    },
-    "omniglot-lstm-second-order": {
-        "image": (28, 1),
-        "shot": 1,
-        "steps": 3,
-        "tasks": 4,
-        "downsample": "stride",
-        "second_order": True,
-    },
-    "maml-conv4-64-1step": {
-        "image": (28, 1),
-        "shot": 1,
-        "steps": 1,
-        "tasks": 4,
-        "filters": 64,
-        "rule": "sgd",
-        "second_order": True,
-    },
-    "maml-conv4-64-5steps": {
-        "image": (28, 1),
-        "shot": 1,
-        "steps": 5,
-        "tasks": 4,
-        "filters": 64,
-        "rule": "sgd",
-        "second_order": True,
-    },
-    "maml-strided-64-1step": {
-        "image": (28, 1),
-        "shot": 1,
-        "steps": 1,
-        "tasks": 4,
-        "filters": 64,
-        "rule": "sgd",
-        "second_order": True,
-        "downsample": "stride",
-    },
+__all__ = ["ROWS", "TARGETS", "episode_gflop", "learner_gflop"]
+
+_MINI = {"image": (84, 3), "tasks": 1}
+_LSTM = {"image": (28, 1), "shot": 1, "steps": 3, "tasks": 4, "downsample": "stride"}
+_MAML = {"image": (28, 1), "shot": 1, "tasks": 4, "filters": 64, "rule": "sgd"}
+_MAML |= {"second_order": True}
+ROWS: dict[str, dict] = {
+    "mini-1shot": _MINI | {"shot": 1, "steps": 12},
+    "mini-5shot": _MINI | {"shot": 5, "steps": 8},
+    "mini-5shot-second-order": _MINI | {"shot": 5, "steps": 8, "second_order": True},
+    "omniglot-lstm-first-order": _LSTM,
+    "omniglot-lstm-second-order": _LSTM | {"second_order": True},
+    "maml-conv4-64-1step": _MAML | {"steps": 1},
+    "maml-conv4-64-5steps": _MAML | {"steps": 5},
+    "maml-strided-64-1step": _MAML | {"steps": 1, "downsample": "stride"},
+    "maml-strided-64-5steps": _MAML | {"steps": 5, "downsample": "stride"},
 }
-# A public PyTorch implementation on a machine whose probe read 185 GFLOP/s: episodes
-# (tasks) per second in meta-training and meta-testing.
-PUBLISHED = {
-    "mini-1shot": (1.03, 1.73),
-    "mini-5shot": (0.70, 0.95),
-    "maml-conv4-64-1step": (7.9, None),
-    "maml-conv4-64-5steps": (4.9, None),
-    "maml-strided-64-1step": (25.0, None),
+# A public PyTorch implementation's episodes (tasks) per second in meta-training.
+TARGETS = {
+    "mini-1shot": Target(1.03, share=0.35),
+    "mini-5shot": Target(0.70, share=0.35),
+    "maml-conv4-64-1step": Target(7.9, times=2),
+    "maml-conv4-64-5steps": Target(4.9, times=2),
+    "maml-strided-64-1step": Target(25, times=2),
+    "maml-strided-64-5steps": Target(11, times=2),
 }
-PUBLISHED_PROBE = 185.0
 
 
 def learner_gflop(row: dict) -> float:
@@ -102,31 +57,20 @@ def learner_gflop(row: dict) -> float:
     return total
 
 
-def episode_gflop(row: dict, num_parameters: int) -> float | None:
-    """Arithmetic of one first-order meta-training episode; None for second order."""
-    if row.get("second_order"):
-        return None
-    images = row["steps"] * 5 * row["shot"] + 75
-    hidden = 20
-    per_coordinate = 2 * 4 * hidden * (hidden + 2) + 2 * 2 * (hidden + 2)
-    rule = 3 * per_coordinate * num_parameters * row["steps"] / 1e9
-    return images * learner_gflop(row) + rule
+def episode_gflop(row: dict, num_parameters: int) -> float:
+    """Arithmetic of one meta-training episode, in GFLOP.
 
-
-def probe() -> float:
-    """GFLOP/s of a 2048-square float32 matrix product, the best of five."""
-    import jax
-    import jax.numpy as jnp
-
-    a = jnp.ones((2048, 2048), jnp.float32) * 0.5
-    product = jax.jit(lambda a: a @ a)
-    product(a).block_until_ready()
-    best = float("inf")
-    for _ in range(5):
-        start = time.perf_counter()
-        product(a).block_until_ready()
-        best = min(best, time.perf_counter() - start)
-    return 2 * 2048**3 / best / 1e9
+    A first-order step is a gradient; a second-order one is followed by the product of
+    its Hessian with a vector, twice a gradient's work. Likewise a rule's step is a
+    forward pass and its derivative.
+    """
+    images = row["steps"] * 5 * row["shot"] * (3 if row.get("second_order") else 1)
+    total = (images + 75) * learner_gflop(row)
+    if row.get("rule") != "sgd":
+        hidden = 20
+        per_coordinate = 2 * 4 * hidden * (hidden + 2) + 2 * 2 * (hidden + 2)
+        total += 3 * per_coordinate * num_parameters * row["steps"] / 1e9
+    return total
 
 
 def measure(name: str, seconds: float) -> dict:
@@ -166,80 +110,27 @@ def measure(name: str, seconds: float) -> dict:
     state = init_train_state(algorithm, optimizer, 0, episode)
     num_parameters = sum(p.size for p in jax.tree.leaves(state.params.learner.params))
     train = make_train_loop(algorithm, optimizer, spec, num_tasks=row["tasks"])
-    before = probe()
-    start = time.perf_counter()
-    state, metrics = train(state, pool)
-    jax.block_until_ready(metrics)
-    compile_seconds = time.perf_counter() - start
+    state_now = [state]
 
-    count, times = 0, []
-    start = time.perf_counter()
-    while time.perf_counter() - start < seconds or count < 3:
-        step_start = time.perf_counter()
-        state, metrics = train(state, pool)
-        jax.block_until_ready(metrics)
-        times.append(time.perf_counter() - step_start)
-        count += 1
-    rate = row["tasks"] / float(np.median(times))
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+    def step():
+        state_now[0], metrics = train(state_now[0], pool)
+        return metrics
+
+    result = rows.timed(step, seconds)
     test = make_evaluate(algorithm, spec, batch_size=1)
-    test(state.params, pool, num_episodes=2)
+    params = state_now[0].params
+    test(params, pool, num_episodes=2)
     start = time.perf_counter()
-    test(state.params, pool, num_episodes=6)
-    test_rate = 6 / (time.perf_counter() - start)
-    after = probe()
+    test(params, pool, num_episodes=6)
+    rate = row["tasks"] / result["seconds"]
     gflop = episode_gflop(row, num_parameters)
-    return {
+    return result | {
         "row": name,
-        "train_per_s": rate,
-        "test_per_s": test_rate,
-        "compile_s": compile_seconds,
-        "peak_gib": peak,
-        "probe": [before, after],
-        "share": None if gflop is None else rate * gflop / max(before, after),
-        "parameters": num_parameters,
+        "rate": rate,
+        "test_per_s": 6 / (time.perf_counter() - start),
+        "share": rate * gflop / max(result["probe"]),
     }
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("only", nargs="?", default="", help="rows containing this")
-    parser.add_argument("--seconds", type=float, default=10, help="timed, per row")
-    parser.add_argument("--row", help=argparse.SUPPRESS)
-    arguments = parser.parse_args()
-    if arguments.row:
-        print(json.dumps(measure(arguments.row, arguments.seconds)))
-        return
-    print(
-        f"{'row':28}{'train/s':>9}{'test/s':>9}{'share':>8}{'vs public':>11}"
-        f"{'compile':>9}{'peak GiB':>10}{'probe GFLOP/s':>16}"
-    )
-    for name in ROWS:
-        if arguments.only not in name:
-            continue
-        command = [sys.executable, "-m", "benchmarks.episodes", "--row", name]
-        command += ["--seconds", str(arguments.seconds)]
-        out = subprocess.run(
-            command, capture_output=True, text=True, env=dict(os.environ), check=False
-        )
-        if out.returncode:
-            print(f"{name:28} failed: {out.stderr.strip().splitlines()[-1]}")
-            continue
-        r = json.loads(out.stdout.strip().splitlines()[-1])
-        best_probe = max(r["probe"])
-        share = "" if r["share"] is None else f"{100 * r['share']:.1f}%"
-        public = ""
-        if name in PUBLISHED:
-            # rates per probe GFLOP/s, so that the two machines cancel
-            ratio = r["train_per_s"] / best_probe
-            ratio /= PUBLISHED[name][0] / PUBLISHED_PROBE
-            public = f"{ratio:.2f}x"
-        print(
-            f"{name:28}{r['train_per_s']:9.2f}{r['test_per_s']:9.2f}{share:>8}"
-            f"{public:>11}{r['compile_s']:8.1f}s{r['peak_gib']:10.2f}"
-            f"{r['probe'][0]:9.0f}{r['probe'][1]:7.0f}"
-        )
-
-
 if __name__ == "__main__":
-    main()
+    rows.run(__doc__, {"benchmarks.episodes": (ROWS, TARGETS)}, measure)

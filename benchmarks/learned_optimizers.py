@@ -3,26 +3,17 @@
     python -m benchmarks.learned_optimizers             # every row
     python -m benchmarks.learned_optimizers quadratics  # rows whose name has the word
 
-One meta-step is an unroll of 20 updates and its gradient. Each row runs in a process of
-its own (peak memory is the process's) and is timed between two probes, a 2048-square
-float32 matrix product; "vs public" is the rate per probe GFLOP/s over that of public
-JAX implementations on a machine whose probe read 185 GFLOP/s, so that the machines
-cancel. "share" is the arithmetic counted below, per second, over the probe's. Images
-are random: speed does not care.
+One meta-step is an unroll of 20 updates and its gradient. A row's arithmetic is counted
+below; `benchmarks.rows` says what the columns are. Images are random: speed does not
+care.
 """
 
 from __future__ import annotations
 
-import argparse
-import json
-import resource
-import subprocess
-import sys
-import time
+from benchmarks import rows
+from benchmarks.rows import Target
 
-from benchmarks.episodes import probe
-
-__all__ = ["main"]
+__all__ = ["ROWS", "TARGETS", "gflop"]
 
 UNROLL, HIDDEN, BATCH = 20, 20, 128
 # 10-dimensional functions, 128 of them; 784-20-10, one task
@@ -32,13 +23,13 @@ ROWS = {
     "mnist-mlp-tbptt": {"problem": "mlp", "estimator": "backprop"},
     "mnist-mlp-pes": {"problem": "mlp", "estimator": "pes"},
 }
-PUBLISHED = {
-    "quadratics-tbptt": 8.6,
-    "quadratics-pes": 13.0,
-    "mnist-mlp-tbptt": 2.05,
-    "mnist-mlp-pes": 3.5,
+# public JAX implementations' meta-steps per second
+TARGETS = {
+    "quadratics-tbptt": Target(8.6, times=7),
+    "quadratics-pes": Target(13.0, times=7),
+    "mnist-mlp-tbptt": Target(2.05, times=3),
+    "mnist-mlp-pes": Target(3.5, times=3),
 }
-PUBLISHED_PROBE = 185.0
 
 
 def gflop(row: dict) -> float:
@@ -93,61 +84,17 @@ def measure(name: str, seconds: float) -> dict:
     draw = sampler.sample(jax.random.key(0), data)
     state = init_train_state(algorithm, optimizer, 0, draw)
     train = make_train_loop(algorithm, optimizer, sampler, num_tasks=tasks)
-    before = probe()
-    begun = time.perf_counter()
-    state, metrics = train(state, data)
-    jax.block_until_ready(metrics)
-    compile_seconds = time.perf_counter() - begun
-    times: list[float] = []
-    begun = time.perf_counter()
-    while time.perf_counter() - begun < seconds or len(times) < 3:
-        step_begun = time.perf_counter()
-        state, metrics = train(state, data)
-        jax.block_until_ready(metrics)
-        times.append(time.perf_counter() - step_begun)
-    after = probe()
-    rate = 1 / float(np.median(times))
-    return {
-        "row": name,
-        "rate": rate,
-        "compile_s": compile_seconds,
-        "peak_gib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20,
-        "probe": [before, after],
-        "share": rate * gflop(row) / max(before, after),
-    }
+    state_now = [state]
 
+    def step():
+        state_now[0], metrics = train(state_now[0], data)
+        return metrics
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("only", nargs="?", default="", help="rows containing this")
-    parser.add_argument("--seconds", type=float, default=10, help="timed, per row")
-    parser.add_argument("--row", help=argparse.SUPPRESS)
-    arguments = parser.parse_args()
-    if arguments.row:
-        print(json.dumps(measure(arguments.row, arguments.seconds)))
-        return
-    print(
-        f"{'row':20}{'meta-steps/s':>13}{'share':>8}{'vs public':>11}{'compile':>9}"
-        f"{'peak GiB':>10}{'probe GFLOP/s':>16}"
-    )
-    for name in ROWS:
-        if arguments.only not in name:
-            continue
-        command = [sys.executable, "-m", "benchmarks.learned_optimizers", "--row", name]
-        command += ["--seconds", str(arguments.seconds)]
-        out = subprocess.run(command, capture_output=True, text=True, check=False)
-        if out.returncode:
-            print(f"{name:20} failed: {out.stderr.strip().splitlines()[-1]}")
-            continue
-        r = json.loads(out.stdout.strip().splitlines()[-1])
-        # rates per probe GFLOP/s, so that the two machines cancel
-        ratio = r["rate"] / max(r["probe"]) / (PUBLISHED[name] / PUBLISHED_PROBE)
-        print(
-            f"{name:20}{r['rate']:13.2f}{100 * r['share']:7.1f}%{ratio:10.2f}x"
-            f"{r['compile_s']:8.1f}s{r['peak_gib']:10.2f}"
-            f"{r['probe'][0]:9.0f}{r['probe'][1]:7.0f}"
-        )
+    result = rows.timed(step, seconds)
+    rate = 1 / result["seconds"]
+    share = rate * gflop(row) / max(result["probe"])
+    return result | {"row": name, "rate": rate, "share": share}
 
 
 if __name__ == "__main__":
-    main()
+    rows.run(__doc__, {"benchmarks.learned_optimizers": (ROWS, TARGETS)}, measure)

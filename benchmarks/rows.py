@@ -1,0 +1,170 @@
+"""Rows of a speed table: each timed in a process of its own, between two probes.
+
+The probe is a 2048-square float32 matrix product. "share" is a row's arithmetic per
+second over the probe's; "to public" its rate per probe GFLOP/s over that of a public
+implementation, whose machine's probe read 185 GFLOP/s, so that the machines cancel.
+Both are ratios that another machine, or a noisier hour, should reproduce.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import resource
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterable
+from typing import Any, NamedTuple
+
+__all__ = ["PUBLIC_PROBE", "Target", "collect", "probe", "run", "show", "timed"]
+
+PUBLIC_PROBE = 185.0
+
+
+class Target(NamedTuple):
+    """What a row is compared with, and what is asked of it."""
+
+    public: float | None = None  # per second, on the machine of `PUBLIC_PROBE`
+    times: float | None = None  # asked: so many times the public rate
+    share: float | None = None  # asked: so much of the probe
+
+
+def probe() -> float:
+    """GFLOP/s of a 2048-square float32 matrix product, the best of five."""
+    import jax
+    import jax.numpy as jnp
+
+    a = jnp.ones((2048, 2048), jnp.float32) * 0.5
+    product = jax.jit(lambda a: a @ a)
+    product(a).block_until_ready()
+    best = float("inf")
+    for _ in range(5):
+        start = time.perf_counter()
+        product(a).block_until_ready()
+        best = min(best, time.perf_counter() - start)
+    return 2 * 2048**3 / best / 1e9
+
+
+def timed(step: Callable[[], Any], seconds: float) -> dict[str, Any]:
+    """Median seconds of ``step``, which returns arrays; its first call compiles."""
+    import jax
+    import numpy as np
+
+    before = probe()
+    start = time.perf_counter()
+    jax.block_until_ready(step())
+    compile_seconds = time.perf_counter() - start
+    times: list[float] = []
+    start = time.perf_counter()
+    while time.perf_counter() - start < seconds or len(times) < 3:
+        step_start = time.perf_counter()
+        jax.block_until_ready(step())
+        times.append(time.perf_counter() - step_start)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+    return {
+        "seconds": float(np.median(times)),
+        "compile_s": compile_seconds,
+        "peak_gib": peak,
+        "probe": [before, probe()],
+    }
+
+
+def collect(module: str, names: Iterable[str], seconds: float) -> Iterable[dict]:
+    """The results of ``module``'s rows, each from a process of its own."""
+    for name in names:
+        command = [sys.executable, "-m", module, "--row", name]
+        command += ["--seconds", str(seconds)]
+        out = subprocess.run(command, capture_output=True, text=True, check=False)
+        if out.returncode:
+            yield {"row": name, "failed": out.stderr.strip().splitlines()[-1]}
+        else:
+            yield json.loads(out.stdout.strip().splitlines()[-1])
+
+
+COLUMNS = (
+    "row",
+    "per s",
+    "share",
+    "asked",
+    "to public",
+    "asked",
+    "compile",
+    "peak GiB",
+    "probe GFLOP/s",
+)
+
+
+def show(results: Iterable[dict], targets: dict[str, Target], markdown: bool) -> int:
+    """Print the table as its rows come; returns how many rows failed to run."""
+    failed = 0
+    _line(COLUMNS, markdown)
+    if markdown:
+        _line(["---"] * len(COLUMNS), markdown)
+    for result in results:
+        if "failed" in result:
+            failed += 1
+            _line([result["row"], result["failed"]], markdown)
+            continue
+        target = targets.get(result["row"], Target())
+        to_public = ""
+        if target.public:
+            ratio = result["rate"] / max(result["probe"])
+            to_public = f"{ratio / (target.public / PUBLIC_PROBE):.2f}x"
+        cells = [
+            result["row"],
+            f"{result['rate']:.2f}",
+            f"{100 * result['share']:.1f}%",
+            f"{100 * target.share:.0f}%" if target.share else "",
+            to_public,
+            f"{target.times:g}x" if target.times else "",
+            f"{result['compile_s']:.0f} s",
+            f"{result['peak_gib']:.2f}",
+            "-".join(f"{p:.0f}" for p in sorted(result["probe"])),
+        ]
+        _line(cells, markdown)
+    return failed
+
+
+def _line(cells: Iterable[str], markdown: bool) -> None:
+    if markdown:
+        print("| " + " | ".join(cells) + " |", flush=True)
+        return
+    widths = (28, 9, 8, 7, 11, 7, 9, 10, 15)
+    pairs = zip(cells, widths, strict=False)
+    first, *rest = [(cell, width) for cell, width in pairs]
+    line = f"{first[0]:{first[1]}}" + "".join(f"{c:>{w}}" for c, w in rest)
+    print(line.rstrip(), flush=True)
+
+
+def run(
+    doc: str,
+    tables: dict[str, tuple[Iterable[str], dict[str, Target]]],
+    measure: Callable[[str, float], dict] | None = None,
+) -> None:
+    """The command line of a benchmark made of rows.
+
+    Args:
+      doc: the module's docstring; its first line is the help's.
+      tables: for each module, its rows' names and their targets.
+      measure: what times one row, in the module that owns it.
+    """
+    parser = argparse.ArgumentParser(description=doc.split("\n")[0])
+    parser.add_argument("only", nargs="?", default="", help="rows containing this")
+    parser.add_argument("--seconds", type=float, default=10, help="timed, per row")
+    parser.add_argument("--markdown", action="store_true", help="a table for the docs")
+    parser.add_argument("--row", help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.row and measure:
+        print(json.dumps(measure(arguments.row, arguments.seconds)))
+        return
+    targets = {k: v for _, own in tables.values() for k, v in own.items()}
+    results = (
+        result
+        for module, (names, _) in tables.items()
+        for result in collect(
+            module, [n for n in names if arguments.only in n], arguments.seconds
+        )
+    )
+    if show(results, targets, arguments.markdown):
+        sys.exit(1)
