@@ -15,9 +15,9 @@ import optax
 
 import metalstm
 from experiments import report
-from experiments.config import to_json
 from experiments.reptile_gradients import Config, combinations
 from experiments.run_folder import write_json
+from experiments.small_study import recipe
 from metalstm import algorithms, data, learners
 from metalstm.algorithms.gradient_based import fixed_sgd
 from metalstm.data import Dataset, EpisodeSpec
@@ -129,7 +129,7 @@ def run(config: Config, folder: Path) -> None:
         for name, one in found.items()
     }
     results = {
-        "config": to_json(config),
+        "config": recipe(config),
         "combinations": shown,
         "data": {"name": study.dataset.name, "checksum": study.dataset.checksum},
         "versions": report.versions(),

@@ -45,16 +45,16 @@ class Config:
     """Images of a minibatch."""
     inner_rate: float = 0.05
     """SGD's inside, in meta-training and at meta-test."""
-    outer_rates: tuple[float, ...] = (0.02, 0.06, 0.2)
+    outer_rates: tuple[float, ...] = (0.005, 0.02, 0.08)
     """SGD's outside, of which each combination gets its best."""
     test_updates: int = 10
     """Updates on the whole support set in validation and test."""
     filters: int = 16
     """Of the strided Conv4 with layer norm."""
-    meta_steps: int = 3_000
+    meta_steps: int = 800
     """Meta-steps, of one task each."""
-    validate_every: int = 500
-    validation_episodes: int = 100
+    validate_every: int = 200
+    validation_episodes: int = 60
     test_episodes: int = 600
     seed: int = 0
     preset: str | None = None
@@ -69,9 +69,8 @@ class Config:
 PRESETS: dict[str, dict[str, Any]] = {
     "demo": {
         "inner_batches": 2,
-        "outer_rates": (0.06,),
+        "outer_rates": (0.02,),
         "meta_steps": 400,
-        "validate_every": 200,
         "validation_episodes": 50,
     },
 }

@@ -6,7 +6,7 @@ once is the best answer before it has seen a task, since it predicts their mean,
 stays near it when it is fine-tuned; meta-learned ones are worse there and far better
 after a few gradient steps.
 
-    python -m experiments.sinusoids                  # all methods, some minutes
+    python -m experiments.sinusoids                  # four methods, minutes
     python -m experiments.sinusoids --preset demo    # two methods, under two minutes
 
 One learner (MLP 40-40, ReLU) and one budget for all: the same meta-training tasks in
@@ -40,7 +40,7 @@ METHODS = {
 
 @dataclass(frozen=True)
 class Config:
-    methods: tuple[str, ...] = ("maml", "fomaml", "reptile", "meta-sgd", "joint")
+    methods: tuple[str, ...] = ("maml", "fomaml", "reptile", "joint")
     """Which to compare, besides scratch, which is always there."""
     shot: int = 10
     """Points of a task that a method adapts to in meta-training; as many more judge."""
@@ -59,7 +59,7 @@ class Config:
     meta_steps: int = 4_000
     """Meta-steps of a final run."""
     tuning_steps: int = 500
-    """Meta-steps of a trial of rates."""
+    """Meta-steps of a trial of rates (joint: --meta-steps)."""
     tasks: int = 25
     """Tasks of a meta-step."""
     inits: int = 5

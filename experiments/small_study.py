@@ -78,6 +78,12 @@ def check_ranges(
                 raise ValueError(f"{flag} {part:g}: choose {lowest[name]:g} or more")
 
 
+def recipe(config: Any) -> dict[str, Any]:
+    """The options as JSON, without those that say nothing of the result."""
+    left_out = {"workdir", "data_dir", "debug"}
+    return {name: v for name, v in to_json(config).items() if name not in left_out}
+
+
 def run_command(
     name: str,
     parse_arguments: Callable[[list[str]], Any],

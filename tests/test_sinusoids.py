@@ -104,6 +104,22 @@ def test_tasks_are_the_same_whatever_the_initialisation():
     np.testing.assert_allclose(total, different, rtol=1e-5)
 
 
+def test_every_method_takes_a_meta_step_from_state_to_state():
+    names = tuple(name for name in sinusoids.METHODS if name != "scratch")
+    config = sinusoids.Config(
+        methods=names, shot=2, widths=(3,), inner_steps=1, reptile_steps=1, tasks=2
+    )
+    rate = jnp.float32(0.01)
+    for name, method in methods.make_methods(config).items():
+        trainer = training.Trainer(method, config)
+        state = jax.eval_shape(trainer._start, rate, jnp.uint32(0))
+        after, metrics = jax.eval_shape(trainer._advance, state, rate, rate, rate)
+        assert after == state, name
+        assert metrics["loss"].shape == (trainer.call,), name
+        learns_rule = name in ("meta-sgd", "meta-lstm")
+        assert bool(jax.tree.leaves(state.params.rule)) == learns_rule, name
+
+
 def test_tables_by_hand():
     joint = np.zeros((2, 3, 2)) + np.array([1.0, 0.8])
     maml = np.zeros((2, 3, 2)) + np.array([2.0, 0.5])
@@ -116,6 +132,28 @@ def test_tables_by_hand():
     assert rows[1] == f"| maml | +1.100 ± {spread:.3f} | -0.200 ± 0.000 |"
     assert rows[2].endswith(f"| 0.500 to 0.700 ({0.1 * np.sqrt(2):.3f}) |")
     assert text.count("| joint") == 2, "no difference to itself"
+
+
+def test_explosions_are_counted_and_have_no_mean():
+    joint = np.ones((2, 3, 2))
+    maml = np.full((2, 3, 2), 0.5)
+    maml[0, 1, 1] = np.inf
+    text = study._tables(5, {"maml": maml, "joint": joint})
+    rows = [line for line in text.splitlines() if line.startswith("| maml")]
+    assert rows[0].endswith("| 0.500 ± 0.000 | median 0.500, 1 of 6 diverged |")
+    assert rows[1].endswith("| -0.500 ± 0.000 | diverged |")
+    assert rows[2].endswith("| diverged |")
+
+
+def test_what_is_read_back_marks_explosions(tmp_path):
+    errors = np.array([[[1.0, np.nan], [2.0, 1e9]]])
+    empty = np.array([])
+    found = Found(empty, empty, empty, {3: errors}, empty, 7, 1.5)
+    study._save(tmp_path / "methods" / "x.npz", found)
+    config = sinusoids.Config(test_shots=(3,))
+    again = study._load(tmp_path / "methods" / "x.npz", config)
+    np.testing.assert_array_equal(again.errors[3], [[[1, np.inf], [2, np.inf]]])
+    assert (again.meta_parameters, again.cpu_seconds) == (7, 1.5)
 
 
 def test_a_rate_at_the_edge_of_its_grid_is_marked():

@@ -55,7 +55,7 @@ def function_figure(
         for axes, (name, found) in zip(row, functions.items(), strict=True):
             axes.plot(grid, task["curve"], color="grey", lw=4, alpha=0.35, label="task")
             for number, step in enumerate(steps):
-                label = f"{step} updates" if step else "before"
+                label = _updates(step) if step else "before"
                 style: dict[str, Any] = {"lw": 1.4, "ls": "-" if number else ":"}
                 colour = _COLOURS[-1] if not number else _COLOURS[number - 1]
                 axes.plot(grid, found[index, step], color=colour, label=label, **style)
@@ -81,11 +81,15 @@ def spread_figure(
             colour = _COLOURS[index % len(_COLOURS)]
             axes.plot(np.full(len(means), index), means, "o", color=colour, alpha=0.6)
             axes.hlines(means.mean(), index - 0.3, index + 0.3, color=colour)
-        axes.set(yscale="log", title=f"{step} updates", xticks=range(len(errors)))
+        axes.set(yscale="log", title=_updates(step), xticks=range(len(errors)))
         axes.set_xticklabels(errors, rotation=45, ha="right", fontsize=8)
         axes.grid(alpha=0.3, which="both", axis="y")
     figure.axes[0].set_ylabel(f"mean squared error, {shot} points")
     return figure
+
+
+def _updates(number: int) -> str:
+    return f"{number} update" + "s" * (number != 1)
 
 
 def _figure(size: tuple[float, float]) -> Figure:

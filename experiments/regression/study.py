@@ -11,17 +11,18 @@ import jax.numpy as jnp
 import numpy as np
 
 from experiments import report
-from experiments.config import to_json
 from experiments.regression import figures
 from experiments.regression.methods import Method, make_methods
 from experiments.regression.training import Found, grid_of, study_method
 from experiments.run_folder import write_json
 from experiments.sinusoids import Config
+from experiments.small_study import recipe
 from metalstm.data import SinusoidSpec, episode_key
 from metalstm.evaluation import mean_and_ci95
 from metalstm.files import whole_file
 
 _REFERENCE = "joint"
+_DIVERGED = 1e3  # no target is beyond 5, so an error above this is an explosion
 
 
 def run(config: Config, folder: Path) -> None:
@@ -48,7 +49,7 @@ def run(config: Config, folder: Path) -> None:
     write_json(
         folder / "results.json",
         {
-            "config": to_json(config),
+            "config": recipe(config),
             "methods": {n: _summary(f, methods[n]) for n, f in found.items()},
             "versions": report.versions(),
             "device": f"{jax.devices()[0].device_kind}, {os.cpu_count()} cores",
@@ -96,7 +97,7 @@ def _tables(shot: int, errors: dict[str, np.ndarray]) -> str:
     lines = [f"{shot} support points: mean squared error after as many updates", ""]
     lines += [f"| method | {columns} |", bar]
     for name, found in errors.items():
-        cells = [_number(*mean_and_ci95(found[..., s].mean(0))) for s in steps]
+        cells = [_error(found[..., s]) for s in steps]
         lines.append(f"| {name} | {' | '.join(cells)} |")
     if _REFERENCE in errors:
         lines += ["", f"Paired difference to {_REFERENCE}, negative is better:", ""]
@@ -104,24 +105,39 @@ def _tables(shot: int, errors: dict[str, np.ndarray]) -> str:
         for name, found in errors.items():
             if name == _REFERENCE:
                 continue
-            difference = (found - errors[_REFERENCE]).mean(0)
-            cells = [_number(*mean_and_ci95(difference[:, s]), "+") for s in steps]
+            cells = [
+                _difference(found[..., s], errors[_REFERENCE][..., s]) for s in steps
+            ]
             lines.append(f"| {name} | {' | '.join(cells)} |")
     lines += ["", "Over initialisations of theta_0: lowest to highest mean (std):", ""]
     lines += [f"| method | {columns} |", bar]
     for name, found in errors.items():
-        means = found.mean(1)
-        cells = [
-            f"{means[:, s].min():.3f} to {means[:, s].max():.3f} "
-            f"({means[:, s].std(ddof=1):.3f})"
-            for s in steps
-        ]
+        cells = [_spread(found[..., s]) for s in steps]
         lines.append(f"| {name} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
-def _number(mean: float, ci95: float, sign: str = "") -> str:
-    return f"{mean:{sign}.3f} ± {ci95:.3f}"
+def _error(found: np.ndarray) -> str:
+    """The mean over tasks; with explosions, which have no mean, the median."""
+    lost = int((~np.isfinite(found)).sum())
+    if lost:
+        return f"median {np.median(found):.3f}, {lost} of {found.size:,} diverged"
+    mean, ci95 = mean_and_ci95(found.mean(0))
+    return f"{mean:.3f} ± {ci95:.3f}"
+
+
+def _difference(found: np.ndarray, reference: np.ndarray) -> str:
+    if not np.isfinite([found, reference]).all():
+        return "diverged"
+    mean, ci95 = mean_and_ci95((found - reference).mean(0))
+    return f"{mean:+.3f} ± {ci95:.3f}"
+
+
+def _spread(found: np.ndarray) -> str:
+    if not np.isfinite(found).all():
+        return "diverged"
+    means = found.mean(1)
+    return f"{means.min():.3f} to {means.max():.3f} ({means.std(ddof=1):.3f})"
 
 
 def _training_table(found: dict[str, Found], methods: dict[str, Method]) -> str:
@@ -157,11 +173,21 @@ def _at_the_edge(found: Found, method: Method) -> tuple[str, str]:
 def _summary(found: Found, method: Method) -> dict[str, Any]:
     by_shot = {}
     for shot, errors in found.errors.items():
-        pairs = [mean_and_ci95(errors[..., s].mean(0)) for s in range(errors.shape[-1])]
+        steps = range(errors.shape[-1])
+        whole = [bool(np.isfinite(errors[..., s]).all()) for s in steps]
+        pairs = [
+            mean_and_ci95(errors[..., s].mean(0)) if whole[s] else (None, None)
+            for s in steps
+        ]
         by_shot[str(shot)] = {
             "mean": [mean for mean, _ in pairs],
             "ci95": [ci95 for _, ci95 in pairs],
-            "mean_of_each_init": errors.mean(1).tolist(),
+            "median": np.median(errors, (0, 1)).tolist(),
+            "diverged": (~np.isfinite(errors)).sum((0, 1)).tolist(),
+            "mean_of_each_init": [
+                [float(x) if np.isfinite(x) else None for x in means]
+                for means in errors.mean(1)
+            ],
         }
     return {
         "errors": by_shot,
@@ -190,6 +216,7 @@ def _load(path: Path, config: Config) -> Found:
     with np.load(path) as saved:
         fields = {k: saved[k] for k in Found._fields if k != "errors"}
         errors = {shot: saved[f"errors_{shot}"] for shot in config.test_shots}
+    errors = {s: np.where(e < _DIVERGED, e, np.inf) for s, e in errors.items()}
     whole = {"meta_parameters": int, "cpu_seconds": float}
     fields = {k: whole[k](v) if k in whole else v for k, v in fields.items()}
     return Found(errors=errors, **fields)

@@ -190,7 +190,7 @@ def study_method(method: Method, config: Config, say: Callable[[str], None]) -> 
     for rates in method.trials:
         # an initialisation that no final run has
         params, _ = trainer.train(
-            rates, config.seed + config.inits, config.tuning_steps
+            rates, config.seed + config.inits, method.tuning_steps
         )
         errors = validate(
             params, rates[0], "validation", config.validation_tasks
