@@ -1,12 +1,13 @@
 # make demo    learn to learn on letters, print a table, draw plots (minutes, no download)
 # make test    run the tests
 # make bench   measure speed and memory
+# make faults  kill, fill, damage and mislead; count what survives (half an hour)
 # make lint    format check, lint, type check
 #
 # Each makes .venv when there is none. PYTHON=/path/to/python chooses another Python;
-# ARGS="..." goes to the command, e.g. make test ARGS="tests/test_inner.py -k remat"
+# ARGS="..." goes to the command, e.g. make test ARGS="tests/test_inner.py -k memory"
 .DEFAULT_GOAL := help
-.PHONY: help demo test bench lint format clean
+.PHONY: help demo test bench faults lint format clean
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -42,10 +43,13 @@ test: $(VENV)/.installed-dev
 	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile $(ARGS)
 
 bench: $(VENV)/.installed-experiments
-	$(BIN)/python -m benchmarks.episodes $(ARGS)
 	$(BIN)/python -m benchmarks.alternatives
 	$(BIN)/python -m benchmarks.convolutions --quick
-	$(BIN)/python -m benchmarks.learned_optimizers
+	$(BIN)/python -m benchmarks.roofline
+	$(BIN)/python -m benchmarks.speed $(ARGS)
+
+faults: $(VENV)/.installed-dev
+	$(BIN)/python -m tests.faults $(ARGS)
 
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff format --check

@@ -45,6 +45,7 @@ def load(monkeypatch, tmp_path):
     return run
 
 
+@pytest.mark.fault("labels out of range, or none")
 @pytest.mark.parametrize("grouped", [True, False])
 def test_a_label_that_is_no_class_is_refused(load, grouped):
     with pytest.raises(
@@ -53,6 +54,7 @@ def test_a_label_that_is_no_class_is_refused(load, grouped):
         load(builder(0, 1, 2, 3), grouped=grouped)
 
 
+@pytest.mark.fault("labels out of range, or none")
 def test_images_without_a_label_are_counted_or_refused(load):
     made = builder(0, -1, 1, 2, -1)
     assert load(made).info == {"tfds": "toy", "unlabelled": 2}
@@ -62,6 +64,7 @@ def test_images_without_a_label_are_counted_or_refused(load):
         load(builder(), grouped=False)
 
 
+@pytest.mark.fault("empty classes")
 def test_an_empty_class_stands_in_the_info(load):
     made = builder(0, 1, 2, names=("a", "b", "c", "d"))
     assert load(made).info == {"tfds": "toy"}  # d is not asked for
@@ -72,6 +75,7 @@ def test_an_empty_class_stands_in_the_info(load):
         load(builder(0, 2, 2))
 
 
+@pytest.mark.fault("NaN, Inf and values that are no bytes")
 @pytest.mark.parametrize("grouped", [True, False])
 @pytest.mark.parametrize(
     ("image", "message"),
@@ -93,6 +97,7 @@ def test_whole_numbers_of_any_type_are_bytes():
     assert as_bytes(np.eye(2, dtype=bool), "x").tolist() == [[1, 0], [0, 1]]
 
 
+@pytest.mark.fault("images of several sizes")
 def test_classes_of_other_image_sizes_are_not_stretched():
     classes = [np.zeros((2, 4, 4, 3), np.uint8), np.ones((2, 1, 4, 3), np.uint8)]
     with pytest.raises(ValueError, match=r"images\[1\] are of shape \[1, 4, 3\] and "):
@@ -101,17 +106,20 @@ def test_classes_of_other_image_sizes_are_not_stretched():
         make_pool([classes[0], classes[0][:0]])
 
 
+@pytest.mark.fault("NaN, Inf and values that are no bytes")
 def test_statistics_that_are_not_finite_are_refused():
     for mean, std in ((float("nan"), 1.0), (0.0, float("nan")), (0.0, float("inf"))):
         with pytest.raises(ValueError, match="deviations, finite and the latter above"):
             EpisodeSpec(2, 1, normalise=((mean,), (std,)))
 
 
+@pytest.mark.fault("NaN, Inf and values that are no bytes")
 def test_a_query_without_an_answer_is_not_correct():
     scores = jnp.array([[1.0, 0.0], [jnp.nan, 0.0], [0.0, -jnp.inf], [0.0, jnp.nan]])
     assert accuracy(scores, jnp.array([0, 0, 0, 0])) == 0.5
 
 
+@pytest.mark.fault("NaN, Inf and values that are no bytes")
 def test_a_predictor_refuses_images_with_nan():
     from metalstm.runs import Predictor
 
@@ -161,6 +169,7 @@ CORRUPT = {
 }
 
 
+@pytest.mark.fault("corrupt image files")
 @pytest.mark.parametrize("kind", CORRUPT)
 def test_files_that_are_no_images_are_named_or_skipped(tmp_path, kind):
     root = tree(tmp_path / "x")
@@ -173,6 +182,7 @@ def test_files_that_are_no_images_are_named_or_skipped(tmp_path, kind):
     assert dataset.info["skipped_files"] == [str(root / "class2" / "2.png")]
 
 
+@pytest.mark.fault("corrupt image files")
 def test_all_corrupt_files_are_counted_and_the_first_named(tmp_path):
     root = tree(tmp_path / "x")
     for c in range(4):

@@ -94,6 +94,7 @@ def test_classes_of_unequal_size_are_sampled_within_their_counts(tmp_path):
     assert np.asarray(x)[..., 2].min() == 1  # padding is black
 
 
+@pytest.mark.fault("images of several sizes")
 def test_sizes_are_mixed_turned_and_grey(tmp_path):
     root = tmp_path / "x"
     for c in range(3):
@@ -131,6 +132,7 @@ def test_the_cache_notices_changed_files(tmp_path):
     assert load(root, tmp_path).checksum != before.checksum
 
 
+@pytest.mark.fault("corrupt image files")
 def test_a_corrupt_file_is_named_or_skipped_on_request(tmp_path):
     root = tree(tmp_path / "x", 4, 4)
     broken = root / "class2" / "2.png"
@@ -150,6 +152,7 @@ def test_a_corrupt_file_is_named_or_skipped_on_request(tmp_path):
         load(root, tmp_path, skip_corrupt=True)
 
 
+@pytest.mark.fault("empty classes")
 def test_folders_that_cannot_work_are_refused(tmp_path):
     with pytest.raises(
         FileNotFoundError, match=r"no folder .*nowhere; give one with a"

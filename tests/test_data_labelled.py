@@ -90,6 +90,7 @@ def test_without_a_test_split_some_of_train_is_held_out(folder, tmp_path):
     assert pixels[0] | pixels[1] == set(range(18))
 
 
+@pytest.mark.fault("images of several sizes")
 def test_images_of_several_sizes_are_resized_on_request(folder, tmp_path):
     with pytest.raises(
         ValueError, match=r"several sizes, such as .*; choose an image_"

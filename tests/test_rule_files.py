@@ -259,6 +259,7 @@ def rewrite(path: Path, change, *, arrays=None, compress=False) -> None:
     (np.savez_compressed if compress else np.savez)(path, **members)
 
 
+@pytest.mark.fault("a rule file that is none (pickles, bombs, wrong JSON)")
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -280,6 +281,7 @@ def test_a_changed_header_is_noticed(file, change, message):
         rules.load_rule(file)
 
 
+@pytest.mark.fault("a rule file that is none (pickles, bombs, wrong JSON)")
 @pytest.mark.parametrize(
     ("spec", "message"),
     [
@@ -301,6 +303,7 @@ def test_a_file_signed_with_another_spec_is_refused(file, spec, message):
         rules.load_rule(file)
 
 
+@pytest.mark.fault("a rule file that is none (pickles, bombs, wrong JSON)")
 def test_other_files_are_refused_by_name(tmp_path, file):
     with pytest.raises(
         FileNotFoundError, match=r"no rule file .*absent.npz: save_rule"
@@ -320,6 +323,7 @@ def test_other_files_are_refused_by_name(tmp_path, file):
         rules.load_rule(file)
 
 
+@pytest.mark.fault("a rule file that is none (pickles, bombs, wrong JSON)")
 def test_sizes_and_names_are_checked_before_anything_is_read(tmp_path):
     path = tmp_path / "big.npz"
     with zipfile.ZipFile(path, "w") as archive:
@@ -347,6 +351,7 @@ def test_sizes_and_names_are_checked_before_anything_is_read(tmp_path):
         rules.load_rule(path)
 
 
+@pytest.mark.fault("a rule file that is none (pickles, bombs, wrong JSON)")
 @pytest.mark.parametrize("share", [0.0, 0.1, 0.5, 0.99])
 def test_a_truncated_file_is_noticed(file, share):
     data = file.read_bytes()

@@ -120,6 +120,7 @@ def test_a_folder_that_cannot_be_written_is_named(tmp_path):
         pytest.fail("a folder inside a file")
 
 
+@pytest.mark.fault("config.json or metrics.jsonl that is none")
 @pytest.mark.parametrize("text", ["", '{"config": ', "[]", '{"config": 3}', "\xff"])
 def test_a_damaged_config_is_named(tmp_path, text):
     (tmp_path / "config.json").write_bytes(text.encode("latin-1"))
@@ -137,6 +138,7 @@ def test_a_run_goes_on_with_its_own_data_only(tmp_path):
     assert "put the data back as they were" in str(e.value)
 
 
+@pytest.mark.fault("config.json or metrics.jsonl that is none")
 def test_lines_of_metrics_that_are_none_are_left_out(tmp_path):
     metrics = run_folder.Metrics(tmp_path)
     metrics.write("maml", "train", 10, loss=1.0)
