@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from experiments.config import Config, from_json, read_config
-from experiments.methods import METHODS, Spec
+from experiments.methods import METHODS, Spec, config_for, pretrainings
 from experiments.sources import Source
+from metalstm import checkpoints
 
 
 class SavedMethod(NamedTuple):
@@ -68,7 +69,7 @@ def choose_methods(runs: Sequence[SavedRun], names: Sequence[str]) -> list[Saved
     for run, folder in zip(runs, short, strict=True):
         for name in (n for n in run.specs if n in names):
             label = name if in_runs.count(name) == 1 else f"{name} ({folder})"
-            trained = run.results.get(name, {}).get("meta_training") or {}
+            trained = _meta_training(run, name)
             spec = run.specs[name]
             found.append(
                 SavedMethod(label, name, run.folder, spec, run.config, trained)
@@ -77,6 +78,21 @@ def choose_methods(runs: Sequence[SavedRun], names: Sequence[str]) -> list[Saved
         have = ", ".join(dict.fromkeys(in_runs))
         raise ValueError(f"--algorithms {', '.join(names)}: the runs have {have}")
     return found
+
+
+def _meta_training(run: SavedRun, name: str) -> Mapping[str, Any]:
+    """What was spent on a method: by its results, or before them by its checkpoint."""
+    if name in run.results:
+        return run.results[name]["meta_training"] or {}
+    _, uses = pretrainings(run.config, run.specs)
+    trained = uses.get(name, name)
+    own = config_for(run.config, name)
+    state = run.folder / "checkpoints" / trained / "state"
+    step = checkpoints.latest(state)
+    if step is None:
+        return {}
+    seconds = checkpoints.read_metadata(state)["seconds"]
+    return {"episodes": step * own.budget.meta_batch, "wall_seconds": seconds}
 
 
 def names_in(runs: Sequence[SavedRun]) -> tuple[str, ...]:

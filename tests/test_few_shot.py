@@ -29,6 +29,7 @@ from experiments import (
     shots_and_ways,
 )
 from experiments.command_line import as_flags, parse
+from experiments.saved_methods import choose_methods, read_runs
 from metalstm import data, runs
 
 ROOT = Path(__file__).parents[1]
@@ -425,6 +426,11 @@ def test_runs_of_several_folders_become_one_table(finished, tmp_path, capsys):
     assert [r["meta_training_episodes"] for r in rows] == [None, 40, None]
     spent = results["meta-lstm"]["meta_training"]["wall_seconds"]
     assert meta_lstm["meta_training_seconds"] == spent
+    # of a run that was stopped: by its checkpoint
+    (folders[1] / "results.json").unlink()
+    stopped = choose_methods(read_runs(folders[1:]), ["meta-lstm"])[0].meta_training
+    assert stopped["episodes"] == 40
+    assert stopped["wall_seconds"] == pytest.approx(spent, rel=0.2)
     assert stem.with_suffix(".md").exists()
     assert stem.with_suffix(".csv").exists()
 
