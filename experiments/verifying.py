@@ -122,6 +122,10 @@ def _choose(run: SavedRun, wanted: Sequence[str]) -> list[str]:
 
 def _identities(config: Config, run: SavedRun) -> Identities:
     shape = tuple(run.data["image_shape"])
+    trained_on = run.config.data.data_dir
+    places = [path and path.resolve() for path in (trained_on, config.data_dir)]
+    if config.dataset != "run" and places[0] == places[1]:
+        print("note: the run was trained on some of these identities")
     if config.dataset == "arrays":
         assert config.data_dir is not None
         x, y = data.read_arrays(config.data_dir)

@@ -97,7 +97,7 @@ def test_a_run_is_verified_on_the_classes_it_tests_on(run, capsys):
     assert "verification.json and verification.png in" in printed
 
 
-def test_other_identities_from_a_file_and_from_folders(run, tmp_path):
+def test_other_identities_from_a_file_and_from_folders(run, tmp_path, capsys):
     from PIL import Image
 
     x, y = people(7, 5, "b")
@@ -115,6 +115,11 @@ def test_other_identities_from_a_file_and_from_folders(run, tmp_path):
         assert list(found["methods"]) == ["prototypical", "pixels"]
         assert {m["similarity"] for m in found["methods"].values()} == {"cosine"}
         assert found["methods"]["pixels"]["equal_error_rate"] < 0.2
+    trained = "note: the run was trained on some of these identities"
+    assert trained not in capsys.readouterr().out
+    flags = ("--dataset", "arrays", "--data-dir", run / "people.npz", *chosen)
+    assert command(run, *flags) == 0
+    assert trained in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
