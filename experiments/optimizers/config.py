@@ -138,6 +138,9 @@ class Budget:
     updates. What is left of --meta-steps has --unroll and --horizon."""
     second_order: bool = False
     """Differentiate through the inner gradients."""
+    memory: Literal["plain", "remat", "mixed", "segments"] = "mixed"
+    """What the updates of a meta-step keep for their derivative, from most to least;
+    for an --unroll of hundreds: segments. docs/memory.md has the figures."""
     loss_transform: Literal["none", "log", "relative"] = "none"
     """Of the losses of a trajectory, before they are averaged."""
     weights: Literal["uniform", "linear"] = "uniform"
@@ -236,7 +239,8 @@ def may_change(config: Config) -> tuple[str, ...]:
     names = [
         *(f"run.{name}" for name in vars(config.run) if name != "seed"),
         *(f"test.{name}" for name in vars(config.test) if name != "steps"),
-        *MAY_CHANGE, "problem.data_dir", "budget.minutes", "rule.rules",
+        *MAY_CHANGE, "problem.data_dir", "budget.memory", "budget.minutes",
+        "rule.rules",
     ]  # fmt: skip
     fixed = config.budget.schedule == "cosine" or config.budget.first_horizon
     return (*names,) if fixed else (*names, "budget.meta_steps")

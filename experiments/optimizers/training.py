@@ -90,6 +90,7 @@ def _algorithm(
         estimator=budget.estimator,
         pes_std=budget.pes_std,
         stagger=budget.stagger,
+        memory=budget.memory,
     )
 
 
