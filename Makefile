@@ -45,6 +45,7 @@ test: $(VENV)/.installed-dev
 bench: $(VENV)/.installed-experiments
 	$(BIN)/python -m benchmarks.alternatives
 	$(BIN)/python -m benchmarks.convolutions --quick
+	$(BIN)/python -m benchmarks.memory --quick
 	$(BIN)/python -m benchmarks.roofline
 	$(BIN)/python -m benchmarks.speed $(ARGS)
 
