@@ -99,10 +99,11 @@ def _check(options: Options, script: list[str]) -> None:
 
 
 class Worker:
-    """One process, its log, and a thread that copies its output there."""
+    """One process, its log, and when it ended: the first to die took the others."""
 
     def __init__(self, index: int, command: list[str], env: dict[str, str], log: Path):
         self.index, self.log = index, log
+        self.ended: float | None = None
         # a session of its own: Ctrl-C reaches it through this process alone
         self.process = subprocess.Popen(
             command,
@@ -112,7 +113,13 @@ class Worker:
             start_new_session=True,
         )
         self._copier = threading.Thread(target=self._copy, daemon=True)
+        self._waiter = threading.Thread(target=self._wait, daemon=True)
         self._copier.start()
+        self._waiter.start()
+
+    def _wait(self) -> None:
+        self.process.wait()
+        self.ended = time.monotonic()
 
     def _copy(self) -> None:
         assert self.process.stdout is not None
@@ -130,7 +137,7 @@ class Worker:
             self.process.send_signal(number)
 
     def close(self) -> None:
-        self.process.wait()
+        self._waiter.join()
         self._copier.join(timeout=_GRACE)
 
     def fate(self) -> str:
@@ -184,21 +191,24 @@ def _free_port() -> int:
 
 def _watch(workers: list[Worker], options: Options, script: list[str]) -> int:
     """Wait until all have ended well, or one has not; return its exit status."""
-    first_end = None
     while True:
-        states = [worker.process.poll() for worker in workers]
-        for worker, state in zip(workers, states, strict=True):
-            if state not in (None, 0, _SAVED):
-                return _report(worker, workers, options, script)
-        ended = [w for w, s in zip(workers, states, strict=True) if s is not None]
+        ended = _in_order(workers)
+        died = [w for w in ended if w.process.returncode not in (0, _SAVED)]
+        if died:
+            return _report(died[0], workers, options, script)
         if len(ended) == len(workers):
             return max(worker.process.returncode for worker in workers)
-        # interrupted before it had found the others, it leaves them waiting
-        if any(worker.process.returncode == _SAVED for worker in ended):
-            first_end = first_end or time.monotonic()
-            if time.monotonic() - first_end > _LAST_SAVE:
-                return _report(ended[0], workers, options, script)
+        # interrupted before it had found the others, one leaves them waiting
+        saved = [w for w in ended if w.process.returncode == _SAVED]
+        if saved and time.monotonic() - (saved[0].ended or 0) > _LAST_SAVE:
+            return _report(saved[0], workers, options, script)
         time.sleep(_POLL)
+
+
+def _in_order(workers: list[Worker]) -> list[Worker]:
+    """Those that have ended, the first to end first."""
+    ended = [(w.ended, w.index) for w in workers if w.ended is not None]
+    return [workers[index] for _, index in sorted(ended)]
 
 
 def _report(
@@ -217,14 +227,12 @@ def _report(
         )
     # of the same mistake the others die by themselves, and say so in their logs
     deadline = time.monotonic() + _GRACE
-    while any(w.process.poll() is None for w in workers):
-        if time.monotonic() > deadline:
-            break
+    while any(w.ended is None for w in workers) and time.monotonic() < deadline:
         time.sleep(_POLL)
-    running = [w for w in workers if w.process.poll() is None]
+    running = [worker for worker in workers if worker.ended is None]
     _stop(running, signal.SIGKILL)  # a checkpoint is whole or not there
     for worker in running:
-        worker.process.wait()
+        worker.close()
     if running:
         names = ", ".join(str(worker.index) for worker in running)
         print(f"stopped the others, which waited for it: {names}")
@@ -260,7 +268,7 @@ def _run_folder(log: Path) -> str | None:
 
 def _stop(workers: Sequence[Worker], number: int) -> None:
     for worker in workers:
-        if worker.process.poll() is None:
+        if worker.ended is None:
             worker.send(number)
 
 

@@ -224,6 +224,19 @@ def test_the_launcher_names_a_process_that_was_not_heard_of(
     assert "process 1 was not heard of for 7 seconds: it hung" in out
 
 
+def test_the_launcher_blames_the_first_to_die(tmp_path, monkeypatch, capsys):
+    """A broken connection ends the others in no time: here before anybody looks."""
+    name = script(
+        tmp_path,
+        monkeypatch,
+        p0="time.sleep(0.6); sys.exit(1)",
+        p1="time.sleep(0.3); import os; os.kill(os.getpid(), 9)",
+    )
+    monkeypatch.setattr(launch, "_POLL", 3.0)
+    assert launched(tmp_path, name) == 128 + 9
+    assert "process 1 (pid" in capsys.readouterr().out
+
+
 def test_the_launcher_returns_the_status_of_a_mistake(tmp_path, monkeypatch, capsys):
     name = script(tmp_path, monkeypatch, p0="sys.exit(2)", p1="sys.exit(2)")
     assert launched(tmp_path, name) == 2
