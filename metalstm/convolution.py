@@ -61,9 +61,9 @@ def conv2d(
       strides: of both image axes.
       padding: "SAME" or "VALID".
       method: "xla" is `lax.conv_general_dilated`; "slices" is one matrix product of the
-        shifted images, for any kernel and stride; "blocked" does the same for a few
-        images at a time, for 3x3 kernels with stride 1 and padding "SAME". None asks
-        `default_method`.
+        shifted images, for any kernel and stride; "blocked" does so a few images at a
+        time for the kernel's derivative and for few input channels, the rest being
+        "xla": for 3x3 kernels, stride 1 and padding "SAME". None asks `default_method`.
 
     Returns:
       [N, H', W', O].
