@@ -2,6 +2,7 @@
 
     python -m benchmarks.scaling              # every recipe
     python -m benchmarks.scaling prototypical # those whose name contains the word
+    python -m benchmarks.scaling meta-lstm --task-ms 787   # timed elsewhere
 
 Measured on this machine: the processor time of a meta-step of one task, sampling and
 optimizer included. (It is core-seconds, which other programs on the machine hardly
@@ -19,7 +20,7 @@ from __future__ import annotations
 
 import argparse
 import time
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 __all__ = ["LINKS", "Link", "Parts", "main", "ring_seconds", "step_seconds"]
 
@@ -74,40 +75,57 @@ def tasks_for(parts: Parts, hosts: int, link: Link, share: float = 0.1) -> int:
     return max(1, -int(-needed // parts.task))
 
 
-def measure(name: str, steps: int) -> Parts:
-    """The core-seconds of a step of one task, the least of ``steps``."""
-    import jax
+def build(name: str) -> tuple[Any, Any, Any]:
+    """The recipe's algorithm, the episodes of a task, and random images to draw from."""
     import jax.numpy as jnp
     import numpy as np
 
-    from metalstm import adam_clipped, algorithms, init_train_state, learners, rules
+    from metalstm import algorithms, learners, rules
     from metalstm.data import ClassPool, EpisodeSpec
-    from metalstm.training import make_train_loop
 
     recipe = RECIPES[name]
-    generator = np.random.default_rng(0)
-    images = generator.integers(0, 256, (20, 40, 84, 84, 3), dtype=np.uint8)
-    pool = ClassPool(jnp.asarray(images), jnp.full(20, 40, jnp.int32))
-    spec = EpisodeSpec(way=5, shot=recipe["shot"], queries=15)
-    learner = learners.conv4(5, 32, momentum=0.1)
     updates = recipe["steps"]
+    learner = learners.conv4(5, 32, momentum=0.1)
     if name.startswith("meta-lstm"):
         algorithm = algorithms.meta_lstm(learner, rules.lstm_gates(), num_steps=updates)
     elif name.startswith("maml"):
         algorithm = algorithms.maml(learner, 0.01, num_steps=updates)
     else:
         algorithm = algorithms.prototypical(learners.conv4(None, 32))
+    generator = np.random.default_rng(0)
+    images = generator.integers(0, 256, (20, 40, 84, 84, 3), dtype=np.uint8)
+    pool = ClassPool(jnp.asarray(images), jnp.full(20, 40, jnp.int32))
+    return algorithm, EpisodeSpec(way=5, shot=recipe["shot"], queries=15), pool
+
+
+def count_parameters(name: str) -> int:
+    """P: the numbers of the meta-gradient, nothing computed."""
+    import jax
+
+    algorithm, spec, pool = build(name)
+
+    def gradient(key: Any) -> Any:
+        episode = spec.sample(key, pool)
+        params = algorithm.init(key, episode)
+        carry = algorithm.init_carry(key, params, episode)
+        tasks = jax.tree.map(lambda leaf: leaf[None], (key, episode))
+        return algorithm.meta_gradient(params, carry, *tasks)[0]
+
+    leaves = jax.tree.leaves(jax.eval_shape(gradient, jax.random.key(0)))
+    return sum(leaf.size for leaf in leaves)
+
+
+def measure_task(name: str, steps: int) -> float:
+    """The core-seconds of a step of one task, the least of ``steps``."""
+    import jax
+
+    from metalstm import adam_clipped, init_train_state
+    from metalstm.training import make_train_loop
+
+    algorithm, spec, pool = build(name)
     optimizer = adam_clipped()
     episode = spec.sample(jax.random.key(0), pool)
     state = init_train_state(algorithm, optimizer, 0, episode)
-    gradient, _, _ = jax.eval_shape(
-        algorithm.meta_gradient,
-        state.params,
-        state.carry,
-        jax.random.split(jax.random.key(0), 1),
-        jax.tree.map(lambda leaf: leaf[None], episode),
-    )
-    count = sum(leaf.size for leaf in jax.tree.leaves(gradient))
     step = make_train_loop(algorithm, optimizer, spec, num_tasks=1)
     state, metrics = step(state, pool)
     jax.block_until_ready(metrics)
@@ -117,13 +135,13 @@ def measure(name: str, steps: int) -> Parts:
         state, metrics = step(state, pool)
         jax.block_until_ready(metrics)
         times.append(time.process_time() - begun)
-    return Parts(min(times), count)
+    return min(times)
 
 
 def print_model(name: str, parts: Parts, faster: float) -> None:
     parts = parts._replace(task=parts.task / faster)
     megabytes = 4 * parts.num_parameters / 1e6
-    said = f", {faster:g} times as fast as one core here" if faster != 1 else ""
+    said = f", {faster:g} times as fast" if faster != 1 else ""
     print(
         f"\n{name}: {1e3 * parts.task:.3g} ms a task{said}; P = "
         f"{parts.num_parameters:,} ({megabytes:.3g} MB)"
@@ -148,14 +166,18 @@ def main() -> None:
         "--faster",
         type=float,
         default=1000,
-        help="show the model also for devices so many times as fast as one core",
+        help="show the model also for devices so many times as fast",
+    )
+    parser.add_argument(
+        "--task-ms", type=float, help="milliseconds a task, where that is known already"
     )
     arguments = parser.parse_args()
     print("assumed links, each way and each hop:")
     for label, link in LINKS.items():
         print(f"  {label}: {link.bandwidth / 1e9:g} GB/s, {1e6 * link.latency:g} us")
     for name in (name for name in RECIPES if arguments.only in name):
-        parts = measure(name, arguments.steps)
+        task = (arguments.task_ms or 0) / 1e3 or measure_task(name, arguments.steps)
+        parts = Parts(task, count_parameters(name))
         for faster in dict.fromkeys((1.0, arguments.faster)):
             print_model(name, parts, faster)
 
