@@ -26,6 +26,8 @@ from typing import Annotated, Any, NamedTuple
 
 import tyro
 
+from experiments.compiled_programs import keep_compiled_programs
+
 NAME = "shots_and_ways.json"
 
 
@@ -81,6 +83,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             prog="python -m experiments.shots_and_ways",
         )
         check(config)
+        keep_compiled_programs()
         run(config)
     except KeyboardInterrupt:
         print("\nstopped; the same command goes on from here", file=sys.stderr)
