@@ -61,9 +61,9 @@ def conv2d(
       strides: of both image axes.
       padding: "SAME" or "VALID".
       method: "xla" is `lax.conv_general_dilated`; "slices" is one matrix product of the
-        shifted images, for any kernel and stride; "blocked" does so a few images at a
-        time for the kernel's derivative and for few input channels, the rest being
-        "xla": for 3x3 kernels, stride 1 and padding "SAME". None asks `default_method`.
+        shifted images, for any kernel and stride; "blocked" is "xla" but for
+        the kernel's derivative, there a matrix product of a few images at a time: for
+        3x3 kernels, stride 1 and padding "SAME". None asks `default_method`.
 
     Returns:
       [N, H', W', O].
@@ -142,19 +142,7 @@ def _slices(x: Array, kernel: Array, strides: int, padding: str) -> Array:
     return jnp.concatenate(shifted, -1) @ kernel.reshape(-1, filters)
 
 
-# The two bilinear maps, in plain JAX, for some images of one task.
-
-
-def _correlate_images(x: Array, kernel: Array) -> Array:
-    """x [n, H, W, C], kernel [3, 3, C, O] -> [n, H, W, O], for few channels."""
-    images, height, width, channels = x.shape
-    filters = kernel.shape[-1]
-    y = lax.dot_general(
-        _shifts(x, rows=True),
-        kernel.reshape(9 * channels, filters),
-        (((0,), (0,)), ((), ())),
-    )
-    return y.reshape(images, height, width, filters)
+# The kernel's derivative, in plain JAX, for some images of one task.
 
 
 def _outer_images(x: Array, g: Array) -> Array:
@@ -186,18 +174,17 @@ def _shifts(x: Array, *, rows: bool) -> Array:
     return jnp.concatenate(shifted).reshape(len(shifted) * channels, -1)
 
 
-# The same for all images of all tasks, a block at a time.
+# The two bilinear maps, for all images of all tasks.
 
 
 def _correlate(x: Array, kernel: Array) -> Array:
     """x [T, N, H, W, C], kernel [T, 3, 3, C, O] -> [T, N, H, W, O]."""
 
-    def one_task(x, kernel):
-        if x.shape[-1] > _FEW_CHANNELS:
-            return conv2d(x, kernel, method="xla")
-        y = lax.map(lambda block: _correlate_images(block, kernel), _blocks(x, x))
-        return y.reshape(*x.shape[:-1], kernel.shape[-1])
-
+    channels = x.shape[-1]
+    if channels > 2 and channels % 4:  # colours: vectors of four run 1.8 times faster
+        pads = [(0, 0)] * (x.ndim - 1) + [(0, -channels % 4)]
+        x, kernel = jnp.pad(x, pads), jnp.pad(kernel, [*pads[:3], pads[-1], (0, 0)])
+    one_task = functools.partial(conv2d, method="xla")
     return _each_task(one_task, x, kernel)
 
 
