@@ -28,6 +28,7 @@ __all__ = [
     "local",
     "on_main",
     "place",
+    "settle",
     "task_mesh",
 ]
 
@@ -205,6 +206,19 @@ def place(tree: PyTree, mesh: Mesh | None, *, per_task: bool = False) -> PyTree:
         return jax.make_array_from_callback(host.shape, sharding, host.__getitem__)
 
     return jax.tree.map(one, tree)
+
+
+def settle(tree: PyTree) -> None:
+    """Wait for what was computed on several devices of a CPU; elsewhere go on at once.
+
+    Such devices share threads, and in a collective each holds one until all have come.
+    With two programs under way the second's can take the last of them: both then wait
+    for ever (jax 0.10.2 aborts after 40 seconds).
+    """
+    for leaf in jax.tree.leaves(tree):
+        devices = leaf.sharding.device_set
+        if len(devices) > 1 and all(device.platform == "cpu" for device in devices):
+            jax.block_until_ready(leaf)
 
 
 def local(tree: PyTree) -> PyTree:

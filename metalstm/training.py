@@ -332,7 +332,8 @@ def fit(
 
     Raises:
       NonFiniteLossError: names the step; the state before it has been saved.
-      ValueError: a cadence is not a multiple of ``steps_per_call``.
+      ValueError: a cadence is not a multiple of ``steps_per_call``, or the pool holds
+        values that are NaN or infinite.
     """
     cadences = {
         "num_steps": num_steps,
@@ -345,6 +346,7 @@ def fit(
             raise ValueError(
                 f"{name}={value} is not a multiple of steps_per_call={steps_per_call}"
             )
+    _refuse_not_finite(pool)
     started = time.monotonic()
     step = int(state.train.step)
     pending: list[dict[str, Array]] = []
@@ -378,6 +380,7 @@ def fit(
         while step < num_steps:
             train, metrics = train_loop(state.train, pool)
             state = state._replace(train=train)
+            distributed.settle(metrics)
             step += steps_per_call
             pending.append(metrics)
             done = step >= num_steps or time_is_over(step)
@@ -393,6 +396,20 @@ def fit(
         keep(validated=False)
         raise
     return state
+
+
+def _refuse_not_finite(pool: Any) -> None:
+    """Name the data, before a loss that is NaN blames the learning rate."""
+    for path, leaf in jax.tree_util.tree_flatten_with_path(pool)[0]:
+        dtype = jnp.result_type(leaf)
+        if not jnp.issubdtype(dtype, jnp.inexact):
+            continue
+        bad = int(jnp.sum(~jnp.isfinite(leaf)))
+        if bad:
+            raise ValueError(
+                f"pool{jax.tree_util.keystr(path)} holds {bad} values that are NaN or "
+                "infinite: remove or replace them"
+            )
 
 
 def _validated(state: FitState, validate: Callable[[PyTree], float]) -> FitState:
