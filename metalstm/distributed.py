@@ -215,7 +215,7 @@ def settle(tree: PyTree) -> None:
     With two programs under way the second's can take the last of them: both then wait
     for ever (jax 0.10.2 aborts after 40 seconds).
     """
-    for leaf in jax.tree.leaves(tree):
+    for leaf in (x for x in jax.tree.leaves(tree) if isinstance(x, jax.Array)):
         devices = leaf.sharding.device_set
         if len(devices) > 1 and all(device.platform == "cpu" for device in devices):
             jax.block_until_ready(leaf)
