@@ -416,6 +416,14 @@ def test_cadences_that_do_not_divide_are_refused(cadence):
         training.fit(None, None, None, steps_per_call=2, **options)
 
 
+@pytest.mark.fault("NaN, Inf and values that are no bytes")
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_data_that_are_not_finite_are_refused_before_training(value):
+    pool = {"x": np.array([0.0, value, 1.0], np.float32), "y": np.array([0, 1, 2])}
+    with pytest.raises(ValueError, match=r"pool\['x'\] holds 1 values that are NaN or"):
+        training.fit(None, None, pool, num_steps=1)
+
+
 @pytest.mark.parametrize("options", [{"num_tasks": 0}, {"steps_per_call": 0}])
 def test_loops_of_nothing_are_refused(options):
     with pytest.raises(ValueError, match=r"num_tasks=.*: choose at least 1"):

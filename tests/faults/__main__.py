@@ -26,7 +26,7 @@ from .tests_of_faults import run_tests
 Group = Callable[[Path], list[Outcome]]
 
 
-def groups(*, short: bool, kills: int, seed: int) -> dict[str, Group]:
+def groups(*, short: bool, kills: int, seed: int, minutes: float) -> dict[str, Group]:
     """The faults by name; those that fork come first, before anything is computed."""
     found: dict[str, Group] = {}
     every = 5 if short else 1
@@ -42,7 +42,13 @@ def groups(*, short: bool, kills: int, seed: int) -> dict[str, Group]:
     shares = {FEW_SHOT: (kills + 1) // 2, LEARNED_OPTIMIZER: kills // 2}
     for script in SCRIPTS:
         own = {
-            "kill": partial(killed_runs.kill, script, kills=shares[script], seed=seed),
+            "kill": partial(
+                killed_runs.kill,
+                script,
+                kills=shares[script],
+                seed=seed,
+                minutes=minutes,
+            ),
             "two at once": partial(
                 run_folders.two_at_once, script, tries=1 if short else 6
             ),
@@ -64,6 +70,9 @@ def main() -> int:
     parser.add_argument("--short", action="store_true", help="some of each fault")
     parser.add_argument("--only", default="", help="names of faults, or parts of them")
     parser.add_argument("--kills", type=int, help="of training scripts, in all")
+    parser.add_argument(
+        "--minutes", type=float, default=float("inf"), help="of killing each script"
+    )
     parser.add_argument("--seed", type=int, default=0, help="of the random moments")
     parser.add_argument("--output", type=Path, help="write the table to this file")
     options = parser.parse_args()
@@ -74,7 +83,12 @@ def main() -> int:
     begun = time.monotonic()
     with tempfile.TemporaryDirectory(prefix="faults-") as folder:
         Path(folder).chmod(0o755)
-        chosen = groups(short=options.short, kills=kills, seed=options.seed)
+        chosen = groups(
+            short=options.short,
+            kills=kills,
+            seed=options.seed,
+            minutes=options.minutes,
+        )
         for number, (name, group) in enumerate(chosen.items()):
             if wanted and not any(part in name for part in wanted):
                 continue

@@ -12,8 +12,15 @@ from .outcomes import Outcome, require
 from .scripts import Forked, Place, Script, preload, require_same
 
 
-def kill(script: Script, folder: Path, *, kills: int, seed: int = 0) -> list[Outcome]:
-    """Kill runs of ``script`` until it was done ``kills`` times.
+def kill(
+    script: Script,
+    folder: Path,
+    *,
+    kills: int,
+    seed: int = 0,
+    minutes: float = float("inf"),
+) -> list[Outcome]:
+    """Kill runs of ``script`` until it was done ``kills`` times, or ``minutes`` are up.
 
     A run is killed, resumed and killed again until it ends by itself; then it must be
     the run that was never killed. One kill in six comes at any moment after the start
@@ -33,12 +40,13 @@ def kill(script: Script, folder: Path, *, kills: int, seed: int = 0) -> list[Out
         f"undisturbed run; at most {script.save_every} {script.counter}s are lost",
     )
     most_lost, run, resumed = 0, 0, 0
-    while outcome.tried < kills:
+    until = time.monotonic() + 60 * minutes
+    while outcome.tried < kills and time.monotonic() < until:
         run += 1
         workdir = folder / f"run-{run}"
         in_this_run: list[str] = []
         while True:
-            enough = outcome.tried >= kills
+            enough = outcome.tried >= kills or time.monotonic() > until
             process = place.fork(*place.go_on(workdir))
             early = rng.random() < 1 / 6
             delay = rng.uniform(0, start if early else work)
