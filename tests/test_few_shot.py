@@ -16,6 +16,7 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+from faults.scripts import draw_images
 
 import metalstm
 from experiments import config as options
@@ -229,6 +230,34 @@ def test_kill_9_and_going_on_is_the_same_run(finished, tmp_path):
     assert_same_run(killed, whole)
 
 
+def test_a_damaged_best_is_written_again(finished, tmp_path):
+    folder = tmp_path / "copy"
+    shutil.copytree(finished, folder)
+    (path,) = (folder / "checkpoints" / "meta-lstm" / "best").iterdir()
+    (path / "metadata.json").write_text("{")
+    with pytest.raises(FileNotFoundError, match="cannot be read"):
+        metalstm.load_run(folder)
+    assert few_shot.main(["--resume", str(folder)]) == 0
+    assert_same_run(folder, finished)
+
+
+def test_corrupt_images_are_left_out_on_request(tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("METALSTM_CACHE_DIR", str(tmp_path / "cache"))
+    images = draw_images(tmp_path / "images")
+    (images / "train" / "train3" / "2.png").write_bytes(b"no image")
+    line = command("--algorithms", "nearest-neighbour", workdir=tmp_path / "run")
+    line += ["--dataset", "folders", "--data-dir", str(images), "--image-size", "8"]
+    assert few_shot.main(line) == 2
+    said = capsys.readouterr().err
+    assert "train3/2.png cannot be decoded" in said
+    assert "leave it out with --skip-corrupt" in said
+    assert few_shot.main([*line, "--skip-corrupt"]) == 0
+    assert "left out: 1 corrupt files" in capsys.readouterr().out
+    results = json.loads((tmp_path / "run" / "results.json").read_text())
+    assert results["dataset"]["skipped"] == 1
+    assert results["dataset"]["skipped_files"][0].endswith("train3/2.png")
+
+
 def test_a_longer_budget_goes_on(finished, tmp_path, capsys):
     folder = tmp_path / "copy"
     shutil.copytree(finished, folder)
@@ -263,6 +292,7 @@ def test_a_longer_budget_goes_on(finished, tmp_path, capsys):
         ("--draw-init --algorithms meta-lstm,sgd", "drop sgd"),
         ("--normalise imagenet", "3 channels"),
         ("--image-size 20", "glyphs are drawn at 28"),
+        ("--skip-corrupt", "is for --dataset folders"),
         ("--resume nowhere", "not a run folder"),
         ("--evaluate nowhere", "not a run folder"),
     ],
@@ -813,6 +843,8 @@ def test_advice_is_said_in_flags():
     said = as_flags("way=9 is too many; choose way <= 5")
     assert said == "way=9 is too many; choose --way <= 5"
     assert as_flags("this way or that way") == "this way or that way"
+    said = as_flags("leave it out with skip_corrupt=True")
+    assert said == "leave it out with --skip-corrupt"
 
 
 def test_metrics_survive_a_half_written_line(tmp_path):
