@@ -98,6 +98,7 @@ def steps(case: str, mesh, folder: Path, restored_from: str | None = None):
             if restored_from is None:
                 checkpoints.save(folder / name_of(mesh) / case, state, step=step)
         state, metrics = loop(state, None)
+        distributed.settle((state, metrics))
         assert metrics["finite"].all()
     return found | {"end": whole(state.params), "carry": whole(state.carry)}
 

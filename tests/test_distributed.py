@@ -45,27 +45,34 @@ def ran(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("devices")
     script = [sys.executable, str(TESTS / "devices_run.py"), str(folder)]
     place = [f"localhost:{launch._free_port()}", "2"]
-    started = [
-        subprocess.Popen(
-            [*script, *arguments],
-            env=environment(num_devices),
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        for arguments, num_devices in (
-            (["1,2,8", "4-of-2"], 8),
-            (["4", "8-of-1", *place, "0"], 2),
-            (["4", "8-of-1", *place, "1"], 2),
-        )
-    ]
+    started, logs = [], []
+    for arguments, num_devices in (
+        (["1,2,8", "4-of-2"], 8),
+        (["4", "8-of-1", *place, "0"], 2),
+        (["4", "8-of-1", *place, "1"], 2),
+    ):
+        logs.append(folder / f"log-{len(logs)}")
+        with logs[-1].open("w") as log:
+            process = subprocess.Popen(
+                [*script, *arguments],
+                env=environment(num_devices),
+                stdout=log,
+                stderr=subprocess.STDOUT,
+            )
+        started.append(process)
     try:
-        for process in started:
-            out, _ = process.communicate(timeout=580)
-            assert process.returncode == 0, out
+        deadline = time.monotonic() + 580
+        while any(process.poll() is None for process in started):
+            failed = any(process.poll() for process in started)
+            if failed or time.monotonic() > deadline:
+                break  # the others would wait for the one
+            time.sleep(0.1)
+        said = "\n".join(f"{log.name}: {log.read_text()[-2000:]}" for log in logs)
+        assert [process.poll() for process in started] == [0, 0, 0], said
     finally:
         for process in started:
             process.kill()
+            process.wait()
     return folder
 
 
