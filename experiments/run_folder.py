@@ -153,9 +153,15 @@ def _held(folder: Path, config: Any, ignore: Iterable[str]) -> Iterator[None]:
         _take(lock, folder)
         if config is not None:
             _check_contents(folder, config, ignore)
-        lock.truncate(0)
-        lock.write(str(os.getpid()))
-        lock.flush()
+        try:
+            lock.truncate(0)
+            # not buffered: a full disk would make closing it fail as well
+            os.write(lock.fileno(), str(os.getpid()).encode())
+        except OSError as error:
+            raise OSError(
+                f"{folder / 'lock'} cannot be written ({error.strerror}): free space "
+                "on its disk, or choose another --workdir"
+            ) from error
         yield
 
 

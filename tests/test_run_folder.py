@@ -120,6 +120,18 @@ def test_a_folder_that_cannot_be_written_is_named(tmp_path):
         pytest.fail("a folder inside a file")
 
 
+def test_a_lock_on_a_full_disk_is_named(tmp_path, monkeypatch):
+    def full(*args):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(run_folder.os, "write", full)
+    with (
+        pytest.raises(OSError, match=r"lock cannot be written \(No space .*--workdir"),
+        run_folder.locked(tmp_path),
+    ):
+        pytest.fail("held without saying by whom")
+
+
 @pytest.mark.fault("config.json or metrics.jsonl that is none")
 @pytest.mark.parametrize("text", ["", '{"config": ', "[]", '{"config": 3}', "\xff"])
 def test_a_damaged_config_is_named(tmp_path, text):

@@ -75,6 +75,8 @@ def _child(work, folder: Path, fault: Fault | None, pipe: int) -> None:
     code, message = 1, ""
     try:
         signal.alarm(_SECONDS)
+        if fault is not None:  # orbax prints a traceback for what is meant to fail
+            os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
         if fault is not None:
             _prepare(fault, folder)
         message = str(work() or "")
@@ -92,7 +94,6 @@ def _prepare(fault: Fault, folder: Path) -> None:
     if fault.unit == "byte":
         if fault.kind == "killed":
             signal.signal(signal.SIGXFSZ, signal.SIG_DFL)
-            os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
         hard = resource.getrlimit(resource.RLIMIT_FSIZE)[1]
         resource.setrlimit(resource.RLIMIT_FSIZE, (fault.at, hard))
         resource.setrlimit(resource.RLIMIT_CORE, (0, 0))

@@ -4,14 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import io
-import os
 import random
-import resource
 import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 from .damage import damages
@@ -26,7 +23,15 @@ from .scripts import (
     require_same,
 )
 
-_NOBODY = 65534
+# Permissions do not hold the superuser back: it gives up CAP_DAC_OVERRIDE and
+# CAP_DAC_READ_SEARCH (prctl's PR_CAPBSET_DROP), which the next exec takes away.
+_NO_SUPERUSER = """
+import ctypes, os
+if os.getuid() == 0:
+    for capability in (1, 2):
+        ctypes.CDLL(None).prctl(24, capability)
+"""
+_AT_MOST = "import resource; resource.setrlimit(resource.RLIMIT_FSIZE, ({0}, {0}))"
 
 
 def two_at_once(script: Script, folder: Path, *, tries: int) -> list[Outcome]:
@@ -69,20 +74,15 @@ def read_only(script: Script, folder: Path) -> list[Outcome]:
     )
     closed = folder / "closed"
     shutil.copytree(whole, closed / "run")
-    for path in (*folder.parents, folder):
-        if path.stat().st_uid == os.getuid() and not path.stat().st_mode & 0o001:
-            path.chmod(0o755)  # for another user to get here
     for path in [closed, *closed.rglob("*")]:
         path.chmod(0o555 if path.is_dir() else 0o444)
-    # permissions do not hold the superuser back, so it becomes another user
-    who = {"user": _NOBODY, "group": _NOBODY} if os.getuid() == 0 else {}
     for name, line in (
         ("a new run", place.new(closed / "new")),
         ("going on", ["--resume", str(closed / "run")]),
     ):
         before = listing(closed)
         with outcome.trial(name):
-            code, said = place.finish(*line, **who)
+            code, said = place.finish(*line, before=_NO_SUPERUSER)
             require(code == 2, f"status {code}: {said}")
             (error,) = errors(said)
             require("cannot be written (Permission denied)" in error, error)
@@ -161,8 +161,8 @@ def disk_full(script: Script, folder: Path, *, limits: int) -> list[Outcome]:
     for limit in chosen:
         workdir = folder / f"full-{limit}"
         with outcome.trial(f"files of at most {limit - 1} bytes"):
-            line = place.new(workdir)
-            code, said = place.finish(*line, preexec_fn=_at_most(limit - 1))
+            line, limited = place.new(workdir), _AT_MOST.format(limit - 1)
+            code, said = place.finish(*line, before=limited)
             if code != 0:  # no file grew as large
                 require(code == 2, f"status {code}: {said}")
                 require("cannot be written" in said, said)
@@ -171,14 +171,6 @@ def disk_full(script: Script, folder: Path, *, limits: int) -> list[Outcome]:
             require_same(script, workdir, whole)
         shutil.rmtree(workdir, ignore_errors=True)
     return [outcome]
-
-
-def _at_most(limit: int) -> Callable[[], None]:
-    def set_limit() -> None:
-        hard = resource.getrlimit(resource.RLIMIT_FSIZE)[1]
-        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, hard))
-
-    return set_limit
 
 
 def damaged_run(script: Script, folder: Path, *, tries: int) -> list[Outcome]:

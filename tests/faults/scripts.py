@@ -127,24 +127,31 @@ class Place:
             "PYTHONPATH": str(ROOT),
         }
 
-    def start(self, *extra: str, **options: Any) -> subprocess.Popen[str]:
-        """Start the script; its output goes to a pipe, both streams."""
+    def start(self, *extra: str, before: str = "") -> subprocess.Popen[str]:
+        """Start the script; its output goes to a pipe, both streams.
+
+        Args:
+          before: Python to run in its process first: a limit, a right given up.
+        """
+        command = self.script.command(*extra)
+        if before:
+            becomes = "import os, sys; os.execv(sys.executable, sys.argv[1:])"
+            command = [sys.executable, "-c", f"{before}\n{becomes}", *command]
         return subprocess.Popen(
-            self.script.command(*extra),
+            command,
             cwd=ROOT,
             env=self.environment,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
-            **options,
         )
 
     def fork(self, *extra: str) -> Forked:
         """Start the script without the seconds that its imports take."""
         return Forked(self, extra)
 
-    def finish(self, *extra: str, **options: Any) -> tuple[int, str]:
-        process = self.start(*extra, **options)
+    def finish(self, *extra: str, before: str = "") -> tuple[int, str]:
+        process = self.start(*extra, before=before)
         said, _ = process.communicate(timeout=900)
         return process.returncode, said
 
