@@ -146,7 +146,13 @@ def save(
             f"can be written (complete there: {_listed(directory)})"
         ) from error
     if distributed.is_main():
-        _prune(directory, step, keep)
+        try:
+            _prune(directory, step, keep)
+        except OSError as error:
+            raise OSError(
+                f"checkpoint {directory / str(step)} is written, but an older one "
+                f"cannot be removed ({_first_line(error)}): free space on its disk"
+            ) from error
     _barrier("checkpoint-end")
     return directory / str(step)
 

@@ -195,6 +195,18 @@ def test_what_cannot_be_written_leaves_what_was_there(tmp_path, monkeypatch):
     assert_equal(checkpoints.restore(tmp_path, make_state(0)).state, make_state(1))
 
 
+def test_an_older_one_that_cannot_be_removed_is_named(tmp_path, monkeypatch):
+    checkpoints.save(tmp_path, make_state(1), step=1)
+
+    def refuse(directory, step):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(checkpoints, "_remove", refuse)
+    with pytest.raises(OSError, match=r"2 is written, but an older one cannot be rem"):
+        checkpoints.save(tmp_path, make_state(2), step=2, keep=1)
+    assert checkpoints.restore(tmp_path, make_state(0)).step == 2
+
+
 def test_everything_is_on_disk_before_it_has_its_name(tmp_path, monkeypatch):
     real_rename, real_sync, synced = os.rename, os.fsync, set()
 

@@ -49,7 +49,8 @@ def kill(
             enough = outcome.tried >= kills or time.monotonic() > until
             process = place.fork(*place.go_on(workdir))
             early = rng.random() < 1 / 6
-            delay = rng.uniform(0, start if early else work)
+            # what is resumed ends sooner, and a run that has ended is not killed
+            delay = rng.uniform(0, start if early else work / 2)
             if not enough:
                 _wait(process, workdir, early, delay)
             if enough or process.poll() is not None:

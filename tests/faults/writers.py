@@ -173,7 +173,7 @@ def stop_everywhere(
             with outcome.trial(str(fault)):
                 ended = in_child(lambda p=place: writer.write(p, 3), place, fault)
                 if ended.how == "refused":
-                    require("cannot be written" in ended.message, ended.message)
+                    require("cannot be " in ended.message, ended.message)
                 place.with_suffix(".how").write_text(ended.how)
         report = in_child(lambda t=trials: _verify(writer, t), folder)
         outcome.lost += [line for line in report.message.splitlines() if line]
