@@ -305,15 +305,17 @@ def require_same(script: Script, left: Path, right: Path) -> None:
     require(not stray, f"left behind: {stray}")
 
 
-def _measured(workdir: Path) -> dict[str, list[bytes]]:
-    """The measured numbers: accuracies of test episodes, or curves."""
-    found = {}
-    for path in sorted([*workdir.glob("*.npz"), *workdir.glob("curves/*.npz")]):
+def _measured(workdir: Path) -> set[tuple[bytes, ...]]:
+    """The measured numbers: accuracies of test episodes, or curves.
+
+    Without the files' names and keys: those of curves have a digest of the rule's file
+    in them, which says how long training took.
+    """
+    found = set()
+    for path in [*workdir.glob("*.npz"), *workdir.glob("curves/*.npz")]:
         with np.load(path) as stored:
-            found[path.name] = [stored[n].tobytes() for n in sorted(stored.files)]
-    if "accuracies.npz" not in found:  # curves are named by their rule's file,
-        # which says how long it took
-        return {str(i): v[1:] for i, v in enumerate(sorted(found.values()))}
+            names = sorted(set(stored.files) - {"key"})
+            found.add(tuple(stored[name].tobytes() for name in names))
     return found
 
 
