@@ -205,7 +205,7 @@ def test_the_spec_is_static_and_compiles_once(pool):
         ({"way": 5, "shot": 1, "queries": 0}, r"queries=0: choose queries >= 1"),
         (
             {"way": 5, "shot": 1, "normalise": ((0.5,), (0.0,))},
-            "deviations, the latter",
+            "finite and the latter above 0",
         ),
         ({"way": 5, "shot": 1, "augment": []}, "not hashable"),
     ],
