@@ -73,8 +73,8 @@ def kill(
             outcome.lost += [f"{name}: {error}" for name in in_this_run]
         shutil.rmtree(workdir, ignore_errors=True)
     outcome.note = (
-        f"{run} runs, {resumed} kills with a checkpoint behind them, at most "
-        f"{most_lost} {script.counter}s lost"
+        f"{run} run{'s' * (run > 1)}, {resumed} kills with a checkpoint behind them, "
+        f"at most {most_lost} {script.counter}s lost"
     )
     return [outcome]
 
