@@ -207,6 +207,12 @@ def _meta_lstm(config: Config) -> Spec:
     }
 
 
+def _first_order_meta_lstm(config: Config) -> Spec:
+    spec = _meta_lstm(config)
+    spec["algorithm"]["options"]["second_order"] = False
+    return spec
+
+
 def _learned_sgd(config: Config) -> Spec:
     methods = config.methods
     steps = max(methods.steps, methods.test_steps or 0)
@@ -347,6 +353,12 @@ METHODS: dict[str, Method] = {
         GRADIENT,
         _meta_lstm,
         learns_init=True,
+    ),
+    "fo-meta-lstm": Method(
+        "the same, first order whatever --order says",
+        GRADIENT,
+        _first_order_meta_lstm,
+        True,
     ),
     "maml": Method(
         "theta_0 learned, fixed SGD, second order", GRADIENT, _adapting("maml"), True

@@ -272,7 +272,7 @@ def test_a_longer_budget_goes_on(finished, tmp_path, capsys):
     [
         ("--algorithms meta-lsmt", "did you mean meta-lstm"),
         ("--algorithms maml,maml", "names maml twice"),
-        ("--algorithms sgd", "add one of meta-lstm, maml"),
+        ("--algorithms sgd", "add one of meta-lstm, fo-meta-lstm, maml"),
         ("--preset rawi-5shot", "did you mean ravi-5shot"),
         ("--dataset omniglott", "choose glyphs, omniglot"),
         ("--dataset folders", "--data-dir"),

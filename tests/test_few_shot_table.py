@@ -67,9 +67,9 @@ def test_the_terminal_table_fits_and_explains_its_marks():
     whole = table.Table(table.caption("meta-test", "meta-lstm"), rows(names))
     lines = str(whole).splitlines()
     assert max(map(len, lines)) <= 110
-    cells = next(line for line in lines if line.split()[0] == "maml").split("  ")
+    cells = next(line for line in lines if line.split()[0] == "fomaml").split("  ")
     cells = [cell.strip() for cell in cells if cell.strip()]
-    assert cells[:4] == ["maml", "98.8 ± 0.4", "-12.3 ± 1.2", "91.8~"]
+    assert cells[:4] == ["fomaml", "98.8 ± 0.4", "-12.3 ± 1.2", "98.3*"]
     assert cells[4:] == ["support", "112,234", "123,456", "4,322"]
     legend = "\n".join(whole.legend())
     assert "* other protocol: transductive (meta-lstm, fomaml); split 1,1" in legend
