@@ -15,8 +15,6 @@ docs/results/ has the tables, with the commands, the hardware and the time they 
 
 from __future__ import annotations
 
-import sys
-import traceback
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -24,6 +22,7 @@ from experiments import devices
 from experiments.command_line import as_flags, given, parse
 from experiments.compiled_programs import keep_compiled_programs
 from experiments.config import Config, may_change
+from experiments.exit_status import exit_status, what_is_kept
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -31,10 +30,10 @@ if TYPE_CHECKING:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; return the exit status: 2 for a mistake, 130 for Ctrl-C."""
-    arguments = list(sys.argv[1:] if arguments is None else arguments)
-    debug = "--debug" in arguments
     folder: Path | None = None
-    try:
+
+    def body(arguments: list[str]) -> int:
+        nonlocal folder
         config = parse(arguments)
         keep_compiled_programs()
         devices.join(config.devices)
@@ -47,18 +46,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
         folder = choose_folder(config)
         return _run(config, folder)
-    except KeyboardInterrupt:
-        print("\nstopped at once; what was saved is kept", file=sys.stderr)
-        if folder is not None and (folder / "config.json").exists():
-            print(how_to_go_on(folder), file=sys.stderr)
-        return 130
-    except (ArithmeticError, ImportError, OSError, ValueError) as error:
-        # what the library raises for bad input; anything else is a bug, and shows
-        if debug:
-            traceback.print_exc()
-        else:
-            print(f"error: {as_flags(str(error))}", file=sys.stderr)
-        return 2
+
+    def stopped() -> str:
+        return what_is_kept(folder, how_to_go_on)
+
+    return exit_status(body, arguments, stopped=stopped, in_flags=as_flags)
 
 
 def _run(config: Config, folder: Path) -> int:

@@ -18,7 +18,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import sys
-import traceback
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,6 +26,7 @@ from typing import Annotated, Any, NamedTuple
 import tyro
 
 from experiments.compiled_programs import keep_compiled_programs
+from experiments.exit_status import exit_status
 
 NAME = "shots_and_ways.json"
 
@@ -72,10 +72,9 @@ class Point(NamedTuple):
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; return the exit status: 2 for a mistake, 130 for Ctrl-C."""
-    arguments = list(sys.argv[1:] if arguments is None else arguments)
     from experiments.command_line import as_flags
 
-    try:
+    def body(arguments: list[str]) -> None:
         config = tyro.cli(
             Config,
             args=arguments,
@@ -85,16 +84,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         check(config)
         keep_compiled_programs()
         run(config)
-    except KeyboardInterrupt:
-        print("\nstopped; the same command goes on from here", file=sys.stderr)
-        return 130
-    except (ImportError, OSError, ValueError) as error:
-        if "--debug" in arguments:
-            traceback.print_exc()
-        else:
-            print(f"error: {as_flags(str(error))}", file=sys.stderr)
-        return 2
-    return 0
+
+    said = "stopped; the same command goes on from here"
+    return exit_status(body, arguments, stopped=lambda: said, in_flags=as_flags)
 
 
 def check(config: Config) -> None:

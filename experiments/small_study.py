@@ -6,8 +6,6 @@ No jax here, so that --help is quick.
 from __future__ import annotations
 
 import dataclasses
-import sys
-import traceback
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
@@ -16,6 +14,7 @@ import tyro
 
 from experiments.compiled_programs import keep_compiled_programs
 from experiments.config import did_you_mean, to_json, value_of
+from experiments.exit_status import exit_status
 from experiments.run_folder import free_folder, locked, refuse_other_runs, write_json
 
 Options = TypeVar("Options")
@@ -103,26 +102,21 @@ def run_command(
     Returns:
       The exit status: 2 for a mistake, 130 for Ctrl-C.
     """
-    arguments = list(sys.argv[1:] if arguments is None else arguments)
     folder: Path | None = None
-    try:
+
+    def body(arguments: list[str]) -> None:
+        nonlocal folder
         config = parse_arguments(arguments)
         folder = config.workdir or free_folder(Path("runs") / name)
-        may_change = (*may_change, "preset", "workdir", "debug")
-        refuse_other_runs(folder, config, may_change)
+        changeable = (*may_change, "preset", "workdir", "debug")
+        refuse_other_runs(folder, config, changeable)
         keep_compiled_programs()
         run = load_runner()
-        with locked(folder, config, may_change):
+        with locked(folder, config, changeable):
             write_json(folder / "config.json", {"config": to_json(config)})
             run(config, folder)
-    except KeyboardInterrupt:
-        print(f"\nstopped; to go on: the same with --workdir {folder}", file=sys.stderr)
-        return 130
-    except (ArithmeticError, ImportError, OSError, ValueError) as error:
-        # what the library raises for bad input; anything else is a bug, and shows
-        if "--debug" in arguments:
-            traceback.print_exc()
-        else:
-            print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
+
+    def stopped() -> str:
+        return f"stopped; to go on: the same with --workdir {folder}"
+
+    return exit_status(body, arguments, stopped=stopped)

@@ -14,7 +14,6 @@ Prints a table and writes verification.json and verification.png to the run's fo
 from __future__ import annotations
 
 import sys
-import traceback
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
@@ -22,6 +21,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import tyro
 
 from experiments.compiled_programs import keep_compiled_programs
+from experiments.exit_status import exit_status
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -76,24 +76,16 @@ def parse(arguments: list[str]) -> Config:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; return the exit status: 2 for a mistake, 130 for Ctrl-C."""
-    arguments = list(sys.argv[1:] if arguments is None else arguments)
-    try:
+
+    def body(arguments: list[str]) -> None:
         config = parse(arguments)
         keep_compiled_programs()
         from experiments.verifying import verify_run
 
         verify_run(config)
-    except KeyboardInterrupt:
-        print("\nstopped; nothing was written", file=sys.stderr)
-        return 130
-    except (ArithmeticError, ImportError, OSError, ValueError) as error:
-        # what the library raises for bad input; anything else is a bug, and shows
-        if "--debug" in arguments:
-            traceback.print_exc()
-        else:
-            print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
+
+    said = "stopped; nothing was written"
+    return exit_status(body, arguments, stopped=lambda: said)
 
 
 if __name__ == "__main__":
