@@ -293,7 +293,8 @@ def accuracy_sweep(
         x, level = np.array(chance, float).T
         axes.plot(x, level, color="grey", linestyle=(0, (1, 2)), linewidth=1.6)
         axes.annotate("chance", (x[0], level[0]), (2, 3), textcoords="offset points")
-    _accuracy_scale(axes, [points[-1][1] for points in sweeps.values()])
+    means = [[mean for _, mean, _ in points] for points in sweeps.values()]
+    _accuracy_scale(axes, means)
     # lines end at the right edge, where their names are
     axes.set(xscale="log", xlim=(0.94 * xs[0], xs[-1] * 1.02))
     axes.set_xticks(xs, [f"{x:g}" for x in xs])
@@ -305,12 +306,12 @@ def accuracy_sweep(
     return figure
 
 
-def _accuracy_scale(axes: Any, ends: Sequence[float]) -> None:
+def _accuracy_scale(axes: Any, lines: Sequence[Sequence[float]]) -> None:
     """Per cent on a scale of odds where most lines end above 90%, or a linear one."""
     lowest, highest = axes.dataLim.intervaly
-    if np.median(ends) > 0.9:
+    if np.median([line[-1] for line in lines]) > 0.9:
         # a band may pass 1, which a scale of odds cannot show
-        highest = min(highest, 1 - (1 - max(ends)) / 2)
+        highest = min(highest, 1 - (1 - max(map(max, lines))) / 2)
         highest = min(highest, 0.9995)
         axes.set_yscale("logit", nonpositive="clip")
         axes.set_yticks([t for t in _ODDS_TICKS if lowest <= t <= highest])

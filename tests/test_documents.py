@@ -37,6 +37,7 @@ def test_the_python_of_the_readme_runs_as_it_stands():
     [
         ("quickstart", ["nearest neighbour", "mean over parameters"]),
         ("learned_optimizer", ["learned rule   loss", "adam, 0.01     loss"]),
+        ("which_method", ["clearly above Meta-LSTM", "points to meta-lstm, paired"]),
     ],
 )
 def test_a_notebook_runs(name, expected):

@@ -242,6 +242,13 @@ def test_high_accuracies_are_spread_by_their_odds(tmp_path):
     saves(figure, tmp_path)
 
 
+def test_lines_that_fall_are_drawn_whole():
+    sweeps = {"a": [(5, 0.99, 0.003), (20, 0.92, 0.01)]}
+    figure = plots.accuracy_sweep(sweeps, {"a": "x"}, xlabel="ways")
+    assert figure.axes[0].get_yscale() == "logit"
+    assert figure.axes[0].get_ylim()[1] > 0.99
+
+
 def test_names_are_spread_as_little_as_needed():
     positions = plots._spread(np.array([0.2, 0.5, 0.5, 0.51]), 0.1)
     np.testing.assert_allclose(positions, [0.2, 0.403333, 0.503333, 0.603333], 1e-5)
