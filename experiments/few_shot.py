@@ -22,7 +22,7 @@ from experiments import devices
 from experiments.command_line import as_flags, given, parse
 from experiments.compiled_programs import keep_compiled_programs
 from experiments.config import Config, may_change
-from experiments.exit_status import exit_status, what_is_kept
+from experiments.script_end import exit_status, what_is_kept
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

@@ -22,8 +22,8 @@ from typing import TYPE_CHECKING
 
 from experiments import devices
 from experiments.compiled_programs import keep_compiled_programs
-from experiments.exit_status import exit_status, what_is_kept
 from experiments.optimizers.config import Config, may_change, parse
+from experiments.script_end import exit_status, what_is_kept
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

@@ -26,7 +26,7 @@ from typing import Annotated, Any, NamedTuple
 import tyro
 
 from experiments.compiled_programs import keep_compiled_programs
-from experiments.exit_status import exit_status
+from experiments.script_end import exit_status
 
 NAME = "shots_and_ways.json"
 

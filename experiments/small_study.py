@@ -14,8 +14,8 @@ import tyro
 
 from experiments.compiled_programs import keep_compiled_programs
 from experiments.config import did_you_mean, to_json, value_of
-from experiments.exit_status import exit_status
 from experiments.run_folder import free_folder, locked, refuse_other_runs, write_json
+from experiments.script_end import exit_status
 
 Options = TypeVar("Options")
 

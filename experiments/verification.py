@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import tyro
 
 from experiments.compiled_programs import keep_compiled_programs
-from experiments.exit_status import exit_status
+from experiments.script_end import exit_status
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
