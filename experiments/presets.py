@@ -196,7 +196,7 @@ _TWO_UPDATES: dict[str, Any] = {
     "inner_rate": 0.4,
 }
 
-# 84x84 pixels: a third of the time of 64 filters, and what Meta-LSTM has as published.
+# 84x84 pixels: as few filters as Meta-LSTM has as published, for a CPU.
 _ON_LARGE_IMAGES: dict[str, Any] = _EMBEDDING | {"filters": 32, "augment": "none"}
 
 METHOD_FLAGS: dict[str, dict[str, dict[str, Any]]] = {
@@ -211,8 +211,10 @@ METHOD_FLAGS: dict[str, dict[str, dict[str, Any]]] = {
         "prototypical": _EMBEDDING | {"episodes": 10_000},
         "hallucination": _EMBEDDING | {"episodes": 4_000, "train_way": 10},
         **dict.fromkeys(_TRANSFER_METHODS, _EMBEDDING | {"episodes": 5_000}),
-        "relation": _EMBEDDING
-        | {"episodes": 4_000, "train_way": 10, "train_queries": 4},
+        **dict.fromkeys(
+            ("relation", "relation-softmax"),
+            _EMBEDDING | {"episodes": 4_000, "train_way": 10, "train_queries": 4},
+        ),
         "mann": _EMBEDDING | {"meta_batch": 16},
         "scratch": _EMBEDDING,
     },
