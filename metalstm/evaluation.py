@@ -15,6 +15,7 @@ from jax.sharding import PartitionSpec as P
 from metalstm import distributed
 from metalstm.algorithms.common import accuracy
 from metalstm.base import Episode, MetaAlgorithm, PyTree, TaskMapping, map_tasks
+from metalstm.compilation import Jitted
 from metalstm.data.episodes import Sampler, episode_key
 
 __all__ = [
@@ -94,7 +95,7 @@ def make_evaluate(
         sample = _spread(mesh, sample, (task, same), task)
         score = _spread(mesh, score, (same, task, task), task)
     # Two programs, so that the costly one does not depend on the size of the pool.
-    draw, grade = jax.jit(sample), jax.jit(_on_every_device(mesh, score))
+    draw, grade = jax.jit(sample), Jitted(_on_every_device(mesh, score))
 
     def run(
         params: PyTree,

@@ -20,6 +20,7 @@ from jax.sharding import PartitionSpec as P
 
 from metalstm import distributed
 from metalstm.base import Array, Episode, MetaAlgorithm, PyTree
+from metalstm.compilation import Jitted
 from metalstm.data.episodes import TaskSampler, episode_key
 
 __all__ = [
@@ -120,7 +121,7 @@ def make_train_step(
     def one(state: TrainState, episodes: Episode):
         return step(state, episodes, ())
 
-    return jax.jit(one, donate_argnums=0)
+    return Jitted(one, donate_argnums=0)
 
 
 def make_train_loop(
@@ -164,7 +165,7 @@ def make_train_loop(
             return state, jax.tree.map(lambda leaf: leaf[None], metrics)
         return lax.scan(lambda s, _: one(s, pool), state, length=steps_per_call)
 
-    return jax.jit(run, donate_argnums=0)
+    return Jitted(run, donate_argnums=0)
 
 
 def _train_step(

@@ -15,7 +15,7 @@ ROOT = Path(__file__).parents[1]
 # A module may import from the layers above its own line, and from itself.
 LAYERS = (
     {"base", "files"},
-    {"convolution", "distributed", "mixed_mode", "pooling"},
+    {"compilation", "convolution", "distributed", "mixed_mode", "pooling"},
     {"heads", "networks"},
     {"inner", "learners", "rules", "data", "checkpoints", "plots"},
     {"problems"},

@@ -1,0 +1,75 @@
+"""`jax.jit` with the compiler's options that are fastest where the program runs.
+
+On a CPU, XLA gives a convolution to YNNPACK, which computes it on one core however many
+there are; XLA's own convolution uses them all. So with cores to spare YNNPACK keeps its
+matrix products and sums, at which it is the faster one, and no convolution
+(docs/performance.md has what it brings). With one device to each core, or on one core,
+nothing is changed: YNNPACK's convolution on one core is as fast or faster.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+from collections.abc import Callable
+from typing import Any
+
+import jax
+
+__all__ = ["Jitted", "compiler_options"]
+
+_NO_YNN_CONVOLUTION = {
+    "xla_cpu_experimental_ynn_fusion_type": (
+        "LIBRARY_FUSION_TYPE_INDIVIDUAL_DOT,LIBRARY_FUSION_TYPE_REDUCE"
+    )
+}
+
+
+class Jitted:
+    """``jax.jit(fn, **options)``, compiled with `compiler_options`.
+
+    Where it is called within another jitted function, that one's options hold.
+    """
+
+    def __init__(self, fn: Callable, **options: Any):
+        functools.update_wrapper(self, fn)
+        self._fn, self._options = fn, options
+        self._nested = jax.jit(fn, **options)
+
+    @functools.cached_property
+    def _outermost(self) -> Any:
+        # not before the first call: it starts JAX's backend
+        return jax.jit(
+            self._fn, compiler_options=compiler_options() or None, **self._options
+        )
+
+    def __call__(self, *args: Any) -> Any:
+        inside = any(isinstance(x, jax.core.Tracer) for x in jax.tree.leaves(args))
+        return self._nested(*args) if inside else self._outermost(*args)
+
+    def lower(self, *args: Any) -> Any:
+        """As the method of a `jax.jit` function."""
+        return self._outermost.lower(*args)
+
+    def _cache_size(self) -> int:
+        """How many programs it holds, as the method of a `jax.jit` function."""
+        return self._outermost._cache_size()
+
+
+@functools.cache
+def compiler_options() -> dict[str, str]:
+    """What `Jitted` gives to ``jax.jit(compiler_options=)`` in this process."""
+    if jax.default_backend() != "cpu" or jax.local_device_count() >= _cores():
+        return {}
+    try:
+        jax.jit(lambda: 0, compiler_options=_NO_YNN_CONVOLUTION)()
+    except Exception:  # a jaxlib that does not know the option
+        return {}
+    return _NO_YNN_CONVOLUTION
+
+
+def _cores() -> int:
+    """How many cores this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
