@@ -264,8 +264,9 @@ def learned_optimizer(
             return *objective(losses, runs), losses, inner
 
         signs = jnp.array([1.0, -1.0])
-        values, first, losses, inner = jax.vmap(one_sign)(
-            signs, runs.params, runs.rule_state
+        # on a CPU one after the other: XLA computes a single product on all cores
+        values, first, losses, inner = map_tasks(
+            one_sign, signs, runs.params, runs.rule_state
         )
         # a pair that diverged says nothing about the slope
         slope = (values[0] - values[1]) / (2 * pes_std**2)
