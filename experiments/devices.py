@@ -20,6 +20,9 @@ class Devices:
     devices: int | None = None
     """Devices that share the tasks of a meta-step; default: all, or in one process as
     many as divide these tasks."""
+    cpu_devices: int | None = None
+    """Devices that a CPU counts as: with one to a core the tasks of a meta-step are
+    computed side by side; default: one, whose operations share the cores."""
     distributed: bool = False
     """This is one of several processes that run the same command. A TPU pod, Slurm or
     Open MPI say which; else the next three flags do."""
@@ -52,6 +55,8 @@ def check(devices: Devices) -> None:
         raise ValueError(f"{given[0]} goes with --distributed: add it")
     if devices.devices is not None and devices.devices < 1:
         raise ValueError(f"--devices {devices.devices}: choose 1 or more")
+    if devices.cpu_devices is not None and devices.cpu_devices < 1:
+        raise ValueError(f"--cpu-devices {devices.cpu_devices}: choose 1 or more")
     if devices.heartbeat_timeout < 1:
         raise ValueError(
             f"--heartbeat-timeout {devices.heartbeat_timeout}: choose 1 or more"
@@ -59,7 +64,21 @@ def check(devices: Devices) -> None:
 
 
 def join(devices: Devices) -> None:
-    """Find the other processes, if there are to be any; process 0 alone prints."""
+    """Find the other processes, if there are to be any; process 0 alone prints.
+
+    Raises:
+      ValueError: ``cpu_devices`` comes too late, for JAX has started already.
+    """
+    if devices.cpu_devices is not None:
+        import jax
+
+        try:
+            jax.config.update("jax_num_cpu_devices", devices.cpu_devices)
+        except RuntimeError as error:
+            raise ValueError(
+                f"--cpu-devices {devices.cpu_devices}: JAX has started in this process "
+                "already: run the script in a process of its own"
+            ) from error
     if not devices.distributed:
         return
     from metalstm import distributed

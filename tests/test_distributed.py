@@ -419,12 +419,45 @@ def test_joining_names_what_is_missing(options, message, monkeypatch):
             "--coordinator goes with --distributed",
         ),
         ({"devices": 0}, "--devices 0: choose 1 or more"),
+        ({"cpu_devices": 0}, "--cpu-devices 0: choose 1 or more"),
         ({"heartbeat_timeout": 0}, "--heartbeat-timeout 0: choose 1 or more"),
     ],
 )
 def test_flags_that_do_not_go_together(flags, message):
     with pytest.raises(ValueError, match=message):
         devices.check(devices.Devices(**flags))
+
+
+def test_a_cpu_counts_as_several_devices(tmp_path):
+    """The same meta-step over two devices; refused once JAX has started."""
+    jax.devices()
+    with pytest.raises(ValueError, match="--cpu-devices 2: JAX has started"):
+        devices.join(devices.Devices(cpu_devices=2))
+    line = (
+        "--dim 2 --hidden 3 --lstm-layers 1 --tasks 2 --unroll 2 --horizon 4 "
+        "--meta-steps 20 --steps 4 --instances 6 --tune-instances 2 --baselines sgd"
+    )
+    losses = []
+    for count, said in ((1, "cpu, 1 device,"), (2, "cpu, 2 devices,")):
+        folder = tmp_path / str(count)
+        done = subprocess.run(
+            [
+                *(sys.executable, "-m", "experiments.learned_optimizer"),
+                *(*line.split(), "--workdir", str(folder)),
+                *("--cpu-devices", str(count)),
+            ],
+            env=os.environ | {"XLA_FLAGS": QUICK_XLA, "JAX_PLATFORMS": "cpu"},
+            cwd=TESTS.parent,
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        assert done.returncode == 0, done.stderr
+        assert said in done.stdout
+        rows = [json.loads(row) for row in (folder / "metrics.jsonl").open()]
+        losses.append([row["loss"] for row in rows if row["kind"] == "train"])
+    assert len(losses[0]) == 20
+    np.testing.assert_allclose(losses[1], losses[0], rtol=1e-4)
 
 
 def test_a_run_goes_on_where_its_command_line_says(tmp_path):
