@@ -3,7 +3,8 @@
     python -m benchmarks.episodes            # every row
     python -m benchmarks.episodes mini-5shot # rows whose name contains the word
 
-A row's arithmetic is counted below; `benchmarks.rows` says what the columns are. Images
+Rows of several tasks run on one device to a core, as `--cpu-devices` has it. A row's
+arithmetic is counted below; `benchmarks.rows` says what the columns are. Images
 are random: speed does not care.
 """
 
@@ -19,7 +20,7 @@ __all__ = ["ROWS", "TARGETS", "episode_gflop", "learner_gflop"]
 _MINI = {"image": (84, 3), "tasks": 1}
 _LSTM = {"image": (28, 1), "shot": 1, "steps": 3, "tasks": 4, "downsample": "stride"}
 _MAML = {"image": (28, 1), "shot": 1, "tasks": 4, "filters": 64, "rule": "sgd"}
-_MAML |= {"second_order": True}
+_MAML |= {"second_order": True, "steps_per_call": 10}  # a call costs a millisecond
 ROWS: dict[str, dict] = {
     "mini-1shot": _MINI | {"shot": 1, "steps": 12},
     "mini-5shot": _MINI | {"shot": 5, "steps": 8},
@@ -81,10 +82,12 @@ def measure(name: str, seconds: float) -> dict:
 
     from metalstm import adam_clipped, algorithms, init_train_state, learners, rules
     from metalstm.data import ClassPool, EpisodeSpec
+    from metalstm.distributed import place
     from metalstm.evaluation import make_evaluate
-    from metalstm.training import make_train_loop
+    from metalstm.training import make_train_loop, place_state
 
     row = ROWS[name]
+    mesh = rows.one_device_to_a_core(row["tasks"])
     size, channels = row["image"]
     images = np.random.default_rng(0).integers(
         0, 256, (20, 40, size, size, channels), dtype=np.uint8
@@ -109,20 +112,28 @@ def measure(name: str, seconds: float) -> dict:
     episode = spec.sample(jax.random.key(0), pool)
     state = init_train_state(algorithm, optimizer, 0, episode)
     num_parameters = sum(p.size for p in jax.tree.leaves(state.params.learner.params))
-    train = make_train_loop(algorithm, optimizer, spec, num_tasks=row["tasks"])
-    state_now = [state]
+    train = make_train_loop(
+        algorithm,
+        optimizer,
+        spec,
+        num_tasks=row["tasks"],
+        steps_per_call=row.get("steps_per_call", 1),
+        mesh=mesh,
+    )
+    pool = place(pool, mesh)
+    state_now = [place_state(algorithm, state, mesh)]
 
     def step():
         state_now[0], metrics = train(state_now[0], pool)
         return metrics
 
     result = rows.timed(step, seconds)
-    test = make_evaluate(algorithm, spec, batch_size=1)
+    test = make_evaluate(algorithm, spec, batch_size=1, mesh=mesh)
     params = state_now[0].params
     test(params, pool, num_episodes=2)
     start = time.perf_counter()
     test(params, pool, num_episodes=6)
-    rate = row["tasks"] / result["seconds"]
+    rate = row["tasks"] * row.get("steps_per_call", 1) / result["seconds"]
     gflop = episode_gflop(row, num_parameters)
     return result | {
         "row": name,

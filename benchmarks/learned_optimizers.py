@@ -3,7 +3,8 @@
     python -m benchmarks.learned_optimizers             # every row
     python -m benchmarks.learned_optimizers quadratics  # rows whose name has the word
 
-One meta-step is an unroll of 20 updates and its gradient. A row's arithmetic is counted
+One meta-step is an unroll of 20 updates and its gradient; rows of several tasks run on
+one device to a core, as `--cpu-devices` has it. A row's arithmetic is counted
 below; `benchmarks.rows` says what the columns are. Images are random: speed does not
 care.
 """
@@ -16,6 +17,7 @@ from benchmarks.rows import Target
 __all__ = ["ROWS", "TARGETS", "gflop"]
 
 UNROLL, HIDDEN, BATCH = 20, 20, 128
+STEPS_PER_CALL = 10  # what starts a call is a tenth of a step on quadratics
 # 10-dimensional functions, 128 of them; 784-20-10, one task
 ROWS = {
     "quadratics-tbptt": {"problem": "quadratics", "estimator": "backprop"},
@@ -60,17 +62,20 @@ def measure(name: str, seconds: float) -> dict:
 
     from metalstm import adam_clipped, algorithms, init_train_state, problems, rules
     from metalstm.data.labelled import ImageData
-    from metalstm.training import make_train_loop
+    from metalstm.distributed import place
+    from metalstm.training import make_train_loop, place_state
 
     row = ROWS[name]
+    tasks = 1 if row["problem"] == "mlp" else 128
+    mesh = rows.one_device_to_a_core(tasks)
     rng = np.random.default_rng(0)
     if row["problem"] == "mlp":
-        family, tasks = problems.mlp_classifier(batch_size=BATCH), 1
+        family = problems.mlp_classifier(batch_size=BATCH)
         x = rng.integers(0, 256, (10_000, 28, 28, 1), dtype=np.uint8)
         y = rng.integers(0, 10, 10_000).astype(np.int32)
         data = ImageData(jnp.asarray(x), jnp.asarray(y))
     else:
-        family, tasks, data = problems.quadratics(10), 128, ()
+        family, data = problems.quadratics(10), ()
     algorithm = algorithms.learned_optimizer(
         family,
         rules.l2l(hidden_size=HIDDEN, num_layers=2),
@@ -83,15 +88,23 @@ def measure(name: str, seconds: float) -> dict:
     optimizer = adam_clipped(1e-3, 1.0)
     draw = sampler.sample(jax.random.key(0), data)
     state = init_train_state(algorithm, optimizer, 0, draw)
-    train = make_train_loop(algorithm, optimizer, sampler, num_tasks=tasks)
-    state_now = [state]
+    train = make_train_loop(
+        algorithm,
+        optimizer,
+        sampler,
+        num_tasks=tasks,
+        steps_per_call=STEPS_PER_CALL,
+        mesh=mesh,
+    )
+    data = place(data, mesh)
+    state_now = [place_state(algorithm, state, mesh)]
 
     def step():
         state_now[0], metrics = train(state_now[0], data)
         return metrics
 
     result = rows.timed(step, seconds)
-    rate = 1 / result["seconds"]
+    rate = STEPS_PER_CALL / result["seconds"]
     share = rate * gflop(row) / max(result["probe"])
     return result | {"row": name, "rate": rate, "share": share}
 
