@@ -3,13 +3,13 @@
 Shapes: T tasks, N images, H rows, W columns, C input channels, O output channels.
 
 On a GPU or TPU `lax.conv_general_dilated` is what there is. XLA's CPU backend runs the
-convolution itself at the speed of a matrix product (jaxlib 0.10), but its derivative by
-the kernel a hundred times slower inside a loop, and a kernel per task (a grouped
-convolution) slowest of all. There, one task at a time, and for the kernel's derivative
-shifts side by side and a matrix product for a few images at a time, so that they stay
-in the cache, is many times faster (benchmarks/convolutions.py). Two primitives hold it,
-for JAX has no other way to say how an operation is differentiated both ways *and*
-batched:
+convolution itself at the speed of a matrix product (jaxlib 0.10; on all cores only with
+the options of `metalstm.compilation`), but its derivative by the kernel a hundred times
+slower inside a loop, and a kernel per task (a grouped convolution) slowest of all.
+There, one task at a time, and for the kernel's derivative shifts side by side and a
+matrix product for a few images at a time, so that they stay in the cache, is many times
+faster (benchmarks/convolutions.py). Two primitives hold it, for JAX has no other way to
+say how an operation is differentiated both ways *and* batched:
 
   correlate(x, k)   y[i, j] = sum_ab x[i + a, j + b] k[a, b]      [T, N, H, W, O]
   outer(x, g)       k[a, b] = sum_ij x[i + a, j + b]^T g[i, j]    [T, 3, 3, C, O]
