@@ -97,6 +97,36 @@ def test_a_killed_learned_optimizer_goes_on_as_if_nothing_had_happened(tmp_path)
     assert int(lost) == 0, which
 
 
+GROUPS = """
+import os, sys
+from pathlib import Path
+from tests.faults.__main__ import in_a_process
+from tests.faults.outcomes import Outcome
+
+def computes(folder):
+    import jax.numpy as jnp
+    jnp.ones(2).block_until_ready()
+    return [Outcome("computed", "it holds")]
+
+def forks(folder):
+    from jax._src import xla_bridge
+    return [Outcome(str(xla_bridge.backends_are_initialized()), "it holds")]
+
+print(*(in_a_process(group, Path())[0].fault for group in (computes, forks)))
+try:
+    in_a_process(lambda folder: os._exit(3), Path())
+except RuntimeError as error:
+    print(error)
+"""
+
+
+def test_a_group_of_faults_leaves_the_next_a_jax_that_has_not_computed():
+    assert run(GROUPS).split("\n")[:2] == [
+        "computed False",
+        "the group ended with status 3",
+    ]
+
+
 def test_a_lost_trial_is_counted_and_named():
     outcome = outcomes.Outcome("a fault", "it holds")
     with outcome.trial("first"):
