@@ -36,7 +36,7 @@ $(VENV)/.installed-%: pyproject.toml | $(VENV)/bin/python
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[$*]'
 	@touch $@
 
-# Linux: memory in large pages, a tenth to a third faster (docs/performance.md).
+# Linux: memory in large pages; docs/performance.md says what it brought where.
 demo: export GLIBC_TUNABLES ?= glibc.malloc.hugetlb=1
 demo: $(VENV)/.installed-experiments
 	$(BIN)/python -m experiments.few_shot --preset demo $(ARGS)

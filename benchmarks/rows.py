@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
 import os
 import resource
 import subprocess
@@ -52,9 +51,10 @@ def one_device_to_a_core(num_tasks: int) -> Any:
     import jax
 
     from metalstm import distributed
+    from metalstm.compilation import cores
 
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 1
-    jax.config.update("jax_num_cpu_devices", math.gcd(cores, num_tasks))
+    most = max(n for n in range(1, cores() + 1) if num_tasks % n == 0)
+    jax.config.update("jax_num_cpu_devices", most)
     return distributed.task_mesh(num_tasks)
 
 

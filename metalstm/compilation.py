@@ -16,7 +16,7 @@ from typing import Any
 
 import jax
 
-__all__ = ["Jitted", "compiler_options"]
+__all__ = ["Jitted", "compiler_options", "cores"]
 
 _NO_YNN_CONVOLUTION = {
     "xla_cpu_experimental_ynn_fusion_type": (
@@ -59,7 +59,7 @@ class Jitted:
 @functools.cache
 def compiler_options() -> dict[str, str]:
     """What `Jitted` gives to ``jax.jit(compiler_options=)`` in this process."""
-    if jax.default_backend() != "cpu" or jax.local_device_count() >= _cores():
+    if jax.default_backend() != "cpu" or jax.local_device_count() >= cores():
         return {}
     try:
         jax.jit(lambda: 0, compiler_options=_NO_YNN_CONVOLUTION)()
@@ -68,7 +68,7 @@ def compiler_options() -> dict[str, str]:
     return _NO_YNN_CONVOLUTION
 
 
-def _cores() -> int:
+def cores() -> int:
     """How many cores this process may use."""
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))

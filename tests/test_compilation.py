@@ -13,7 +13,7 @@ from metalstm.convolution import conv2d
 @pytest.fixture
 def cores(monkeypatch):
     def have(count: int) -> dict[str, str]:
-        monkeypatch.setattr(compilation, "_cores", lambda: count)
+        monkeypatch.setattr(compilation, "cores", lambda: count)
         compilation.compiler_options.cache_clear()
         return compilation.compiler_options()
 
