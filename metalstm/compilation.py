@@ -1,10 +1,11 @@
 """`jax.jit` with the compiler's options that are fastest where the program runs.
 
-On a CPU, XLA gives a convolution to YNNPACK, which computes it on one core however many
-there are; XLA's own convolution uses them all. So with cores to spare YNNPACK keeps its
-matrix products and sums, at which it is the faster one, and no convolution
-(docs/performance.md has what it brings). With one device to each core, or on one core,
-nothing is changed: YNNPACK's convolution on one core is as fast or faster.
+On a CPU, XLA gives convolutions and matrix products to YNNPACK. It computes a
+convolution on one core however many there are, and long products on several cores at two
+thirds of the speed of XLA's own. So where a device has several cores YNNPACK keeps its
+sums, at which it is the faster one, and nothing else (docs/performance.md has what it
+brings). With one device to each core, or on one core, nothing is changed: there
+YNNPACK's are as fast or faster.
 """
 
 from __future__ import annotations
@@ -16,13 +17,9 @@ from typing import Any
 
 import jax
 
-__all__ = ["Jitted", "compiler_options", "cores"]
+__all__ = ["Jitted", "compiler_options", "cores", "cores_to_spare"]
 
-_NO_YNN_CONVOLUTION = {
-    "xla_cpu_experimental_ynn_fusion_type": (
-        "LIBRARY_FUSION_TYPE_INDIVIDUAL_DOT,LIBRARY_FUSION_TYPE_REDUCE"
-    )
-}
+_ONLY_SUMS = {"xla_cpu_experimental_ynn_fusion_type": "LIBRARY_FUSION_TYPE_REDUCE"}
 
 
 class Jitted:
@@ -59,13 +56,18 @@ class Jitted:
 @functools.cache
 def compiler_options() -> dict[str, str]:
     """What `Jitted` gives to ``jax.jit(compiler_options=)`` in this process."""
-    if jax.default_backend() != "cpu" or jax.local_device_count() >= cores():
+    if not cores_to_spare():
         return {}
     try:
-        jax.jit(lambda: 0, compiler_options=_NO_YNN_CONVOLUTION)()
+        jax.jit(lambda: 0, compiler_options=_ONLY_SUMS)()
     except Exception:  # a jaxlib that does not know the option
         return {}
-    return _NO_YNN_CONVOLUTION
+    return _ONLY_SUMS
+
+
+def cores_to_spare() -> bool:
+    """Whether a device is a CPU with several cores of its own."""
+    return jax.default_backend() == "cpu" and jax.local_device_count() < cores()
 
 
 def cores() -> int:

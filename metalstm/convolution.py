@@ -33,13 +33,15 @@ from jax.interpreters import ad, batching, mlir
 from jax.sharding import NamedSharding, PartitionSpec
 
 from metalstm.base import Array
+from metalstm.compilation import cores_to_spare
 
 __all__ = ["Method", "conv2d", "default_method"]
 
 Method = Literal["xla", "slices", "blocked"]
 
-# What a block of images may occupy once its shifts are laid side by side.
-_BLOCK_BYTES = 2**20
+# What a block of images may occupy once its shifts are laid side by side: what stays in
+# one core's cache; with `cores_to_spare`, enough for several.
+_BLOCK_BYTES = {False: 2**20, True: 2**22}
 # Up to here all nine shifts are laid out, beyond only the three along a row: the inner
 # size of the matrix product would be too short.
 _FEW_CHANNELS = 8
@@ -181,6 +183,11 @@ def _correlate(x: Array, kernel: Array) -> Array:
     """x [T, N, H, W, C], kernel [T, 3, 3, C, O] -> [T, N, H, W, O]."""
 
     channels = x.shape[-1]
+    if channels <= _FEW_CHANNELS and cores_to_spare():
+        # 1.4 to 3 times faster there, where the images are those of the step before;
+        # slower on one core
+        by_product = functools.partial(_slices, strides=1, padding="SAME")
+        return _each_task(by_product, x, kernel)
     if channels > 2 and channels % 4:  # colours: vectors of four run 1.8 times faster
         pads = [(0, 0)] * (x.ndim - 1) + [(0, -channels % 4)]
         x, kernel = jnp.pad(x, pads), jnp.pad(kernel, [*pads[:3], pads[-1], (0, 0)])
@@ -216,7 +223,8 @@ def _blocks(x: Array, like: Array) -> Array:
     images, height, width, channels = like.shape
     shifts = 9 if channels <= _FEW_CHANNELS else 3
     image_bytes = shifts * (height + 2) * width * channels * like.dtype.itemsize
-    fitting = max(1, min(images, _BLOCK_BYTES // max(image_bytes, 1)))
+    block_bytes = _BLOCK_BYTES[cores_to_spare()]
+    fitting = max(1, min(images, block_bytes // max(image_bytes, 1)))
     size = max(n for n in range(1, fitting + 1) if images % n == 0)
     return x.reshape(images // size, size, *x.shape[1:])
 

@@ -28,26 +28,30 @@ def images(num_images: int = 4):
     return jnp.asarray(x), jnp.asarray(kernel)
 
 
-def test_cores_to_spare_share_a_convolution(cores):
+@pytest.mark.parametrize("what", ["convolution", "dot"])
+def test_cores_to_spare_share_the_work(what, cores):
     """Not so where each has a device of its own."""
     if jax.default_backend() != "cpu":
         assert cores(64) == {}
         return
     assert cores(jax.local_device_count()) == {}
-    alone = Jitted(conv2d).lower(*images()).compile().as_text()
+    fn = conv2d
+    if what == "dot":
+        fn = lambda x, k: x.reshape(-1, 288) @ k.reshape(288, -1)  # noqa: E731
+    alone = Jitted(fn).lower(*images()).compile().as_text()
     options = cores(jax.local_device_count() + 1)
-    shared = Jitted(conv2d).lower(*images()).compile().as_text()
+    shared = Jitted(fn).lower(*images()).compile().as_text()
     if "ynn_fusion" in alone:  # else this jaxlib has XLA's own anyway
         assert options
     assert "ynn_fusion" not in shared
-    assert " convolution(" in shared
-    one = jax.jit(conv2d)(*images())
-    np.testing.assert_allclose(Jitted(conv2d)(*images()), one, rtol=1e-4, atol=1e-4)
+    assert f" {what}(" in shared
+    one = jax.jit(fn)(*images())
+    np.testing.assert_allclose(Jitted(fn)(*images()), one, rtol=1e-4, atol=1e-4)
 
 
 def test_an_unknown_option_is_left_out(cores, monkeypatch):
     nonsense = {"xla_cpu_no_such_option": "1"}
-    monkeypatch.setattr(compilation, "_NO_YNN_CONVOLUTION", nonsense)
+    monkeypatch.setattr(compilation, "_ONLY_SUMS", nonsense)
     assert cores(64) == {}
     assert float(Jitted(lambda x: x + 1)(1.0)) == 2.0
 

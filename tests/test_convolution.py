@@ -71,8 +71,13 @@ def assert_same(ours, theirs, tolerance):
 
 @pytest.mark.parametrize("channels", [2, 9])  # nine shifts, three shifts
 @pytest.mark.parametrize("batching", ["one", "per task", "shared kernel", "shared x"])
-def test_blocked_has_every_derivative_of_lax_conv(channels, batching, monkeypatch):
-    monkeypatch.setattr(convolution, "_BLOCK_BYTES", 1)  # several blocks of one image
+@pytest.mark.parametrize("spare", [False, True])
+def test_blocked_has_every_derivative_of_lax_conv(
+    channels, batching, spare, monkeypatch
+):
+    one_image = dict.fromkeys((False, True), 1)  # so there are several blocks
+    monkeypatch.setattr(convolution, "_BLOCK_BYTES", one_image)
+    monkeypatch.setattr(convolution, "cores_to_spare", lambda: spare)
     axes = {"per task": (0, 0), "shared kernel": (0, None), "shared x": (None, 0)}
 
     def everything(conv, x, kernel):
@@ -128,7 +133,8 @@ def test_float32_agrees_with_float64(method, shape, channels):
 
 @pytest.mark.parametrize("limit", [1, 5_000, 2**20])
 def test_blocks_cover_every_image_once(monkeypatch, limit):
-    monkeypatch.setattr(convolution, "_BLOCK_BYTES", limit)
+    limits = dict.fromkeys((False, True), limit)
+    monkeypatch.setattr(convolution, "_BLOCK_BYTES", limits)
     x, kernel = draw(9, 4, images=6, dtype=np.float32)
     sizes = {1: 1, 5_000: 1, 2**20: 6}
     assert convolution._blocks(x, x).shape[1] == sizes[limit] or limit == 5_000
