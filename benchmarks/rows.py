@@ -22,6 +22,7 @@ __all__ = [
     "PUBLIC_PROBE",
     "Target",
     "collect",
+    "in_a_process",
     "one_device_to_a_core",
     "probe",
     "run",
@@ -101,15 +102,20 @@ def timed(step: Callable[[], Any], seconds: float) -> dict[str, Any]:
 def collect(module: str, names: Iterable[str], seconds: float) -> Iterable[dict]:
     """The results of ``module``'s rows, each from a process of its own."""
     for name in names:
-        command = [sys.executable, "-m", module, "--row", name]
-        command += ["--seconds", str(seconds)]
-        out = subprocess.run(
-            command, env=_LARGE_PAGES | os.environ, capture_output=True, text=True
-        )
-        if out.returncode:
-            yield {"row": name, "failed": out.stderr.strip().splitlines()[-1]}
-        else:
-            yield json.loads(out.stdout.strip().splitlines()[-1])
+        command = ["-m", module, "--row", name, "--seconds", str(seconds)]
+        yield {"row": name} | in_a_process(command)
+
+
+def in_a_process(command: list[str], *, large_pages: bool = True) -> dict[str, Any]:
+    """The JSON that ``python command`` prints last, or {"failed": its last words}."""
+    environment = (_LARGE_PAGES if large_pages else {}) | os.environ
+    out = subprocess.run(
+        [sys.executable, *command], env=environment, capture_output=True, text=True
+    )
+    if out.returncode:
+        words = out.stderr.strip().splitlines() or [f"exit status {out.returncode}"]
+        return {"failed": words[-1]}
+    return json.loads(out.stdout.strip().splitlines()[-1])
 
 
 COLUMNS = (
