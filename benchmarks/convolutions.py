@@ -9,9 +9,7 @@ and backward at over a third of the speed of a large matrix product.
 
 Every figure is the share of the probe (a 2048-square float32 matrix product measured
 in the same run) that the useful arithmetic reached, forward / forward and backward.
-Time is the process's own CPU time over the number of cores it may use, so that other
-programs on the machine disturb it less (pin it to one core: idle cores are not seen);
-on a GPU or TPU it is wall time.
+Time is the best of many calls, so that other programs on the machine disturb it less.
 """
 
 from __future__ import annotations
@@ -19,7 +17,6 @@ from __future__ import annotations
 import argparse
 import functools
 import itertools
-import os
 import time
 
 import jax
@@ -27,6 +24,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jax import lax
 
+from metalstm.compilation import Jitted
 from metalstm.convolution import conv2d, default_method
 from metalstm.pooling import max_pool
 
@@ -50,16 +48,13 @@ QUICK = [(1, 5, 10, 32, 32), (4, 5, 7, 16, 16)]
 
 def measure(fn, *args, seconds: float) -> float:
     """Best seconds of a call of the jitted ``fn`` within the time given."""
-    on_cpu = jax.default_backend() == "cpu"
-    clock = time.process_time if on_cpu else time.perf_counter
-    cores = len(os.sched_getaffinity(0)) if on_cpu else 1
     jax.block_until_ready(fn(*args))
     best, end, calls = float("inf"), time.perf_counter() + seconds, 0
     while calls < 2 or time.perf_counter() < end:
-        start = clock()
+        start = time.perf_counter()
         jax.block_until_ready(fn(*args))
-        best, calls = min(best, clock() - start), calls + 1
-    return best / cores
+        best, calls = min(best, time.perf_counter() - start), calls + 1
+    return best
 
 
 def probe(seconds: float) -> float:
@@ -78,7 +73,7 @@ def loop(step):
 
     Images are arguments and new in every iteration: nothing can be hoisted or folded.
     """
-    return jax.jit(
+    return Jitted(
         lambda kernels, xs: lax.scan(lambda k, x: (step(k, x), None), kernels, xs)[0]
     )
 

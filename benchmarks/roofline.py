@@ -10,17 +10,14 @@ the recipe the sum of its parts: "attainable". Bytes are the fewest an unfused p
 moves: every activation written once by its convolution, read for the statistics, read
 by the pool, and as much again on the way back, where two products read its cotangent.
 
-Time is the process's own CPU time over the number of cores it may use, the best of many
-calls, so that other programs disturb it less: a limit is one of all cores at work, and
-cores that wait for each other are part of what a recipe falls short by. On a GPU or TPU
-it is wall time.
+Time is the best of many calls, so that other programs disturb it less, of programs
+compiled as meta-steps are.
 """
 
 from __future__ import annotations
 
 import argparse
 import functools
-import os
 import time
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -30,6 +27,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from benchmarks import episodes, learned_optimizers
+from metalstm.compilation import Jitted
 from metalstm.convolution import conv2d
 
 LOOP = 8  # dependent calls in one timed program
@@ -79,21 +77,18 @@ def best_pass(fn: Callable, x: jax.Array, *, seconds: float) -> float:
 
 
 def _best_of_loop(body: Callable, start: jax.Array, args: Any, seconds: float) -> float:
-    @jax.jit
+    @Jitted
     def loop(start, args):
         step = lambda carry, _: (body(carry, args), None)  # noqa: E731
         return lax.scan(step, start, length=LOOP)[0]
 
-    on_cpu = jax.default_backend() == "cpu"
-    clock = time.process_time if on_cpu else time.perf_counter
-    cores = len(os.sched_getaffinity(0)) if on_cpu else 1
     jax.block_until_ready(loop(start, args))
-    fastest, end, calls = float("inf"), clock() + seconds * cores, 0
-    while calls < 3 or clock() < end:
-        begun = clock()
+    fastest, end, calls = float("inf"), time.perf_counter() + seconds, 0
+    while calls < 3 or time.perf_counter() < end:
+        begun = time.perf_counter()
         jax.block_until_ready(loop(start, args))
-        fastest, calls = min(fastest, clock() - begun), calls + 1
-    return fastest / LOOP / cores
+        fastest, calls = min(fastest, time.perf_counter() - begun), calls + 1
+    return fastest / LOOP
 
 
 def draw(*shape: int) -> jax.Array:
