@@ -1,10 +1,10 @@
 """`jax.jit` with the compiler's options that are fastest where the program runs.
 
 On a CPU, XLA gives convolutions and matrix products to YNNPACK. It computes a
-convolution on one core however many there are, and long products on several cores at two
-thirds of the speed of XLA's own. So where a device has several cores YNNPACK keeps its
-sums, at which it is the faster one, and nothing else (docs/performance.md has what it
-brings). With one device to each core, or on one core, nothing is changed: there
+convolution on one core however many there are, and long products on several cores at
+two thirds of the speed of XLA's own. So where a device has several cores YNNPACK keeps
+its sums, at which it is the faster one, and nothing else (docs/performance.md has what
+it brings). With one device to each core, or on one core, nothing is changed: there
 YNNPACK's are as fast or faster.
 """
 
