@@ -116,7 +116,7 @@ def count_parameters(name: str) -> int:
 
 
 def measure_task(name: str, steps: int) -> float:
-    """The core-seconds of a step of one task, the least of ``steps``."""
+    """The core-seconds of a step of one task, the mean of ``steps``."""
     import jax
 
     from metalstm import adam_clipped, init_train_state
