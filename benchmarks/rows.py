@@ -108,7 +108,9 @@ def collect(module: str, names: Iterable[str], seconds: float) -> Iterable[dict]
 
 def in_a_process(command: list[str], *, large_pages: bool = True) -> dict[str, Any]:
     """The JSON that ``python command`` prints last, or {"failed": its last words}."""
-    environment = (_LARGE_PAGES if large_pages else {}) | os.environ
+    environment = _LARGE_PAGES | os.environ
+    if not large_pages:
+        environment = {k: v for k, v in environment.items() if k not in _LARGE_PAGES}
     out = subprocess.run(
         [sys.executable, *command], env=environment, capture_output=True, text=True
     )
