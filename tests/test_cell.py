@@ -11,7 +11,8 @@ import tiny
 
 from metalstm.rules.cell import lstm_step, tanh_sigmoid
 
-HIDDEN, FEATURES, COORDINATES = 3, 2, 5
+HIDDEN, FEATURES = 3, 2
+FEW, MANY = 5, 40  # coordinates: the two layouts inside a step
 
 
 def plain_step(kernel, bias, x, hidden, cell):
@@ -22,10 +23,10 @@ def plain_step(kernel, bias, x, hidden, cell):
     return tanh_sigmoid(o) * jnp.tanh(cell), cell
 
 
-def arguments(seed=0, dtype=None):
+def arguments(seed=0, dtype=None, coordinates=FEW):
     rows, columns = 4 * HIDDEN, FEATURES + HIDDEN
-    state = (HIDDEN, COORDINATES)
-    shapes = [(rows, columns), (rows,), (FEATURES, COORDINATES), state, state]
+    state = (HIDDEN, coordinates)
+    shapes = [(rows, columns), (rows,), (FEATURES, coordinates), state, state]
     keys = jax.random.split(jax.random.key(seed), len(shapes))
     return [
         jax.random.normal(key, shape, dtype)
@@ -41,10 +42,10 @@ def two_steps(step, args):
     return jnp.sum(jnp.sin(hidden) + 0.3 * jnp.cos(2 * cell))
 
 
-def kinds(step) -> dict:
+def kinds(step, coordinates=FEW) -> dict:
     """What may be asked of a derivative, each as a function of the arguments."""
     value = functools.partial(two_steps, step)
-    along = arguments(1)
+    along = arguments(1, coordinates=coordinates)
 
     def slope(args):  # a scalar made of the gradient
         dots = jax.tree.map(jnp.vdot, jax.grad(value)(args), along)
@@ -65,21 +66,32 @@ def kinds(step) -> dict:
     }
 
 
+@pytest.mark.parametrize("coordinates", [FEW, MANY])
 @pytest.mark.parametrize("kind", kinds(lstm_step))
-def test_the_hand_written_derivative_is_that_of_the_equations(kind):
+def test_the_hand_written_derivative_is_that_of_the_equations(kind, coordinates):
     with jax.enable_x64(True):
-        args = arguments()
+        args = arguments(coordinates=coordinates)
         ours, plain = (
-            tiny.quick_jit(kinds(step)[kind])(args) for step in (lstm_step, plain_step)
+            tiny.quick_jit(kinds(step, coordinates)[kind])(args)
+            for step in (lstm_step, plain_step)
         )
         tiny.assert_close(ours, plain, rtol=1e-10, atol=1e-12)
         assert all(jnp.abs(leaf).max() > 1e-3 for leaf in jax.tree.leaves(ours))
 
 
-def test_less_is_kept_for_the_way_back_than_by_jax():
+@pytest.mark.parametrize("coordinates", [FEW, MANY])
+def test_less_is_kept_for_the_way_back_than_by_jax(coordinates):
     def kept(step):
-        _, back = jax.vjp(step, *arguments())
+        _, back = jax.vjp(step, *arguments(coordinates=coordinates))
         wide = [leaf for leaf in jax.tree.leaves(back) if leaf.ndim == 2]
-        return sum(leaf.size for leaf in wide if leaf.shape[1] == COORDINATES)
+        return sum(leaf.size for leaf in wide if coordinates in leaf.shape)
 
     assert kept(lstm_step) < 0.7 * kept(plain_step)
+
+
+@pytest.mark.parametrize(
+    ("coordinates", "product"), [(FEW, (FEW, 4 * HIDDEN)), (MANY, (4 * HIDDEN, MANY))]
+)
+def test_few_coordinates_change_places_with_the_gates(coordinates, product):
+    jaxpr = jax.make_jaxpr(lstm_step)(*arguments(coordinates=coordinates))
+    assert f"f32[{product[0]},{product[1]}] = dot_general" in str(jaxpr)

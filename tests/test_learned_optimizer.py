@@ -179,7 +179,7 @@ def test_what_is_stacked_is_one_matrix_product_for_all_tasks():
             unroll_steps=2, horizon=2, task_mapping=layout, memory="plain"
         )
         text = str(fn.trace(meta_params, carry, keys_of(0), draw_many(2)).jaxpr)
-        return "f32[8,9]" in text  # [4 H, T N]
+        return "f32[9,8] = dot_general" in text  # [T N, 4 H], so few are they
 
     assert widest_dot("stacked")
     assert widest_dot(None)

@@ -271,14 +271,13 @@ def learned_optimizer(
         # a pair that diverged says nothing about the slope
         slope = (values[0] - values[1]) / (2 * pes_std**2)
         slope = jnp.where((losses < _DIVERGED).all(), slope, 0.0)
-        grads = jax.tree.map(lambda xi: slope * xi, shift)
         runs = runs._replace(
             params=inner.params,
             rule_state=inner.rule_state,
             first_loss=first.mean(),
             shift=shift,
         )
-        return grads, values.mean(), losses.mean(0), runs
+        return slope, values.mean(), losses.mean(0), runs
 
     def meta_gradient(meta_params, carry: InnerRuns, keys: Array, draws: Draw):
         _check_batches(draws, unroll_steps)
@@ -306,7 +305,11 @@ def learned_optimizer(
             grads, value, losses, runs = map_tasks(
                 lambda *xs: one(meta_params, *xs), keys, runs, draws.batches, how=how
             )
-            grads = jax.tree.map(lambda g: g.mean(0), grads)
+            if pes:  # so far [T] slopes, along each task's shift
+                along = grads / grads.shape[0]
+                grads = jax.tree.map(lambda xi: jnp.tensordot(along, xi, 1), runs.shift)
+            else:
+                grads = jax.tree.map(lambda g: g.mean(0), grads)
         diverged = (losses >= _DIVERGED).any(-1)  # [T]
         step = runs.inner_step + unroll_steps
         runs = runs._replace(

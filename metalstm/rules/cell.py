@@ -1,7 +1,8 @@
 """One step of an LSTM with coordinates last, shared by the rules that have one.
 
 Letters: N coordinates, H hidden units, F features. Coordinates are the last axis: they
-fill the vector lanes, H does not, and all of them go through one matrix product.
+fill the vector lanes, H does not, and all of them go through one matrix product. Only
+inside a step, and only where they are few, do they change places with H.
 """
 
 from __future__ import annotations
@@ -12,6 +13,11 @@ import jax.numpy as jnp
 from metalstm.base import Array
 
 __all__ = ["init_lstm", "lstm_step", "tanh_sigmoid"]
+
+# Coordinates: with fewer, the gates fill a vector better. On a CPU, 20 updates of two
+# layers of 20 units took 0.45 (10 coordinates), 0.6 (16), 0.9 (32) of the time for many
+# kernels, 0.7, 0.7, 0.8 for one; at 64 coordinates 1.5 and 1.2 times as long.
+_FEW = 32
 
 
 def init_lstm(
@@ -70,14 +76,24 @@ def _lstm_step_jvp(primals, tangents):
 
 def _forward(kernel: Array, bias: Array, x: Array, hidden: Array, cell: Array):
     """The new (hidden, cell), and (i, f, o, candidate, tanh of the new cell)."""
-    size = hidden.shape[0]
+    size, num_coordinates = hidden.shape
     # sigmoid(z) = (1 + tanh(z / 2)) / 2: one tanh of all rows, three quarters of which
     # are halved before the product, where they are few
     scale = jnp.where(jnp.arange(4 * size) < 3 * size, 0.5, 1.0).astype(kernel.dtype)
-    z = (scale[:, None] * kernel) @ jnp.concatenate([x, hidden])
-    s = jnp.tanh(z + (scale * bias)[:, None])
-    i, f, o = jnp.split(0.5 * (1.0 + s[: 3 * size]), 3)
-    candidate = s[3 * size :]
+    bias = scale * bias
+    if num_coordinates > _FEW:
+        z = (scale[:, None] * kernel) @ jnp.concatenate([x, hidden])
+        return _gates(z + bias[:, None], cell, 0)
+    # within this step the hidden units are last
+    z = jnp.concatenate([x.T, hidden.T], axis=1) @ (scale * kernel.T)
+    hidden, cell, kept = _gates(z + bias, cell.T, 1)
+    return hidden.T, cell.T, tuple(array.T for array in kept)
+
+
+def _gates(z: Array, cell: Array, axis: int):
+    """What `_forward` returns; ``axis`` is where the gates lie, one behind the other."""
+    i, f, o, candidate = jnp.split(jnp.tanh(z), 4, axis)
+    i, f, o = (0.5 * (1.0 + gate) for gate in (i, f, o))
     cell = f * cell + i * candidate
     tanh_cell = jnp.tanh(cell)
     return o * tanh_cell, cell, (i, f, o, candidate, tanh_cell)
