@@ -1,7 +1,7 @@
 # make demo    learn to learn on letters, print a table, draw plots (minutes, no download)
 # make test    run the tests
 # make bench   measure speed and memory
-# make faults  kill, fill, damage and mislead; count what survives (half an hour)
+# make faults  kill, fill, damage and mislead; count what survives (15 minutes)
 # make lint    format check, lint, type check
 #
 # Each makes .venv when there is none. PYTHON=/path/to/python chooses another Python;

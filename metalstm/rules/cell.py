@@ -91,7 +91,7 @@ def _forward(kernel: Array, bias: Array, x: Array, hidden: Array, cell: Array):
 
 
 def _gates(z: Array, cell: Array, axis: int):
-    """What `_forward` returns; ``axis`` is where the gates lie, one behind the other."""
+    """What `_forward` returns; ``axis`` is where the gates lie end to end."""
     i, f, o, candidate = jnp.split(jnp.tanh(z), 4, axis)
     i, f, o = (0.5 * (1.0 + gate) for gate in (i, f, o))
     cell = f * cell + i * candidate
