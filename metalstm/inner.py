@@ -5,38 +5,27 @@ How to differentiate is an argument of the loop, never a line inside a rule.
 
 from __future__ import annotations
 
-import functools
-import math
 from collections.abc import Callable
-from typing import Literal, NamedTuple, get_args
+from typing import NamedTuple, get_args
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 
 from metalstm import mixed_mode
 from metalstm.base import Array, PyTree
+from metalstm.loops import KEPT, Memory, cut, scan, with_gradient
+from metalstm.replay import (
+    Coordinates,
+    Recorded,
+    keeps_states,
+    per_coordinate,
+    replay,
+)
 
 __all__ = ["InnerState", "Memory", "Trace", "unroll"]
-
-Memory = Literal["plain", "remat", "mixed", "segments"]
-"""What `unroll` keeps of its steps for the way back; see docs/memory.md.
-
-``plain``: all that they computed. ``remat``: theta_t and the rule's state; each step is
-computed again. ``mixed``: these and the gradients; of a step only the rule is computed
-again, and the derivative of its gradient is taken forward over reverse
-(`metalstm.mixed_mode`), which stores nothing of the learner. ``segments``: the state at
-the start of every segment of about sqrt(T) steps; each segment is computed again, as
-``mixed``.
-"""
-
-_KEPT = "inner gradient"  # what "mixed" keeps beside the states
-
-_BLOCK = 8192  # coordinates: smaller blocks stay in cache but leave a second core idle
-_LANES = 16  # a block is a multiple of the vector registers' float32s
 
 
 class InnerState(NamedTuple):
@@ -88,9 +77,10 @@ def unroll(
         see `Memory`. It changes no value. In second order ``mixed`` and ``segments``
         have no `jax.jvp` (but one of their gradient).
       coordinatewise: the promise of `UpdateRule.coordinatewise`. Together with
-        ``second_order=False`` the derivative of theta_T is taken through a replay of
-        the rule over blocks of coordinates, which stays in cache; values do not
-        change. A given and the final rule state are then constants.
+        ``second_order=False`` the derivative of theta_T is taken through the rule
+        alone, over blocks of coordinates, which stays in cache (`metalstm.replay`);
+        values change by rounding alone. A given and the final rule state are then
+        constants.
       observe: diagnostics of the state after each update, for ``Trace.observed``.
       key: a PRNG key; step t gets ``fold_in(key, t)``. None: ``loss_fn`` gets None.
       scan_unroll: iterations per trip of the `lax.scan`; on CPU a few steps run faster
@@ -114,54 +104,104 @@ def unroll(
                 "stack one batch for each step along the leading axis"
             )
 
-    blocked = constant_states = coordinatewise and not second_order
-    given = state.rule_state
-    if given is None:
-        state = state._replace(rule_state=tx.init(state.params))
-    elif constant_states:
-        state = state._replace(rule_state=lax.stop_gradient(given))
-        # a state shaped like the tree of parameters cannot be cut into blocks
-        blocked = _per_coordinate(tx, state.params, given) is not None
-    loop_update = _without_derivative(tx) if blocked else tx.update
-    cut_before = _cut_steps(num_steps, truncate_every)
-
     mixed = second_order and memory in ("mixed", "segments")
-    gradient = mixed_mode.value_and_gradient if mixed else _value_and_gradient
+    derivative = mixed_mode.value_and_gradient if mixed else _value_and_gradient
+
+    def gradient(t: Array, params: PyTree, stats: PyTree, batch: PyTree):
+        step_key = None if key is None else jax.random.fold_in(key, t)
+        if second_order:
+            return derivative(loss_fn, params, stats, batch, step_key)
+        params, stats = lax.stop_gradient((params, stats))
+        return lax.stop_gradient(derivative(loss_fn, params, stats, batch, step_key))
+
+    fresh = state.rule_state is None
+    if fresh:
+        state = state._replace(rule_state=tx.init(state.params))
+    elif coordinatewise and not second_order:
+        state = state._replace(rule_state=lax.stop_gradient(state.rule_state))
+    xs = (jnp.arange(num_steps), _cut_steps(num_steps, truncate_every), batches)
+    if coordinatewise and not second_order:
+        own = per_coordinate(tx, state.params, state.rule_state)
+        if own is not None:
+            return _in_blocks(
+                gradient, tx, state, fresh, xs, own, memory, observe, scan_unroll
+            )
 
     def step(carry: InnerState, xs):
-        t, cut, batch = xs
-        step_key = None if key is None else jax.random.fold_in(key, t)
+        t, here, batch = xs
         if truncate_every is not None:
-            carry = _cut(carry, cut)
-        at = carry if second_order else jax.tree.map(lax.stop_gradient, carry)
-        loss, stats, grads = gradient(loss_fn, at.params, at.stats, batch, step_key)
-        loss, grads = checkpoint_name((loss, grads), _KEPT)
-        if not second_order:
-            loss, stats, grads = jax.tree.map(lax.stop_gradient, (loss, stats, grads))
-        updates, rule_state = loop_update(
+            carry = cut(carry, here)
+        loss, stats, grads = gradient(t, carry.params, carry.stats, batch)
+        loss, grads = checkpoint_name((loss, grads), KEPT)
+        updates, rule_state = tx.update(
             grads, carry.rule_state, carry.params, value=loss
         )
         new = InnerState(optax.apply_updates(carry.params, updates), stats, rule_state)
-        if not second_order and not blocked:
+        if not second_order:
             first_order = _products(grads, carry.params, jnp.shape(loss))
-            loss = _with_gradient(loss, first_order)
-        observed = () if observe is None else observe(new)
-        return new, (loss, observed, grads if blocked else ())
+            loss = with_gradient(loss, first_order)
+        return new, (loss, () if observe is None else observe(new))
 
-    xs = (jnp.arange(num_steps), cut_before, batches)
-    # replayed, the loop itself has no way back
-    start = jax.tree.map(lax.stop_gradient, state) if blocked else state
-    kept: Memory = "plain" if blocked else memory
-    final, (losses, observed, grads) = _scan(step, start, xs, kept, scan_unroll)
-    if constant_states:
+    final, (losses, observed) = scan(step, state, xs, memory, scan_unroll)
+    if coordinatewise and not second_order:
         final = final._replace(rule_state=lax.stop_gradient(final.rule_state))
-    if blocked:
-        params, first_order = _replay(
-            tx, state.params, given, grads, losses, cut_before, memory
-        )
-        final = final._replace(params=_with_gradient(final.params, params))
-        losses = _with_gradient(losses, first_order)
     return final, Trace(losses, observed)
+
+
+def _in_blocks(
+    gradient: Callable,
+    tx: optax.GradientTransformationExtraArgs,
+    state: InnerState,
+    fresh: bool,
+    xs: PyTree,
+    own: PyTree,
+    memory: Memory,
+    observe: Callable[[InnerState], PyTree] | None,
+    scan_unroll: int,
+) -> tuple[InnerState, Trace]:
+    """`unroll` of a coordinate-wise rule in first order: see `metalstm.replay`.
+
+    The loop works on the vector of all coordinates, and has no way back itself.
+    """
+    coordinates = Coordinates(state.params, own)
+    update = _without_derivative(tx)
+
+    def whole(carry: InnerState) -> InnerState:
+        params = coordinates.unflatten(carry.params)
+        return InnerState(params, carry.stats, coordinates.cut_off(carry.rule_state))
+
+    def step(carry: InnerState, xs):
+        t, _, batch = xs
+        params = coordinates.unflatten(carry.params)
+        loss, stats, grads = gradient(t, params, carry.stats, batch)
+        grads = coordinates.flatten(grads)
+        updates, rule_state = update(grads, carry.rule_state, carry.params, loss)
+        new = InnerState(optax.apply_updates(carry.params, updates), stats, rule_state)
+        began = (carry.params, carry.rule_state) if keeps else None
+        observed = () if observe is None else observe(whole(new))
+        return new, (loss, observed, grads, began)
+
+    theta = coordinates.flatten(state.params)
+    given = None if fresh else coordinates.pad(state.rule_state)
+    start = InnerState(theta, state.stats, tx.init(theta) if fresh else given)
+    num_steps = jax.tree.leaves(xs)[0].shape[0]
+    keeps = keeps_states(start.rule_state, num_steps, memory)
+    start = lax.stop_gradient(start)
+    final, (losses, observed, grads, began) = lax.scan(
+        step, start, xs, unroll=scan_unroll
+    )
+    final = whole(final)
+    recorded = Recorded(grads, losses, xs[1], began)
+    theta, products = replay(tx, coordinates, theta, given, recorded, memory)
+    # g . theta, for the loss's shape: its derivative by theta is that of the loss
+    first_order = sum(
+        part.reshape(*losses.shape, -1).sum(-1)
+        for part in jax.tree.leaves(coordinates.unflatten(products))
+    )
+    params = with_gradient(final.params, coordinates.unflatten(theta))
+    return final._replace(params=params), Trace(
+        with_gradient(losses, first_order), observed
+    )
 
 
 def _value_and_gradient(loss_fn: Callable, *args):
@@ -173,50 +213,11 @@ def _value_and_gradient(loss_fn: Callable, *args):
     return loss, stats, grads
 
 
-def _scan(step: Callable, start: PyTree, xs: PyTree, memory: Memory, unroll: int = 1):
-    """`lax.scan`, which keeps for the way back what ``memory`` says."""
-    length = jax.tree.leaves(xs)[0].shape[0]
-    if memory == "plain":
-        return lax.scan(step, start, xs, unroll=unroll)
-    policies = jax.checkpoint_policies
-    keep = None if memory == "remat" else policies.save_only_these_names(_KEPT)
-    # a loop computes again by itself; of straight-line code XLA would merge both times
-    step = jax.checkpoint(step, prevent_cse=unroll > 1, policy=keep)
-    steps = functools.partial(lax.scan, step, unroll=unroll)
-    if memory != "segments":
-        return steps(start, xs)
-
-    segment = _segment_length(length)
-    whole = length - length % segment
-    if whole == length:
-        first, rest = xs, None
-    else:  # a part of an array is a copy of it
-        first = jax.tree.map(lambda x: x[:whole], xs)
-        rest = jax.tree.map(lambda x: x[whole:], xs)
-    first = jax.tree.map(lambda x: x.reshape(-1, segment, *x.shape[1:]), first)
-    state, out = lax.scan(jax.checkpoint(steps, prevent_cse=False), start, first)
-    out = jax.tree.map(lambda x: x.reshape(whole, *x.shape[2:]), out)
-    if rest is not None:
-        state, last = steps(state, rest)
-        out = jax.tree.map(lambda *parts: jnp.concatenate(parts), out, last)
-    return state, out
-
-
-def _segment_length(num_steps: int) -> int:
-    """About sqrt(T), if possible a divisor: T / k + k states are then the fewest."""
-    root = math.isqrt(num_steps - 1) + 1
-    return next((k for k in range(root, 2 * root) if num_steps % k == 0), root)
-
-
 def _cut_steps(num_steps: int, truncate_every: int | None) -> Array:
     steps = jnp.arange(num_steps)
     if truncate_every is None:
         return jnp.zeros(num_steps, bool)
     return (steps % truncate_every == 0) & (steps > 0)
-
-
-def _cut(state: PyTree, cut: Array) -> PyTree:
-    return jax.tree.map(lambda x: jnp.where(cut, lax.stop_gradient(x), x), state)
 
 
 def _products(grads: PyTree, params: PyTree, shape: tuple[int, ...]) -> Array:
@@ -228,20 +229,6 @@ def _products(grads: PyTree, params: PyTree, shape: tuple[int, ...]) -> Array:
         lambda g, p: (g * p.astype(g.dtype)).reshape(*shape, -1).sum(-1), grads, params
     )
     return sum(jax.tree.leaves(terms), jnp.float32(0))
-
-
-@jax.custom_jvp
-def _with_gradient(values: PyTree, of: PyTree) -> PyTree:
-    """``values``, with the derivative of ``of``, whose value nobody then computes."""
-    del of
-    return values
-
-
-@_with_gradient.defjvp
-def _with_gradient_jvp(primals, tangents):
-    like = lambda value, tangent: tangent.astype(value.dtype)  # noqa: E731
-    # the function itself, for the derivatives of the derivative
-    return _with_gradient(*primals), jax.tree.map(like, primals[0], tangents[1])
 
 
 def _without_derivative(tx) -> Callable:
@@ -259,117 +246,3 @@ def _without_derivative(tx) -> Callable:
         return pure(grads, rule_state, params, value, *constants)
 
     return update
-
-
-def _per_coordinate(tx, params: PyTree, rule_state: PyTree) -> list[bool] | None:
-    """For each leaf of a rule's state, whether its last axis is the coordinates'.
-
-    None where that is not the whole answer: the state of the flat vector of all
-    parameters would not look like ``rule_state``.
-    """
-    leaves = jax.tree.leaves(params)
-    total = sum(leaf.size for leaf in leaves)
-    dtype = jnp.result_type(*leaves)
-    flat, longer = (
-        jax.eval_shape(tx.init, jax.ShapeDtypeStruct((n,), dtype))
-        for n in (total, total + 1)
-    )
-    trees = (rule_state, flat, longer)
-    if len({jax.tree.structure(tree) for tree in trees}) > 1:
-        return None
-    shapes = [[jnp.shape(leaf) for leaf in jax.tree.leaves(tree)] for tree in trees]
-    separates = all(
-        shape == same and shape[:-1] == other[:-1]
-        for shape, same, other in zip(*shapes, strict=True)
-    )
-    if not separates:
-        return None
-    return [same != other for same, other in zip(*shapes[1:], strict=True)]
-
-
-def _replay(
-    tx,
-    params: PyTree,
-    given: PyTree,
-    grads: PyTree,
-    losses: Array,
-    cut_before: Array,
-    memory: Memory,
-):
-    """Run the rule alone over recorded gradients and losses, block by block.
-
-    With gradients and losses held constant a coordinate-wise rule separates over
-    coordinates, so each block of them is replayed, and later differentiated, by itself.
-    ``given`` is the rule's state at the start, a constant; None: a fresh one.
-
-    Returns theta_T, and what has the derivatives of ``losses``.
-    """
-    leaves, treedef = jax.tree.flatten(params)
-    sizes = [leaf.size for leaf in leaves]
-    total = sum(sizes)
-    num_blocks = -(-total // _BLOCK)
-    block = _LANES * -(-total // (_LANES * num_blocks))
-
-    def to_blocks(flat):  # [..., total] -> [num_blocks, ..., block]
-        padding = num_blocks * block - total
-        flat = jnp.pad(flat, [(0, 0)] * (flat.ndim - 1) + [(0, padding)])
-        flat = flat.reshape(*flat.shape[:-1], num_blocks, block)
-        return jnp.moveaxis(flat, -2, 0)
-
-    def from_blocks(blocks):  # its inverse, as a list of leaves [..., *leaf's shape]
-        flat = jnp.moveaxis(blocks, 0, -2)
-        lead = flat.shape[:-2]
-        parts = jnp.split(
-            flat.reshape(*lead, -1)[..., :total], np.cumsum(sizes)[:-1], axis=-1
-        )
-        return [
-            part.reshape(*lead, *leaf.shape)
-            for part, leaf in zip(parts, leaves, strict=True)
-        ]
-
-    theta = to_blocks(jnp.concatenate([x.reshape(-1) for x in leaves]))
-    steps = losses.shape[0]
-    grad = to_blocks(
-        jnp.concatenate([g.reshape(steps, -1) for g in jax.tree.leaves(grads)], axis=1)
-    )
-
-    given_leaves, state_treedef = jax.tree.flatten(lax.stop_gradient(given))
-    sliced = _per_coordinate(tx, params, given) or []
-    given_blocks = [
-        to_blocks(leaf) for leaf, own in zip(given_leaves, sliced, strict=True) if own
-    ]
-
-    def start_of(theta_block, given_block):
-        if given is None:
-            return tx.init(theta_block)
-        own = iter(given_block)
-        state = [
-            next(own) if mine else leaf
-            for leaf, mine in zip(given_leaves, sliced, strict=True)
-        ]
-        return jax.tree.unflatten(state_treedef, state)
-
-    @jax.checkpoint
-    def one_block(theta_block, given_block, grad_block):
-        def step(carry, xs):
-            g, loss, cut = xs
-            theta, rule_state = _cut(carry, cut)
-            product = g * theta
-            updates, rule_state = tx.update(g, rule_state, theta, value=loss)
-            return (optax.apply_updates(theta, updates), rule_state), product
-
-        start = (theta_block, start_of(theta_block, given_block))
-        (theta_block, _), products = _scan(
-            step, start, (grad_block, losses, cut_before), memory
-        )
-        return theta_block, products
-
-    blocks, products = lax.map(lambda xs: one_block(*xs), (theta, given_blocks, grad))
-    of_losses = sum(
-        part.reshape(*losses.shape, -1).sum(-1) for part in from_blocks(products)
-    )
-    out = [
-        x.astype(leaf.dtype)
-        for x, leaf in zip(from_blocks(blocks), leaves, strict=True)
-    ]
-    return jax.tree.unflatten(treedef, out), of_losses

@@ -15,8 +15,8 @@ ROOT = Path(__file__).parents[1]
 # A module may import from the layers above its own line, and from itself.
 LAYERS = (
     {"base", "compilation", "files"},
-    {"convolution", "distributed", "mixed_mode", "pooling"},
-    {"heads", "networks"},
+    {"convolution", "distributed", "loops", "mixed_mode", "pooling"},
+    {"heads", "networks", "replay"},
     {"inner", "learners", "rules", "data", "checkpoints", "plots"},
     {"problems"},
     {"algorithms", "pretrained_rules"},
