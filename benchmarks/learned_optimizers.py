@@ -3,8 +3,9 @@
     python -m benchmarks.learned_optimizers             # every row
     python -m benchmarks.learned_optimizers quadratics  # rows whose name has the word
 
-One meta-step is an unroll of 20 updates and its gradient; rows of several tasks run on
-one device to a core, as `--cpu-devices` has it. A row's arithmetic is counted
+One meta-step is an unroll of 20 updates and its gradient. There is one device to a core
+(`--cpu-devices`): they split the tasks, or the coordinates of the one task
+(`--devices-per-task`). A row's arithmetic is counted
 below; `benchmarks.rows` says what the columns are. Images are random: speed does not
 care.
 """
@@ -67,7 +68,7 @@ def measure(name: str, seconds: float) -> dict:
 
     row = ROWS[name]
     tasks = 1 if row["problem"] == "mlp" else 128
-    mesh = rows.one_device_to_a_core(tasks)
+    mesh = rows.one_device_to_a_core(tasks, share_one=True)
     rng = np.random.default_rng(0)
     if row["problem"] == "mlp":
         family = problems.mlp_classifier(batch_size=BATCH)

@@ -44,19 +44,21 @@ class Target(NamedTuple):
     share: float | None = None  # asked: so much of the probe
 
 
-def one_device_to_a_core(num_tasks: int) -> Any:
+def one_device_to_a_core(num_tasks: int, *, share_one: bool = False) -> Any:
     """A mesh of a CPU's cores for these tasks, as ``--cpu-devices`` makes it.
 
-    As many as divide the tasks; None for one. To be called before JAX starts.
+    As many as divide the tasks; for one task None, or with ``share_one`` all of them,
+    as ``--devices-per-task`` makes it. To be called before JAX starts.
     """
     import jax
 
     from metalstm import distributed
     from metalstm.compilation import cores
 
-    most = max(n for n in range(1, cores() + 1) if num_tasks % n == 0)
+    share = cores() if share_one and num_tasks == 1 else 1
+    most = max(n for n in range(1, cores() + 1) if share * num_tasks % n == 0)
     jax.config.update("jax_num_cpu_devices", most)
-    return distributed.task_mesh(num_tasks)
+    return distributed.task_mesh(num_tasks, devices_per_task=share)
 
 
 def probe() -> float:

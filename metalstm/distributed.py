@@ -2,9 +2,10 @@
 
 Every process runs the same program with the same arguments and takes the same steps.
 Meta-parameters and pools are copied to every device, tasks are split over the mesh's
-``"task"`` axis (`metalstm.training`), and what one process alone knows (its clock, a
-signal, a file it cannot read) is agreed on before anybody acts on it. In one process
-all of this does nothing.
+``"task"`` axis (`metalstm.training`), the coordinates of a task, where asked for, over
+its ``"coordinate"`` axis (`metalstm.replay`), and what one process alone knows (its
+clock, a signal, a file it cannot read) is agreed on before anybody acts on it. On one
+device, in one process, all of this does nothing.
 """
 
 from __future__ import annotations
@@ -15,20 +16,26 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax import lax
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from metalstm.base import PyTree
+from metalstm.base import Array, PyTree
 
 __all__ = [
+    "COORDINATE",
     "any_process",
+    "collect",
+    "coordinate_devices",
     "from_main",
+    "gather",
     "initialize",
     "is_main",
     "local",
     "on_main",
     "place",
     "settle",
+    "shared",
     "task_mesh",
 ]
 
@@ -36,6 +43,8 @@ __all__ = [
 # studies to make. A process that died is noticed by its heartbeat, not by this.
 _LAST_SECONDS = 7 * 24 * 3600
 _MAX_TEXT = 8192  # bytes
+
+COORDINATE = "coordinate"  # the mesh axis of devices that share a task
 
 
 def initialize(
@@ -151,7 +160,10 @@ def on_main(act: Callable[[], Any]) -> None:
 
 
 def task_mesh(
-    num_tasks: int | None = None, *, num_devices: int | None = None
+    num_tasks: int | None = None,
+    *,
+    num_devices: int | None = None,
+    devices_per_task: int = 1,
 ) -> Mesh | None:
     """A mesh for the tasks of a meta-step; None when one device is all there is.
 
@@ -159,6 +171,10 @@ def task_mesh(
       num_tasks: tasks of a meta-step. None: any number will do.
       num_devices: how many to use. None: all, but in one process only as many as
         divide ``num_tasks``; several processes leave no device out.
+      devices_per_task: share the coordinates of each task between so many. In first
+        order each then computes the learner's gradients, all of them, and a
+        coordinate-wise rule's updates and derivative for its part; other algorithms
+        compute the same on all of them.
 
     Raises:
       ValueError: there are not so many devices, or they do not divide the tasks.
@@ -171,16 +187,53 @@ def task_mesh(
             would_do = f"1 to {most}" if processes == 1 else f"{most}, all of them"
             raise ValueError(f"num_devices={num_devices}: choose {would_do}")
         devices = devices[:num_devices]
-    count = len(devices)
+    if devices_per_task < 1 or len(devices) % devices_per_task:
+        raise ValueError(
+            f"devices_per_task={devices_per_task}: choose a divisor of the "
+            f"{len(devices)} devices"
+        )
+    count = len(devices) // devices_per_task
     if num_tasks is not None and num_tasks % count:
         if num_devices is not None or processes > 1:
+            what = f"groups of {devices_per_task} " if devices_per_task > 1 else ""
             of = f" of {processes} processes" if processes > 1 else ""
             raise ValueError(
-                f"num_tasks={num_tasks} is not a multiple of the {count} devices{of}: "
-                f"choose num_tasks of {count}, {2 * count} and so on, or fewer devices"
+                f"num_tasks={num_tasks} is not a multiple of the {count} {what}devices"
+                f"{of}: choose num_tasks of {count}, {2 * count} and so on, or fewer "
+                "devices"
             )
         count = max(n for n in range(1, count) if num_tasks % n == 0)
+    if devices_per_task > 1:
+        grid = np.array(devices[: count * devices_per_task])
+        return Mesh(grid.reshape(count, devices_per_task), ("task", COORDINATE))
     return None if count == 1 else Mesh(np.array(devices[:count]), ("task",))
+
+
+def coordinate_devices() -> int:
+    """How many devices share the coordinates of the task that is being traced."""
+    try:
+        return lax.axis_size(COORDINATE)
+    except NameError:
+        return 1
+
+
+def gather(part: Array) -> Array:
+    """[..., n] of each device that shares a task -> [..., all of them], on each."""
+    return lax.all_gather(part, COORDINATE, axis=part.ndim - 1, tiled=True)
+
+
+def collect(x: Array) -> Array:
+    """What each device that shares a task has -> [devices, ...], on each."""
+    return lax.all_gather(x, COORDINATE)
+
+
+@jax.custom_vjp
+def shared(x: Array) -> Array:
+    """``x``, which every device that shares a task has; the derivative is their sum."""
+    return x
+
+
+shared.defvjp(lambda x: (x, None), lambda _, ct: (lax.psum(ct, COORDINATE),))
 
 
 def place(tree: PyTree, mesh: Mesh | None, *, per_task: bool = False) -> PyTree:

@@ -168,7 +168,9 @@ def _in_blocks(
 
     def whole(carry: InnerState) -> InnerState:
         params = coordinates.unflatten(carry.params)
-        return InnerState(params, carry.stats, coordinates.cut_off(carry.rule_state))
+        return InnerState(
+            params, carry.stats, coordinates.unflatten_state(carry.rule_state)
+        )
 
     def step(carry: InnerState, xs):
         t, _, batch = xs
@@ -182,7 +184,7 @@ def _in_blocks(
         return new, (loss, observed, grads, began)
 
     theta = coordinates.flatten(state.params)
-    given = None if fresh else coordinates.pad(state.rule_state)
+    given = None if fresh else coordinates.flatten_state(state.rule_state)
     start = InnerState(theta, state.stats, tx.init(theta) if fresh else given)
     num_steps = jax.tree.leaves(xs)[0].shape[0]
     keeps = keeps_states(start.rule_state, num_steps, memory)

@@ -254,7 +254,8 @@ def _over_mesh(gradient: Callable, mesh: Mesh, per_task_carry: bool) -> Callable
 
     def mean(x: Array) -> Array:
         # counters are the same on every device, and must stay integers
-        return lax.pmean(x, "task") if jnp.issubdtype(x.dtype, jnp.inexact) else x
+        inexact = jnp.issubdtype(x.dtype, jnp.inexact)
+        return lax.pmean(x, mesh.axis_names) if inexact else x
 
     def on_one_device(params, carry, keys, tasks, pool):
         grads, carry, metrics = gradient(params, carry, keys, tasks, pool)

@@ -20,12 +20,21 @@ import numpy as np
 import optax
 import tiny
 
-from metalstm import algorithms, checkpoints, distributed, problems, rules, training
+from metalstm import (
+    algorithms,
+    checkpoints,
+    distributed,
+    problems,
+    replay,
+    rules,
+    training,
+)
 from metalstm.data import ClusterSpec
 from metalstm.evaluation import make_evaluate
 
 TASKS, STEPS, HALF = 8, 20, 10
 CASES = ("maml", "l2l")
+SHARED = ("meta-lstm", "l2l-vmap", "l2l-stacked", "pes")
 # with its first part's state, which is the gradient: Adam would hide a factor
 OPTIMIZER = optax.chain(optax.trace(0.0), training.adam_clipped(0.01))
 
@@ -146,6 +155,54 @@ def many_at_once(mesh) -> None:
     assert end.train.step == 200
 
 
+def build_shared(case: str):
+    """An algorithm of two tasks, whose coordinates several devices may share."""
+    if case == "meta-lstm":
+        spec = ClusterSpec(way=tiny.WAY, shot=1, queries=2, dim=tiny.FEATURES)
+        rule = rules.lstm_gates(hidden_size=3, init_scale=0.3)
+        return algorithms.meta_lstm(tiny.tanh_net(), rule, num_steps=3), spec
+    family = problems.quadratics(47)
+    algorithm = algorithms.learned_optimizer(
+        family,
+        rules.l2l(hidden_size=3, features="moments"),
+        num_tasks=2,
+        unroll_steps=3,
+        horizon=6,
+        estimator="pes" if case == "pes" else "backprop",
+        task_mapping="vmap" if case == "l2l-vmap" else None,
+    )
+    return algorithm, problems.ProblemSampler(family, 4)
+
+
+def share(folder: Path) -> None:
+    """Three meta-steps of two tasks on one device, and with groups of two and three."""
+    replay._BLOCK = dict.fromkeys(replay._BLOCK, 16)  # coordinates: several blocks
+    for case in SHARED:
+        algorithm, sampler = build_shared(case)
+        for each in (1, 2, 3):
+            mesh = None
+            if each > 1:
+                mesh = distributed.task_mesh(
+                    2, num_devices=2 * each, devices_per_task=each
+                )
+            draw = sampler.sample(jax.random.key(0))
+            state = training.init_train_state(algorithm, OPTIMIZER, 0, draw)
+            state = training.place_state(algorithm, state, mesh)
+            loop = training.make_train_loop(
+                algorithm, OPTIMIZER, sampler, num_tasks=2, mesh=mesh
+            )
+            if (case, each) == ("l2l-vmap", 2):
+                text = loop.lower(state, None).compile().as_text()
+                (folder / "shared.hlo").write_text(text)
+            for step in range(3):
+                state, metrics = loop(state, None)
+                distributed.settle((state, metrics))
+                if step == 0:
+                    gradient = whole(state.opt_state[0].trace)
+            ends = {"end": whole(state.params), "carry": whole(state.carry)}
+            write(folder / f"shared-{case}-{each}.npz", gradient=gradient, **ends)
+
+
 def programs(folder: Path, mesh) -> None:
     """Write the compiled steps."""
     for case in CASES:
@@ -172,6 +229,7 @@ def main(folder: str, devices: str, other: str, *address: str) -> None:
     if not address:
         many_at_once(meshes[-1])
         programs(Path(folder), meshes[-1])
+        share(Path(folder))
 
 
 if __name__ == "__main__":

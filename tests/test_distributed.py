@@ -16,7 +16,7 @@ import numpy as np
 import optax
 import pytest
 import tiny
-from devices_run import CASES
+from devices_run import CASES, SHARED
 from test_training import EPISODE, SPEC, toy
 
 from benchmarks import scaling
@@ -144,6 +144,32 @@ def test_only_the_meta_gradient_travels(ran, case):
     learned = sum(x.size for x in load(ran, f"8-of-1-{case}", "end"))
     travels = sum(size for _, size in found)
     assert learned < travels <= learned + 4  # and the metrics' means
+
+
+@pytest.mark.parametrize("each", [2, 3])
+@pytest.mark.parametrize("case", SHARED)
+def test_devices_that_share_a_task_take_the_steps_of_one(ran, case, each):
+    """Also where shares and blocks do not divide the coordinates."""
+    for kind in ("gradient", "end", "carry"):
+        assert_same(ran, f"shared-{case}-{each}", f"shared-{case}-1", kind)
+    gradient = load(ran, f"shared-{case}-1", "gradient")
+    assert np.linalg.norm(np.concatenate([x.ravel() for x in gradient])) > 1e-3
+    assert ("l2l" in case or case == "pes") == bool(
+        load(ran, f"shared-{case}-1", "carry")
+    )
+
+
+def test_of_a_shared_task_theta_and_the_end_are_gathered(ran):
+    """Within each update one copy of theta, and no more; the state once, at the end."""
+    program = (ran / "shared.hlo").read_text()
+    sizes = [n for kind, n in collectives(program) if kind == "all-gather"]
+    padded = 2 * 2 * 16  # 47 coordinates over two devices in blocks of at most 16
+    state = sum(
+        x.size // 2 for x in load(ran, "shared-l2l-vmap-1", "carry") if x.ndim > 1
+    )
+    assert sizes
+    assert min(sizes) <= padded
+    assert sum(sizes) <= 3 * padded + 2 * state
 
 
 def test_the_search_for_collectives_finds_them():
@@ -420,6 +446,7 @@ def test_joining_names_what_is_missing(options, message, monkeypatch):
         ),
         ({"devices": 0}, "--devices 0: choose 1 or more"),
         ({"cpu_devices": 0}, "--cpu-devices 0: choose 1 or more"),
+        ({"devices_per_task": 0}, "--devices-per-task 0: choose 1 or more"),
         ({"heartbeat_timeout": 0}, "--heartbeat-timeout 0: choose 1 or more"),
     ],
 )
@@ -429,7 +456,8 @@ def test_flags_that_do_not_go_together(flags, message):
 
 
 def test_a_cpu_counts_as_several_devices(tmp_path):
-    """The same meta-step over two devices; refused once JAX has started."""
+    """The same meta-steps over two devices that split tasks, or each task; refused once
+    JAX has started."""
     jax.devices()
     with pytest.raises(ValueError, match="--cpu-devices 2: JAX has started"):
         devices.join(devices.Devices(cpu_devices=2))
@@ -438,13 +466,18 @@ def test_a_cpu_counts_as_several_devices(tmp_path):
         "--meta-steps 20 --steps 4 --instances 6 --tune-instances 2 --baselines sgd"
     )
     losses = []
-    for count, said in ((1, "cpu, 1 device,"), (2, "cpu, 2 devices,")):
-        folder = tmp_path / str(count)
+    both = (2, "cpu, 2 devices,")
+    for name, (count, said), more in (
+        ("one", (1, "cpu, 1 device,"), []),
+        ("tasks", both, []),
+        ("coordinates", both, ["--devices-per-task", "2"]),
+    ):
+        folder = tmp_path / name
         done = subprocess.run(
             [
                 *(sys.executable, "-m", "experiments.learned_optimizer"),
                 *(*line.split(), "--workdir", str(folder)),
-                *("--cpu-devices", str(count)),
+                *("--cpu-devices", str(count), *more),
             ],
             env=os.environ | {"XLA_FLAGS": QUICK_XLA, "JAX_PLATFORMS": "cpu"},
             cwd=TESTS.parent,
@@ -458,6 +491,7 @@ def test_a_cpu_counts_as_several_devices(tmp_path):
         losses.append([row["loss"] for row in rows if row["kind"] == "train"])
     assert len(losses[0]) == 20
     np.testing.assert_allclose(losses[1], losses[0], rtol=1e-4)
+    np.testing.assert_allclose(losses[2], losses[0], rtol=1e-4)
 
 
 def test_a_run_goes_on_where_its_command_line_says(tmp_path):
@@ -495,6 +529,10 @@ def test_a_mesh_takes_as_many_devices_as_divide_the_tasks(monkeypatch):
     assert used == {16: 8, 8: 8, 6: 6, 4: 4, 1: 1}
     assert devices.describe(sizes[4]) == "4 of 8 devices"
     assert devices.describe(sizes[8]) == "8 devices"
+    groups = {n: distributed.task_mesh(n, devices_per_task=2) for n in (4, 3, 1)}
+    shapes = {n: dict(mesh.shape) for n, mesh in groups.items()}
+    assert shapes == {n: {"task": n, "coordinate": 2} for n in (4, 3, 1)}
+    assert devices.describe(groups[1]) == "2 of 8 devices"
 
 
 def test_devices_that_do_not_divide_the_tasks_are_refused(monkeypatch):
@@ -505,6 +543,14 @@ def test_devices_that_do_not_divide_the_tasks_are_refused(monkeypatch):
         distributed.task_mesh(6, num_devices=4)
     with pytest.raises(ValueError, match=r"--tasks 6 is not .*: choose --tasks 4, 8"):
         devices.mesh_for(devices.Devices(devices=4), 6, "--tasks")
+    with pytest.raises(ValueError, match="devices_per_task=3: choose a divisor of the"):
+        distributed.task_mesh(8, devices_per_task=3)
+    with pytest.raises(ValueError, match="of the 2 groups of 2 devices: choose"):
+        distributed.task_mesh(3, num_devices=4, devices_per_task=2)
+    with pytest.raises(ValueError, match="--devices-per-task 3: choose a divisor of"):
+        devices.mesh_for(devices.Devices(devices_per_task=3), 8, "--tasks")
+    with pytest.raises(ValueError, match="of the 2 groups of 2 devices of 1 process"):
+        devices.mesh_for(devices.Devices(devices=4, devices_per_task=2), 3, "--tasks")
     with pytest.raises(ValueError, match="--devices 9: num_devices=9"):
         devices.mesh_for(devices.Devices(devices=9), 9, "--tasks")
     eight_devices(monkeypatch, processes=2)

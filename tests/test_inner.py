@@ -25,7 +25,7 @@ SHAPES = {"a": (70, 61), "b": (33,)}  # 4,303 coordinates: blocks, and padding
 @pytest.fixture(autouse=True, scope="module")
 def small_blocks():
     """Several blocks and a rest of these parameters, not one block of all."""
-    usual, replay._BLOCK = replay._BLOCK, 1024
+    usual, replay._BLOCK = replay._BLOCK, {False: 1024, True: 1024}
     yield
     replay._BLOCK = usual
 

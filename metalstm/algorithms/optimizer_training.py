@@ -17,6 +17,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from metalstm import distributed
 from metalstm.algorithms.common import check_differentiable
 from metalstm.base import (
     Array,
@@ -264,8 +265,7 @@ def learned_optimizer(
             return *objective(losses, runs), losses, inner
 
         signs = jnp.array([1.0, -1.0])
-        # on a CPU one after the other: XLA computes a single product on all cores
-        values, first, losses, inner = map_tasks(
+        values, first, losses, inner = _map_pair(
             one_sign, signs, runs.params, runs.rule_state
         )
         # a pair that diverged says nothing about the slope
@@ -341,6 +341,17 @@ def learned_optimizer(
         train_sampler=train_sampler,
         per_task_carry=True,
     )
+
+
+def _map_pair(fn: Callable, *args: PyTree) -> PyTree:
+    """``fn`` of each of two, the leading axis; by two devices if they share a task."""
+    devices = distributed.coordinate_devices()
+    if devices == 1:
+        # on a CPU one after the other: XLA computes a single product on all cores
+        return map_tasks(fn, *args)
+    own = lax.axis_index(distributed.COORDINATE) % 2
+    out = fn(*jax.tree.map(lambda leaf: leaf[own], args))
+    return jax.tree.map(lambda leaf: distributed.collect(leaf)[:2], out)
 
 
 def _segment(rule: UpdateRule, num_steps: int, **options) -> Callable:
