@@ -4,7 +4,8 @@
 
 Measured in one run: the probe (a 2048-square float32 matrix product); each layer's
 convolution and the products that its derivatives are, at their own shapes, in a loop as
-the inner loop has them; the rule's products; elementwise passes; tanh. A part of a
+the inner loop has them; the rule's products; elementwise passes; tanh; normal numbers
+(PES draws a perturbation for each task). A part of a
 recipe then takes at least max(arithmetic / its product's speed, bytes / bandwidth), and
 the recipe the sum of its parts: "attainable". Bytes are the fewest an unfused program
 moves: every activation written once by its convolution, read for the statistics, read
@@ -57,7 +58,7 @@ class Part(NamedTuple):
         return max(self.compute, self.memory)
 
 
-def best(fn: Callable, *args: Any, seconds: float) -> float:
+def best(fn: Callable, *args: Any, seconds: float, jit: Callable = Jitted) -> float:
     """Best seconds of one of ``LOOP`` dependent calls of ``fn``, which makes an array.
 
     Its last argument, the smallest, is scaled by what the call before made: nothing can
@@ -68,16 +69,18 @@ def best(fn: Callable, *args: Any, seconds: float) -> float:
         *others, last = args
         return fn(*others, last * (1 + 1e-9 * carry)).ravel()[0]
 
-    return _best_of_loop(body, jnp.float32(0), args, seconds)
+    return _best_of_loop(body, jnp.float32(0), args, seconds, jit)
 
 
 def best_pass(fn: Callable, x: jax.Array, *, seconds: float) -> float:
     """The same of an elementwise ``fn``, applied again and again to its own result."""
-    return _best_of_loop(lambda x, _: fn(x), x, (), seconds)
+    return _best_of_loop(lambda x, _: fn(x), x, (), seconds, Jitted)
 
 
-def _best_of_loop(body: Callable, start: jax.Array, args: Any, seconds: float) -> float:
-    @Jitted
+def _best_of_loop(
+    body: Callable, start: jax.Array, args: Any, seconds: float, jit: Callable
+) -> float:
+    @jit
     def loop(start, args):
         step = lambda carry, _: (body(carry, args), None)  # noqa: E731
         return lax.scan(step, start, length=LOOP)[0]
@@ -121,6 +124,29 @@ class Machine:
         else:
             took = best(jnp.matmul, left, right, seconds=self.seconds)
         return 2e-9 * rows * inner * columns / took
+
+    @functools.cache  # noqa: B019
+    def products(self, count: int, rows: int, inner: int, columns: int) -> float:
+        """GFLOP/s of as many products of [rows, inner] by [inner, columns].
+
+        By the faster of two compilations: a device to each core has YNNPACK's.
+        """
+        left, right = draw(count, rows, inner), draw(count, inner, columns)
+        product = functools.partial(best, lambda b, a: a @ b, right, left)
+        took = min(product(seconds=self.seconds, jit=jit) for jit in (Jitted, jax.jit))
+        return 2e-9 * count * rows * inner * columns / took
+
+    @functools.cached_property
+    def normals(self) -> float:
+        """1e9 normal numbers a second."""
+        key = jax.random.key(0)
+
+        def again(x):
+            new = jax.random.fold_in(key, x[0, 0].astype(jnp.int32))
+            return jax.random.normal(new, x.shape)
+
+        x = draw(128, 4096)
+        return 1e-9 * x.size / best_pass(again, x, seconds=self.seconds)
 
     @functools.cache  # noqa: B019
     def convolution(self, images, pixels, channels, filters, strides) -> float:
@@ -219,13 +245,43 @@ def episode_parts(machine: Machine, row: dict) -> list[Part]:
     return parts
 
 
+def evolution_parts(machine: Machine, tasks: int, coordinates: int) -> list[Part]:
+    """Both signs of each task, forward, with kernels of their own, and the noise."""
+    total = 2 * learned_optimizers.UNROLL * tasks * coordinates
+    parts, numbers = [], 2 * HIDDEN + 1
+    for layer, width in ((1, 2 + HIDDEN), (2, 2 * HIDDEN)):
+        if tasks == 1:
+            speed = machine.product(4 * HIDDEN, width, coordinates)
+        else:  # few coordinates each: the gates are last
+            speed = machine.products(tasks, coordinates, width, 4 * HIDDEN)
+        parts.append(
+            Part(
+                f"rule, layer {layer}: forward",
+                2e-9 * 4 * HIDDEN * width * total,
+                speed,
+                4 * 4e-9 * HIDDEN * total,
+                machine.cache_bandwidth if tasks > 1 else machine.bandwidth,
+                5e-9 * HIDDEN * total,
+                machine.tanh,
+            )
+        )
+        numbers += 4 * HIDDEN * (width + 1)
+    noise = 1e-9 * tasks * numbers
+    parts.append(Part("noise", 0, 1, 0, 1, noise, machine.normals))
+    return parts
+
+
 def optimizer_parts(machine: Machine, row: dict) -> list[Part]:
     """One truncated unroll of a learned optimizer of two layers."""
     steps = learned_optimizers.UNROLL
     quadratics = row["problem"] == "quadratics"
     coordinates = 128 * 10 if quadratics else 15_910
-    parts = rule_parts(machine, coordinates, steps, 2)
-    parts += rule_parts(machine, coordinates, steps, HIDDEN, 2)
+    if row["estimator"] == "pes":
+        parts = evolution_parts(machine, *((128, 10) if quadratics else (1, 15_910)))
+        steps *= 2
+    else:
+        parts = rule_parts(machine, coordinates, steps, 2)
+        parts += rule_parts(machine, coordinates, steps, HIDDEN, 2)
     if not quadratics:
         gflop = 6e-9 * 128 * coordinates * steps
         speed = machine.product(128, 784, 20)
@@ -276,9 +332,7 @@ def main() -> None:
         name: (episode_parts, episodes.ROWS[name]) for name in episodes.TARGETS
     }
     recipes |= {
-        name: (optimizer_parts, row)
-        for name, row in learned_optimizers.ROWS.items()
-        if row["estimator"] == "backprop"
+        name: (optimizer_parts, row) for name, row in learned_optimizers.ROWS.items()
     }
     for name, (parts, row) in recipes.items():
         if arguments.only in name:

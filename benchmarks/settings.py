@@ -41,7 +41,7 @@ class Table(NamedTuple):
 _ANY = {"YNNPACK: nothing": Setting(ynnpack=""), "small pages": Setting(pages=False)}
 TABLES = {
     "one task, one device with all cores": Table(
-        ("mini-1shot", "mini-5shot", "mnist-mlp-tbptt"),
+        ("mini-1shot", "mini-5shot"),
         {
             "chosen": Setting(),
             "YNNPACK: all": Setting(ynnpack="all"),
@@ -50,8 +50,14 @@ TABLES = {
         }
         | _ANY,
     ),
-    "several tasks, a device to each core": Table(
-        ("maml-conv4-64-5steps", "quadratics-tbptt"),
+    "several tasks, or one that is shared, a device to each core": Table(
+        (
+            "maml-conv4-64-5steps",
+            "quadratics-tbptt",
+            "quadratics-pes",
+            "mnist-mlp-tbptt",
+            "mnist-mlp-pes",
+        ),
         {
             "chosen": Setting(),
             "YNNPACK: sums": Setting(ynnpack=_SUMS),
@@ -72,7 +78,7 @@ def measure(row: str, setting: Setting, seconds: float) -> dict[str, Any]:
     if setting.spare is not None:
         convolution.cores_to_spare = lambda: setting.spare
     if not setting.devices:
-        rows.one_device_to_a_core = lambda num_tasks: None
+        rows.one_device_to_a_core = lambda *args, **kwargs: None
     module = episodes if row in episodes.ROWS else learned_optimizers
     return module.measure(row, seconds)
 
