@@ -238,6 +238,22 @@ def test_memory_changes_no_first_order_gradient(mode, memory):
     assert checkpoints(memory=memory) > checkpoints()
 
 
+def test_states_that_were_kept_are_not_computed_again(monkeypatch):
+    """Two loops, out and back; where they would take too much, three. One gradient."""
+    found, loops = [], []
+    for most in (replay._MOST_BYTES, 0):
+        monkeypatch.setattr(replay, "_MOST_BYTES", most)
+        outer_gradient.cache_clear()
+        found.append(run(**BLOCKED, d=[1, 0, 2, 1]))
+        args = (make_weights("gates"), theta_0(), theta_0(), jnp.zeros(STEPS))
+        program = outer_gradient("gates", **BLOCKED).lower(*args).compile().as_text()
+        loops.append(program.count(" while("))
+    outer_gradient.cache_clear()
+    assert loops[0] == 2
+    assert loops[1] > 2
+    tiny.assert_close(found[0], found[1], rtol=1e-5, atol=1e-6)
+
+
 class Task(NamedTuple):
     """A learner's problem for the tests of memory, in float64."""
 
