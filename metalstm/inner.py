@@ -22,7 +22,7 @@ from metalstm.replay import (
     Recorded,
     keeps_states,
     per_coordinate,
-    replay,
+    replay_rule,
 )
 
 __all__ = ["InnerState", "Memory", "Trace", "unroll"]
@@ -194,7 +194,7 @@ def _in_blocks(
     )
     final = whole(final)
     recorded = Recorded(grads, losses, xs[1], began)
-    theta, products = replay(tx, coordinates, theta, given, recorded, memory)
+    theta, products = replay_rule(tx, coordinates, theta, given, recorded, memory)
     # g . theta, for the loss's shape: its derivative by theta is that of the loss
     first_order = sum(
         part.reshape(*losses.shape, -1).sum(-1)

@@ -31,7 +31,7 @@ from metalstm.base import Array, PyTree
 from metalstm.compilation import cores_to_spare
 from metalstm.loops import Memory, cut, scan, with_gradient
 
-__all__ = ["Coordinates", "Recorded", "keeps_states", "per_coordinate", "replay"]
+__all__ = ["Coordinates", "Recorded", "keeps_states", "per_coordinate", "replay_rule"]
 
 # Coordinates, by whether a device has several cores: smaller blocks stay in cache but
 # leave a second core idle (MNIST MLP on a core each: 6.4 meta-steps/s for 5.5).
@@ -163,7 +163,7 @@ def per_coordinate(tx, params: PyTree, rule_state: PyTree) -> PyTree | None:
     return jax.tree.unflatten(treedef, own)
 
 
-def replay(
+def replay_rule(
     tx: optax.GradientTransformationExtraArgs,
     coordinates: Coordinates,
     theta: Array,
