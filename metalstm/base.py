@@ -29,6 +29,7 @@ __all__ = [
     "default_task_mapping",
     "make_algorithm",
     "map_tasks",
+    "mean_over_tasks",
 ]
 
 Array = jax.Array
@@ -179,6 +180,34 @@ def map_tasks(fn: Callable, *args: PyTree, how: TaskMapping | None = None) -> Py
     raise ValueError(f"how={how!r}: choose 'vmap', 'scan' or 'unroll'")
 
 
+def mean_over_tasks(
+    fn: Callable, *args: PyTree, how: TaskMapping | None = None
+) -> PyTree:
+    """The mean over tasks of what `map_tasks` gives.
+
+    One task after another is added to a sum, which the results of all of them never
+    stand beside.
+    """
+    how = default_task_mapping() if how is None else how
+    if how != "scan":
+        outs = map_tasks(fn, *args, how=how)
+        return jax.tree.map(lambda leaf: leaf.mean(0), outs)
+    num_tasks = jax.tree.leaves(args)[0].shape[0]
+    like = jax.eval_shape(fn, *jax.tree.map(lambda leaf: leaf[0], args))
+    zeros = jax.tree.map(
+        lambda out: jnp.zeros(out.shape, jnp.promote_types(out.dtype, jnp.float32)),
+        like,
+    )
+
+    def add(total: PyTree, xs: tuple) -> tuple[PyTree, None]:
+        return jax.tree.map(jnp.add, total, fn(*xs)), None
+
+    total, _ = jax.lax.scan(add, zeros, args)
+    return jax.tree.map(
+        lambda x, out: (x / num_tasks).astype(jnp.result_type(out, 1.0)), total, like
+    )
+
+
 def make_algorithm(
     *,
     init: Callable,
@@ -214,9 +243,8 @@ def make_algorithm(
             )(meta_params)
             return grads, metrics
 
-        grads, metrics = map_tasks(one, keys, episodes, how=task_mapping)
-        mean = lambda tree: jax.tree.map(lambda leaf: leaf.mean(0), tree)  # noqa: E731
-        return mean(grads), carry, mean(metrics)
+        grads, metrics = mean_over_tasks(one, keys, episodes, how=task_mapping)
+        return grads, carry, metrics
 
     return MetaAlgorithm(
         init=init,

@@ -141,7 +141,10 @@ def _slices(x: Array, kernel: Array, strides: int, padding: str) -> Array:
         for i in range(rows)
         for j in range(columns)
     ]
-    return jnp.concatenate(shifted, -1) @ kernel.reshape(-1, filters)
+    # of matrices, for XLA copies an operand of more axes to transpose it
+    pixels = jnp.concatenate(shifted, -1).reshape(images * height * width, -1)
+    product = pixels @ kernel.reshape(-1, filters)
+    return product.reshape(images, height, width, filters)
 
 
 # The kernel's derivative, in plain JAX, for some images of one task.

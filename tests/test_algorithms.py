@@ -24,6 +24,7 @@ from metalstm.base import (
     MetaParams,
     make_algorithm,
     map_tasks,
+    mean_over_tasks,
 )
 from metalstm.learners import relation_net, tied_head
 
@@ -272,6 +273,20 @@ def test_ways_of_mapping_over_tasks_agree():
     vmapped = map_tasks(fn, both)
     for how in ("scan", "unroll"):
         tiny.assert_close(map_tasks(fn, both, how=how), vmapped)
+
+
+@pytest.mark.parametrize("how", [None, "vmap", "scan", "unroll"])
+def test_mean_over_tasks_is_the_mean_of_what_each_has(how):
+    both = tiny.episodes(3)
+
+    def fn(episode):
+        x, y = episode.support
+        return x.astype(jnp.bfloat16), y * 2, y.max() > 0, {"total": x.sum()}
+
+    ours = mean_over_tasks(fn, both, how=how)
+    theirs = jax.tree.map(lambda leaf: leaf.mean(0), map_tasks(fn, both, how="vmap"))
+    assert jax.tree.map(jnp.result_type, ours) == jax.tree.map(jnp.result_type, theirs)
+    tiny.assert_close(ours, theirs)
 
 
 # -- label permutations ----------------------------------------------------------------

@@ -153,6 +153,20 @@ def primitives(jaxpr):
                     yield from primitives(inner)
 
 
+def test_slices_are_products_of_matrices():
+    """With more axes XLA:CPU copies the cotangent to transpose it, pixel by pixel."""
+    x, kernel = draw(9, 4, dtype=np.float32)
+    conv = functools.partial(conv2d, method="slices", strides=2)
+    slope = jax.grad(lambda x, k: jnp.sin(conv(x, k)).sum(), (0, 1))
+    products = [
+        eqn
+        for eqn in primitives(jax.make_jaxpr(slope)(x, kernel).jaxpr)
+        if eqn.primitive.name == "dot_general"
+    ]
+    assert len(products) == 3
+    assert all(v.aval.ndim == 2 for eqn in products for v in eqn.invars)
+
+
 def grouped(method):
     """Grouped convolutions in the program of a second-order step with 2 tasks."""
     conv = functools.partial(conv2d, method=method)

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from metalstm.base import Array, PyTree, TaskMapping, UpdateRule, map_tasks
+from metalstm.base import Array, PyTree, TaskMapping, UpdateRule, mean_over_tasks
 
 __all__ = [
     "RunningStatistics",
@@ -97,10 +97,7 @@ def with_running_statistics(
 
             return jax.grad(objective, has_aux=True)(meta_params)
 
-        grads, (metrics, stats) = map_tasks(one, keys, episodes, how=task_mapping)
-        grads, metrics, stats = jax.tree.map(
-            lambda leaf: leaf.mean(0), (grads, metrics, stats)
-        )
+        grads, (metrics, stats) = mean_over_tasks(one, keys, episodes, how=task_mapping)
         # a plain mean at first, so that the initial values leave no trace
         weight = jnp.maximum(1 / (carry.num_steps + 1), 1 / _HORIZON)
         stats = jax.tree.map(

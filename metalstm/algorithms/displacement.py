@@ -22,7 +22,7 @@ from metalstm.base import (
     PyTree,
     UpdateRule,
     make_algorithm,
-    map_tasks,
+    mean_over_tasks,
 )
 from metalstm.inner import InnerState
 from metalstm.rules import from_optax
@@ -130,13 +130,12 @@ def reptile(
         return displacement(state.params, end), metrics
 
     def meta_gradient(meta_params: MetaParams, carry, keys: Array, episodes: Episode):
-        moves, metrics = map_tasks(
+        moves, metrics = mean_over_tasks(
             lambda key, episode: one_task(meta_params, key, episode),
             keys,
             episodes,
             how=options.get("task_mapping"),
         )
-        moves, metrics = jax.tree.map(lambda leaf: leaf.mean(0), (moves, metrics))
         zeros = jax.tree.map(jnp.zeros_like, meta_params)
         grads = zeros._replace(learner=zeros.learner._replace(params=moves))
         return grads, carry, metrics

@@ -23,7 +23,7 @@ from metalstm.base import (
     QueryNorm,
     UpdateRule,
     make_algorithm,
-    map_tasks,
+    mean_over_tasks,
 )
 
 __all__ = ["implicit_maml", "proximal_pull"]
@@ -149,13 +149,12 @@ def implicit_maml(
         return grads, metrics
 
     def meta_gradient(meta_params: MetaParams, carry, keys: Array, episodes: Episode):
-        out = map_tasks(
+        grads, metrics = mean_over_tasks(
             lambda key, episode: one_task(meta_params, key, episode),
             keys,
             episodes,
             how=options.get("task_mapping"),
         )
-        grads, metrics = jax.tree.map(lambda leaf: leaf.mean(0), out)
         zeros = jax.tree.map(jnp.zeros_like, meta_params)
         zeros = zeros._replace(learner=zeros.learner._replace(params=grads))
         return zeros, carry, metrics
