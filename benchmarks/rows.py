@@ -19,6 +19,7 @@ from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
 __all__ = [
+    "LARGE_PAGES",
     "PUBLIC_PROBE",
     "Target",
     "collect",
@@ -33,7 +34,7 @@ __all__ = [
 PUBLIC_PROBE = 185.0
 # XLA:CPU takes the memory of a program anew for each call; in pages of 2 MiB the kernel
 # hands it over faster. Read by glibc (2.35 or later, Linux) as the process starts.
-_LARGE_PAGES = {"GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"}
+LARGE_PAGES = {"GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"}
 
 
 class Target(NamedTuple):
@@ -110,9 +111,9 @@ def collect(module: str, names: Iterable[str], seconds: float) -> Iterable[dict]
 
 def in_a_process(command: list[str], *, large_pages: bool = True) -> dict[str, Any]:
     """The JSON that ``python command`` prints last, or {"failed": its last words}."""
-    environment = _LARGE_PAGES | os.environ
+    environment = LARGE_PAGES | os.environ
     if not large_pages:
-        environment = {k: v for k, v in environment.items() if k not in _LARGE_PAGES}
+        environment = {k: v for k, v in environment.items() if k not in LARGE_PAGES}
     out = subprocess.run(
         [sys.executable, *command], env=environment, capture_output=True, text=True
     )
