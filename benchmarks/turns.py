@@ -52,6 +52,7 @@ def seconds_in_turn(row: str, checkouts: Iterable[Path], rounds: int) -> list[li
     finally:
         for process in processes:
             process.kill()
+            process.wait()
 
 
 def _start(row: str, checkout: Path) -> subprocess.Popen:

@@ -193,6 +193,7 @@ def mean_over_tasks(
         outs = map_tasks(fn, *args, how=how)
         return jax.tree.map(lambda leaf: leaf.mean(0), outs)
     num_tasks = jax.tree.leaves(args)[0].shape[0]
+    fn = jax.jit(fn)  # traced once, for its shapes and for the loop
     like = jax.eval_shape(fn, *jax.tree.map(lambda leaf: leaf[0], args))
     zeros = jax.tree.map(
         lambda out: jnp.zeros(out.shape, jnp.promote_types(out.dtype, jnp.float32)),

@@ -1,9 +1,7 @@
 """Omniglot: which alphabet goes where, strokes as 255 whatever the decoder gave."""
 
-import os
 import sys
 from collections import Counter
-from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -138,22 +136,16 @@ def test_averaging_keeps_the_ink():
     assert np.all((matrix > 0).sum(1) <= 5)
 
 
-real = [
-    pytest.mark.real_data,
-    pytest.mark.skipif("METALSTM_TEST_DATA" not in os.environ, reason="no real data"),
-]
-
-
 @pytest.fixture(scope="module")
-def root():
-    return Path(os.environ["METALSTM_TEST_DATA"]) / "tensorflow_datasets"
+def root(real_data_dir):
+    return real_data_dir / "tensorflow_datasets"
 
 
 @pytest.mark.parametrize(
     ("split", "sizes"),
     [
-        pytest.param("alphabets", [781, 183, 659], marks=real),
-        pytest.param("characters", [1100, 100, 423], marks=real),
+        pytest.param("alphabets", [781, 183, 659], marks=pytest.mark.real_data),
+        pytest.param("characters", [1100, 100, 423], marks=pytest.mark.real_data),
     ],
 )
 def test_real_omniglot(root, split, sizes):
@@ -178,7 +170,7 @@ def test_real_omniglot(root, split, sizes):
 
 
 @pytest.mark.parametrize(
-    "decoder", [pytest.param(d, marks=real) for d in ("cv2", "PIL")]
+    "decoder", [pytest.param(d, marks=pytest.mark.real_data) for d in ("cv2", "PIL")]
 )
 def test_real_drawings_are_normalised_by_what_was_decoded(root, decoder, monkeypatch):
     from metalstm.data.tfds import open_builder
