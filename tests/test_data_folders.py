@@ -251,8 +251,8 @@ def test_without_pillow_the_extra_is_named(tmp_path, monkeypatch):
 
 
 @pytest.mark.real_data
-def test_real_mini_imagenet(tmp_path):
-    root = Path(os.environ["METALSTM_TEST_DATA"]) / "mini_imagenet"
+def test_real_mini_imagenet(real_data_dir):
+    root = real_data_dir / "mini_imagenet"
     dataset = load_mini_imagenet(root)  # 20 s the first time, then from the cache
     for split, num in (("train", 64), ("validation", 16), ("test", 20)):
         pool = dataset.pool(split)

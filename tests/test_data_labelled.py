@@ -6,12 +6,12 @@ import io
 
 import numpy as np
 import pytest
+import tensorflow_datasets as tfds
 from PIL import Image
 
 from metalstm.data import labelled, load_image_data
 from metalstm.data.pools import Dataset, make_pool
 
-tfds = pytest.importorskip("tensorflow_datasets")
 KINDS = 3
 
 

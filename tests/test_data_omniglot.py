@@ -177,8 +177,6 @@ def test_real_drawings_are_normalised_by_what_was_decoded(root, decoder, monkeyp
 
     if decoder == "PIL":
         monkeypatch.setitem(sys.modules, "cv2", None)
-    else:
-        pytest.importorskip("cv2")
     source = open_builder("omniglot", root).as_data_source(split="test")
     raw = np.stack([source[i]["image"][..., 0] for i in range(40)])
     ink = omniglot._shrink(raw[None], 28) / 255

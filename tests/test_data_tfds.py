@@ -3,17 +3,15 @@
 import importlib.util
 import io
 import os
-from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import tensorflow_datasets as tfds
 from PIL import Image
 
 from metalstm.data.pools import SPLITS
 from metalstm.data.tfds import load_tfds, open_builder
-
-tfds = pytest.importorskip("tensorflow_datasets")
 
 
 class ToyShapes(tfds.core.GeneratorBasedBuilder):
@@ -194,8 +192,8 @@ def test_unknown_names_and_a_missing_tfds_are_refused(tmp_path, monkeypatch):
 
 
 @pytest.mark.real_data
-def test_real_mnist():
-    root = Path(os.environ["METALSTM_TEST_DATA"]) / "tensorflow_datasets"
+def test_real_mnist(real_data_dir):
+    root = real_data_dir / "tensorflow_datasets"
     dataset = load_tfds("mnist", root, max_per_class=100)  # then from the cache
     assert sorted(n for s in SPLITS for n in dataset.class_names[s]) == list(
         "0123456789"
