@@ -3,8 +3,9 @@
     python -m benchmarks.episodes            # every row
     python -m benchmarks.episodes mini-5shot # rows whose name contains the word
 
-Rows of several tasks run on one device to a core, as `--cpu-devices` has it. A row's
-arithmetic is counted below; `benchmarks.rows` says what the columns are. Images
+Rows of several tasks run on one device to a core, as `--cpu-devices` has it, and so do
+rows of several seeds (`metalstm.seeds`), whose rate is that of all seeds together. A
+row's arithmetic is counted below; `benchmarks.rows` says what the columns are. Images
 are random: speed does not care.
 """
 
@@ -24,6 +25,8 @@ _MAML |= {"second_order": True, "steps_per_call": 10}  # a call costs a millisec
 ROWS: dict[str, dict] = {
     "mini-1shot": _MINI | {"shot": 1, "steps": 12},
     "mini-5shot": _MINI | {"shot": 5, "steps": 8},
+    "mini-1shot-8seeds": _MINI | {"shot": 1, "steps": 12, "seeds": 8},
+    "mini-5shot-8seeds": _MINI | {"shot": 5, "steps": 8, "seeds": 8},
     "mini-5shot-second-order": _MINI | {"shot": 5, "steps": 8, "second_order": True},
     "omniglot-lstm-first-order": _LSTM,
     "omniglot-lstm-second-order": _LSTM | {"second_order": True},
@@ -36,6 +39,8 @@ ROWS: dict[str, dict] = {
 TARGETS = {
     "mini-1shot": Target(1.03, share=0.35),
     "mini-5shot": Target(0.70, share=0.35),
+    "mini-1shot-8seeds": Target(1.03, share=0.35),
+    "mini-5shot-8seeds": Target(0.70, share=0.35),
     "maml-conv4-64-1step": Target(7.9, times=2),
     "maml-conv4-64-5steps": Target(4.9, times=2),
     "maml-strided-64-1step": Target(25, times=2),
@@ -84,10 +89,12 @@ def measure(name: str, seconds: float) -> dict:
     from metalstm.data import ClassPool, EpisodeSpec
     from metalstm.distributed import place
     from metalstm.evaluation import make_evaluate
+    from metalstm.seeds import init_seeds, map_seeds
     from metalstm.training import make_train_loop, place_state
 
     row = ROWS[name]
-    mesh = rows.one_device_to_a_core(row["tasks"])
+    seeds = row.get("seeds", 1)
+    mesh = rows.one_device_to_a_core(row["tasks"] * seeds)
     size, channels = row["image"]
     images = np.random.default_rng(0).integers(
         0, 256, (20, 40, size, size, channels), dtype=np.uint8
@@ -111,17 +118,23 @@ def measure(name: str, seconds: float) -> dict:
     optimizer = adam_clipped()
     episode = spec.sample(jax.random.key(0), pool)
     state = init_train_state(algorithm, optimizer, 0, episode)
-    num_parameters = sum(p.size for p in jax.tree.leaves(state.params.learner.params))
+    params = state.params
+    num_parameters = sum(p.size for p in jax.tree.leaves(params.learner.params))
     train = make_train_loop(
         algorithm,
         optimizer,
         spec,
         num_tasks=row["tasks"],
         steps_per_call=row.get("steps_per_call", 1),
-        mesh=mesh,
+        mesh=None if seeds > 1 else mesh,
     )
     pool = place(pool, mesh)
-    state_now = [place_state(algorithm, state, mesh)]
+    if seeds > 1:
+        train = map_seeds(train, mesh=mesh)
+        state = init_seeds(algorithm, optimizer, jnp.arange(seeds), episode)
+        state_now = [place(state, mesh, per_task=True)]
+    else:
+        state_now = [place_state(algorithm, state, mesh)]
 
     def step():
         state_now[0], metrics = train(state_now[0], pool)
@@ -129,11 +142,11 @@ def measure(name: str, seconds: float) -> dict:
 
     result = rows.timed(step, seconds)
     test = make_evaluate(algorithm, spec, batch_size=1, mesh=mesh)
-    params = state_now[0].params
+    params = params if seeds > 1 else state_now[0].params
     test(params, pool, num_episodes=2)
     start = time.perf_counter()
     test(params, pool, num_episodes=6)
-    rate = row["tasks"] * row.get("steps_per_call", 1) / result["seconds"]
+    rate = row["tasks"] * seeds * row.get("steps_per_call", 1) / result["seconds"]
     gflop = episode_gflop(row, num_parameters)
     return result | {
         "row": name,
