@@ -85,12 +85,10 @@ def measure(name: str, seconds: float) -> dict:
     import jax.numpy as jnp
     import numpy as np
 
-    from metalstm import adam_clipped, algorithms, init_train_state, learners, rules
+    from metalstm import adam_clipped, algorithms, learners, rules
     from metalstm.data import ClassPool, EpisodeSpec
     from metalstm.distributed import place
     from metalstm.evaluation import make_evaluate
-    from metalstm.seeds import init_seeds, map_seeds
-    from metalstm.training import make_train_loop, place_state
 
     row = ROWS[name]
     seeds = row.get("seeds", 1)
@@ -117,24 +115,18 @@ def measure(name: str, seconds: float) -> dict:
         algorithm = algorithms.meta_lstm(learner, rules.lstm_gates(), **options)
     optimizer = adam_clipped()
     episode = spec.sample(jax.random.key(0), pool)
-    state = init_train_state(algorithm, optimizer, 0, episode)
-    params = state.params
-    num_parameters = sum(p.size for p in jax.tree.leaves(params.learner.params))
-    train = make_train_loop(
+    pool = place(pool, mesh)
+    train, state = rows.started(
         algorithm,
         optimizer,
         spec,
+        episode,
+        seeds=seeds,
+        mesh=mesh,
         num_tasks=row["tasks"],
         steps_per_call=row.get("steps_per_call", 1),
-        mesh=None if seeds > 1 else mesh,
     )
-    pool = place(pool, mesh)
-    if seeds > 1:
-        train = map_seeds(train, mesh=mesh)
-        state = init_seeds(algorithm, optimizer, jnp.arange(seeds), episode)
-        state_now = [place(state, mesh, per_task=True)]
-    else:
-        state_now = [place_state(algorithm, state, mesh)]
+    state_now = [state]
 
     def step():
         state_now[0], metrics = train(state_now[0], pool)
@@ -142,7 +134,10 @@ def measure(name: str, seconds: float) -> dict:
 
     result = rows.timed(step, seconds)
     test = make_evaluate(algorithm, spec, batch_size=1, mesh=mesh)
-    params = params if seeds > 1 else state_now[0].params
+    params = state_now[0].params
+    if seeds > 1:
+        params = jax.tree.map(lambda leaf: leaf[0], params)
+    num_parameters = sum(p.size for p in jax.tree.leaves(params.learner.params))
     test(params, pool, num_episodes=2)
     start = time.perf_counter()
     test(params, pool, num_episodes=6)

@@ -28,6 +28,7 @@ __all__ = [
     "probe",
     "run",
     "show",
+    "started",
     "timed",
 ]
 
@@ -60,6 +61,34 @@ def one_device_to_a_core(num_tasks: int, *, share_one: bool = False) -> Any:
     most = max(n for n in range(1, cores() + 1) if share * num_tasks % n == 0)
     jax.config.update("jax_num_cpu_devices", most)
     return distributed.task_mesh(num_tasks, devices_per_task=share)
+
+
+def started(
+    algorithm: Any,
+    optimizer: Any,
+    sampler: Any,
+    episode: Any,
+    *,
+    seeds: int,
+    mesh: Any,
+    **options: Any,
+) -> tuple[Callable, Any]:
+    """A train loop with ``options`` and its first state, in place: of S seeds at once
+    they lead with [S], and it is the seeds that are spread over the mesh."""
+    import jax.numpy as jnp
+
+    from metalstm import init_train_state, make_train_loop
+    from metalstm.distributed import place
+    from metalstm.seeds import init_seeds, map_seeds
+    from metalstm.training import place_state
+
+    if seeds == 1:
+        train = make_train_loop(algorithm, optimizer, sampler, mesh=mesh, **options)
+        state = init_train_state(algorithm, optimizer, 0, episode)
+        return train, place_state(algorithm, state, mesh)
+    train = make_train_loop(algorithm, optimizer, sampler, **options)
+    states = init_seeds(algorithm, optimizer, jnp.arange(seeds), episode)
+    return map_seeds(train, mesh=mesh), place(states, mesh, per_task=True)
 
 
 def probe() -> float:

@@ -26,6 +26,7 @@ from metalstm.learners import from_flax
 from metalstm.pretrained_rules import RuleCard, pretrained
 from metalstm.rules import load_rule, save_rule
 from metalstm.runs import Predictor, load_run
+from metalstm.seeds import init_seeds, map_seeds
 from metalstm.training import (
     FitState,
     NonFiniteLossError,
@@ -61,6 +62,7 @@ __all__ = [
     "fit",
     "from_flax",
     "init_fit_state",
+    "init_seeds",
     "init_train_state",
     "learners",
     "load_rule",
@@ -69,6 +71,7 @@ __all__ = [
     "make_evaluate",
     "make_train_loop",
     "make_train_step",
+    "map_seeds",
     "optimizer_curves",
     "paired_difference",
     "pretrained",

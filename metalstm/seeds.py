@@ -6,7 +6,7 @@ GPU, which takes all seeds in each operation, nor a CPU, whose cores take one ea
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import jax
@@ -25,10 +25,10 @@ __all__ = ["init_seeds", "map_seeds"]
 def init_seeds(
     algorithm: MetaAlgorithm,
     optimizer: optax.GradientTransformation,
-    seeds: Array,
+    seeds: Iterable[int] | Array,
     episode: PyTree,
 ) -> TrainState:
-    """`init_train_state` for each of ``seeds`` [S]: a leading [S] on every leaf."""
+    """`init_train_state` for each of S ``seeds``: a leading [S] on every leaf."""
     states = [init_train_state(algorithm, optimizer, s, episode) for s in seeds]
     return jax.tree.map(lambda *leaves: jnp.stack(leaves), *states)
 

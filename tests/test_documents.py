@@ -25,10 +25,16 @@ def test_the_python_of_the_readme_runs_as_it_stands():
     for block in blocks:
         assert len(block.strip().splitlines()) < 25
         exec(compile(block, "README.md", "exec"), namespace)
-    # the blocks leave what they promise: a score, and two learners of the user's own
+    # the blocks leave what they promise: a score, four seeds, the user's own learners
     assert 0 <= namespace["result"].mean <= 1
+    assert namespace["metrics"]["loss"].shape == (4, 1)
     for name in ("mine_linen", "mine_nnx"):
         assert callable(namespace[name].apply)
+    namespace["pool"] = namespace["glyphs"].train  # docs/pods.md goes on from there
+    for block in _blocks(ROOT / "docs" / "pods.md"):
+        exec(compile(block, "docs/pods.md", "exec"), namespace)
+    assert namespace["metrics"]["loss"].shape == (8, 1)
+    assert namespace["one"].step == 1
 
 
 @pytest.mark.slow

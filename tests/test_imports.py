@@ -23,7 +23,7 @@ LAYERS = (
     {"evaluation", "verification"},
     {"optimizer_curves"},
     {"training"},
-    {"runs"},
+    {"runs", "seeds"},
     {"metalstm"},  # the package's __init__ gathers the public names
     {"experiments"},
     {"benchmarks"},  # starts its processes as experiments does
