@@ -329,10 +329,14 @@ def main() -> None:
         f"256 KiB; {machine.tanh:.2f}e9 tanh/s"
     )
     recipes: dict[str, tuple[Callable, dict]] = {
-        name: (episode_parts, episodes.ROWS[name]) for name in episodes.TARGETS
+        name: (episode_parts, episodes.ROWS[name])
+        for name in episodes.TARGETS
+        if "seeds" not in episodes.ROWS[name]  # several are several times one
     }
     recipes |= {
-        name: (optimizer_parts, row) for name, row in learned_optimizers.ROWS.items()
+        name: (optimizer_parts, row)
+        for name, row in learned_optimizers.ROWS.items()
+        if "seeds" not in row
     }
     for name, (parts, row) in recipes.items():
         if arguments.only in name:
