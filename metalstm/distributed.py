@@ -36,6 +36,7 @@ __all__ = [
     "place",
     "settle",
     "shared",
+    "spread",
     "task_mesh",
 ]
 
@@ -207,6 +208,19 @@ def task_mesh(
         grid = np.array(devices[: count * devices_per_task])
         return Mesh(grid.reshape(count, devices_per_task), ("task", COORDINATE))
     return None if count == 1 else Mesh(np.array(devices[:count]), ("task",))
+
+
+def spread(fn: Callable, mesh: Mesh, in_specs: Any, out_specs: Any) -> Callable:
+    """``fn`` on every device of the mesh, each with its part of the arguments.
+
+    Unchecked, a gradient stays each device's own (checked, that of a replicated
+    argument is already summed), and any rule's scan may start from plain zeros.
+    """
+    # Auto axes: jax.make_mesh now makes Explicit ones, which refuse unsharded inputs.
+    mesh = Mesh(mesh.devices, mesh.axis_names)
+    return jax.shard_map(
+        fn, mesh=mesh, in_specs=in_specs, out_specs=out_specs, check_vma=False
+    )
 
 
 def coordinate_devices() -> int:

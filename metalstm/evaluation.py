@@ -92,8 +92,8 @@ def make_evaluate(
 
     if mesh is not None:
         task, same = P("task"), P()
-        sample = _spread(mesh, sample, (task, same), task)
-        score = _spread(mesh, score, (same, task, task), task)
+        sample = distributed.spread(sample, mesh, (task, same), task)
+        score = distributed.spread(score, mesh, (same, task, task), task)
     # Two programs, so that the costly one does not depend on the size of the pool.
     draw, grade = jax.jit(sample), Jitted(_on_every_device(mesh, score))
 
@@ -126,12 +126,6 @@ def make_evaluate(
 def _typed(keys: jax.Array) -> jax.Array:
     # raw until they are where they are used: typed keys are not placed
     return jax.random.wrap_key_data(keys)
-
-
-def _spread(mesh: Mesh, fn: Callable, in_specs: Any, out_specs: Any) -> Callable:
-    return jax.shard_map(
-        fn, mesh=mesh, in_specs=in_specs, out_specs=out_specs, check_vma=False
-    )
 
 
 def _on_every_device(mesh: Mesh | None, score: Callable) -> Callable:

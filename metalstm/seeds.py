@@ -15,6 +15,7 @@ import optax
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
+from metalstm import distributed
 from metalstm.base import Array, MetaAlgorithm, PyTree, map_tasks
 from metalstm.compilation import Jitted
 from metalstm.training import TrainState, init_train_state
@@ -28,8 +29,14 @@ def init_seeds(
     seeds: Iterable[int] | Array,
     episode: PyTree,
 ) -> TrainState:
-    """`init_train_state` for each of S ``seeds``: a leading [S] on every leaf."""
+    """`init_train_state` for each of S ``seeds``: a leading [S] on every leaf.
+
+    Raises:
+      ValueError: there is no seed.
+    """
     states = [init_train_state(algorithm, optimizer, s, episode) for s in seeds]
+    if not states:
+        raise ValueError("seeds is empty: give at least one")
     return jax.tree.map(lambda *leaves: jnp.stack(leaves), *states)
 
 
@@ -45,7 +52,7 @@ def map_seeds(
     device's seeds are vmapped on an accelerator, and follow each other on a CPU.
 
     Args:
-      train_loop: from `make_train_loop` without a mesh, or `make_train_step`.
+      train_loop: from `make_train_loop` without a mesh.
       mesh: spreads the seeds over its ``"task"`` axis, as
         ``metalstm.distributed.task_mesh(S)`` has it; ``place(states, mesh,
         per_task=True)`` puts the states there, ``place(pool, mesh)`` the pool.
@@ -69,14 +76,7 @@ def map_seeds(
 
     if mesh is None:
         return Jitted(on_one_device, donate_argnums=0)
-    mesh = Mesh(mesh.devices, mesh.axis_names)
-    spread = jax.shard_map(
-        on_one_device,
-        mesh=mesh,
-        in_specs=(P("task"), P()),
-        out_specs=P("task"),
-        check_vma=False,
-    )
+    spread = distributed.spread(on_one_device, mesh, (P("task"), P()), P("task"))
 
     def on_all(states: TrainState, pool: Any):
         (num_seeds,) = states.seed.shape

@@ -248,8 +248,6 @@ def _over_mesh(gradient: Callable, mesh: Mesh, per_task_carry: bool) -> Callable
     """Each device's own tasks on each device; one mean over the ``"task"`` axis."""
     if "task" not in mesh.axis_names:
         raise ValueError(f"mesh has axes {mesh.axis_names}: one must be called 'task'")
-    # Auto axes: jax.make_mesh now makes Explicit ones, which refuse unsharded inputs.
-    mesh = Mesh(mesh.devices, mesh.axis_names)
     num_devices = mesh.shape["task"]
 
     def mean(x: Array) -> Array:
@@ -264,14 +262,11 @@ def _over_mesh(gradient: Callable, mesh: Mesh, per_task_carry: bool) -> Callable
         return jax.tree.map(mean, grads), carry, jax.tree.map(mean, metrics)
 
     carry_spec = P("task") if per_task_carry else P()
-    # Unchecked, a gradient stays each device's own (checked, that of a replicated
-    # argument is already summed), and any rule's scan may start from plain zeros.
-    spread = jax.shard_map(
+    spread = distributed.spread(
         on_one_device,
-        mesh=mesh,
+        mesh,
         in_specs=(P(), carry_spec, P("task"), P("task"), P()),
         out_specs=(P(), carry_spec, P()),
-        check_vma=False,
     )
 
     def checked(params, carry, keys, tasks, pool):

@@ -103,6 +103,11 @@ def test_a_seed_whose_loss_is_not_finite_stays_and_the_others_go_on():
     assert finite[2].tolist() == [True] + [False] * 5
 
 
+def test_no_seeds_are_refused():
+    with pytest.raises(ValueError, match="seeds is empty: give at least one"):
+        init_seeds(toy(), OPTIMIZER, [], EPISODE)
+
+
 MESH_SCRIPT = """
 import test_seeds as t
 from metalstm.seeds import init_seeds, map_seeds
