@@ -21,9 +21,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from metalstm import adam_clipped, algorithms, inner, learners, rules
+from metalstm import adam_clipped, algorithms, nn, rules
 from metalstm.data import ClassPool, EpisodeSpec
-from metalstm.training import init_train_state, make_train_step
+from metalstm.inner import loop
+from metalstm.meta.training import init_train_state, make_train_step
 
 __all__ = ["main"]
 
@@ -61,8 +62,8 @@ def through_the_rule(coordinates: int = 32_901, updates: int = 8) -> dict:
         return jnp.vdot(batch, params["w"]) + 1.6, stats
 
     def objective(rule_params, theta, blocked: bool):
-        state = inner.InnerState(theta, {}, None)
-        final, _ = inner.unroll(
+        state = loop.InnerState(theta, {}, None)
+        final, _ = loop.unroll(
             loss_fn,
             rule.bind(rule_params),
             state,
@@ -91,7 +92,7 @@ def over_tasks(filters: int, steps: int) -> dict:
     fns = {}
     for how in ("scan", "vmap", "unroll"):
         algorithm = algorithms.maml(
-            learners.conv4(5, filters), 0.1, num_steps=steps, task_mapping=how
+            nn.conv4(5, filters), 0.1, num_steps=steps, task_mapping=how
         )
         optimizer = adam_clipped()
         step = make_train_step(algorithm, optimizer)

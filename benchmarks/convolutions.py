@@ -24,9 +24,9 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jax import lax
 
-from metalstm.compilation import Jitted
-from metalstm.convolution import conv2d, default_method
-from metalstm.pooling import max_pool
+from metalstm.nn.convolution import conv2d, default_method
+from metalstm.nn.pooling import max_pool
+from metalstm.runtime.compilation import Jitted
 
 METHODS = ("xla", "slices", "blocked")
 REPEATS = 3  # iterations of the loop around a layer, as an inner loop has them

@@ -4,7 +4,7 @@
     python -m benchmarks.episodes mini-5shot # rows whose name contains the word
 
 Rows of several tasks run on one device to a core, as `--cpu-devices` has it, and so do
-rows of several seeds (`metalstm.seeds`), whose rate is that of all seeds together. A
+rows of several seeds (`metalstm.map_seeds`), whose rate is that of all together. A
 row's arithmetic is counted below; `benchmarks.rows` says what the columns are. Images
 are random: speed does not care.
 """
@@ -85,10 +85,10 @@ def measure(name: str, seconds: float) -> dict:
     import jax.numpy as jnp
     import numpy as np
 
-    from metalstm import adam_clipped, algorithms, learners, rules
+    from metalstm import adam_clipped, algorithms, nn, rules
     from metalstm.data import ClassPool, EpisodeSpec
-    from metalstm.distributed import place
-    from metalstm.evaluation import make_evaluate
+    from metalstm.meta.evaluation import make_evaluate
+    from metalstm.runtime.sharding import place
 
     row = ROWS[name]
     seeds = row.get("seeds", 1)
@@ -99,7 +99,7 @@ def measure(name: str, seconds: float) -> dict:
     )
     pool = ClassPool(jnp.asarray(images), jnp.full(20, 40, jnp.int32))
     spec = EpisodeSpec(way=5, shot=row["shot"], queries=15)
-    learner = learners.conv4(
+    learner = nn.conv4(
         5,
         row.get("filters", 32),
         downsample=row.get("downsample", "max_pool"),

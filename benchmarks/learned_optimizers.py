@@ -5,7 +5,7 @@
 
 One meta-step is an unroll of 20 updates and its gradient. There is one device to a core
 (`--cpu-devices`): they split the tasks, the coordinates of the one task
-(`--devices-per-task`), or several seeds (`metalstm.seeds`), whose rate is that of all
+(`--devices-per-task`), or several seeds (`metalstm.map_seeds`), whose rate is of all
 together. A row's arithmetic is counted below; `benchmarks.rows` says what the columns
 are. Images are random: speed does not care.
 """
@@ -65,9 +65,10 @@ def measure(name: str, seconds: float) -> dict:
     import jax.numpy as jnp
     import numpy as np
 
-    from metalstm import adam_clipped, algorithms, problems, rules
-    from metalstm.data.labelled import ImageData
-    from metalstm.distributed import place
+    from metalstm import adam_clipped, learned_optimizers, rules
+    from metalstm.data.sources.labelled import ImageData
+    from metalstm.learned_optimizers import problems
+    from metalstm.runtime.sharding import place
 
     row = ROWS[name]
     tasks, seeds = 1 if row["problem"] == "mlp" else 128, row.get("seeds", 1)
@@ -80,7 +81,7 @@ def measure(name: str, seconds: float) -> dict:
         data = ImageData(jnp.asarray(x), jnp.asarray(y))
     else:
         family, data = problems.quadratics(10), ()
-    algorithm = algorithms.learned_optimizer(
+    algorithm = learned_optimizers.learned_optimizer(
         family,
         rules.l2l(hidden_size=HIDDEN, num_layers=2),
         num_tasks=tasks,

@@ -50,9 +50,10 @@ def mlp_gradients(rule_name: str, steps: int) -> tuple[dict[str, Callable], tupl
     import numpy as np
     from jax import lax
 
-    from metalstm import problems, rules
-    from metalstm.data.labelled import ImageData
-    from metalstm.inner import InnerState, unroll
+    from metalstm import rules
+    from metalstm.data.sources.labelled import ImageData
+    from metalstm.inner.loop import InnerState, unroll
+    from metalstm.learned_optimizers import problems
 
     rng = np.random.default_rng(0)
     data = ImageData(
@@ -112,7 +113,7 @@ def maml_gradients(steps: int) -> tuple[dict[str, Callable], tuple]:
     import jax.numpy as jnp
     import numpy as np
 
-    from metalstm import algorithms, learners
+    from metalstm import algorithms, nn
     from metalstm.base import Batch, Episode
 
     rng = np.random.default_rng(0)
@@ -126,7 +127,7 @@ def maml_gradients(steps: int) -> tuple[dict[str, Callable], tuple]:
 
     def choose(memory):
         algorithm = algorithms.maml(
-            learners.conv4(5, 32), 0.1, num_steps=steps, memory=memory
+            nn.conv4(5, 32), 0.1, num_steps=steps, memory=memory
         )
 
         def gradient(meta_params, episode):

@@ -28,8 +28,8 @@ import jax.numpy as jnp
 from jax import lax
 
 from benchmarks import episodes, learned_optimizers
-from metalstm.compilation import Jitted
-from metalstm.convolution import conv2d
+from metalstm.nn.convolution import conv2d
+from metalstm.runtime.compilation import Jitted
 
 LOOP = 8  # dependent calls in one timed program
 HIDDEN = 20

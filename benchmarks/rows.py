@@ -54,13 +54,13 @@ def one_device_to_a_core(num_tasks: int, *, share_one: bool = False) -> Any:
     """
     import jax
 
-    from metalstm import distributed
-    from metalstm.compilation import cores
+    from metalstm.runtime import sharding
+    from metalstm.runtime.compilation import cores
 
     share = cores() if share_one and num_tasks == 1 else 1
     most = max(n for n in range(1, cores() + 1) if share * num_tasks % n == 0)
     jax.config.update("jax_num_cpu_devices", most)
-    return distributed.task_mesh(num_tasks, devices_per_task=share)
+    return sharding.task_mesh(num_tasks, devices_per_task=share)
 
 
 def started(
@@ -78,9 +78,9 @@ def started(
     import jax.numpy as jnp
 
     from metalstm import init_train_state, make_train_loop
-    from metalstm.distributed import place
-    from metalstm.seeds import init_seeds, map_seeds
-    from metalstm.training import place_state
+    from metalstm.meta.seeds import init_seeds, map_seeds
+    from metalstm.meta.training import place_state
+    from metalstm.runtime.sharding import place
 
     if seeds == 1:
         train = make_train_loop(algorithm, optimizer, sampler, mesh=mesh, **options)

@@ -80,18 +80,18 @@ def build(name: str) -> tuple[Any, Any, Any]:
     import jax.numpy as jnp
     import numpy as np
 
-    from metalstm import algorithms, learners, rules
+    from metalstm import algorithms, nn, rules
     from metalstm.data import ClassPool, EpisodeSpec
 
     recipe = RECIPES[name]
     updates = recipe["steps"]
-    learner = learners.conv4(5, 32, momentum=0.1)
+    learner = nn.conv4(5, 32, momentum=0.1)
     if name.startswith("meta-lstm"):
         algorithm = algorithms.meta_lstm(learner, rules.lstm_gates(), num_steps=updates)
     elif name.startswith("maml"):
         algorithm = algorithms.maml(learner, 0.01, num_steps=updates)
     else:
-        algorithm = algorithms.prototypical(learners.conv4(None, 32))
+        algorithm = algorithms.prototypical(nn.conv4(None, 32))
     generator = np.random.default_rng(0)
     images = generator.integers(0, 256, (20, 40, 84, 84, 3), dtype=np.uint8)
     pool = ClassPool(jnp.asarray(images), jnp.full(20, 40, jnp.int32))
@@ -120,7 +120,7 @@ def measure_task(name: str, steps: int) -> float:
     import jax
 
     from metalstm import adam_clipped, init_train_state
-    from metalstm.training import make_train_loop
+    from metalstm.meta.training import make_train_loop
 
     algorithm, spec, pool = build(name)
     optimizer = adam_clipped()

@@ -70,7 +70,8 @@ TABLES = {
 
 def measure(row: str, setting: Setting, seconds: float) -> dict[str, Any]:
     """Time a row in this process, which must not have started JAX."""
-    from metalstm import compilation, convolution
+    from metalstm.nn import convolution
+    from metalstm.runtime import compilation
 
     if setting.ynnpack is not None:
         options = {} if setting.ynnpack == "all" else {_FUSION: setting.ynnpack}

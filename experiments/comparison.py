@@ -34,9 +34,10 @@ from experiments.run_folder import (
 )
 from experiments.sources import Source
 from experiments.table import Table, Tested
-from metalstm import distributed, plots
+from metalstm import plots
 from metalstm.base import PyTree
-from metalstm.files import whole_file
+from metalstm.runtime import sharding
+from metalstm.runtime.files import whole_file
 
 Results = dict[str, Any]
 
@@ -62,7 +63,7 @@ def run_seed(
     finally:
         metrics.close()
     results, whole = _test(config, source, folder, programs, found)
-    if not distributed.is_main():
+    if not sharding.is_main():
         return results
     files = ["results.json", *whole.write(folder)]
     files += _draw(config, source, folder, programs, found, results)
@@ -81,7 +82,7 @@ def run_seeds(config: Config, source: Source, folder: Path) -> Results:
         own = with_flags(config, seed=seed, seeds=1)
         per_seed[seed] = run_seed(own, source, folder / f"seed-{seed}", programs)
     results, whole = _over_seeds(config, per_seed)
-    if not distributed.is_main():
+    if not sharding.is_main():
         return results
     print(whole)
     files = ["results.json", *whole.write(folder)]
@@ -152,7 +153,7 @@ def write_config(config: Config, source: Source, folder: Path) -> None:
         "data": source.describe(),
         "versions": report.versions(),
     }
-    distributed.on_main(lambda: refuse_other_data(folder, document["data"]))
+    sharding.on_main(lambda: refuse_other_data(folder, document["data"]))
     write_json(folder / "config.json", document)
 
 
@@ -279,7 +280,7 @@ def _test(
     whole = Table(table.caption(what, reference), rows)
     print(whole, flush=True)
     arrays: dict[str, Any] = {one.name: one.evaluation.accuracies for one in tested}
-    if distributed.is_main():
+    if sharding.is_main():
         with whole_file(folder / "accuracies.npz") as part:
             np.savez(part, **arrays)
     results = {

@@ -89,15 +89,15 @@ def join(devices: Devices) -> None:
             ) from error
     if not devices.distributed:
         return
-    from metalstm import distributed
+    from metalstm.runtime import sharding
 
-    distributed.initialize(
+    sharding.initialize(
         devices.coordinator,
         devices.num_processes,
         devices.process_id,
         heartbeat_timeout=devices.heartbeat_timeout,
     )
-    if not distributed.is_main():
+    if not sharding.is_main():
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115 (until the end)
 
 
@@ -109,7 +109,7 @@ def mesh_for(devices: Devices, num_tasks: int, flag: str) -> Any:
     """
     import jax
 
-    from metalstm import distributed
+    from metalstm.runtime import sharding
 
     total = jax.device_count()
     count = total if devices.devices is None else devices.devices
@@ -129,7 +129,7 @@ def mesh_for(devices: Devices, num_tasks: int, flag: str) -> Any:
             "devices"
         )
     try:
-        return distributed.task_mesh(
+        return sharding.task_mesh(
             num_tasks, num_devices=devices.devices, devices_per_task=each
         )
     except ValueError as error:
@@ -182,9 +182,9 @@ def on_main(act: Callable[[], Any]) -> None:
     if not is_one_of_several():
         act()
         return
-    from metalstm import distributed
+    from metalstm.runtime import sharding
 
-    distributed.on_main(act)
+    sharding.on_main(act)
 
 
 def is_one_of_several() -> bool:

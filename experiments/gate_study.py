@@ -72,9 +72,10 @@ def main(config: Config) -> None:
     import jax
     import numpy as np
 
-    from metalstm import adam_clipped, algorithms, data, evaluation, learners, rules
+    from metalstm import adam_clipped, algorithms, data, nn, rules
     from metalstm.base import MetaParams
-    from metalstm.training import (
+    from metalstm.meta import evaluation
+    from metalstm.meta.training import (
         fit,
         init_fit_state,
         init_train_state,
@@ -90,13 +91,13 @@ def main(config: Config) -> None:
     spec = data.EpisodeSpec(way=config.way, shot=config.shot, queries=15)
     train_spec = dataclasses.replace(spec, queries=5)
 
-    conv = lambda filters: learners.conv4(  # noqa: E731
+    conv = lambda filters: nn.conv4(  # noqa: E731
         config.way, filters, downsample="stride", momentum=0.05
     )
     targets = {
         f"conv4-{config.filters}": conv(config.filters),
         f"conv4-{2 * config.filters}": conv(2 * config.filters),
-        "mlp-64": learners.mlp(config.way, (64,)),
+        "mlp-64": nn.mlp(config.way, (64,)),
     }
     trained_on = next(iter(targets))
     options: dict[str, Any] = {
@@ -197,7 +198,7 @@ def _write(config, dataset, rows, evaluations, trained_on) -> None:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    from metalstm.evaluation import paired_difference
+    from metalstm.meta.evaluation import paired_difference
 
     setting = (
         f"{dataset.name}, {config.way}-way {config.shot}-shot, {config.steps} updates, "
@@ -231,7 +232,7 @@ def _write(config, dataset, rows, evaluations, trained_on) -> None:
             f"{100 * row['mean']:.1f} ± {100 * row['ci95']:.1f} | {difference} | "
             f"{note} |"
         )
-    from metalstm.files import whole_file
+    from metalstm.runtime.files import whole_file
 
     config.workdir.mkdir(parents=True, exist_ok=True)
     with whole_file(config.workdir / "table.md") as unfinished:

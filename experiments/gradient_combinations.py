@@ -18,11 +18,11 @@ from experiments import report
 from experiments.reptile_gradients import Config, combinations
 from experiments.run_folder import write_json
 from experiments.small_study import recipe
-from metalstm import algorithms, data, learners
-from metalstm.algorithms.gradient_based import fixed_sgd
+from metalstm import algorithms, data, nn
+from metalstm.algorithms.gradient.adaptation import fixed_sgd
 from metalstm.data import Dataset, EpisodeSpec
-from metalstm.evaluation import Evaluation, paired_difference
-from metalstm.files import whole_file
+from metalstm.meta.evaluation import Evaluation, paired_difference
+from metalstm.runtime.files import whole_file
 
 _COLOURS = ("#000000", "#0072B2", "#D55E00", "#009E73")
 
@@ -38,7 +38,7 @@ class Study:
         for split in ("validation", "test"):
             data.validate(self.spec, self.dataset, split)
         data.validate(trained, self.dataset, "train")
-        learner = learners.conv4(
+        learner = nn.conv4(
             config.way, config.filters, downsample="stride", norm="layer"
         )
 

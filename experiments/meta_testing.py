@@ -15,11 +15,11 @@ import metalstm
 from experiments.config import Config
 from experiments.methods import HAND_MADE, METHODS, Spec, theta_donor
 from experiments.sources import Source
-from metalstm import checkpoints, distributed
 from metalstm.base import MetaParams, PyTree
 from metalstm.data import episode_key
 from metalstm.plots import layer_groups
 from metalstm.runs import build_learner, example_episode
+from metalstm.runtime import checkpoints, sharding
 
 _STEP_SHARES = (0.05, 0.2, 0.5)  # of --finetune-steps, beside all of them
 _MOST_EXTENSIONS = 4  # of a grid whose best is at its edge
@@ -168,7 +168,7 @@ def observe_gates(
         return inner.params, trace.observed
 
     observed, theta = [], None
-    pool = distributed.local(source.dataset.test)
+    pool = sharding.local(source.dataset.test)
     for task in range(num_tasks):
         theta, gates = observe(params, pool, jnp.int32(task))
         if not gates:
@@ -203,7 +203,7 @@ def one_episode(
         return None
     learner = build_learner(spec["learner"], spec["way"])
     key = episode_key(0, "test", 0, 0)
-    pool = distributed.local(source.dataset.test)
+    pool = sharding.local(source.dataset.test)
     episode = jax.jit(source.test.sample)(key, pool)
     way = source.test.way
 

@@ -18,9 +18,9 @@ from experiments.devices import mesh_for
 from experiments.run_folder import Metrics
 from experiments.sources import Source
 from experiments.training_session import Session
-from metalstm import distributed
 from metalstm.base import PyTree
 from metalstm.runs import build_algorithm, example_episode
+from metalstm.runtime import sharding
 
 
 class Programs(NamedTuple):
@@ -72,7 +72,7 @@ def make_programs(spec: dict[str, Any], config: Config, source: Source) -> Progr
         algorithm,
         source.test,
         batch_size=config.test.test_batch,
-        mesh=distributed.task_mesh(num_devices=config.devices.devices),
+        mesh=sharding.task_mesh(num_devices=config.devices.devices),
     )
     return Programs(algorithm, optimizer, train_loop, evaluate, mesh)
 

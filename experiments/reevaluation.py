@@ -22,9 +22,9 @@ from experiments.saved_methods import (
 )
 from experiments.sources import Source, load_source
 from experiments.table import Table, Tested
-from metalstm import distributed
-from metalstm.files import whole_file
 from metalstm.runs import COMPARING, any_way, build_algorithm, load_params
+from metalstm.runtime import sharding
+from metalstm.runtime.files import whole_file
 
 # Of the flags of a method, those that may be said anew for its test.
 _SAID_ANEW = {"query_norm", "test_steps"}
@@ -49,7 +49,7 @@ def reevaluate(config: Config, said: Collection[str]) -> Table:
     for method in wanted:
         _check_way(method, config)
     # no meta-training here, so its episodes need not be possible
-    mesh = distributed.task_mesh(num_devices=config.devices.devices)
+    mesh = sharding.task_mesh(num_devices=config.devices.devices)
     source = load_source(with_flags(config, algorithms=()))
     source = source.placed(mesh, config.devices.devices)
     refuse_other_images(runs, source)
@@ -68,7 +68,7 @@ def reevaluate(config: Config, said: Collection[str]) -> Table:
     what = f"meta-test, the same {config.test.test_episodes} episodes for every row"
     whole = Table(table.caption(what, to), rows)
     print(whole)
-    if not distributed.is_main():
+    if not sharding.is_main():
         return whole
     folder = config.run.workdir or config.run.evaluate[0]
     files = _write(folder, config, whole, tested)
@@ -83,7 +83,7 @@ def _test_again(
     said: Collection[str],
 ) -> Iterator[Tested]:
     """Test each method, in each mode that is asked for and makes sense."""
-    mesh = distributed.task_mesh(num_devices=config.devices.devices)
+    mesh = sharding.task_mesh(num_devices=config.devices.devices)
     anew = {name: getattr(config.methods, name) for name in _SAID_ANEW & set(said)}
     for method in wanted:
         own = config_for(with_flags(method.config, **anew), method.name)

@@ -12,7 +12,7 @@ import jax
 
 from experiments.config import Config
 from experiments.sources import Source
-from metalstm.files import whole_file
+from metalstm.runtime.files import whole_file
 
 _NORMS = {
     "support": "support (inductive)",

@@ -33,9 +33,9 @@ def free_folder(base: Path) -> Path:
         number += 1
         folder = base.with_name(f"{base.name}-{number}")
     if devices.is_one_of_several():
-        from metalstm import distributed
+        from metalstm.runtime import sharding
 
-        return Path(distributed.from_main(str(folder)))
+        return Path(sharding.from_main(str(folder)))
     return folder
 
 
@@ -61,7 +61,7 @@ def refuse_other_runs(folder: Path, config: Any, ignore: Iterable[str]) -> None:
 
 
 def _check_contents(folder: Path, config: Any, ignore: Iterable[str]) -> None:
-    from metalstm.checkpoints import ConfigMismatch, check_config
+    from metalstm.runtime.checkpoints import ConfigMismatch, check_config
 
     if (folder / "config.json").exists():
         saved = read_config(folder)["config"]
@@ -84,7 +84,7 @@ def _check_contents(folder: Path, config: Any, ignore: Iterable[str]) -> None:
 
 def _before_config(path: Path) -> bool:
     """Whether a run leaves it that is killed before it has written its config."""
-    from metalstm.files import is_unfinished
+    from metalstm.runtime.files import is_unfinished
 
     return path.name == "lock" or is_unfinished(path.name, "config.json")
 
@@ -98,7 +98,7 @@ def refuse_other_data(folder: Path, about: Mapping[str, Any]) -> None:
     Raises:
       ConfigMismatch: the run in ``folder`` began with other data.
     """
-    from metalstm.checkpoints import ConfigMismatch, check_config
+    from metalstm.runtime.checkpoints import ConfigMismatch, check_config
 
     if not (folder / "config.json").exists():
         return
@@ -181,10 +181,10 @@ def _take(lock: TextIO, folder: Path) -> None:
 
 def write_json(path: Path, value: Any) -> None:
     """Write all of it or nothing; of several processes the first writes."""
-    from metalstm import distributed
-    from metalstm.files import whole_file
+    from metalstm.runtime import sharding
+    from metalstm.runtime.files import whole_file
 
-    if not distributed.is_main():
+    if not sharding.is_main():
         return
     text = json.dumps(value, indent=1) + "\n"
     with whole_file(path) as part:
@@ -200,10 +200,10 @@ class Metrics:
     def __init__(
         self, folder: Path, *, tensorboard: bool = False, counter: str = "episode"
     ):
-        from metalstm import distributed
+        from metalstm.runtime import sharding
 
         self.path, self.counter = folder / "metrics.jsonl", counter
-        self.writes = distributed.is_main()
+        self.writes = sharding.is_main()
         self._writer = None
         if tensorboard and self.writes:
             from tensorboardX import SummaryWriter
@@ -212,7 +212,7 @@ class Metrics:
 
     def rewind(self, method: str, count: int) -> None:
         """Drop what a killed run wrote about ``method`` after ``count``."""
-        from metalstm.files import whole_file
+        from metalstm.runtime.files import whole_file
 
         if not self.writes:
             return

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 from experiments.config import Config, from_json, read_config
 from experiments.methods import METHODS, Spec, config_for, pretrainings
 from experiments.sources import Source
-from metalstm import checkpoints
+from metalstm.runtime import checkpoints
 
 
 class SavedMethod(NamedTuple):

@@ -10,8 +10,9 @@ from jax.sharding import Mesh
 
 from experiments.config import Config
 from experiments.methods import config_for
-from metalstm import data, distributed
+from metalstm import data
 from metalstm.data import Dataset, EpisodeSpec
+from metalstm.runtime import sharding
 
 _LEFT_OUT = ("skipped", "skipped_files", "unlabelled", "empty_classes")
 
@@ -39,11 +40,11 @@ class Source(NamedTuple):
           mesh: of a meta-step.
           num_devices: how many evaluate; None is all.
         """
-        every = distributed.task_mesh(num_devices=num_devices)
+        every = sharding.task_mesh(num_devices=num_devices)
         dataset = self.dataset._replace(
-            train=distributed.place(self.dataset.train, mesh),
-            validation=distributed.place(self.dataset.validation, every),
-            test=distributed.place(self.dataset.test, every),
+            train=sharding.place(self.dataset.train, mesh),
+            validation=sharding.place(self.dataset.validation, every),
+            test=sharding.place(self.dataset.test, every),
         )
         return self._replace(dataset=dataset)
 

@@ -10,8 +10,8 @@ from typing import Any, NamedTuple
 
 from experiments.config import Config
 from experiments.published import Beside, beside, legend
-from metalstm.evaluation import Evaluation, paired_difference
-from metalstm.files import whole_file
+from metalstm.meta.evaluation import Evaluation, paired_difference
+from metalstm.runtime.files import whole_file
 
 REFERENCE = "meta-lstm"  # what the others are compared with, where it is
 WIDTH = 110  # columns of a terminal

@@ -19,9 +19,9 @@ from tqdm import tqdm
 import metalstm
 from experiments.config import to_json
 from experiments.run_folder import Metrics
-from metalstm import checkpoints, distributed
 from metalstm.base import PyTree
-from metalstm.training import FitState, TrainState, place_state
+from metalstm.meta.training import FitState, TrainState, place_state
+from metalstm.runtime import checkpoints, sharding
 
 
 class Interrupted(Exception):  # noqa: N818 (a request, not an error)
@@ -169,7 +169,7 @@ class Session:
             self.state = metalstm.fit(
                 interruptible,
                 self.state,
-                distributed.place(pool, self.mesh),
+                sharding.place(pool, self.mesh),
                 num_steps=num_steps,
                 steps_per_call=each,
                 validate=self.validate,
@@ -189,7 +189,7 @@ class Session:
             return self.stop_requested()
         # all must stop at one step, and asking costs: they ask when they report
         asks = step % report_every == 0
-        return asks and distributed.any_process(self.stop_requested())
+        return asks and sharding.any_process(self.stop_requested())
 
     def validate(self, params: PyTree) -> float:
         begun = time.monotonic()
@@ -268,7 +268,7 @@ class Session:
             + ("{n:.0f}/{total:.0f} s" if by_time else count)
             + "  {unit}  eta {remaining}",
             ascii=" #",
-            disable=not distributed.is_main(),
+            disable=not sharding.is_main(),
             unit="compiling",  # the field of the format that tqdm leaves to us
             # a log file gets a line now and then, a terminal a smooth bar
             mininterval=0.2 if sys.stderr.isatty() else 15,
@@ -281,7 +281,7 @@ class Session:
 
 def _latest(folder: Path) -> int | None:
     """The newest step as process 0 sees it: shared storage may show another late."""
-    return json.loads(distributed.from_main(json.dumps(checkpoints.latest(folder))))
+    return json.loads(sharding.from_main(json.dumps(checkpoints.latest(folder))))
 
 
 @contextmanager

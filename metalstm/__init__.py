@@ -4,7 +4,7 @@ A learned update rule is a function from meta-parameters to an optax transform; 
 meta-learner is a function from a support set to a predictor.
 """
 
-from metalstm import algorithms, data, learners, optimizer_curves, problems, rules
+from metalstm import algorithms, data, learned_optimizers, nn, rules
 from metalstm.base import (
     Batch,
     Episode,
@@ -15,19 +15,15 @@ from metalstm.base import (
     UpdateRule,
     make_algorithm,
 )
-from metalstm.evaluation import (
+from metalstm.inner import InnerState, Trace, unroll
+from metalstm.meta.evaluation import (
     Evaluation,
     evaluate,
     make_evaluate,
     paired_difference,
 )
-from metalstm.inner import InnerState, Trace, unroll
-from metalstm.learners import from_flax
-from metalstm.pretrained_rules import RuleCard, pretrained
-from metalstm.rules import load_rule, save_rule
-from metalstm.runs import Predictor, load_run
-from metalstm.seeds import init_seeds, map_seeds
-from metalstm.training import (
+from metalstm.meta.seeds import init_seeds, map_seeds
+from metalstm.meta.training import (
     FitState,
     NonFiniteLossError,
     TrainState,
@@ -38,6 +34,10 @@ from metalstm.training import (
     make_train_loop,
     make_train_step,
 )
+from metalstm.nn import from_flax
+from metalstm.rules import load_rule, save_rule
+from metalstm.rules.pretrained import RuleCard, pretrained_optimizer
+from metalstm.runs import Predictor, load_run
 
 __all__ = [
     "Batch",
@@ -64,7 +64,7 @@ __all__ = [
     "init_fit_state",
     "init_seeds",
     "init_train_state",
-    "learners",
+    "learned_optimizers",
     "load_rule",
     "load_run",
     "make_algorithm",
@@ -72,10 +72,9 @@ __all__ = [
     "make_train_loop",
     "make_train_step",
     "map_seeds",
-    "optimizer_curves",
+    "nn",
     "paired_difference",
-    "pretrained",
-    "problems",
+    "pretrained_optimizer",
     "rules",
     "save_rule",
     "unroll",

@@ -82,7 +82,7 @@ class LearnerApply(Protocol):
 
 
 class Learner(NamedTuple):
-    """What a flax module becomes; see `metalstm.learners.from_flax`."""
+    """What a flax module becomes; see `metalstm.nn.from_flax`."""
 
     init: Callable[[Array, Array], LearnerState]  # (key, x [N, ...])
     apply: LearnerApply

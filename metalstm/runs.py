@@ -19,7 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from metalstm import algorithms, checkpoints, learners, rules
+from metalstm import algorithms, nn, rules
 from metalstm.base import (
     Batch,
     Episode,
@@ -28,6 +28,7 @@ from metalstm.base import (
     PyTree,
     UpdateRule,
 )
+from metalstm.runtime import checkpoints
 
 __all__ = [
     "Predictor",
@@ -41,9 +42,9 @@ __all__ = [
 ]
 
 LEARNERS: dict[str, Callable[..., Learner]] = {
-    "conv4": learners.conv4,
-    "mlp": learners.mlp,
-    "resnet12": learners.resnet12,
+    "conv4": nn.conv4,
+    "mlp": nn.mlp,
+    "resnet12": nn.resnet12,
 }
 OPTIMIZERS: dict[str, Callable[..., optax.GradientTransformation]] = {
     "adadelta": optax.adadelta,
@@ -83,7 +84,7 @@ def build_learner(spec: Mapping[str, Any], way: int | None) -> Learner:
     factory = _choose("learner", spec["name"], LEARNERS)
     options = _tuples(spec.get("options", {}))
     if spec.get("tied_head") and way is not None:
-        return learners.tied_head(factory(None, **options))
+        return nn.tied_head(factory(None, **options))
     return factory(way, **options)
 
 
@@ -111,7 +112,7 @@ def build_algorithm(spec: Mapping[str, Any]) -> MetaAlgorithm:
         return algorithms.nearest_neighbour()
     if "relation_net" in spec:
         net = _tuples(spec["relation_net"])
-        options["relation_net"] = learners.relation_net(**net)
+        options["relation_net"] = nn.relation_net(**net)
     if name in COMPARING:
         return COMPARING[name](build_learner(spec["learner"], None), **options)
     if name == "mann":

@@ -20,17 +20,13 @@ import numpy as np
 import optax
 import tiny
 
-from metalstm import (
-    algorithms,
-    checkpoints,
-    distributed,
-    problems,
-    replay,
-    rules,
-    training,
-)
+from metalstm import algorithms, learned_optimizers, rules
 from metalstm.data import ClusterSpec
-from metalstm.evaluation import make_evaluate
+from metalstm.inner import coordinatewise
+from metalstm.learned_optimizers import problems
+from metalstm.meta import training
+from metalstm.meta.evaluation import make_evaluate
+from metalstm.runtime import checkpoints, sharding
 
 TASKS, STEPS, HALF = 8, 20, 10
 CASES = ("maml", "l2l")
@@ -49,7 +45,7 @@ def build(case: str):
         return algorithms.maml(net, 0.3, num_steps=1, task_mapping="vmap"), spec
     family = problems.quadratics(3)
     rule = rules.l2l(hidden_size=3, num_layers=1)
-    algorithm = algorithms.learned_optimizer(
+    algorithm = learned_optimizers.learned_optimizer(
         family, rule, num_tasks=TASKS, unroll_steps=2, horizon=8, stagger=True
     )
     return algorithm, problems.ProblemSampler(family, 3)
@@ -107,7 +103,7 @@ def steps(case: str, mesh, folder: Path, restored_from: str | None = None):
             if restored_from is None:
                 checkpoints.save(folder / name_of(mesh) / case, state, step=step)
         state, metrics = loop(state, None)
-        distributed.settle((state, metrics))
+        sharding.settle((state, metrics))
         assert metrics["finite"].all()
     return found | {"end": whole(state.params), "carry": whole(state.carry)}
 
@@ -121,7 +117,7 @@ def write(path: Path, **lists: list[np.ndarray]) -> None:
     arrays = {
         f"{n}{i:03d}": a for n, leaves in lists.items() for i, a in enumerate(leaves)
     }
-    if distributed.is_main():
+    if sharding.is_main():
         np.savez(path, **arrays)
 
 
@@ -129,16 +125,14 @@ def evaluated(mesh) -> np.ndarray:
     """Accuracies of 10 episodes in batches of 3, or of the next multiple of devices."""
     algorithm, spec = build("maml")
     run = make_evaluate(algorithm, spec, batch_size=3, mesh=mesh)
-    params = distributed.place(start("maml").params, mesh)
+    params = sharding.place(start("maml").params, mesh)
     return run(params, None, num_episodes=10).accuracies
 
 
 def go_on(folder: Path, mesh, other: str) -> None:
     for case in CASES:
         deadline = time.monotonic() + 300
-        while distributed.any_process(
-            checkpoints.latest(folder / other / case) is None
-        ):
+        while sharding.any_process(checkpoints.latest(folder / other / case) is None):
             assert time.monotonic() < deadline, f"{other} saved nothing"
             time.sleep(0.1)
         found = steps(case, mesh, folder, restored_from=other)
@@ -162,7 +156,7 @@ def build_shared(case: str):
         rule = rules.lstm_gates(hidden_size=3, init_scale=0.3)
         return algorithms.meta_lstm(tiny.tanh_net(), rule, num_steps=3), spec
     family = problems.quadratics(47)
-    algorithm = algorithms.learned_optimizer(
+    algorithm = learned_optimizers.learned_optimizer(
         family,
         rules.l2l(hidden_size=3, features="moments"),
         num_tasks=2,
@@ -176,13 +170,14 @@ def build_shared(case: str):
 
 def share(folder: Path) -> None:
     """Three meta-steps of two tasks on one device, and with groups of two and three."""
-    replay._BLOCK = dict.fromkeys(replay._BLOCK, 16)  # coordinates: several blocks
+    # several blocks of coordinates
+    coordinatewise._BLOCK = dict.fromkeys(coordinatewise._BLOCK, 16)
     for case in SHARED:
         algorithm, sampler = build_shared(case)
         for each in (1, 2, 3):
             mesh = None
             if each > 1:
-                mesh = distributed.task_mesh(
+                mesh = sharding.task_mesh(
                     2, num_devices=2 * each, devices_per_task=each
                 )
             draw = sampler.sample(jax.random.key(0))
@@ -196,7 +191,7 @@ def share(folder: Path) -> None:
                 (folder / "shared.hlo").write_text(text)
             for step in range(3):
                 state, metrics = loop(state, None)
-                distributed.settle((state, metrics))
+                sharding.settle((state, metrics))
                 if step == 0:
                     gradient = whole(state.opt_state[0].trace)
             ends = {"end": whole(state.params), "carry": whole(state.carry)}
@@ -214,9 +209,9 @@ def programs(folder: Path, mesh) -> None:
 def main(folder: str, devices: str, other: str, *address: str) -> None:
     if address:
         coordinator, processes, process = address
-        distributed.initialize(coordinator, int(processes), int(process))
+        sharding.initialize(coordinator, int(processes), int(process))
     counts = [int(count) for count in devices.split(",")]
-    meshes = [distributed.task_mesh(TASKS, num_devices=count) for count in counts]
+    meshes = [sharding.task_mesh(TASKS, num_devices=count) for count in counts]
     for mesh in meshes:
         for case in CASES:
             path = Path(folder) / f"{name_of(mesh)}-{case}.npz"

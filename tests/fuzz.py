@@ -362,7 +362,8 @@ def _good_run() -> Path:
 
     from experiments.config import Config, with_flags
     from experiments.methods import method_specs
-    from metalstm import checkpoints, runs
+    from metalstm import runs
+    from metalstm.runtime import checkpoints
 
     folder = Path(tempfile.mkdtemp(prefix="fuzz-run-"))
     atexit.register(shutil.rmtree, folder, ignore_errors=True)

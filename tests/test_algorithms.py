@@ -14,7 +14,7 @@ import pytest
 import tiny
 
 from metalstm import algorithms, rules
-from metalstm.algorithms import gradient_based
+from metalstm.algorithms.gradient import adaptation
 from metalstm.base import (
     Batch,
     Episode,
@@ -26,7 +26,7 @@ from metalstm.base import (
     map_tasks,
     mean_over_tasks,
 )
-from metalstm.learners import relation_net, tied_head
+from metalstm.nn.flax_modules import relation_net, tied_head
 
 NET = tiny.norm_net()
 GATES = rules.lstm_gates(hidden_size=2, input_bias=(-1.0, 0.0))
@@ -393,7 +393,7 @@ def test_nearest_neighbour_is_the_closest_support_image():
 def test_the_gradient_is_scaled_by_what_is_asked_for():
     def scale(value, batch_size=None):
         state = meta_params("maml").learner
-        return gradient_based._gradient_scale(
+        return adaptation._gradient_scale(
             value, NET, state, EPISODE.support, batch_size
         )
 
@@ -405,15 +405,15 @@ def test_the_gradient_is_scaled_by_what_is_asked_for():
 
 def test_minibatches_cover_the_support_set_once_an_epoch_in_new_orders():
     support = Batch(jnp.arange(6), jnp.arange(6) % 3)
-    batches = gradient_based._minibatches(KEY, support, 2, 7)
+    batches = adaptation._minibatches(KEY, support, 2, 7)
     assert batches.x.shape == batches.y.shape == (7, 2)
     epochs = np.asarray(batches.x[:6]).reshape(2, 6)
     for epoch in epochs:
         assert sorted(epoch) == list(range(6))
     assert list(epochs[0]) != list(epochs[1])
     np.testing.assert_array_equal(batches.y, batches.x % 3)
-    assert gradient_based._minibatches(KEY, support, None, 7) is None
-    other = gradient_based._minibatches(jax.random.key(8), support, 2, 7)
+    assert adaptation._minibatches(KEY, support, None, 7) is None
+    other = adaptation._minibatches(jax.random.key(8), support, 2, 7)
     assert np.any(other.x != batches.x)
 
 

@@ -12,10 +12,11 @@ import pytest
 from PIL import Image
 
 from metalstm.algorithms.common import accuracy
-from metalstm.data import EpisodeSpec, labelled, make_pool
-from metalstm.data import tfds as tfds_source
-from metalstm.data.folders import load_image_folders
+from metalstm.data import EpisodeSpec, make_pool
 from metalstm.data.images import as_bytes
+from metalstm.data.sources import labelled
+from metalstm.data.sources import tfds as tfds_source
+from metalstm.data.sources.folders import load_image_folders
 
 IMAGE = np.full((4, 4, 1), 7, np.uint8)
 

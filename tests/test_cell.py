@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import pytest
 import tiny
 
-from metalstm.rules.cell import lstm_step, tanh_sigmoid
+from metalstm.rules.lstm_cell import lstm_step, tanh_sigmoid
 
 HIDDEN, FEATURES = 3, 2
 FEW, MANY = 5, 40  # coordinates: the two layouts inside a step

@@ -19,7 +19,7 @@ import numpy as np
 import optax
 import pytest
 
-from metalstm import checkpoints
+from metalstm.runtime import checkpoints
 
 
 class State(NamedTuple):

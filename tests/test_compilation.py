@@ -5,9 +5,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from metalstm import compilation
-from metalstm.compilation import Jitted
-from metalstm.convolution import conv2d
+from metalstm.nn.convolution import conv2d
+from metalstm.runtime import compilation
+from metalstm.runtime.compilation import Jitted
 
 
 @pytest.fixture

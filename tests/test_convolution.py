@@ -11,8 +11,8 @@ import pytest
 from jax import lax
 from jax.sharding import PartitionSpec
 
-from metalstm import convolution
-from metalstm.convolution import conv2d, default_method
+from metalstm.nn import convolution
+from metalstm.nn.convolution import conv2d, default_method
 
 
 def reference(x, kernel, *, strides=1, padding="SAME"):

@@ -9,11 +9,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from metalstm.data import mini_imagenet
 from metalstm.data.episodes import EpisodeSpec, sample_episode, validate
-from metalstm.data.folders import load_image_folders, load_mini_imagenet
 from metalstm.data.images import fit
 from metalstm.data.pools import SPLITS
+from metalstm.data.sources import mini_imagenet
+from metalstm.data.sources.folders import load_image_folders, load_mini_imagenet
 from metalstm.data.splits import check_disjoint, split_classes
 
 

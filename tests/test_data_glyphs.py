@@ -7,9 +7,9 @@ import jax
 import numpy as np
 import pytest
 
-from metalstm.data import glyphs
 from metalstm.data.episodes import EpisodeSpec, sample_episode, validate
 from metalstm.data.pools import SPLITS
+from metalstm.data.sources import glyphs
 
 draw = jax.jit(sample_episode, static_argnames="spec")
 

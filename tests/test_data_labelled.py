@@ -9,8 +9,9 @@ import pytest
 import tensorflow_datasets as tfds
 from PIL import Image
 
-from metalstm.data import labelled, load_image_data
+from metalstm.data import load_image_data
 from metalstm.data.pools import Dataset, make_pool
+from metalstm.data.sources import labelled
 
 KINDS = 3
 

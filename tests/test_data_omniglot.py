@@ -7,9 +7,9 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from metalstm.data import omniglot
 from metalstm.data.episodes import EpisodeSpec, validate
 from metalstm.data.pools import SPLITS
+from metalstm.data.sources import omniglot
 
 BACKGROUND = [*omniglot.VALIDATION_ALPHABETS, "Greek", "Latin", "Korean"]
 EVALUATION = ["Angelic", "Tengwar"]
@@ -173,7 +173,7 @@ def test_real_omniglot(root, split, sizes):
     "decoder", [pytest.param(d, marks=pytest.mark.real_data) for d in ("cv2", "PIL")]
 )
 def test_real_drawings_are_normalised_by_what_was_decoded(root, decoder, monkeypatch):
-    from metalstm.data.tfds import open_builder
+    from metalstm.data.sources.tfds import open_builder
 
     if decoder == "PIL":
         monkeypatch.setitem(sys.modules, "cv2", None)

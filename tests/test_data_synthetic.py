@@ -4,7 +4,7 @@ import jax
 import numpy as np
 import pytest
 
-from metalstm.data.synthetic import ClusterSpec, SinusoidSpec
+from metalstm.data.sources.synthetic import ClusterSpec, SinusoidSpec
 
 SPECS = [SinusoidSpec(shot=5, queries=10), ClusterSpec(way=4, shot=2, queries=3, dim=3)]
 

@@ -11,7 +11,7 @@ import tensorflow_datasets as tfds
 from PIL import Image
 
 from metalstm.data.pools import SPLITS
-from metalstm.data.tfds import load_tfds, open_builder
+from metalstm.data.sources.tfds import load_tfds, open_builder
 
 
 class ToyShapes(tfds.core.GeneratorBasedBuilder):
@@ -134,7 +134,7 @@ def test_images_of_several_sizes_need_a_size(tmp_path, monkeypatch):
         for i, s in enumerate(sizes)
     ]
     fake = FakeBuilder(examples, ["a", "b", "c"])
-    monkeypatch.setattr("metalstm.data.tfds.open_builder", lambda *_: fake)
+    monkeypatch.setattr("metalstm.data.sources.tfds.open_builder", lambda *_: fake)
     with pytest.raises(
         ValueError, match=r"have several sizes, such as .*an image_size"
     ):
@@ -146,7 +146,7 @@ def test_images_of_several_sizes_need_a_size(tmp_path, monkeypatch):
 def test_a_split_without_images_is_refused(tmp_path, monkeypatch):
     examples = [{"image": np.zeros((2, 2, 1), np.uint8), "label": i} for i in range(2)]
     fake = FakeBuilder(examples, ["a", "b", "c"])
-    monkeypatch.setattr("metalstm.data.tfds.open_builder", lambda *_: fake)
+    monkeypatch.setattr("metalstm.data.sources.tfds.open_builder", lambda *_: fake)
     splits = {"train": ["a"], "validation": ["b"], "test": ["c"]}
     with pytest.raises(ValueError, match="none of the classes c has an image"):
         load_tfds("fake", cache_dir=tmp_path, splits=splits)

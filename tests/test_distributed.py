@@ -21,7 +21,8 @@ from test_training import EPISODE, SPEC, toy
 
 from benchmarks import scaling
 from experiments import devices, launch
-from metalstm import distributed, training
+from metalstm.meta import training
+from metalstm.runtime import sharding
 
 TESTS = Path(__file__).parent
 # compiling is most of it
@@ -181,7 +182,7 @@ def test_the_search_for_collectives_finds_them():
 
 def test_a_split_array_has_a_digest_and_a_wrong_one_is_noticed(ran, tmp_path):
     """Of an array that no process has whole: by rows."""
-    from metalstm import checkpoints
+    from metalstm.runtime import checkpoints
 
     path = ran / "4-of-2" / "l2l"
     document = json.loads((path / "10" / "metadata.json").read_text())
@@ -353,7 +354,7 @@ def test_a_killed_host_stops_the_run_and_the_run_goes_on(tmp_path):
     assert parent.returncode == 128 + 9, out
     assert re.search(r"process 1 \(pid \d+\) was killed by SIGKILL", out)
     assert f"-- experiments.few_shot --resume {folder}" in out
-    from metalstm.checkpoints import latest
+    from metalstm.runtime.checkpoints import latest
 
     saved = latest(state)
     assert saved is not None
@@ -430,7 +431,7 @@ def test_joining_names_what_is_missing(options, message, monkeypatch):
 
     monkeypatch.setattr(jax.distributed, "initialize", found_nothing)
     with pytest.raises(ValueError, match=message):
-        distributed.initialize(**options)
+        sharding.initialize(**options)
 
 
 @pytest.mark.parametrize(
@@ -521,15 +522,15 @@ def eight_devices(monkeypatch, processes: int = 1) -> None:
 
 
 def test_a_mesh_takes_as_many_devices_as_divide_the_tasks(monkeypatch):
-    assert distributed.task_mesh(4) is None
+    assert sharding.task_mesh(4) is None
     assert devices.describe(None) == "1 device"
     eight_devices(monkeypatch)
-    sizes = {n: distributed.task_mesh(n) for n in (16, 8, 6, 4, 1)}
+    sizes = {n: sharding.task_mesh(n) for n in (16, 8, 6, 4, 1)}
     used = {n: 1 if mesh is None else mesh.size for n, mesh in sizes.items()}
     assert used == {16: 8, 8: 8, 6: 6, 4: 4, 1: 1}
     assert devices.describe(sizes[4]) == "4 of 8 devices"
     assert devices.describe(sizes[8]) == "8 devices"
-    groups = {n: distributed.task_mesh(n, devices_per_task=2) for n in (4, 3, 1)}
+    groups = {n: sharding.task_mesh(n, devices_per_task=2) for n in (4, 3, 1)}
     shapes = {n: dict(mesh.shape) for n, mesh in groups.items()}
     assert shapes == {n: {"task": n, "coordinate": 2} for n in (4, 3, 1)}
     assert devices.describe(groups[1]) == "2 of 8 devices"
@@ -538,15 +539,15 @@ def test_a_mesh_takes_as_many_devices_as_divide_the_tasks(monkeypatch):
 def test_devices_that_do_not_divide_the_tasks_are_refused(monkeypatch):
     eight_devices(monkeypatch)
     with pytest.raises(ValueError, match="num_devices=9: choose 1 to 8"):
-        distributed.task_mesh(num_devices=9)
+        sharding.task_mesh(num_devices=9)
     with pytest.raises(ValueError, match="num_tasks=6 is not a multiple of the 4 d"):
-        distributed.task_mesh(6, num_devices=4)
+        sharding.task_mesh(6, num_devices=4)
     with pytest.raises(ValueError, match=r"--tasks 6 is not .*: choose --tasks 4, 8"):
         devices.mesh_for(devices.Devices(devices=4), 6, "--tasks")
     with pytest.raises(ValueError, match="devices_per_task=3: choose a divisor of the"):
-        distributed.task_mesh(8, devices_per_task=3)
+        sharding.task_mesh(8, devices_per_task=3)
     with pytest.raises(ValueError, match="of the 2 groups of 2 devices: choose"):
-        distributed.task_mesh(3, num_devices=4, devices_per_task=2)
+        sharding.task_mesh(3, num_devices=4, devices_per_task=2)
     with pytest.raises(ValueError, match="--devices-per-task 3: choose a divisor of"):
         devices.mesh_for(devices.Devices(devices_per_task=3), 8, "--tasks")
     with pytest.raises(ValueError, match="of the 2 groups of 2 devices of 1 process"):
@@ -554,11 +555,11 @@ def test_devices_that_do_not_divide_the_tasks_are_refused(monkeypatch):
     with pytest.raises(ValueError, match="--devices 9: num_devices=9"):
         devices.mesh_for(devices.Devices(devices=9), 9, "--tasks")
     eight_devices(monkeypatch, processes=2)
-    assert devices.describe(distributed.task_mesh(8)) == "8 devices in 2 processes"
+    assert devices.describe(sharding.task_mesh(8)) == "8 devices in 2 processes"
     with pytest.raises(ValueError, match="8 devices of 2 processes: choose num_tasks"):
-        distributed.task_mesh(4)
+        sharding.task_mesh(4)
     with pytest.raises(ValueError, match="num_devices=4: choose 8, all of them"):
-        distributed.task_mesh(8, num_devices=4)
+        sharding.task_mesh(8, num_devices=4)
     with pytest.raises(ValueError, match="--meta-batch 4 is not a multiple of the 8 d"):
         devices.mesh_for(devices.Devices(), 4, "--meta-batch")
 
@@ -584,7 +585,7 @@ def two_processes(monkeypatch) -> list[bool]:
     asked: list[bool] = []
     monkeypatch.setattr(jax, "process_count", lambda: 2)
     monkeypatch.setattr(
-        distributed, "any_process", lambda flag: asked.append(flag) or flag
+        sharding, "any_process", lambda flag: asked.append(flag) or flag
     )
     return asked
 
@@ -613,15 +614,15 @@ def test_processes_agree_on_ctrl_c_when_they_report(monkeypatch):
 
 
 def test_one_process_agrees_with_itself():
-    assert distributed.any_process(True)
-    assert not distributed.any_process(False)
-    assert distributed.from_main("näher") == "näher"
+    assert sharding.any_process(True)
+    assert not sharding.any_process(False)
+    assert sharding.from_main("näher") == "näher"
 
     def fails():
         raise KeyError("x")
 
     with pytest.raises(KeyError):
-        distributed.on_main(fails)
+        sharding.on_main(fails)
     tree = {"a": np.arange(3.0)}
-    assert distributed.place(tree, None) is not None
-    np.testing.assert_array_equal(distributed.local(tree)["a"], tree["a"])
+    assert sharding.place(tree, None) is not None
+    np.testing.assert_array_equal(sharding.local(tree)["a"], tree["a"])

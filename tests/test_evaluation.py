@@ -10,13 +10,13 @@ from metalstm import algorithms
 from metalstm.base import make_algorithm
 from metalstm.data import ClusterSpec, SinusoidSpec
 from metalstm.data.episodes import episode_key
-from metalstm.evaluation import (
+from metalstm.meta.evaluation import (
     Evaluation,
     evaluate,
     make_evaluate,
-    mean_and_ci95,
     paired_difference,
 )
+from metalstm.statistics import mean_and_ci95
 
 SPEC = ClusterSpec(way=3, shot=1, queries=4, spread=1.0)
 NEAREST = algorithms.nearest_neighbour()

@@ -143,7 +143,7 @@ def test_a_lost_trial_is_counted_and_named():
 def test_a_run_that_differs_is_told(tmp_path):
     """By its metrics, its results, or what it left behind."""
     from experiments.run_folder import Metrics
-    from metalstm import checkpoints
+    from metalstm.runtime import checkpoints
 
     script = scripts.LEARNED_OPTIMIZER
 

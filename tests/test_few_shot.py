@@ -87,7 +87,7 @@ def finished(tmp_path_factory) -> Path:
 
 def arrays(folder: Path, which: str = "state") -> list[np.ndarray]:
     """All arrays of the newest checkpoint of meta-lstm."""
-    from metalstm import checkpoints
+    from metalstm.runtime import checkpoints
 
     path = folder / "checkpoints" / "meta-lstm" / which
     step = checkpoints.latest(path)

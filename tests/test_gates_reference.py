@@ -20,7 +20,7 @@ import tiny
 
 from metalstm import algorithms, rules
 from metalstm.base import Batch, Episode, LearnerState, MetaParams
-from metalstm.inner import InnerState, unroll
+from metalstm.inner.loop import InnerState, unroll
 
 NET = reference.TanhNet()
 STEPS, HIDDEN, SUPPORT = 4, 3, 6

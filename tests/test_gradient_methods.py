@@ -23,10 +23,10 @@ from test_algorithms import (
 )
 
 from metalstm import algorithms, rules
-from metalstm.algorithms.agreement import agreement_weights
-from metalstm.algorithms.proximal import proximal_pull
+from metalstm.algorithms.gradient.agreement import agreement_weights
+from metalstm.algorithms.gradient.proximal import proximal_pull
 from metalstm.base import Episode, LearnerState, MetaParams
-from metalstm.learners import tied_head
+from metalstm.nn.flax_modules import tied_head
 
 RATE = 0.05
 

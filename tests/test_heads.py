@@ -7,39 +7,39 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import tiny
-from flax import linen as nn
+from flax import linen
 
-from metalstm import algorithms, learners, rules
+from metalstm import algorithms, nn, rules
 
 KEY = jax.random.key(0)
 
 
-class Features(nn.Module):
-    @nn.compact
+class Features(linen.Module):
+    @linen.compact
     def __call__(self, x):
-        return jnp.tanh(nn.Dense(4)(x))
+        return jnp.tanh(linen.Dense(4)(x))
 
 
-class Images(nn.Module):
-    @nn.compact
+class Images(linen.Module):
+    @linen.compact
     def __call__(self, x):
         return x
 
 
-class Counting(nn.Module):
-    @nn.compact
+class Counting(linen.Module):
+    @linen.compact
     def __call__(self, x):
         count = self.variable("calls", "count", lambda: jnp.zeros((), jnp.int32))
-        return nn.Dense(tiny.WAY)(x) + 0 * count.value
+        return linen.Dense(tiny.WAY)(x) + 0 * count.value
 
 
 def test_classes_share_their_start_at_any_way():
     x = tiny.episode().support.x
-    learner = learners.tied_head(learners.from_flax(Features()))
+    learner = nn.tied_head(nn.from_flax(Features()))
     state = learner.init(KEY, x)
     head = {"kernel": jnp.arange(4.0)[:, None], "bias": jnp.ones(1)}
     state = state._replace(params=state.params | {"head": head})
-    body = learners.from_flax(Features())
+    body = nn.from_flax(Features())
     features, _ = body.apply(
         state._replace(params=state.params["body"]), x, norm="stored"
     )
@@ -55,7 +55,7 @@ def test_classes_share_their_start_at_any_way():
 
 def test_the_first_update_moves_the_head_and_nothing_else():
     """Every class has the same weights: no image can prefer features for its class."""
-    learner = learners.tied_head(learners.from_flax(Features()))
+    learner = nn.tied_head(nn.from_flax(Features()))
     algorithm = algorithms.maml(learner, 0.5, num_steps=1, train_way=tiny.WAY)
     episode = tiny.episode()
     params = algorithm.init(KEY, episode)
@@ -66,13 +66,13 @@ def test_the_first_update_moves_the_head_and_nothing_else():
 
 
 def test_a_body_without_features_is_refused():
-    images = learners.from_flax(Images())
+    images = nn.from_flax(Images())
     with pytest.raises(ValueError, match=r"returns features \[N, d\], but it returned"):
-        learners.tied_head(images).init(KEY, jnp.zeros((2, 3, 3)))
+        nn.tied_head(images).init(KEY, jnp.zeros((2, 3, 3)))
 
 
 def test_integers_beside_the_parameters_are_refused():
-    algorithm = algorithms.maml(learners.from_flax(Counting()))
+    algorithm = algorithms.maml(nn.from_flax(Counting()))
     with pytest.raises(
         ValueError, match=r"carries \['calls'\]\['count'\] of type int3"
     ):
@@ -80,7 +80,7 @@ def test_integers_beside_the_parameters_are_refused():
 
 
 def test_a_head_may_have_gates_that_start_apart():
-    learner = learners.tied_head(learners.from_flax(Features()))
+    learner = nn.tied_head(nn.from_flax(Features()))
     params = learner.init(KEY, tiny.episode().support.x).params
     options = {
         "hidden_size": 0,
@@ -106,7 +106,7 @@ def test_a_head_may_have_gates_that_start_apart():
 def test_without_a_final_relu_features_keep_their_sign():
     x = jax.random.normal(KEY, (2, 8, 8, 1))
     for final_relu in (True, False):
-        learner = learners.conv4(
+        learner = nn.conv4(
             None, 2, num_blocks=1, downsample="stride", final_relu=final_relu
         )
         features, _ = learner.apply(learner.init(KEY, x), x, norm="batch")

@@ -14,9 +14,10 @@ import pytest
 import tiny
 from jax.flatten_util import ravel_pytree
 
-from metalstm import learners, loops, replay, rules
+from metalstm import nn, rules
 from metalstm.base import Batch, Learner, LearnerState, UpdateRule
-from metalstm.inner import InnerState, unroll
+from metalstm.inner import coordinatewise, scanning
+from metalstm.inner.loop import InnerState, unroll
 
 STEPS = 4
 SHAPES = {"a": (70, 61), "b": (33,)}  # 4,303 coordinates: blocks, and padding
@@ -25,9 +26,9 @@ SHAPES = {"a": (70, 61), "b": (33,)}  # 4,303 coordinates: blocks, and padding
 @pytest.fixture(autouse=True, scope="module")
 def small_blocks():
     """Several blocks and a rest of these parameters, not one block of all."""
-    usual, replay._BLOCK = replay._BLOCK, {False: 1024, True: 1024}
+    usual, coordinatewise._BLOCK = coordinatewise._BLOCK, {False: 1024, True: 1024}
     yield
-    replay._BLOCK = usual
+    coordinatewise._BLOCK = usual
 
 
 RULES = {
@@ -241,8 +242,8 @@ def test_memory_changes_no_first_order_gradient(mode, memory):
 def test_states_that_were_kept_are_not_computed_again(monkeypatch):
     """Of each block one loop; where they would take too much, two. One gradient."""
     found, loops = [], []
-    for most in (replay._MOST_BYTES, 0):
-        monkeypatch.setattr(replay, "_MOST_BYTES", most)
+    for most in (coordinatewise._MOST_BYTES, 0):
+        monkeypatch.setattr(coordinatewise, "_MOST_BYTES", most)
         outer_gradient.cache_clear()
         found.append(run(**BLOCKED, d=[1, 0, 2, 1]))
         args = (make_weights("gates"), theta_0(), theta_0(), jnp.zeros(STEPS))
@@ -268,7 +269,7 @@ def make_task(network: str) -> Task:
     if network == "mlp":
         learner, steps, shape = tiny.norm_net(), 7, (tiny.FEATURES,)
     else:
-        learner, steps, shape = learners.conv4(3, 2, num_blocks=1), 4, (4, 4, 1)
+        learner, steps, shape = nn.conv4(3, 2, num_blocks=1), 4, (4, 4, 1)
     x = rng.normal(size=(steps, 6, *shape))
     y = rng.integers(0, 3, (steps, 6))
     state = learner.init(jax.random.key(0), jnp.asarray(x[0], jnp.float32))
@@ -453,9 +454,9 @@ def test_mixed_has_no_forward_derivative_and_says_so():
 
 def test_segments_are_about_as_long_as_there_are_many():
     for steps in range(1, 400):
-        length = loops.segment_length(steps)
+        length = scanning.segment_length(steps)
         assert math.sqrt(steps) <= length < 2 * math.sqrt(steps) + 2
-    lengths = [loops.segment_length(steps) for steps in (1, 7, 10, 30, 100, 300)]
+    lengths = [scanning.segment_length(steps) for steps in (1, 7, 10, 30, 100, 300)]
     assert lengths == [1, 3, 5, 6, 10, 20]
 
 

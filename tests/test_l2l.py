@@ -14,7 +14,7 @@ import reference_optimizers
 import tiny
 
 from metalstm import rules
-from metalstm.inner import InnerState, unroll
+from metalstm.inner.loop import InnerState, unroll
 
 NET = reference.TanhNet()
 STEPS, HIDDEN = 5, 3

@@ -10,9 +10,11 @@ import pytest
 import tiny
 from jax import lax
 
-from metalstm import problems, rules, training
-from metalstm.algorithms import learned_init, learned_optimizer
-from metalstm.problems import Draw, ProblemFamily, ProblemSampler
+from metalstm import rules
+from metalstm.algorithms import learned_init
+from metalstm.learned_optimizers import learned_optimizer, problems
+from metalstm.learned_optimizers.problems import Draw, ProblemFamily, ProblemSampler
+from metalstm.meta import training
 
 TASKS = 3
 RULE = rules.l2l(hidden_size=2, num_layers=1, features="raw")

@@ -25,8 +25,10 @@ from experiments.optimizers import (
 )
 from experiments.optimizers.config import RULES, Config, Problem, parse, stages
 from experiments.run_folder import Metrics
-from metalstm import checkpoints, data, optimizer_curves, rules
+from metalstm import data, rules
+from metalstm.learned_optimizers import curves
 from metalstm.plots import Losses
+from metalstm.runtime import checkpoints
 
 TINY = (
     "--dim 2 --hidden 3 --lstm-layers 1 --tasks 2 --unroll 2 --horizon 4 "
@@ -149,8 +151,8 @@ def test_evaluate_measures_nothing_twice(finished, tmp_path, capsys, monkeypatch
     def never(*args, **options):
         raise AssertionError("measured again")
 
-    monkeypatch.setattr(measuring.optimizer_curves, "loss_curves", never)
-    monkeypatch.setattr(measuring.optimizer_curves, "sweep", never)
+    monkeypatch.setattr(measuring.curves, "loss_curves", never)
+    monkeypatch.setattr(measuring.curves, "sweep", never)
     line = ["--evaluate", str(folder), "--study", "comparison"]
     assert learned_optimizer.main(line) == 0
     after = (folder / "comparison.md").read_text()
@@ -445,9 +447,9 @@ def test_a_grid_grows_until_it_brackets_the_best_rate(tmp_path, monkeypatch):
         away = np.log10(rates)[:, None] - 2.6  # beyond sgd's grid
         betas = np.abs(np.asarray(grid.get("momentum", [0.0])) - 0.8)
         scores = (away**2 + betas).reshape(-1)
-        return optimizer_curves.Sweep({}, scores, np.zeros(0), {}, {})
+        return curves.Sweep({}, scores, np.zeros(0), {}, {})
 
-    monkeypatch.setattr(measuring.optimizer_curves, "sweep", sweep)
+    monkeypatch.setattr(measuring.curves, "sweep", sweep)
     assert bench.tune("momentum", steps=4).beta == 0.8
     calls.clear()
     tuned = bench.tune("sgd", steps=4)

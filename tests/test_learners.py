@@ -14,7 +14,7 @@ from flax import linen as nn
 from flax import nnx
 
 from metalstm.base import Learner, LearnerState
-from metalstm.learners import conv4, from_flax, mlp, resnet12
+from metalstm.nn.flax_modules import conv4, from_flax, mlp, resnet12
 
 WAY = 3
 
@@ -429,7 +429,7 @@ def test_without_classes_the_features_come_out(learner):
 
 
 def test_drop_block_zeroes_squares_at_its_rate():
-    from metalstm import networks
+    from metalstm.nn import networks
 
     x = jnp.ones((64, 12, 12, 3))
     dropped = networks._drop_block(jax.random.key(0), x, rate=0.2, block=3)

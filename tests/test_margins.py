@@ -11,7 +11,7 @@ import tiny
 from test_algorithms import EPISODE, KEY, meta_params
 
 from metalstm import algorithms
-from metalstm.algorithms.margins import margin_logits
+from metalstm.algorithms.transfer.margins import margin_logits
 from metalstm.base import Learner, LearnerState
 
 IDENTITY = Learner(

@@ -18,7 +18,7 @@ from experiments import methods
 from experiments.command_line import parse
 from metalstm import algorithms, runs
 from metalstm.base import Batch, Episode, Learner, LearnerState
-from metalstm.learners import conv4, relation_net
+from metalstm.nn.flax_modules import conv4, relation_net
 
 KEY = jax.random.key(5)
 # noise, so that no loss is near zero
@@ -321,7 +321,7 @@ def test_wrong_options_of_a_comparison_are_refused(options, message):
 
 
 def test_features_of_zero_have_a_finite_derivative():
-    from metalstm.algorithms.comparing import unit
+    from metalstm.algorithms.metric.engine import unit
 
     gradient = jax.grad(lambda x: unit(x).sum())(jnp.zeros(3))
     assert np.all(np.isfinite(gradient))

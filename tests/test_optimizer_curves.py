@@ -8,15 +8,16 @@ import numpy as np
 import optax
 import pytest
 
-from metalstm import problems, rules
-from metalstm.optimizer_curves import (
+from metalstm import rules
+from metalstm.learned_optimizers import problems
+from metalstm.learned_optimizers.curves import (
     curve_difference,
     loss_curves,
     make_loss_curves,
     summary,
     sweep,
 )
-from metalstm.problems import ProblemFamily
+from metalstm.learned_optimizers.problems import ProblemFamily
 
 SMALL = {"num_instances": 3, "num_steps": 4, "task_mapping": "vmap"}
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from flax import linen as nn
 
-from metalstm.pooling import max_pool
+from metalstm.nn.pooling import max_pool
 
 
 def flax_pool(x):

@@ -10,8 +10,8 @@ import pytest
 import tiny
 from flax import linen as nn
 
-from metalstm import problems
 from metalstm.data import ImageData
+from metalstm.learned_optimizers import problems
 
 FAMILIES = {
     "quadratics": problems.quadratics(3),

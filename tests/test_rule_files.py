@@ -395,27 +395,27 @@ def _pristine() -> bytes:
 
 
 def test_pretrained_lists_and_loads_what_is_there(tmp_path):
-    assert metalstm.pretrained(directory=tmp_path / "none") == ()
+    assert metalstm.pretrained_optimizer(directory=tmp_path / "none") == ()
     with pytest.raises(ValueError, match=r"no trained rule 'x': .*none is installed"):
-        metalstm.pretrained("x", directory=tmp_path)
+        metalstm.pretrained_optimizer("x", directory=tmp_path)
     info = {"trained_on": "quadratics", "limits": "10 dimensions", "cost": "2 x Adam"}
     rules.save_rule(tmp_path / "b.npz", SPECS["l2l"], params_of("l2l"), info=info)
     rules.save_rule(tmp_path / "a.npz", SPECS["l2l"], params_of("l2l"))
-    assert metalstm.pretrained(directory=tmp_path) == (
+    assert metalstm.pretrained_optimizer(directory=tmp_path) == (
         metalstm.RuleCard("a", "not stated", "not stated", "not stated"),
         metalstm.RuleCard("b", "quadratics", "10 dimensions", "2 x Adam"),
     )
     expected = one_update(rules.build_rule(SPECS["l2l"]).bind(params_of("l2l")))
     tiny.assert_equal(
-        one_update(metalstm.pretrained("b", directory=tmp_path)), expected
+        one_update(metalstm.pretrained_optimizer("b", directory=tmp_path)), expected
     )
     with pytest.raises(ValueError, match=r"no trained rule 'c': choose from a, b"):
-        metalstm.pretrained("c", directory=tmp_path)
+        metalstm.pretrained_optimizer("c", directory=tmp_path)
 
 
 def test_every_shipped_rule_is_described_and_does_without_the_loss():
-    for card in metalstm.pretrained():
+    for card in metalstm.pretrained_optimizer():
         assert "not stated" not in card, f"{card.name}: info lacks a field"
-        tx = metalstm.pretrained(card.name)
+        tx = metalstm.pretrained_optimizer(card.name)
         updates, _ = tx.update(GRADS, tx.init(PARAMS), PARAMS)
         assert all(np.all(np.isfinite(u)) for u in jax.tree.leaves(updates))

@@ -16,9 +16,9 @@ from experiments import report, run_folder
 from experiments.config import Config, read_config, to_json, with_flags
 from experiments.optimizers.config import Config as OptimizerConfig
 from experiments.optimizers.measuring import Bench
-from metalstm.checkpoints import ConfigMismatch
 from metalstm.data import Dataset, make_pool
-from metalstm.files import whole_file
+from metalstm.runtime.checkpoints import ConfigMismatch
+from metalstm.runtime.files import whole_file
 
 
 def write_config(folder: Path, config: Config, **more) -> Path:

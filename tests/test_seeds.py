@@ -14,11 +14,12 @@ import optax
 import pytest
 import tiny
 
-from metalstm import algorithms, base, rules, training
+from metalstm import algorithms, base, rules
 from metalstm.base import make_algorithm
 from metalstm.data import ClusterSpec
-from metalstm.distributed import place
-from metalstm.seeds import init_seeds, map_seeds
+from metalstm.meta import training
+from metalstm.meta.seeds import init_seeds, map_seeds
+from metalstm.runtime.sharding import place
 
 SPEC = ClusterSpec(way=tiny.WAY, shot=tiny.SHOT, queries=2, dim=tiny.FEATURES)
 EPISODE = SPEC.sample(jax.random.key(0))
@@ -110,8 +111,8 @@ def test_no_seeds_are_refused():
 
 MESH_SCRIPT = """
 import test_seeds as t
-from metalstm.seeds import init_seeds, map_seeds
-from metalstm.distributed import place, task_mesh
+from metalstm.meta.seeds import init_seeds, map_seeds
+from metalstm.runtime.sharding import place, task_mesh
 
 mesh = task_mesh(len(t.SEEDS))
 assert mesh.size == 2

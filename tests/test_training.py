@@ -14,10 +14,11 @@ import optax
 import pytest
 import tiny
 
-from metalstm import algorithms, rules, training
+from metalstm import algorithms, rules
 from metalstm.base import LearnerState, make_algorithm
 from metalstm.data import ClusterSpec
-from metalstm.evaluation import make_evaluate
+from metalstm.meta import training
+from metalstm.meta.evaluation import make_evaluate
 
 TASKS = 4
 SPEC = ClusterSpec(way=tiny.WAY, shot=tiny.SHOT, queries=2, dim=tiny.FEATURES)

@@ -13,8 +13,9 @@ import metalstm.runs
 from experiments import sources, verification
 from experiments.config import Config, to_json, with_flags
 from experiments.methods import method_specs
-from metalstm import algorithms, checkpoints, data
+from metalstm import algorithms, data
 from metalstm import verification as library
+from metalstm.runtime import checkpoints
 
 METHODS = ("prototypical", "hallucination", "am-softmax", "nearest-neighbour")
 

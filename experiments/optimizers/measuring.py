@@ -21,9 +21,10 @@ import optax
 from experiments.optimizers.baselines import baseline
 from experiments.optimizers.config import Problem, Test
 from experiments.optimizers.problems import NEED_NO_DATA, Source, load_source
-from metalstm import optimizer_curves, rules
+from metalstm import rules
 from metalstm.base import TaskMapping
 from metalstm.data.cache import cached
+from metalstm.learned_optimizers import curves
 from metalstm.plots import Losses, Sweep
 
 _TUNING_SEED = 2_000_003  # far from the seeds of training, validation and test
@@ -76,7 +77,7 @@ class Bench:
 
         def measure() -> dict[str, np.ndarray]:
             print(f"  measuring {optimizer.name}", file=sys.stderr, flush=True)
-            values = optimizer_curves.loss_curves(
+            values = curves.loss_curves(
                 self.source.test,
                 optimizer.tx,
                 self.source.data,
@@ -150,7 +151,7 @@ class Bench:
         if settings.betas:
             grid["momentum"] = settings.betas
         tunable = rules.tunable(settings.factory, **dict.fromkeys(grid, 0.1))
-        tried = optimizer_curves.sweep(
+        tried = curves.sweep(
             self.source.test,
             tunable,
             grid,

@@ -9,7 +9,7 @@ import jax
 import numpy as np
 
 from experiments.optimizers.measuring import Bench, Optimizer
-from metalstm.inner import InnerState, unroll
+from metalstm.inner.loop import InnerState, unroll
 from metalstm.plots import Losses
 from metalstm.rules import find_gates
 

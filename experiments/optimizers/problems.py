@@ -6,9 +6,9 @@ import dataclasses
 from typing import Any, NamedTuple
 
 from experiments.optimizers.config import Problem
-from metalstm import problems
-from metalstm.data.labelled import load_image_data
-from metalstm.problems import ProblemFamily
+from metalstm.data.sources.labelled import load_image_data
+from metalstm.learned_optimizers import problems
+from metalstm.learned_optimizers.problems import ProblemFamily
 
 NEED_NO_DATA = ("quadratics", "logistic", "plateau", "sinusoids")
 

@@ -28,7 +28,8 @@ from experiments.run_folder import (
     refuse_other_data,
     write_json,
 )
-from metalstm import distributed, plots, rules
+from metalstm import plots, rules
+from metalstm.runtime import sharding
 
 ROOT = Path("runs") / "learned_optimizer"
 
@@ -62,10 +63,10 @@ def run(config: Config, folder: Path) -> None:
     found: dict[str, Any] = {}
     for name, spec in specs.items():
         trained = meta_train(name, built[name], config, source, folder, metrics)
-        if not distributed.is_main():
+        if not sharding.is_main():
             continue
         found[name] = _export(name, spec, trained, config, folder)
-    if not distributed.is_main():
+    if not sharding.is_main():
         return
     files = ["results.json", "config.json", "metrics.jsonl"]
     if specs:

@@ -19,8 +19,8 @@ from experiments.optimizers.problems import describe, variants
 from experiments.report import save_figure
 from experiments.run_folder import write_json
 from metalstm import plots
-from metalstm.files import whole_file
 from metalstm.plots import Losses
+from metalstm.runtime.files import whole_file
 
 Rows = list[dict[str, Any]]
 

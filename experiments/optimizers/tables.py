@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from metalstm import optimizer_curves
-from metalstm.evaluation import mean_and_ci95
+from metalstm.learned_optimizers import curves
 from metalstm.plots import Losses
+from metalstm.statistics import mean_and_ci95
 
 if TYPE_CHECKING:
     from experiments.optimizers.measuring import Tuned
@@ -26,7 +26,7 @@ def rows_of(
 ) -> list[Row]:
     """One row an optimizer: its losses after update ``at`` (default the last).
 
-    The columns are those of `metalstm.optimizer_curves.summary`; differences are
+    The columns are those of `metalstm.learned_optimizers.summary`; differences are
     paired, to ``reference`` (default the first). Those of logs cap a loss at 1000 times
     its first, so that they exist where a problem diverges, and no divergence is free.
     """
@@ -38,13 +38,13 @@ def rows_of(
         values, k = losses.values, index[name]
         row: Row = {"optimizer": name, "updates": int(losses.steps[k])}
         row["instances"] = len(values)
-        row |= optimizer_curves.summary(values, k)._asdict()
+        row |= curves.summary(values, k)._asdict()
         row["mean_log_ci95"] = mean_and_ci95(logs[name])[1]
         if name != reference:
             row["log_difference"] = mean_and_ci95(logs[name] - logs[reference])
             other = measured[reference].values
             if np.isfinite(values[:, k]).all() and np.isfinite(other[:, k]).all():
-                difference = optimizer_curves.curve_difference(values, other, k)
+                difference = curves.curve_difference(values, other, k)
                 row["difference"] = difference
         if name in tuned:
             choice = tuned[name]

@@ -19,9 +19,11 @@ from experiments.optimizers.problems import NEED_NO_DATA, Source
 from experiments.optimizers.tables import capped_logs
 from experiments.run_folder import Metrics
 from experiments.training_session import Session
-from metalstm import algorithms, distributed, optimizer_curves, problems
+from metalstm import learned_optimizers
 from metalstm.base import PyTree, UpdateRule
-from metalstm.training import place_state
+from metalstm.learned_optimizers import curves, problems
+from metalstm.meta.training import place_state
+from metalstm.runtime import sharding
 
 _VALIDATION_SEED = 1_000_003  # far from the seeds of training, tuning and test
 _FOREVER = 10**9  # meta-steps: time decides
@@ -78,7 +80,7 @@ def _algorithm(
     weights = None
     if budget.weights == "linear":
         weights = lambda step: 2 * step / stage.horizon  # noqa: E731
-    return algorithms.learned_optimizer(
+    return learned_optimizers.learned_optimizer(
         source.training,
         rule,
         num_tasks=budget.tasks,
@@ -174,7 +176,7 @@ class _Session(Session):
         key = jax.random.fold_in(jax.random.key(self.config.run.seed), stage.start)
         draw = self.sampler.sample(key, self.source.training_data)
         train = self.state.train
-        params = distributed.local(train.params)
+        params = sharding.local(train.params)
         carry = algorithm.init_carry(key, params, draw)
         # copies: a train step donates its state, which may hold no buffer twice
         train = train._replace(carry=jax.tree.map(jnp.array, carry))
@@ -185,7 +187,7 @@ class _Session(Session):
     def _curves(self) -> Callable[[PyTree, Any, int], np.ndarray]:
         test = self.config.test
         kind = self.config.problem.problem
-        return optimizer_curves.make_loss_curves(
+        return curves.make_loss_curves(
             self.source.test,
             self.rule,
             num_instances=self.config.budget.validation_instances,
@@ -197,7 +199,7 @@ class _Session(Session):
 
     def score(self, params: PyTree) -> tuple[float, dict[str, float]]:
         """Minus the mean log of the last loss, a divergence at its cap."""
-        params = distributed.local(params)
+        params = sharding.local(params)
         losses = self._curves(params, self.source.data, _VALIDATION_SEED)
         logs = capped_logs(losses, -1)
         mean = float(logs.mean())

@@ -9,8 +9,8 @@ import jax.numpy as jnp
 import optax
 
 from experiments.sinusoids import Config
-from metalstm import algorithms, learners, rules
-from metalstm.algorithms.gradient_based import fixed_sgd
+from metalstm import algorithms, nn, rules
+from metalstm.algorithms.gradient.adaptation import fixed_sgd
 from metalstm.base import Learner, MetaAlgorithm, UpdateRule
 
 # 0.02 and 0.03 won trials of joint training and Reptile, and exploded on a few tasks
@@ -39,7 +39,7 @@ class Method(NamedTuple):
 
 
 def make_learner(config: Config) -> Learner:
-    return learners.mlp(1, config.widths)
+    return nn.mlp(1, config.widths)
 
 
 def make_methods(config: Config) -> dict[str, Method]:

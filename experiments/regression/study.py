@@ -18,8 +18,8 @@ from experiments.run_folder import write_json
 from experiments.sinusoids import Config
 from experiments.small_study import recipe
 from metalstm.data import SinusoidSpec, episode_key
-from metalstm.evaluation import mean_and_ci95
-from metalstm.files import whole_file
+from metalstm.runtime.files import whole_file
+from metalstm.statistics import mean_and_ci95
 
 _REFERENCE = "joint"
 _DIVERGED = 1e3  # no target is beyond 5, so an error above this is an explosion

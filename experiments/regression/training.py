@@ -24,8 +24,8 @@ from metalstm.base import (
     UpdateRule,
 )
 from metalstm.data import SinusoidSpec, episode_key
-from metalstm.inner import InnerState, unroll
-from metalstm.training import TrainState
+from metalstm.inner.loop import InnerState, unroll
+from metalstm.meta.training import TrainState
 
 _TRAIN_SEED = 7_919  # apart from the seeds of initialisations, which start at --seed
 _CALL = 100  # meta-steps in one compiled call

@@ -1,9 +1,6 @@
 """Meta-learners: functions from a support set to a predictor."""
 
-from metalstm.algorithms.agreement import gradient_agreement
-from metalstm.algorithms.comparing import embedding_state
-from metalstm.algorithms.displacement import reptile
-from metalstm.algorithms.gradient_based import (
+from metalstm.algorithms.gradient.adaptation import (
     anil,
     fomaml,
     from_scratch,
@@ -12,22 +9,23 @@ from metalstm.algorithms.gradient_based import (
     meta_lstm,
     meta_sgd,
 )
-from metalstm.algorithms.imagination import hallucination
-from metalstm.algorithms.margins import margin_classifier
-from metalstm.algorithms.memory_augmented import mann
-from metalstm.algorithms.metric_based import (
+from metalstm.algorithms.gradient.agreement import gradient_agreement
+from metalstm.algorithms.gradient.displacement import reptile
+from metalstm.algorithms.gradient.proximal import implicit_maml
+from metalstm.algorithms.memory_augmented.external_memory import mann
+from metalstm.algorithms.metric.engine import embedding_state
+from metalstm.algorithms.metric.imagination import hallucination
+from metalstm.algorithms.metric.pair_losses import siamese
+from metalstm.algorithms.metric.published import (
     matching,
     nearest_neighbour,
     prototypical,
     relation,
 )
-from metalstm.algorithms.optimizer_training import InnerRuns, learned_optimizer
-from metalstm.algorithms.pair_losses import siamese
-from metalstm.algorithms.proximal import implicit_maml
-from metalstm.algorithms.transfer import fine_tuning, pretrained_features
+from metalstm.algorithms.transfer.margins import margin_classifier
+from metalstm.algorithms.transfer.pretraining import fine_tuning, pretrained_features
 
 __all__ = [
-    "InnerRuns",
     "anil",
     "embedding_state",
     "fine_tuning",
@@ -37,7 +35,6 @@ __all__ = [
     "hallucination",
     "implicit_maml",
     "learned_init",
-    "learned_optimizer",
     "maml",
     "mann",
     "margin_classifier",

@@ -1,7 +1,6 @@
 """Where episodes come from: pools of images, the sampler, and the sources."""
 
 from metalstm.data import augment
-from metalstm.data.arrays import load_arrays, read_arrays
 from metalstm.data.cache import cache_folder
 from metalstm.data.classification import ClassificationSpec
 from metalstm.data.episodes import (
@@ -13,10 +12,6 @@ from metalstm.data.episodes import (
     sample_episodes,
     validate,
 )
-from metalstm.data.folders import load_image_folders, load_mini_imagenet
-from metalstm.data.glyphs import load_glyphs
-from metalstm.data.labelled import ImageData, LabelledImages, load_image_data
-from metalstm.data.omniglot import load_omniglot
 from metalstm.data.pools import (
     IMAGENET,
     SPLITS,
@@ -26,9 +21,14 @@ from metalstm.data.pools import (
     checksum,
     make_pool,
 )
+from metalstm.data.sources.arrays import load_arrays, read_arrays
+from metalstm.data.sources.folders import load_image_folders, load_mini_imagenet
+from metalstm.data.sources.glyphs import load_glyphs
+from metalstm.data.sources.labelled import ImageData, LabelledImages, load_image_data
+from metalstm.data.sources.omniglot import load_omniglot
+from metalstm.data.sources.synthetic import ClusterSpec, SinusoidSpec
+from metalstm.data.sources.tfds import load_tfds
 from metalstm.data.splits import split_classes
-from metalstm.data.synthetic import ClusterSpec, SinusoidSpec
-from metalstm.data.tfds import load_tfds
 
 __all__ = [
     "IMAGENET",

@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from metalstm.data.pools import SPLITS, Dataset, checksum, make_pool
-from metalstm.files import whole_file
+from metalstm.runtime.files import whole_file
 
 __all__ = [
     "Split",

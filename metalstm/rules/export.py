@@ -23,13 +23,13 @@ import numpy as np
 import optax
 
 from metalstm.base import PyTree, UpdateRule
-from metalstm.files import whole_file
 from metalstm.rules.classic import chain, learned_sgd
 from metalstm.rules.features import FEATURES_VERSION
 from metalstm.rules.gates import lstm_gates
 from metalstm.rules.groups import by_group, conv_or_dense, matrix_or_vector
 from metalstm.rules.l2l_lstm import l2l
 from metalstm.rules.memory import gradient_memory, two_layer
+from metalstm.runtime.files import whole_file
 
 __all__ = ["SavedRule", "build_rule", "load_rule", "save_rule"]
 

@@ -15,9 +15,9 @@ import optax
 from jax import lax
 
 from metalstm.base import Array, PyTree, UpdateRule
-from metalstm.rules.cell import lstm_step, tanh_sigmoid
 from metalstm.rules.features import log_sign
 from metalstm.rules.flat import coordinate_dtype, flatten, leaf_sizes, unflatten
+from metalstm.rules.lstm_cell import lstm_step, tanh_sigmoid
 
 __all__ = ["GatesState", "find_gates", "lstm_gates"]
 

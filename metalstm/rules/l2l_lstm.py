@@ -13,9 +13,9 @@ import optax
 from jax import lax
 
 from metalstm.base import Array, PyTree, UpdateRule
-from metalstm.rules.cell import init_lstm, lstm_step
 from metalstm.rules.features import log_sign
 from metalstm.rules.flat import coordinate_dtype, flatten, leaf_sizes, unflatten
+from metalstm.rules.lstm_cell import init_lstm, lstm_step
 
 __all__ = ["L2LState", "l2l"]
 

@@ -14,11 +14,11 @@ import optax
 from jax import lax
 
 from metalstm.base import Array, PyTree, UpdateRule
-from metalstm.rules.cell import init_lstm, lstm_step
 from metalstm.rules.classic import chain
 from metalstm.rules.features import log_sign
 from metalstm.rules.flat import coordinate_dtype, flatten, leaf_sizes, unflatten
 from metalstm.rules.gates import lstm_gates
+from metalstm.rules.lstm_cell import init_lstm, lstm_step
 
 __all__ = ["MemoryState", "gradient_memory", "two_layer"]
 

@@ -55,7 +55,7 @@ def damaged_checkpoints(folder: Path, flips: int, cuts: int) -> list[Outcome]:
 
 
 def _goes_back(folder: Path) -> bool:
-    from metalstm import checkpoints
+    from metalstm.runtime import checkpoints
 
     restored = checkpoints.restore(folder, _state(0))
     version = restored.step

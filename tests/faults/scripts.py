@@ -180,7 +180,7 @@ class Place:
     def saved(self, workdir: Path) -> int:
         """The count of the newest checkpoint."""
         path = workdir / "checkpoints" / self.script.method / "state"
-        # not by `metalstm.checkpoints`, which may ask JAX for its processes
+        # not by `metalstm.runtime.checkpoints`, which may ask JAX for its processes
         names = [p.name.removeprefix(".replaced-") for p in path.glob("*")]
         step = max((int(name) for name in names if name.isdecimal()), default=0)
         return step * (2 if self.script is FEW_SHOT else 1)
@@ -275,7 +275,7 @@ def rows(script: Script, workdir: Path) -> list[dict[str, Any]]:
 
 def arrays(script: Script, workdir: Path, which: str) -> list[np.ndarray]:
     """All arrays of the newest checkpoint."""
-    from metalstm import checkpoints
+    from metalstm.runtime import checkpoints
 
     path = workdir / "checkpoints" / script.method / which
     step = checkpoints.latest(path)

@@ -36,20 +36,20 @@ def _state(version: int) -> dict[str, np.ndarray]:
 
 
 def _write_checkpoint(folder: Path, version: int) -> None:
-    from metalstm import checkpoints
+    from metalstm.runtime import checkpoints
 
     metadata = {"version": version, "text": "x" * 300}
     checkpoints.save(folder, _state(version), step=version, metadata=metadata)
 
 
 def _write_checkpoint_again(folder: Path, version: int) -> None:
-    from metalstm import checkpoints
+    from metalstm.runtime import checkpoints
 
     checkpoints.save(folder, _state(version), step=7, metadata={"version": version})
 
 
 def _read_checkpoint(folder: Path) -> int:
-    from metalstm import checkpoints
+    from metalstm.runtime import checkpoints
 
     restored = checkpoints.restore(folder, _state(0))
     require(restored.message is None, f"half of one is seen: {restored.message}")

@@ -1,0 +1,1 @@
+"""Methods that adapt a learner by gradient steps."""

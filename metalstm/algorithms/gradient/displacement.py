@@ -1,0 +1,192 @@
+"""Meta-train by where the inner loop goes, not by a query loss: Reptile."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any, NamedTuple, cast
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from metalstm.algorithms.common import accuracy
+from metalstm.algorithms.gradient.adaptation import learned_init
+from metalstm.base import (
+    Array,
+    Episode,
+    Learner,
+    LearnerState,
+    MetaAlgorithm,
+    MetaParams,
+    PyTree,
+    UpdateRule,
+    make_algorithm,
+    mean_over_tasks,
+)
+from metalstm.inner.loop import InnerState
+from metalstm.rules import from_optax
+
+__all__ = ["reptile"]
+
+_TEST_STEPS = 50
+
+
+def reptile(
+    learner: Learner,
+    rule: UpdateRule | float = 1e-3,
+    *,
+    num_steps: int = 5,
+    num_test_steps: int | None = None,
+    batch_size: int | None = None,
+    test_batch_size: int | None = None,
+    train_shots: int | None = None,
+    gradient_weights: Sequence[float] | Array | None = None,
+    **options: Any,
+) -> MetaAlgorithm:
+    """Reptile (Nichol et al., 2018): move theta_0 towards where tasks end.
+
+    The meta-gradient is the mean over tasks of theta_0 - theta_T (algorithm 2), so that
+    SGD with the rate epsilon takes the paper's step, theta_0 + epsilon (mean theta_T -
+    theta_0). One task in a meta-step is the serial version (algorithm 1), several the
+    batched one. Any outer optimizer will do; published: epsilon from 1 to 0.
+
+    Args:
+      learner: as in `learned_init`. A head whose classes share their start moves by
+        their mean.
+      rule: the inner rule; a number is Adam's rate with beta1 = 0. Its state starts
+        afresh with each task, where the authors' code lets Adam's go on. A rule's own
+        parameters are not learned.
+      num_steps, num_test_steps: T in meta-training and at meta-test. None: 50, as
+        published.
+      batch_size, test_batch_size: images in one update. Published: 10, of which an
+        epoch has several. None: the whole support set.
+      train_shots: images of each class in meta-training, when they differ from the
+        test's. Published: 10 (Omniglot) or 15 (mini-ImageNet). The query set has one.
+      gradient_weights: w [num_steps]: the meta-gradient is the sum of w_t g_t, g_t the
+        inner loop's gradient at update t, instead of theta_0 - theta_T (the paper's
+        figure 3). With SGD inside, all ones give (theta_0 - theta_T) / rate, and 1 for
+        g_1 alone is the gradient of joint training on all tasks. May be traced.
+      options: the further ones of `learned_init`.
+
+    Raises:
+      ValueError: ``query_norm="frozen"``, since averages are not gathered here;
+        ``gradient_weights`` of another length than ``num_steps``.
+    """
+    if "frozen" in (options.get("query_norm"), options.get("train_query_norm")):
+        raise ValueError(
+            "reptile gathers no averages over meta-training for query_norm='frozen': "
+            "choose support, support+1 or transductive"
+        )
+    if not isinstance(rule, UpdateRule):
+        rule = from_optax(optax.adam(rule, b1=0.0))
+    train_way: Any = options.get("train_way")
+    fixed = {"second_order": False, **options}
+    recorded = rule
+    if gradient_weights is not None:
+        weights = jnp.asarray(gradient_weights, jnp.float32)
+        if weights.shape != (num_steps,):
+            raise ValueError(
+                f"gradient_weights has shape {weights.shape} but num_steps={num_steps}:"
+                " give one weight for each update"
+            )
+        recorded = _summing_gradients(rule, weights)
+    inner = learned_init(
+        learner, recorded, num_steps=num_steps, batch_size=batch_size, **fixed
+    )
+    at_way, adapt = learner.at_way, cast(Any, inner.adapt)
+    tested = learned_init(
+        learner,
+        rule,
+        num_steps=_TEST_STEPS if num_test_steps is None else num_test_steps,
+        batch_size=test_batch_size,
+        **fixed,
+    )
+
+    def displacement(start: PyTree, end: InnerState) -> PyTree:
+        def moved(from_: PyTree) -> PyTree:
+            if gradient_weights is not None:
+                return _summed_gradients(end.rule_state)
+            return jax.tree.map(jnp.subtract, from_, end.params)
+
+        if at_way is None:
+            return moved(start)
+        repeated, pull = jax.vjp(lambda p: at_way(p, train_way), start)
+        (total,) = pull(moved(repeated))
+        (copies,) = pull(jax.tree.map(jnp.ones_like, repeated))
+        return jax.tree.map(jnp.divide, total, copies)
+
+    def one_task(meta_params: MetaParams, key: Array, episode: Episode):
+        support, query = episode
+        end, trace = adapt(meta_params, key, support, num_classes=train_way)
+        state = meta_params.learner
+        adapted = LearnerState(end.params, end.stats, state.other)
+        outputs, _ = learner.apply(adapted, query.x, norm="batch")
+        metrics = {
+            "loss": trace.losses.mean(),
+            "support_loss": trace.losses[0],
+            "accuracy": accuracy(outputs, query.y),
+        }
+        return displacement(state.params, end), metrics
+
+    def meta_gradient(meta_params: MetaParams, carry, keys: Array, episodes: Episode):
+        moves, metrics = mean_over_tasks(
+            lambda key, episode: one_task(meta_params, key, episode),
+            keys,
+            episodes,
+            how=options.get("task_mapping"),
+        )
+        zeros = jax.tree.map(jnp.zeros_like, meta_params)
+        grads = zeros._replace(learner=zeros.learner._replace(params=moves))
+        return grads, carry, metrics
+
+    def train_sampler(spec):
+        spec = dataclasses.replace(inner.train_sampler(spec), queries=1)
+        if train_shots is None:
+            return spec
+        return dataclasses.replace(spec, shot=train_shots)
+
+    return make_algorithm(
+        init=tested.init,
+        predict=tested.predict,
+        adapt=tested.adapt,
+        meta_gradient=meta_gradient,
+        train_sampler=train_sampler,
+        query_norm=tested.query_norm,
+    )
+
+
+class _Summing(NamedTuple):
+    inner: PyTree  # the rule's own state
+    step: Array
+    total: PyTree  # sum of w_t g_t so far
+
+
+def _summing_gradients(rule: UpdateRule, weights: Array) -> UpdateRule:
+    """The same rule, whose state also sums the gradients it is given, weighed."""
+
+    def bind(rule_params: PyTree) -> optax.GradientTransformationExtraArgs:
+        tx = rule.bind(rule_params)
+
+        def init_fn(params: PyTree) -> _Summing:
+            zeros = jax.tree.map(jnp.zeros_like, params)
+            return _Summing(tx.init(params), jnp.int32(0), zeros)
+
+        def update_fn(updates, state: _Summing, params=None, **extra):
+            weight = weights[state.step]
+            total = jax.tree.map(
+                lambda sum_, g: sum_ + weight.astype(g.dtype) * g, state.total, updates
+            )
+            updates, inner = tx.update(updates, state.inner, params, **extra)
+            return updates, _Summing(inner, state.step + 1, total)
+
+        return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+
+    return UpdateRule(rule.init, bind, smooth=rule.smooth)
+
+
+def _summed_gradients(rule_state: PyTree) -> PyTree:
+    """What `_summing_gradients` has summed; its state may lie inside a chain's."""
+    is_sum = lambda part: isinstance(part, _Summing)  # noqa: E731
+    parts = jax.tree.leaves(rule_state, is_leaf=is_sum)
+    return next(part.total for part in parts if is_sum(part))

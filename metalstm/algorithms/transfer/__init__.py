@@ -1,0 +1,1 @@
+"""Methods that pre-train a classifier, then compare or fine-tune."""

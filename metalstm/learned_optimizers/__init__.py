@@ -1,0 +1,31 @@
+"""Rules that train models: problems, meta-training, loss curves."""
+
+from metalstm.learned_optimizers import curves, problems
+from metalstm.learned_optimizers.curves import (
+    Summary,
+    Sweep,
+    curve_difference,
+    loss_curves,
+    make_loss_curves,
+    summary,
+    sweep,
+)
+from metalstm.learned_optimizers.problems import Draw, ProblemFamily, ProblemSampler
+from metalstm.learned_optimizers.training import InnerRuns, learned_optimizer
+
+__all__ = [
+    "Draw",
+    "InnerRuns",
+    "ProblemFamily",
+    "ProblemSampler",
+    "Summary",
+    "Sweep",
+    "curve_difference",
+    "curves",
+    "learned_optimizer",
+    "loss_curves",
+    "make_loss_curves",
+    "problems",
+    "summary",
+    "sweep",
+]

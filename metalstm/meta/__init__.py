@@ -1,0 +1,1 @@
+"""The outer loop: meta-steps, the loop around them, seeds, evaluation."""

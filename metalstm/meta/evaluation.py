@@ -1,0 +1,167 @@
+"""Meta-test: the same episodes for every method, a mean, and an honest interval."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+from jax.sharding import PartitionSpec as P
+
+from metalstm.algorithms.common import accuracy
+from metalstm.base import Episode, MetaAlgorithm, PyTree, TaskMapping, map_tasks
+from metalstm.data.episodes import Sampler, episode_key
+from metalstm.runtime import sharding
+from metalstm.runtime.compilation import Jitted
+from metalstm.statistics import mean_and_ci95
+
+__all__ = [
+    "Evaluation",
+    "evaluate",
+    "make_evaluate",
+    "paired_difference",
+]
+
+_TASK = 103  # folded into an episode's key: randomness inside the method
+
+
+class Evaluation(NamedTuple):
+    """Accuracies in [0, 1] (for regression: minus the mean squared error)."""
+
+    accuracies: np.ndarray  # float32 [episodes]
+    mean: float
+    ci95: float  # half the 95% confidence interval over episodes: 1.96 std / sqrt(n)
+    query_norm: str | None
+    split: str
+    seed: int
+
+    def __str__(self) -> str:
+        norm = self.query_norm or "no batch norm"
+        return (
+            f"{100 * self.mean:.2f} ± {100 * self.ci95:.2f} % "
+            f"({len(self.accuracies)} {self.split} episodes, {norm})"
+        )
+
+
+def make_evaluate(
+    algorithm: MetaAlgorithm,
+    spec: Sampler,
+    *,
+    batch_size: int = 8,
+    task_mapping: TaskMapping | None = None,
+    mesh: Mesh | None = None,
+) -> Callable[..., Evaluation]:
+    """Compile once, evaluate often: ``(params, pool, num_episodes=, seed=, split=)``.
+
+    Args:
+      batch_size: episodes in one jitted call.
+      task_mapping: how they are laid out; see `metalstm.base.map_tasks`.
+      mesh: spreads the episodes of a batch over its ``"task"`` axis, of which the batch
+        becomes a multiple: the same accuracies. See `runtime.sharding.task_mesh`.
+    """
+
+    classes = None if spec.regression else spec.way
+    if mesh is not None:
+        batch_size = mesh.size * math.ceil(batch_size / mesh.size)
+
+    def sample(keys: jax.Array, pool: Any) -> Episode:
+        return jax.vmap(lambda key: spec.sample(key, pool))(_typed(keys))
+
+    def score(params: PyTree, keys: jax.Array, episodes: Episode) -> jax.Array:
+        def one(key: jax.Array, episode: Episode) -> jax.Array:
+            key = jax.random.fold_in(key, _TASK)
+            support, query = episode
+            scores = algorithm.predict(
+                params, key, support, query.x, num_classes=classes
+            )
+            return accuracy(scores, query.y)
+
+        return map_tasks(one, _typed(keys), episodes, how=task_mapping)
+
+    if mesh is not None:
+        task, same = P("task"), P()
+        sample = sharding.spread(sample, mesh, (task, same), task)
+        score = sharding.spread(score, mesh, (same, task, task), task)
+    # Two programs, so that the costly one does not depend on the size of the pool.
+    draw, grade = jax.jit(sample), Jitted(_on_every_device(mesh, score))
+
+    def run(
+        params: PyTree,
+        pool: Any,
+        *,
+        num_episodes: int = 600,
+        seed: int = 0,
+        split: str = "test",
+    ) -> Evaluation:
+        if num_episodes < 2:
+            raise ValueError(f"num_episodes={num_episodes}: choose at least 2")
+        params, pool = (sharding.place(tree, mesh) for tree in (params, pool))
+        results = []
+        for start in range(0, num_episodes, batch_size):
+            # the last batch runs past the end, so that one program serves all
+            tasks = jnp.arange(start, start + batch_size)
+            typed = jax.vmap(lambda i: episode_key(seed, split, 0, i))(tasks)
+            keys = sharding.place(jax.random.key_data(typed), mesh, per_task=True)
+            results.append(grade(params, keys, draw(keys, pool)))
+            sharding.settle(results[-1])
+        accuracies = np.concatenate(jax.device_get(results))[:num_episodes]
+        mean, ci95 = mean_and_ci95(accuracies)
+        return Evaluation(accuracies, mean, ci95, algorithm.query_norm, split, seed)
+
+    return run
+
+
+def _typed(keys: jax.Array) -> jax.Array:
+    # raw until they are where they are used: typed keys are not placed
+    return jax.random.wrap_key_data(keys)
+
+
+def _on_every_device(mesh: Mesh | None, score: Callable) -> Callable:
+    """Accuracies that each process can read."""
+    if mesh is None:
+        return score
+
+    def gathered(*args: Any) -> jax.Array:
+        every = jax.sharding.NamedSharding(mesh, P())
+        return jax.lax.with_sharding_constraint(score(*args), every)
+
+    return gathered
+
+
+def evaluate(
+    algorithm: MetaAlgorithm,
+    params: PyTree,
+    pool: Any,
+    spec: Sampler,
+    *,
+    num_episodes: int = 600,
+    seed: int = 0,
+    split: str = "test",
+    **options: Any,
+) -> Evaluation:
+    """Adapt to and score ``num_episodes`` episodes; ``options`` of `make_evaluate`.
+
+    Episode i is a function of (seed, split, i) alone: every method sees the same ones.
+    """
+    run = make_evaluate(algorithm, spec, **options)
+    return run(params, pool, num_episodes=num_episodes, seed=seed, split=split)
+
+
+def paired_difference(a: Evaluation, b: Evaluation) -> tuple[float, float]:
+    """Mean and 95% half-interval of ``a - b`` on the same episodes.
+
+    Raises:
+      ValueError: the two did not see the same episodes.
+    """
+    same = (a.split, a.seed, len(a.accuracies)) == (b.split, b.seed, len(b.accuracies))
+    if not same:
+        raise ValueError(
+            f"paired difference of different episodes: {len(a.accuracies)} of "
+            f"{a.split} seed {a.seed} against {len(b.accuracies)} of {b.split} seed "
+            f"{b.seed}"
+        )
+    return mean_and_ci95(a.accuracies - b.accuracies)

@@ -1,0 +1,66 @@
+"""The trained rules that ship with the package, by name."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import NamedTuple, overload
+
+import optax
+
+from metalstm.rules.export import load_rule
+
+__all__ = ["RuleCard", "pretrained_optimizer"]
+
+_SHIPPED = Path(__file__).parent / "shipped"
+
+
+class RuleCard(NamedTuple):
+    """What a person should know before using a rule."""
+
+    name: str
+    trained_on: str
+    limits: str
+    cost: str  # of one update
+
+
+@overload
+def pretrained_optimizer(
+    name: None = None, *, directory: str | Path = ...
+) -> tuple[RuleCard, ...]: ...
+
+
+@overload
+def pretrained_optimizer(
+    name: str, *, directory: str | Path = ...
+) -> optax.GradientTransformationExtraArgs: ...
+
+
+def pretrained_optimizer(name=None, *, directory=_SHIPPED):
+    """Return a shipped rule as an optax transform; without a name, list them all.
+
+    Shipped rules do without the loss, so they fit wherever an optax optimizer does::
+
+        learned = metalstm.pretrained_optimizer("l2l-mnist")
+        tx = optax.chain(optax.clip_by_global_norm(1.0), learned)
+
+    Args:
+      name: one of the names that the list has.
+      directory: other rule files (see `metalstm.save_rule`) to choose from; their
+        ``info`` has ``trained_on``, ``limits`` and ``cost``.
+
+    Raises:
+      ValueError: there is no rule of this name.
+    """
+    files = {path.stem: path for path in sorted(Path(directory).glob("*.npz"))}
+    if name is None:
+        return tuple(_card(*item) for item in files.items())
+    if name not in files:
+        choices = ", ".join(files) or "none is installed"
+        raise ValueError(f"there is no trained rule {name!r}: choose from {choices}")
+    return load_rule(files[name]).transform()
+
+
+def _card(name: str, path: Path) -> RuleCard:
+    info = load_rule(path).info
+    known = (str(info.get(f, "not stated")) for f in ("trained_on", "limits", "cost"))
+    return RuleCard(name, *known)

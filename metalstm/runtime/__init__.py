@@ -1,0 +1,1 @@
+"""What runs beneath and around: compilation, sharding, files, checkpoints."""
