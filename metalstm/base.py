@@ -15,6 +15,7 @@ import optax
 
 __all__ = [
     "Array",
+    "Aux",
     "Batch",
     "Episode",
     "Learner",
@@ -113,6 +114,13 @@ class MetaParams(NamedTuple):
 
     learner: LearnerState  # theta_0, and the averages that `frozen` uses
     rule: PyTree  # the rule's parameters, () if none
+
+
+class Aux(NamedTuple):
+    """What a task's loss says besides its value; nothing here has a derivative."""
+
+    metrics: dict[str, Array]  # scalars, averaged over the tasks of a meta-step
+    gathered: PyTree = ()  # this task's batch statistics, () when none are gathered
 
 
 class MetaAlgorithm(NamedTuple):

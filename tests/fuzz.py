@@ -240,7 +240,7 @@ def _flag_value(rng: random.Random, hint: Any) -> list[str]:
 
 
 def _random_flags(rng: random.Random, config: Any, folder: Path) -> list[str]:
-    from experiments.config import groups
+    from experiments.few_shot.options import groups
 
     parts = [getattr(config, group) for group in groups(config)]
     hints = {n: h for part in parts for n, h in _hints(type(part)).items()}
@@ -268,8 +268,8 @@ def _hints(kind: type) -> dict[str, Any]:
 
 
 def _check_types(config: Any) -> None:
-    from experiments.config import groups
-    from experiments.saved_options import fits
+    from experiments.common.saved_options import fits
+    from experiments.few_shot.options import groups
 
     for part in (getattr(config, group) for group in groups(config)):
         for name, hint in _hints(type(part)).items():
@@ -304,21 +304,21 @@ def _read_flags(rng: random.Random, folder: Path, config: Any, parse: Any) -> No
 
 def few_shot_flags(rng: random.Random, folder: Path) -> None:
     """Flags of few_shot: options, or a line that names the flag or the folder."""
-    from experiments.command_line import parse
-    from experiments.config import Config
+    from experiments.few_shot.command_line import parse
+    from experiments.few_shot.options import Config
 
     _read_flags(rng, folder, Config(), parse)
 
 
 def optimizer_flags(rng: random.Random, folder: Path) -> None:
     """Flags of learned_optimizer."""
-    from experiments.optimizers.config import Config, parse
+    from experiments.learned_optimizer.options import Config, parse
 
     _read_flags(rng, folder, Config(), parse)
 
 
 def _read_saved(rng: random.Random, folder: Path, config: Any, parse: Any) -> None:
-    from experiments.config import to_json
+    from experiments.few_shot.options import to_json
 
     document = {"config": to_json(config), "methods": {}, "data": {}}
     if rng.random() < 0.3:
@@ -340,9 +340,9 @@ def _read_saved(rng: random.Random, folder: Path, config: Any, parse: Any) -> No
 
 def few_shot_config(rng: random.Random, folder: Path) -> None:
     """The config.json of a few_shot run, changed or damaged."""
-    from experiments.command_line import parse
-    from experiments.config import Config
-    from experiments.presets import PRESETS, preset
+    from experiments.few_shot.command_line import parse
+    from experiments.few_shot.options import Config
+    from experiments.few_shot.presets import PRESETS, preset
 
     config = preset(rng.choice(list(PRESETS))) if rng.random() < 0.5 else Config()
     _read_saved(rng, folder, config, parse)
@@ -350,7 +350,7 @@ def few_shot_config(rng: random.Random, folder: Path) -> None:
 
 def optimizer_config(rng: random.Random, folder: Path) -> None:
     """The config.json of a learned_optimizer run, changed or damaged."""
-    from experiments.optimizers.config import Config, parse
+    from experiments.learned_optimizer.options import Config, parse
 
     _read_saved(rng, folder, Config(), parse)
 
@@ -360,8 +360,8 @@ def _good_run() -> Path:
     """A run folder, as short as can be; it lasts as long as the process."""
     import jax
 
-    from experiments.config import Config, with_flags
-    from experiments.methods import method_specs
+    from experiments.few_shot.methods import method_specs
+    from experiments.few_shot.options import Config, with_flags
     from metalstm import runs
     from metalstm.runtime import checkpoints
 

@@ -14,8 +14,8 @@ import numpy as np
 import pytest
 from jax.experimental.compilation_cache import compilation_cache
 
-from experiments import compiled_programs
-from experiments.compiled_programs import keep_compiled_programs, remove_oldest
+from experiments.common import compiled_programs
+from experiments.common.compiled_programs import keep_compiled_programs, remove_oldest
 
 ROOT = Path(__file__).parents[1]
 OPTIONS = (

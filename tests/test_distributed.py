@@ -20,7 +20,7 @@ from devices_run import CASES, SHARED
 from test_training import EPISODE, SPEC, toy
 
 from benchmarks import scaling
-from experiments import devices, launch
+from experiments.common import devices, launch
 from metalstm.meta import training
 from metalstm.runtime import sharding
 
@@ -329,7 +329,13 @@ def test_a_killed_host_stops_the_run_and_the_run_goes_on(tmp_path):
     ).split()
     parent = subprocess.Popen(
         [
-            *(sys.executable, "-m", "experiments.launch", "--log-dir", str(logs)),
+            *(
+                sys.executable,
+                "-m",
+                "experiments.common.launch",
+                "--log-dir",
+                str(logs),
+            ),
             *("--heartbeat-timeout", "30", "--", "experiments.few_shot", *line),
         ],
         cwd=TESTS.parent,
@@ -497,9 +503,9 @@ def test_a_cpu_counts_as_several_devices(tmp_path):
 
 def test_a_run_goes_on_where_its_command_line_says(tmp_path):
     """Not in as many processes as before, of which there may be none."""
-    from experiments import command_line
-    from experiments.config import to_json, with_flags
-    from experiments.optimizers import config as optimizers
+    from experiments.few_shot import command_line
+    from experiments.few_shot.options import to_json, with_flags
+    from experiments.learned_optimizer import options as optimizers
 
     elsewhere = {"distributed": True, "coordinator": "a:1", "num_processes": 2}
     for parse in (command_line.parse, optimizers.parse):
@@ -601,7 +607,7 @@ def test_processes_agree_on_the_time_when_they_report(monkeypatch):
 
 
 def test_processes_agree_on_ctrl_c_when_they_report(monkeypatch):
-    from experiments.training_session import Session
+    from experiments.common.training_session import Session
 
     session = object.__new__(Session)
     session.stop_requested = lambda: True

@@ -142,7 +142,7 @@ def test_a_lost_trial_is_counted_and_named():
 
 def test_a_run_that_differs_is_told(tmp_path):
     """By its metrics, its results, or what it left behind."""
-    from experiments.run_folder import Metrics
+    from experiments.common.run_folder import Metrics
     from metalstm.runtime import checkpoints
 
     script = scripts.LEARNED_OPTIMIZER
@@ -173,9 +173,9 @@ def test_a_run_that_differs_is_told(tmp_path):
 
 def test_a_contradicting_option_is_refused_with_the_difference(tmp_path):
     """Before anything is loaded, so that a run's config is all there must be."""
-    from experiments.config import to_json
-    from experiments.optimizers.config import parse
-    from experiments.run_folder import write_json
+    from experiments.common.run_folder import write_json
+    from experiments.few_shot.options import to_json
+    from experiments.learned_optimizer.options import parse
 
     script = scripts.LEARNED_OPTIMIZER
     whole = tmp_path / "whole"

@@ -19,18 +19,13 @@ import pytest
 from faults.scripts import draw_images
 
 import metalstm
-from experiments import config as options
-from experiments import (
-    few_shot,
-    meta_testing,
-    meta_training,
-    methods,
-    presets,
-    run_folder,
-    shots_and_ways,
-)
-from experiments.command_line import as_flags, parse
-from experiments.saved_methods import choose_methods, read_runs
+from experiments.common import run_folder
+from experiments.few_shot import __main__ as few_shot
+from experiments.few_shot import meta_testing, meta_training, methods, presets
+from experiments.few_shot import options as options
+from experiments.few_shot.command_line import as_flags, parse
+from experiments.few_shot.saved_methods import choose_methods, read_runs
+from experiments.studies import shots_and_ways
 from metalstm import data, runs
 
 ROOT = Path(__file__).parents[1]

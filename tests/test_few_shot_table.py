@@ -6,8 +6,9 @@ import csv
 
 import pytest
 
-from experiments import methods, published, table
-from experiments.command_line import parse
+from experiments.common import tables
+from experiments.few_shot import methods, published
+from experiments.few_shot.command_line import parse
 
 
 def beside(method, batch_norm="support", *, dataset="omniglot", shot=1, **options):
@@ -55,7 +56,7 @@ def rows(names=("maml", "meta-lstm")):
         number = beside(name, "support")
         trained = (123_456, 4_321.7) if index % 2 else (None, None)
         found.append(
-            table.Row(
+            tables.Row(
                 name, 0.98765, 0.00432, difference, "support", 112_234, *trained, number
             )
         )
@@ -64,7 +65,7 @@ def rows(names=("maml", "meta-lstm")):
 
 def test_the_terminal_table_fits_and_explains_its_marks():
     names = tuple(methods.METHODS)
-    whole = table.Table(table.caption("meta-test", "meta-lstm"), rows(names))
+    whole = tables.Table(tables.caption("meta-test", "meta-lstm"), rows(names))
     lines = str(whole).splitlines()
     assert max(map(len, lines)) <= 110
     cells = next(line for line in lines if line.split()[0] == "fomaml").split("  ")
@@ -78,11 +79,11 @@ def test_the_terminal_table_fits_and_explains_its_marks():
     assert "? unconfirmed: quoted (relation" in legend
     assert "Nichol et al. 2018 (reptile)" in legend
     none_beside = [row._replace(published=None) for row in whole.rows]
-    assert table.Table("", none_beside).legend() == []
+    assert tables.Table("", none_beside).legend() == []
 
 
 def test_markdown_and_csv(tmp_path):
-    whole = table.Table("caption", rows())
+    whole = tables.Table("caption", rows())
     assert whole.write(tmp_path) == ["table.md", "table.csv"]
     text = (tmp_path / "table.md").read_text()
     assert "| meta-lstm | 98.8 ± 0.4 |  | 94.7\\*\\~ | support | 112,234 |" in text
@@ -100,8 +101,8 @@ def test_markdown_and_csv(tmp_path):
 
 
 def test_whom_the_others_are_compared_with():
-    assert table.reference_of(["maml", "meta-lstm"]) == "meta-lstm"
-    assert table.reference_of(["maml", "anil"]) == "maml"
+    assert tables.reference_of(["maml", "meta-lstm"]) == "meta-lstm"
+    assert tables.reference_of(["maml", "anil"]) == "maml"
 
 
 @pytest.mark.parametrize(
@@ -116,4 +117,4 @@ def test_the_batch_norm_mode_of_a_method(line, expected):
     config = parse(["--algorithms", *expected, *line.split()])
     specs = methods.method_specs(config)
     for name, mode in expected.items():
-        assert table.batch_norm_of(specs[name], mode or "support") == mode
+        assert tables.batch_norm_of(specs[name], mode or "support") == mode

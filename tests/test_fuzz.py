@@ -10,9 +10,9 @@ import fuzz
 import pytest
 
 import metalstm
-from experiments import command_line
-from experiments.config import Config, from_json, to_json
-from experiments.optimizers import config as optimizers
+from experiments.few_shot import command_line
+from experiments.few_shot.options import Config, from_json, to_json
+from experiments.learned_optimizer import options as optimizers
 
 ROUNDS = int(os.environ.get("METALSTM_FUZZ_ROUNDS", "0"))
 QUICK = {

@@ -12,9 +12,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from experiments import learned_optimizer
-from experiments.config import with_flags
-from experiments.optimizers import (
+from experiments.common.run_folder import Metrics
+from experiments.few_shot.options import with_flags
+from experiments.learned_optimizer import __main__ as learned_optimizer
+from experiments.learned_optimizer import (
     measuring,
     presets,
     problems,
@@ -23,8 +24,7 @@ from experiments.optimizers import (
     tables,
     training,
 )
-from experiments.optimizers.config import RULES, Config, Problem, parse, stages
-from experiments.run_folder import Metrics
+from experiments.learned_optimizer.options import RULES, Config, Problem, parse, stages
 from metalstm import data, rules
 from metalstm.learned_optimizers import curves
 from metalstm.plots import Losses

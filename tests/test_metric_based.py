@@ -14,8 +14,8 @@ import tiny
 from flax import linen as nn
 from reference import Lstm
 
-from experiments import methods
-from experiments.command_line import parse
+from experiments.few_shot import methods
+from experiments.few_shot.command_line import parse
 from metalstm import algorithms, runs
 from metalstm.base import Batch, Episode, Learner, LearnerState
 from metalstm.nn.flax_modules import conv4, relation_net

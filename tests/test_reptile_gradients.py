@@ -8,8 +8,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from experiments import gradient_combinations, reptile_gradients
-from experiments.reptile_gradients import combinations
+from experiments.studies import gradient_combinations, reptile_gradients
+from experiments.studies.reptile_gradients import combinations
 from metalstm import data
 
 TINY = (

@@ -12,10 +12,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from experiments import report, run_folder
-from experiments.config import Config, read_config, to_json, with_flags
-from experiments.optimizers.config import Config as OptimizerConfig
-from experiments.optimizers.measuring import Bench
+from experiments.common import report, run_folder
+from experiments.few_shot.options import Config, read_config, to_json, with_flags
+from experiments.learned_optimizer.measuring import Bench
+from experiments.learned_optimizer.options import Config as OptimizerConfig
 from metalstm.data import Dataset, make_pool
 from metalstm.runtime.checkpoints import ConfigMismatch
 from metalstm.runtime.files import whole_file

@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 import tiny
 
-from experiments import sinusoids
-from experiments.regression import methods, study, training
-from experiments.regression.training import Found
+from experiments.studies import sinusoids
+from experiments.studies.regression import methods, study, training
+from experiments.studies.regression.training import Found
 from metalstm import algorithms
 from metalstm.data import SinusoidSpec, episode_key
 

@@ -10,9 +10,10 @@ import numpy as np
 import pytest
 
 import metalstm.runs
-from experiments import sources, verification
-from experiments.config import Config, to_json, with_flags
-from experiments.methods import method_specs
+from experiments.few_shot import data as sources
+from experiments.few_shot.methods import method_specs
+from experiments.few_shot.options import Config, to_json, with_flags
+from experiments.studies import verification
 from metalstm import algorithms, data
 from metalstm import verification as library
 from metalstm.runtime import checkpoints
@@ -164,7 +165,7 @@ def test_what_a_run_cannot_serve(run, tmp_path, capsys):
 
 
 def test_images_are_normalised_as_in_training():
-    from experiments.verifying import _normalised
+    from experiments.studies.verifying import _normalised
 
     x = np.full((2, 3, 3, 3), 51, np.uint8)
     found = _normalised(x, [[0.1, 0.2, 0.3], [0.5, 1.0, 2.0]])

@@ -229,9 +229,9 @@ def preload(script: Script) -> Callable[[list[str]], int]:
     """Import all that the script will; returns its main."""
     import PIL.Image  # noqa: F401
 
-    import experiments.comparison
-    import experiments.optimizers.running
-    import experiments.optimizers.studies  # noqa: F401
+    import experiments.few_shot.comparison
+    import experiments.learned_optimizer.running
+    import experiments.learned_optimizer.studies  # noqa: F401
 
     return importlib.import_module(f"experiments.{script.name}").main
 
@@ -264,7 +264,7 @@ def rows(script: Script, workdir: Path) -> list[dict[str, Any]]:
     """metrics.jsonl without the times."""
     found = []
     path = workdir / "metrics.jsonl"
-    # not by `experiments.run_folder`, which asks JAX for its processes
+    # not by `experiments.common.run_folder`, which asks JAX for its processes
     for line in path.read_bytes().splitlines() if path.exists() else ():
         with contextlib.suppress(ValueError):  # half a line: the process was killed
             row = json.loads(line)

@@ -102,7 +102,7 @@ def _read_cache(folder: Path) -> int:
 
 
 def _write_results(folder: Path, version: int) -> None:
-    from experiments.run_folder import write_json
+    from experiments.common.run_folder import write_json
 
     write_json(folder / "results.json", {"version": version, "text": "x" * 5000})
 
@@ -113,7 +113,7 @@ def _read_results(folder: Path) -> int:
 
 def _write_metrics(folder: Path, version: int) -> None:
     """Go on from a checkpoint: forget what came after it, then write on."""
-    from experiments.run_folder import Metrics
+    from experiments.common.run_folder import Metrics
 
     metrics = Metrics(folder)
     metrics.rewind("maml", 10 * (version - 1))
@@ -123,7 +123,7 @@ def _write_metrics(folder: Path, version: int) -> None:
 
 def _read_metrics(folder: Path) -> int:
     """The last version whose ten rows are all there, and those before it too."""
-    from experiments.run_folder import Metrics
+    from experiments.common.run_folder import Metrics
 
     counts = [row["episode"] for row in Metrics(folder).read()]
     require(counts == list(range(1, len(counts) + 1)), "a row is lost or twice there")

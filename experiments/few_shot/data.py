@@ -1,0 +1,159 @@
+"""The data set that the flags name, and the specs of its episodes."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from typing import Any, NamedTuple
+
+from jax.sharding import Mesh
+
+from experiments.few_shot.methods import config_for
+from experiments.few_shot.options import Config
+from metalstm import data
+from metalstm.data import Dataset, EpisodeSpec
+from metalstm.runtime import sharding
+
+_LEFT_OUT = ("skipped", "skipped_files", "unlabelled", "empty_classes")
+
+
+class Source(NamedTuple):
+    dataset: Dataset
+    test: EpisodeSpec
+
+    def train(self, config: Config) -> EpisodeSpec:
+        """The episodes that a method is meta-trained on, before its `train_sampler`.
+
+        ``config``: the method's own, of `experiments.few_shot.methods.config_for`.
+        """
+        return dataclasses.replace(
+            self.test,
+            shot=config.methods.train_shots or config.data.shot,
+            rotations=config.data.rotations,
+            augment=_augment(config.data.augment),
+        )
+
+    def placed(self, mesh: Mesh | None, num_devices: int | None) -> Source:
+        """The pools on every device that needs them.
+
+        Args:
+          mesh: of a meta-step.
+          num_devices: how many evaluate; None is all.
+        """
+        every = sharding.task_mesh(num_devices=num_devices)
+        dataset = self.dataset._replace(
+            train=sharding.place(self.dataset.train, mesh),
+            validation=sharding.place(self.dataset.validation, every),
+            test=sharding.place(self.dataset.test, every),
+        )
+        return self._replace(dataset=dataset)
+
+    def describe(self) -> dict[str, Any]:
+        """What config.json and results.json keep of it."""
+        normalise = self.test.normalise
+        return {
+            "name": self.dataset.name,
+            "image_shape": list(self.dataset.image_shape),
+            "checksum": self.dataset.checksum,
+            # how many files, images or classes were left out, and which
+            **{k: v for k, v in self.dataset.info.items() if k in _LEFT_OUT and v},
+            "classes": {
+                split: self.dataset.pool(split).num_classes for split in data.SPLITS
+            },
+            "normalise": None if normalise is None else [list(x) for x in normalise],
+        }
+
+
+def load_source(config: Config) -> Source:
+    """Load the data, and refuse episodes that it cannot serve.
+
+    Raises:
+      ValueError, FileNotFoundError: name the remedy.
+    """
+    dataset = _load(config)
+    options = config.data
+    channels = dataset.image_shape[-1]
+    normalise = None
+    if options.normalise == "imagenet":
+        if channels != 3:
+            raise ValueError(
+                f"--normalise imagenet is for 3 channels, and {dataset.name} has "
+                f"{channels}: choose --normalise none"
+            )
+        normalise = data.IMAGENET
+    test = EpisodeSpec(
+        way=options.way,
+        shot=options.shot,
+        queries=options.queries,
+        normalise=normalise,
+    )
+    source = Source(dataset, test)
+    data.validate(test, dataset, "test")
+    data.validate(test, dataset, "validation")
+    for name in config.methods.algorithms:
+        own = config_for(config, name)
+        meta_trained = dataclasses.replace(
+            source.train(own),
+            queries=own.data.train_queries or options.queries,
+            way=own.methods.train_way or options.way,
+        )
+        data.validate(meta_trained, dataset, "train")
+    return source
+
+
+def _load(config: Config) -> Dataset:
+    options = config.data
+    folder = options.data_dir
+    sized: dict[str, Any] = {}
+    if options.image_size is not None:
+        sized["image_size"] = options.image_size
+    name = options.dataset
+    if options.skip_corrupt and name != "folders":
+        raise ValueError(
+            f"--skip-corrupt is for --dataset folders: {name} must be whole; drop it, "
+            "and prepare the data again should they be damaged"
+        )
+    if name == "glyphs":
+        if sized:
+            raise ValueError("--image-size: glyphs are drawn at 28 pixels; drop it")
+        return data.load_glyphs()
+    if name == "omniglot":
+        return data.load_omniglot(_tfds_dir(folder), split=options.split, **sized)
+    if name == "mini-imagenet":
+        return data.load_mini_imagenet(folder, **sized)
+    if name == "folders":
+        if folder is None:
+            raise ValueError("--dataset folders: say where they are with --data-dir")
+        return data.load_image_folders(
+            folder, skip_corrupt=options.skip_corrupt, **sized
+        )
+    if name == "arrays":
+        if folder is None or sized:
+            raise ValueError(
+                "--image-size: arrays are used at their own size; drop it"
+                if sized
+                else "--dataset arrays: say which .npz with --data-dir FILE"
+            )
+        return data.load_arrays(folder)
+    if name.startswith("tfds:"):
+        return data.load_tfds(name.removeprefix("tfds:"), _tfds_dir(folder), **sized)
+    raise ValueError(
+        f"--dataset {name}: choose glyphs, omniglot, mini-imagenet, folders, "
+        "arrays or tfds:NAME"
+    )
+
+
+def _tfds_dir(folder: Any) -> Any:
+    return folder or os.environ.get("TFDS_DATA_DIR")
+
+
+def _augment(name: str) -> Any:
+    if name == "none":
+        return None
+    from metalstm.data import augment
+
+    return {
+        "shift": augment.shift(2),
+        "crop-flip": augment.crop_flip(),
+        "crop-flip-jitter": augment.crop_flip_jitter(),
+    }[name]

@@ -1,0 +1,194 @@
+"""Meta-train one method of few_shot, or go on with it."""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import optax
+from jax.sharding import Mesh
+
+import metalstm
+from experiments.common.devices import mesh_for
+from experiments.common.run_folder import Metrics
+from experiments.common.training_session import Session
+from experiments.few_shot.data import Source
+from experiments.few_shot.options import Config, may_change
+from metalstm.base import PyTree
+from metalstm.runs import build_algorithm, example_episode
+from metalstm.runtime import sharding
+
+
+class Programs(NamedTuple):
+    """What is compiled once for each method and serves every seed."""
+
+    algorithm: metalstm.MetaAlgorithm
+    optimizer: optax.GradientTransformation
+    train_loop: Callable[..., Any]
+    evaluate: Callable[..., metalstm.Evaluation]
+    mesh: Mesh | None  # of a meta-step
+
+
+class Trained(NamedTuple):
+    params: PyTree  # the best on validation
+    episodes: int
+    seconds: float  # of meta-training and validation
+    episodes_per_second: float  # of meta-training, compilation left out; nan if none
+    best_episode: int
+    best_mean: float
+    best_ci95: float
+
+
+def make_programs(spec: dict[str, Any], config: Config, source: Source) -> Programs:
+    """Compile-once parts of a method; ``config`` holds the flags as it reads them."""
+    algorithm = build_algorithm(spec)
+    budget = config.budget
+    first_rate = spec.get("outer_step", budget.learning_rate)
+    rate: optax.ScalarOrSchedule = first_rate
+    if budget.schedule == "cosine":
+        rate = optax.cosine_decay_schedule(first_rate, _num_steps(config))
+    elif budget.schedule == "linear":
+        rate = optax.linear_schedule(first_rate, 0.0, _num_steps(config))
+    optimizer = optax.adam(rate)
+    if "outer_step" in spec:
+        optimizer = optax.sgd(rate)
+    elif budget.clip:
+        optimizer = metalstm.adam_clipped(rate, budget.clip)
+    mesh = mesh_for(config.devices, budget.meta_batch, "--meta-batch")
+    train_loop = metalstm.make_train_loop(
+        algorithm,
+        optimizer,
+        source.train(config),
+        num_tasks=budget.meta_batch,
+        steps_per_call=budget.steps_per_call,
+        mesh=mesh,
+        accumulate_tasks=budget.accumulate_tasks,
+    )
+    evaluate = metalstm.make_evaluate(
+        algorithm,
+        source.test,
+        batch_size=config.test.test_batch,
+        mesh=sharding.task_mesh(num_devices=config.devices.devices),
+    )
+    return Programs(algorithm, optimizer, train_loop, evaluate, mesh)
+
+
+def meta_train(
+    method: str,
+    programs: Programs,
+    config: Config,
+    source: Source,
+    folder: Path,
+    metrics: Metrics,
+) -> Trained:
+    """Train, or go on training, until the budget is spent.
+
+    Raises:
+      Interrupted: after Ctrl-C; the state is saved.
+      NonFiniteLossError: the state before the bad step is saved.
+    """
+    session = _Session(method, programs, config, source, folder, metrics)
+    session.run()
+    return session.result()
+
+
+class _Session(Session):
+    unit = "episode"
+
+    def __init__(
+        self,
+        method: str,
+        programs: Programs,
+        config: Config,
+        source: Source,
+        folder: Path,
+        metrics: Metrics,
+    ):
+        super().__init__(
+            method,
+            config,
+            folder,
+            metrics,
+            num_steps=_num_steps(config),
+            per_step=config.budget.meta_batch,
+            may_change=may_change(config),
+            mesh=programs.mesh,
+        )
+        self.programs, self.source = programs, source
+        shape, data = source.dataset.image_shape, config.data
+        make = functools.partial(
+            metalstm.init_train_state,
+            programs.algorithm,
+            programs.optimizer,
+            config.run.seed,
+            example_episode(shape, data.way, data.shot),
+        )
+        self.start(programs.algorithm, make)
+
+    def train(self) -> None:
+        budget = self.config.budget
+        self.fit(
+            self.programs.train_loop,
+            self.source.dataset.train,
+            num_steps=self.num_steps,
+            validate_every=_in_steps(budget.validate_every, self.config),
+            report_every=_in_steps(max(20, budget.episodes // 2_000), self.config),
+            save_every=_in_steps(budget.save_every, self.config),
+        )
+
+    def score(self, params: PyTree) -> tuple[float, dict[str, float]]:
+        result = self.programs.evaluate(
+            params,
+            self.source.dataset.validation,
+            num_episodes=self.config.budget.validation_episodes,
+            split="validation",
+        )
+        return result.mean, {"accuracy": result.mean, "ci95": result.ci95}
+
+    def shown(self, means: dict[str, float]) -> str:
+        text = f"loss {means['loss']:.3f}"
+        if "accuracy" in means:
+            text += f"  acc {means['accuracy']:.1%}"
+        return text
+
+    def result(self) -> Trained:
+        best = int(self.state.best_step) * self.per_step
+        ci95 = {row["episode"]: row["ci95"] for row in self.history}
+        return Trained(
+            self.state.best_params,
+            int(self.state.train.step) * self.per_step,
+            self.saved_seconds(),
+            self.speed(),
+            best,
+            float(self.state.best_score),
+            ci95.get(best, math.nan),
+        )
+
+
+def _num_steps(config: Config) -> int:
+    if config.budget.minutes is not None:
+        # far enough that time decides
+        return _in_steps(10**9, config)
+    return _in_steps(config.budget.episodes, config)
+
+
+def _in_steps(episodes: int, config: Config) -> int:
+    """Meta-steps for that many episodes, up to a whole jitted call."""
+    budget = config.budget
+    calls = math.ceil(episodes / (budget.meta_batch * budget.steps_per_call))
+    return calls * budget.steps_per_call
+
+
+def curves(rows: list[dict[str, Any]], method: str, kind: str, name: str):
+    """A `metalstm.plots.Curve` from rows of metrics.jsonl."""
+    from metalstm.plots import Curve
+
+    mine = [r for r in rows if (r["method"], r["kind"]) == (method, kind) and name in r]
+    episodes = np.array([row["episode"] for row in mine])
+    values = np.array([row[name] for row in mine])
+    ci95 = np.array([row.get("ci95", np.nan) for row in mine])
+    return Curve(episodes, values, None if kind == "train" else ci95)

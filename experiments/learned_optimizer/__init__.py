@@ -1,0 +1,1 @@
+"""Learned optimizers: meta-train a rule and compare it with tuned ones."""

@@ -1,0 +1,152 @@
+"""Rows of results from curves, as text and as Markdown."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from metalstm.learned_optimizers import curves
+from metalstm.plots import Losses
+from metalstm.statistics import mean_and_ci95
+
+if TYPE_CHECKING:
+    from experiments.learned_optimizer.measuring import Tuned
+
+Row = dict[str, Any]
+
+
+def rows_of(
+    measured: Mapping[str, Losses],
+    tuned: Mapping[str, Tuned],
+    *,
+    at: int | None = None,
+    reference: str | None = None,
+) -> list[Row]:
+    """One row an optimizer: its losses after update ``at`` (default the last).
+
+    The columns are those of `metalstm.learned_optimizers.summary`; differences are
+    paired, to ``reference`` (default the first). Those of logs cap a loss at 1000 times
+    its first, so that they exist where a problem diverges, and no divergence is free.
+    """
+    reference = reference or next(iter(measured))
+    index = {name: _index(losses, at) for name, losses in measured.items()}
+    logs = {n: capped_logs(m.values, index[n]) for n, m in measured.items()}
+    rows = []
+    for name, losses in measured.items():
+        values, k = losses.values, index[name]
+        row: Row = {"optimizer": name, "updates": int(losses.steps[k])}
+        row["instances"] = len(values)
+        row |= curves.summary(values, k)._asdict()
+        row["mean_log_ci95"] = mean_and_ci95(logs[name])[1]
+        if name != reference:
+            row["log_difference"] = mean_and_ci95(logs[name] - logs[reference])
+            other = measured[reference].values
+            if np.isfinite(values[:, k]).all() and np.isfinite(other[:, k]).all():
+                difference = curves.curve_difference(values, other, k)
+                row["difference"] = difference
+        if name in tuned:
+            choice = tuned[name]
+            row |= {"rate": choice.rate, "beta": choice.beta, "inside": choice.inside}
+        rows.append(row)
+    return rows
+
+
+def markdown(rows: Sequence[Row], *, reference: str, first: str = "") -> str:
+    """A table of rows; ``first`` names a column to put before the others."""
+    names = [first] if first else []
+    names += [
+        "optimizer", "updates", "loss (95% CI)", "mean log", "median", "99%",
+        "diverged", f"loss − {reference}", f"log-loss − {reference}", "tuned",
+    ]  # fmt: skip
+    lines = ["| " + " | ".join(names) + " |", "|" + "---|" * len(names)]
+    for row in rows:
+        cells = [str(row[first])] if first else []
+        cells += _cells(row)
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def grid(rows: Sequence[Row], *, row: str, column: str) -> str:
+    """Mean losses with their intervals, one row a problem, one column an optimizer."""
+    titles = list(dict.fromkeys(r[row] for r in rows))
+    names = list(dict.fromkeys(r[column] for r in rows))
+    cells = {(r[row], r[column]): _mean(r) for r in rows}
+    lines = [f"| {row} | " + " | ".join(names) + " |", "|---" * (len(names) + 1) + "|"]
+    for title in titles:
+        values = [cells.get((title, name), "") for name in names]
+        lines.append(f"| {title} | " + " | ".join(values) + " |")
+    return "\n".join(lines)
+
+
+def text(rows: Sequence[Row], *, caption: str, reference: str) -> str:
+    """The same for a terminal, with fewer columns."""
+    head = (
+        "optimizer", "loss (95% CI)", "median", "99%", "diverged",
+        f"log-loss − {reference}", "tuned",
+    )  # fmt: skip
+    body = [[cells[i] for i in (0, 2, 4, 5, 6, 8, 9)] for cells in map(_cells, rows)]
+    widths = [max(len(r[i]) for r in [head, *body]) for i in range(len(head))]
+    lines = [
+        "  " + "  ".join(c.ljust(w) for c, w in zip(r, widths, strict=True)).rstrip()
+        for r in [head, *body]
+    ]
+    return "\n".join([caption, *lines])
+
+
+def _cells(row: Row) -> list[str]:
+    return [
+        row["optimizer"],
+        f"{row['updates']:,}",
+        _mean(row),
+        f"{row['mean_log']:.2f} ± {row['mean_log_ci95']:.2f}",
+        f"{row['median']:.3g}",
+        f"{row['p99']:.3g}",
+        _percent(row["share_diverged"]),
+        _difference(row.get("difference"), ".3g"),
+        _difference(row.get("log_difference"), ".2f"),
+        _tuned(row),
+    ]
+
+
+def _mean(row: Row) -> str:
+    if not np.isfinite(row["mean"]):
+        return f"{_percent(row['share_diverged'])} diverge"
+    return f"{row['mean']:.3g} ± {row['ci95']:.2g}"
+
+
+def _difference(value: tuple[float, float] | None, digits: str) -> str:
+    if value is None:
+        return ""
+    return f"{value[0]:+{digits}} ± {value[1]:{digits.replace('3', '2')}}"
+
+
+def _tuned(row: Row) -> str:
+    if "rate" not in row:
+        return ""
+    beta = "" if row["beta"] is None else f", beta {row['beta']:g}"
+    edge = "" if row["inside"] else " (at the edge of the grid)"
+    return f"rate {row['rate']:.3g}{beta}{edge}"
+
+
+def _index(losses: Losses, at: int | None) -> int:
+    if at is None:
+        return len(losses.steps) - 1
+    found = np.flatnonzero(losses.steps == at)
+    if not len(found):
+        raise ValueError(f"no loss was recorded after {at} updates: {losses.steps}")
+    return int(found[0])
+
+
+def capped_logs(losses: np.ndarray, at: int) -> np.ndarray:
+    """Logs of column ``at`` of [I, S + 1], no loss above 1000 times its first."""
+    losses = np.asarray(losses, np.float64)
+    worst = 1e3 * losses[:, 0]
+    last = np.where(losses[:, at] < worst, losses[:, at], worst)  # NaN is not below
+    return np.log(np.maximum(last, np.finfo(np.float32).tiny))
+
+
+def _percent(share: float) -> str:
+    """0%, and no rounding of one problem in a thousand to it."""
+    return f"{100 * share:.3g}%"

@@ -1,1 +1,0 @@
-"""The sinusoid study: methods, training, measuring, figures."""

@@ -1,0 +1,1 @@
+"""One file a study: claim, paper, command, cost, expected figure."""

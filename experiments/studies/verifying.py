@@ -1,0 +1,238 @@
+"""Verification of identities by the embeddings of a run: table, figure, JSON."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from experiments.common import report
+from experiments.common.run_folder import write_json
+from experiments.few_shot.data import load_source
+from experiments.few_shot.options import with_flags
+from experiments.few_shot.saved_methods import SavedRun, read_runs
+from experiments.studies.verification import Config
+from metalstm import data, plots, verification
+from metalstm.algorithms import embedding_state
+from metalstm.base import Learner, LearnerState
+from metalstm.runs import COMPARING, build_learner, load_params
+
+FALSE_ACCEPTS = 0.01
+PIXELS = "pixels"  # the floor: no learning
+
+
+class Identities(NamedTuple):
+    x: np.ndarray  # uint8 [N, H, W, ch]
+    labels: np.ndarray  # [N]
+    name: str
+    checksum: str
+
+
+class Row(NamedTuple):
+    name: str
+    similarity: str
+    found: verification.Verification
+    ci95: verification.Summary
+
+
+def verify_run(config: Config) -> list[Row]:
+    """Compare the same pairs by every method; print, draw and write.
+
+    Raises:
+      ValueError: the run has no such method or none that embeds, or its data or those
+        given cannot serve.
+      FileNotFoundError: a file is not there.
+    """
+    (run,) = read_runs([config.run])
+    names = _choose(run, config.methods)
+    given = _identities(config, run)
+    pairs = verification.draw_pairs(given.labels, config.pairs, seed=config.seed)
+    people = len(np.unique(given.labels))
+    print(
+        f"{config.run}: {given.name}, {people:,} identities, {len(given.labels):,} "
+        f"examples, {len(pairs.same):,} pairs, half of them of one identity",
+        flush=True,
+    )
+    x = _normalised(given.x, run.data.get("normalise"))
+    rows = []
+    for name in [*names, PIXELS]:
+        learner, state, similarity = _embedding(name, run)
+        if config.similarity != "trained":
+            similarity = config.similarity
+        scores = verification.score_pairs(
+            learner, state, x, pairs, similarity=similarity
+        )
+        found = verification.receiver_operating_characteristic(scores, pairs.same)
+        ci95 = verification.bootstrap_over_identities(
+            scores,
+            pairs,
+            given.labels,
+            false_accept_rate=FALSE_ACCEPTS,
+            num_samples=config.bootstrap,
+            seed=config.seed,
+        )
+        rows.append(Row(name, similarity, found, ci95))
+    print(table(rows), flush=True)
+    files = _write(config, given, rows, people)
+    print(f"{' and '.join(files)} in {config.run}", flush=True)
+    return rows
+
+
+def table(rows: Sequence[Row]) -> str:
+    """One line a method; intervals over identities in brackets."""
+    width = max(6, *(len(row.name) for row in rows))
+    columns = ("equal error rate", f"true at {FALSE_ACCEPTS:.0%} false", "area")
+    lines = [
+        "verification, % (95% intervals over identities)",
+        f"  {'method':{width}}  {'compared by':11}"
+        + "".join(f"  {column:19}" for column in columns).rstrip(),
+    ]
+    for row in rows:
+        measured = zip(row.found.summary(FALSE_ACCEPTS), row.ci95, strict=True)
+        cells = (
+            f"{100 * v:.1f} ({100 * a:.1f}-{100 * b:.1f})" for v, (a, b) in measured
+        )
+        line = f"  {row.name:{width}}  {row.similarity:11}"
+        lines.append((line + "".join(f"  {cell:19}" for cell in cells)).rstrip())
+    return "\n".join(lines)
+
+
+def _choose(run: SavedRun, wanted: Sequence[str]) -> list[str]:
+    embed = [
+        n for n, spec in run.specs.items() if spec["algorithm"]["name"] in COMPARING
+    ]
+    for name in wanted:
+        if name not in run.specs:
+            raise ValueError(
+                f"--methods {name}: {run.folder} has {', '.join(run.specs)}"
+            )
+        if name not in embed:
+            others = (
+                f"choose from {', '.join(embed)}" if embed else "train one that does"
+            )
+            raise ValueError(f"--methods {name} does not embed: {others}")
+    if not embed:
+        raise ValueError(
+            f"no method of {run.folder} embeds (it has {', '.join(run.specs)}): train "
+            "prototypical, siamese or arcface, say"
+        )
+    return list(wanted) or embed
+
+
+def _identities(config: Config, run: SavedRun) -> Identities:
+    shape = tuple(run.data["image_shape"])
+    trained_on = run.config.data.data_dir
+    places = [path and path.resolve() for path in (trained_on, config.data_dir)]
+    if config.dataset != "run" and places[0] == places[1]:
+        print("note: the run was trained on some of these identities")
+    if config.dataset == "arrays":
+        assert config.data_dir is not None
+        x, y = data.read_arrays(config.data_dir)
+        if x.shape[1:] != shape:
+            raise ValueError(
+                f"--data-dir {config.data_dir} has examples of {list(x.shape[1:])}, "
+                f"and {run.folder} was trained on {list(shape)}: make them alike"
+            )
+        return Identities(x, y, config.data_dir.stem, data.checksum(x))
+    if config.dataset == "folders":
+        assert config.data_dir is not None
+        if shape[0] != shape[1]:
+            raise ValueError(
+                f"--dataset folders gives squares, and {run.folder} was trained on "
+                f"{list(shape)}: give --dataset arrays"
+            )
+        found = data.load_image_folders(
+            config.data_dir, image_size=shape[0], channels=shape[2]
+        )
+        return _pooled(found, list(data.SPLITS))
+    of_run = run.config
+    if config.data_dir is not None:
+        of_run = with_flags(of_run, data_dir=config.data_dir)
+    # no episodes are drawn, so those of meta-training need not be possible
+    of_run = with_flags(of_run, train_queries=None, train_way=None, shot=1, queries=1)
+    found = load_source(of_run).dataset
+    if found.checksum != run.data["checksum"]:
+        print("note: the data differ from those of the run (another checksum)")
+    return _pooled(found, ["test"])
+
+
+def _pooled(dataset: data.Dataset, splits: Sequence[str]) -> Identities:
+    xs, labels = [], []
+    for split in splits:
+        x, which = verification.pool_examples(dataset.pool(split))
+        xs.append(x)
+        labels.append(np.array(dataset.class_names[split])[which])
+    return Identities(
+        np.concatenate(xs), np.concatenate(labels), dataset.name, dataset.checksum
+    )
+
+
+def _normalised(x: np.ndarray, normalise: Any) -> np.ndarray:
+    if normalise is None:
+        return x
+    mean, std = (np.asarray(a, np.float32) for a in normalise)
+    return (x.astype(np.float32) / 255 - mean) / std
+
+
+def _embedding(name: str, run: SavedRun) -> tuple[Learner, LearnerState, Any]:
+    """What embeds, its state, and the similarity that it was trained for."""
+    empty = LearnerState({}, {}, {})
+    if name == PIXELS:
+        as_they_are = Learner(
+            lambda key, x: empty, lambda state, x, *, norm, key=None: (x, state)
+        )
+        return as_they_are, empty, "euclidean"
+    spec = run.specs[name]
+    params, message = load_params(run.folder, name, spec, run.data["image_shape"])
+    if message:
+        print(f"note: {message}")
+    learner = build_learner(spec["learner"], None)
+    return learner, embedding_state(params), _trained_similarity(spec["algorithm"])
+
+
+def _trained_similarity(algorithm: dict[str, Any]) -> str:
+    options = algorithm.get("options", {})
+    if algorithm["name"] in ("margin_classifier", "siamese"):
+        return "cosine"  # of a distance between vectors of length 1 too
+    if "cosine" in (options.get("compare"), options.get("classifier")):
+        return "cosine"
+    default = "cosine" if algorithm["name"] in ("matching", "relation") else "euclidean"
+    return options.get("distance", default)
+
+
+def _write(
+    config: Config, given: Identities, rows: Sequence[Row], people: int
+) -> list[str]:
+    own = config.dataset == "run"
+    stem = "verification" if own else f"verification-{given.name}"
+    methods = {}
+    for row in rows:
+        values = row.found.summary(FALSE_ACCEPTS)._asdict()
+        methods[row.name] = {
+            "similarity": row.similarity,
+            **values,
+            "ci95": {k: list(ends) for k, ends in row.ci95._asdict().items()},
+        }
+    document = {
+        "run": str(config.run),
+        "data": {"name": given.name, "checksum": given.checksum},
+        "split": "test" if own else "all that is given",
+        "identities": people,
+        "examples": len(given.labels),
+        "pairs": {
+            "same": rows[0].found.num_same,
+            "different": rows[0].found.num_different,
+        },
+        "false_accept_rate": FALSE_ACCEPTS,
+        "bootstrap": config.bootstrap,
+        "seed": config.seed,
+        "versions": report.versions(),
+        "methods": methods,
+    }
+    write_json(config.run / f"{stem}.json", document)
+    figure = plots.roc_curves(
+        {r.name: (r.found.false_accepts, r.found.true_accepts) for r in rows},
+        title=f"{given.name}, {people:,} identities",
+    )
+    return [f"{stem}.json", report.save_figure(figure, config.run / f"{stem}.png")]

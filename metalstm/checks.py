@@ -1,0 +1,46 @@
+"""Refusals in one voice: what was given, and what would do.
+
+Every message is ``name=value: choose ...``, so that who reads it can act on it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+__all__ = ["check_at_least", "check_choice", "check_positive", "did_you_mean"]
+
+
+def check_choice(name: str, value: Any, choices: Iterable[Any]) -> None:
+    """Raise ValueError unless ``value`` is one of ``choices``."""
+    choices = tuple(choices)
+    if value not in choices:
+        options = ", ".join(map(str, choices))
+        raise ValueError(f"{name}={value!r}: choose one of {options}")
+
+
+def check_at_least(name: str, value: Any, minimum: float, or_else: str = "") -> None:
+    """Raise ValueError unless ``value >= minimum``; NaN is refused too.
+
+    ``or_else`` is another remedy, such as ``"or None"``.
+    """
+    if not value >= minimum:
+        remedy = f" {or_else}" if or_else else ""
+        raise ValueError(f"{name}={value}: choose {minimum} or more{remedy}")
+
+
+def check_positive(name: str, value: Any) -> None:
+    """Raise ValueError unless ``value > 0``; NaN is refused too."""
+    if not value > 0:
+        raise ValueError(f"{name}={value}: choose a number above 0")
+
+
+def did_you_mean(name: str, known: Iterable[str]) -> str:
+    """Suggest the known names nearest to ``name``, or list them all."""
+    import difflib
+
+    known = sorted(known)
+    near = difflib.get_close_matches(name, known)
+    if near:
+        return f"did you mean {' or '.join(near)}?"
+    return f"choose one of {', '.join(known)}"
