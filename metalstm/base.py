@@ -17,7 +17,9 @@ __all__ = [
     "Array",
     "Aux",
     "Batch",
+    "BindRule",
     "Episode",
+    "InitRule",
     "Learner",
     "LearnerState",
     "MetaAlgorithm",
@@ -25,6 +27,7 @@ __all__ = [
     "Norm",
     "PyTree",
     "QueryNorm",
+    "RuleTraits",
     "TaskMapping",
     "UpdateRule",
     "default_task_mapping",
@@ -92,21 +95,78 @@ class Learner(NamedTuple):
     whose classes share their start. None: the head has a fixed number of outputs."""
 
 
-class UpdateRule(NamedTuple):
-    """A function from meta-parameters to an optax transform."""
+class InitRule(Protocol):
+    def __call__(self, key: Array, params: PyTree) -> PyTree:
+        """Draw the rule's parameters.
 
-    init: Callable[[Array, PyTree], PyTree]  # (key, params) -> rule params, () if none
-    bind: Callable[[PyTree], optax.GradientTransformationExtraArgs]
+        Args:
+          key: a PRNG key.
+          params: parameters of a learner that the rule will update. A rule that fits
+            learners of any size reads nothing of them.
+
+        Returns:
+          Any pytree of float arrays, the same structure for the same ``params``; ``()``
+          when there is nothing to learn.
+        """
+
+
+class BindRule(Protocol):
+    def __call__(self, rule_params: PyTree) -> optax.GradientTransformationExtraArgs:
+        """Turn the rule's parameters into an optax transform.
+
+        Everything that is learned comes in through ``rule_params``: the inner loop
+        binds a rule several times, also to parts of them that are constants.
+
+        Returns:
+          A transform whose ``init(params)`` is a state of arrays of fixed shape, and
+          whose ``update(grads, state, params, *, value, **extra)`` returns ``(delta,
+          state)`` with ``delta`` to be *added* to the parameters. ``value`` is the loss
+          before the update. Further keywords are ignored.
+
+        Raises:
+          ValueError: from ``update``, when ``params`` or ``value`` is needed and is not
+            given.
+        """
+
+
+class RuleTraits(NamedTuple):
+    """Promises by the author of a rule. All are safe to leave at their defaults."""
+
     coordinatewise: bool = False
     """Each coordinate's update reads only its own gradient, parameter and state, and
-    the shared loss. Promised by the author of the rule; lets the backward pass be
-    replayed in blocks of coordinates."""
+    the loss, by the same rule parameters for every coordinate (a rate for each tensor
+    is not that). The backward pass is then replayed in blocks of coordinates."""
     smooth: bool = False
-    """Its derivative is finite at a zero gradient too. Promised by the author; without
-    the promise it is checked before anything differentiates through the rule."""
+    """Its derivative is finite at a zero gradient too. Without the promise it is
+    checked before anything differentiates through the rule."""
     reads_loss: bool = True
-    """False: ``value=`` changes nothing. Promised by the author; a coordinate-wise rule
-    that keeps it may run many tasks as one, which share no loss."""
+    """False: ``value=`` changes nothing. A coordinate-wise rule that promises it may
+    run many tasks as one, which share no loss."""
+
+
+class UpdateRule(NamedTuple):
+    """A function from meta-parameters to an optax transform.
+
+    SGD with a learned rate, theta_t = theta_{t-1} - alpha g_t, is
+
+    >>> def init(key, params):
+    ...     return jnp.float32(0.1)  # alpha
+    >>> def bind(alpha):
+    ...     def update(grads, state, params=None, **extra):
+    ...         return jax.tree.map(lambda g: -alpha * g, grads), state
+    ...     return optax.GradientTransformationExtraArgs(lambda params: (), update)
+    >>> promises = RuleTraits(coordinatewise=True, smooth=True, reads_loss=False)
+    >>> rule = UpdateRule(init, bind, promises)
+    >>> tx = rule.bind(0.5)
+    >>> tx.update(jnp.ones(2), tx.init(jnp.ones(2)))[0]
+    Array([-0.5, -0.5], dtype=float32)
+
+    An optax transform is accepted wherever a rule is (`metalstm.rules.as_rule`).
+    """
+
+    init: InitRule  # (key, params) -> rule_params
+    bind: BindRule  # (rule_params) -> optax transform
+    traits: RuleTraits = RuleTraits()
 
 
 class MetaParams(NamedTuple):
