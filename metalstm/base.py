@@ -190,7 +190,8 @@ class MetaAlgorithm(NamedTuple):
     """
 
     init: Callable[[Array, Any], PyTree]  # (key, one episode) -> meta-parameters
-    loss: Callable[[PyTree, Array, Episode], tuple[Array, dict[str, Array]]]
+    # (meta_params, key, episode) -> (scalar, Aux)
+    loss: Callable[[PyTree, Array, Any], tuple[Array, Aux]]
     # (meta_params, key, support, query_x, *, num_classes) -> scores [M, way], higher is
     # better, or values [M, d]
     predict: Callable[..., Array]
@@ -307,10 +308,11 @@ def make_algorithm(
 
     def mean_gradient(meta_params, carry, keys, episodes):
         def one(key, episode):
-            grads, metrics = jax.grad(
-                lambda p: _with_loss(loss_fn(p, key, episode)), has_aux=True
-            )(meta_params)
-            return grads, metrics
+            def objective(meta_params):
+                value, aux = loss_fn(meta_params, key, episode)
+                return value, {"loss": value, **aux.metrics}
+
+            return jax.grad(objective, has_aux=True)(meta_params)
 
         grads, metrics = mean_over_tasks(one, keys, episodes, how=task_mapping)
         return grads, carry, metrics
@@ -328,8 +330,3 @@ def make_algorithm(
         trainable=trainable,
         per_task_carry=per_task_carry,
     )
-
-
-def _with_loss(loss_and_metrics):
-    loss, metrics = loss_and_metrics
-    return loss, {"loss": loss, **metrics}

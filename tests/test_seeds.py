@@ -15,7 +15,7 @@ import pytest
 import tiny
 
 from metalstm import algorithms, base, rules
-from metalstm.base import make_algorithm
+from metalstm.base import Aux, make_algorithm
 from metalstm.data import ClusterSpec
 from metalstm.meta import training
 from metalstm.meta.seeds import init_seeds, map_seeds
@@ -37,7 +37,8 @@ def meta_lstm():
 def toy(**slots):
     return make_algorithm(
         init=lambda key, episode: {"w": jax.random.normal(key, (2,))},
-        **{"loss": lambda params, key, episode: (0.0, {}), "predict": None} | slots,
+        **{"loss": lambda params, key, episode: (0.0, Aux({})), "predict": None}
+        | slots,
     )
 
 

@@ -15,7 +15,7 @@ import pytest
 import tiny
 
 from metalstm import algorithms, rules
-from metalstm.base import LearnerState, make_algorithm
+from metalstm.base import Aux, LearnerState, make_algorithm
 from metalstm.data import ClusterSpec
 from metalstm.meta import training
 from metalstm.meta.evaluation import make_evaluate
@@ -31,7 +31,7 @@ FROZEN = algorithms.fomaml(
 def scalar_loss(params, key, episode):
     """As small as a meta-loss can be that uses its key and its episode."""
     noise = jax.random.uniform(key)
-    return jnp.mean((params["w"] * episode.query.x - noise) ** 2), {"noise": noise}
+    return jnp.mean((params["w"] * episode.query.x - noise) ** 2), Aux({"noise": noise})
 
 
 def toy(**slots):

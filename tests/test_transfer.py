@@ -100,10 +100,10 @@ def test_pretraining_is_the_cross_entropy_of_one_head_over_all_classes(classifie
         scores = 10 * unit(features) @ unit(head["kernel"].T).T
     log_norm = np.log(np.exp(scores).sum(1))
     expected = np.mean(log_norm - scores[np.arange(6), labels + 1])
-    loss, metrics = tiny.quick_jit(floor.loss)(params, KEY, batch)
+    loss, aux = tiny.quick_jit(floor.loss)(params, KEY, batch)
     np.testing.assert_allclose(loss, expected, rtol=1e-4)
     np.testing.assert_allclose(
-        metrics["accuracy"], np.mean(scores.argmax(1) == labels + 1)
+        aux.metrics["accuracy"], np.mean(scores.argmax(1) == labels + 1)
     )
 
 

@@ -9,7 +9,14 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from metalstm.base import Array, PyTree, TaskMapping, UpdateRule, mean_over_tasks
+from metalstm.base import (
+    Array,
+    Aux,
+    PyTree,
+    TaskMapping,
+    UpdateRule,
+    mean_over_tasks,
+)
 
 __all__ = [
     "RunningStatistics",
@@ -69,7 +76,7 @@ _HORIZON = 100.0  # meta-steps the average reaches back: a momentum of 0.99
 
 
 def with_running_statistics(
-    loss_and_stats: Callable[..., tuple[Array, tuple[dict[str, Array], PyTree]]],
+    loss: Callable[..., tuple[Array, Aux]],
     *,
     read: Callable[[PyTree], PyTree],
     write: Callable[[PyTree, PyTree], PyTree],
@@ -78,8 +85,7 @@ def with_running_statistics(
     """The slots of `make_algorithm` that keep batch statistics over meta-training.
 
     Args:
-      loss_and_stats: ``(meta_params, key, episode) -> (loss, (metrics, stats))``, the
-        statistics of one task.
+      loss: of `MetaAlgorithm`, whose ``Aux.gathered`` are one task's statistics.
       read, write: where the averages live in the meta-parameters, for `predict`. No
         gradient may touch them.
       task_mapping: as in `make_algorithm`.
@@ -92,8 +98,8 @@ def with_running_statistics(
     def meta_gradient(meta_params, carry: RunningStatistics, keys, episodes):
         def one(key, episode):
             def objective(meta_params):
-                loss, (metrics, stats) = loss_and_stats(meta_params, key, episode)
-                return loss, ({"loss": loss, **metrics}, stats)
+                value, aux = loss(meta_params, key, episode)
+                return value, ({"loss": value, **aux.metrics}, aux.gathered)
 
             return jax.grad(objective, has_aux=True)(meta_params)
 

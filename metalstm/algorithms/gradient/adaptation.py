@@ -19,6 +19,7 @@ from metalstm.algorithms.common import (
 )
 from metalstm.base import (
     Array,
+    Aux,
     Batch,
     Episode,
     Learner,
@@ -216,7 +217,7 @@ def learned_init(
         outputs, _ = learner.apply(adapted, query_x, norm=mode)
         return outputs
 
-    def loss_and_stats(meta_params: MetaParams, key: Array, episode: Episode):
+    def loss(meta_params: MetaParams, key: Array, episode: Episode):
         support, query = episode
         # averages are gathered, never learned: a gradient step could make a variance
         # negative
@@ -234,7 +235,6 @@ def learned_init(
         outputs = query_outputs(
             meta_params, inner, state, support, query.x, train_query_norm
         )
-        loss = task_loss(outputs, query.y)
         metrics = {
             "accuracy": accuracy(outputs, query.y),
             "support_loss": trace.losses[0],
@@ -244,11 +244,7 @@ def learned_init(
             adapted = LearnerState(inner.params, inner.stats, state.other)
             _, after = learner.apply(adapted, query.x, norm="gather")
             gathered = lax.stop_gradient(after.stats)
-        return loss, (metrics, gathered)
-
-    def loss(meta_params: MetaParams, key: Array, episode: Episode):
-        value, (metrics, _) = loss_and_stats(meta_params, key, episode)
-        return value, metrics
+        return task_loss(outputs, query.y), Aux(metrics, gathered)
 
     test_norm: Literal["batch", "stored"] = (
         "stored" if query_norm == "frozen" else "batch"
@@ -292,7 +288,7 @@ def learned_init(
     slots: dict[str, Any] = {}
     if frozen:
         slots = with_running_statistics(
-            loss_and_stats,
+            loss,
             read=lambda p: p.learner.stats,
             write=lambda p, stats: p._replace(learner=p.learner._replace(stats=stats)),
             task_mapping=task_mapping,
