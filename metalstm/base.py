@@ -10,8 +10,9 @@ from collections.abc import Callable
 from typing import Any, Literal, NamedTuple, Protocol
 
 import jax
-import jax.numpy as jnp
 import optax
+
+from metalstm.tasks import TaskMapping, mean_over_tasks
 
 __all__ = [
     "Array",
@@ -28,12 +29,8 @@ __all__ = [
     "PyTree",
     "QueryNorm",
     "RuleTraits",
-    "TaskMapping",
     "UpdateRule",
-    "default_task_mapping",
     "make_algorithm",
-    "map_tasks",
-    "mean_over_tasks",
 ]
 
 Array = jax.Array
@@ -213,69 +210,6 @@ class MetaAlgorithm(NamedTuple):
     # True: every leaf of the carry has a leading [T], each task's own; chunks of tasks
     # and devices then get their part of it. False: one carry for all tasks.
     per_task_carry: bool
-
-
-TaskMapping = Literal["vmap", "scan", "unroll"]
-"""How tasks of a meta-batch are laid out: all at once, one after another in a
-`lax.scan`, or one after another in the traced program."""
-
-
-def default_task_mapping() -> TaskMapping:
-    """One task at a time on a CPU, where it stays in cache; else all at once.
-
-    Second-order MAML, Conv4-64 on 28x28, 4 tasks: "vmap" and "unroll" took 1.05 and
-    1.06 times as long as "scan" on two cores (benchmarks/alternatives.py).
-    """
-    return "scan" if jax.default_backend() == "cpu" else "vmap"
-
-
-def map_tasks(fn: Callable, *args: PyTree, how: TaskMapping | None = None) -> PyTree:
-    """Apply ``fn`` to each task, the leading axis [T] of every leaf of ``args``.
-
-    ``how=None`` asks `default_task_mapping`.
-    """
-    how = default_task_mapping() if how is None else how
-    if how == "vmap":
-        return jax.vmap(fn)(*args)
-    if how == "scan":
-        return jax.lax.map(lambda xs: fn(*xs), args)
-    if how == "unroll":
-        num_tasks = jax.tree.leaves(args)[0].shape[0]
-        outs = [
-            fn(*jax.tree.map(lambda leaf: leaf[i], args))  # noqa: B023 (used at once)
-            for i in range(num_tasks)
-        ]
-        return jax.tree.map(lambda *leaves: jnp.stack(leaves), *outs)
-    raise ValueError(f"how={how!r}: choose 'vmap', 'scan' or 'unroll'")
-
-
-def mean_over_tasks(
-    fn: Callable, *args: PyTree, how: TaskMapping | None = None
-) -> PyTree:
-    """The mean over tasks of what `map_tasks` gives.
-
-    One task after another is added to a sum, which the results of all of them never
-    stand beside.
-    """
-    how = default_task_mapping() if how is None else how
-    if how != "scan":
-        outs = map_tasks(fn, *args, how=how)
-        return jax.tree.map(lambda leaf: leaf.mean(0), outs)
-    num_tasks = jax.tree.leaves(args)[0].shape[0]
-    fn = jax.jit(fn)  # traced once, for its shapes and for the loop
-    like = jax.eval_shape(fn, *jax.tree.map(lambda leaf: leaf[0], args))
-    zeros = jax.tree.map(
-        lambda out: jnp.zeros(out.shape, jnp.promote_types(out.dtype, jnp.float32)),
-        like,
-    )
-
-    def add(total: PyTree, xs: tuple) -> tuple[PyTree, None]:
-        return jax.tree.map(jnp.add, total, fn(*xs)), None
-
-    total, _ = jax.lax.scan(add, zeros, args)
-    return jax.tree.map(
-        lambda x, out: (x / num_tasks).astype(jnp.result_type(out, 1.0)), total, like
-    )
 
 
 def make_algorithm(

@@ -188,11 +188,11 @@ def test_blocked_replay_goes_on_from_a_given_state_as_from_a_constant(name):
     start = jax.tree.map(moved, init(theta))
     fn = tiny.quick_jit(jax.grad(objective, (0, 1, 2), has_aux=True), static_argnums=4)
     args = (weights, theta, jnp.float32(0.1), start)
-    plain_grads, plain = fn(*args, False)
+    plain_grads, expected = fn(*args, False)
     grads, final = fn(*args, True)
     scans = [str(fn.trace(*args, way).jaxpr).count("scan[") for way in (True, False)]
     assert (scans[0] > scans[1]) == (name != "tree")
-    tiny.assert_close(final, plain)
+    tiny.assert_close(final, expected)
     tiny.assert_close(grads, plain_grads, rtol=2e-4, atol=1e-5)
     assert grads[2] == 0
     assert largest(grads[1]) > 1e-3

@@ -21,7 +21,8 @@ from jax import lax
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from metalstm.base import Array, PyTree
+Array = jax.Array
+PyTree = Any
 
 __all__ = [
     "COORDINATE",

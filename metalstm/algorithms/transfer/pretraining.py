@@ -38,7 +38,7 @@ from metalstm.base import (
     make_algorithm,
 )
 from metalstm.data.classification import ClassificationSpec
-from metalstm.inner.loop import InnerState, unroll
+from metalstm.inner import first_order, unroll
 from metalstm.rules import tunable
 
 __all__ = ["features_of", "fine_tuning", "pretrained_features", "pretraining_slots"]
@@ -159,11 +159,11 @@ def fine_tuning(
 
         tuned, _ = unroll(
             loss_fn,
-            rule.bind(meta_params.rule),
-            InnerState(start, (), None),
+            rule,
+            meta_params.rule,
+            start,
             num_steps=num_steps,
-            second_order=False,
-            coordinatewise=rule.coordinatewise,
+            differentiation=first_order(),
         )
         return outputs(tuned.params, query_x, None)
 
