@@ -2,7 +2,7 @@
 
 Every process runs the same program with the same arguments and takes the same steps.
 Meta-parameters and pools are copied to every device, tasks are split over the mesh's
-``"task"`` axis (`meta.training`), the coordinates of a task, where asked for, over
+``"task"`` axis (`metalstm.tasks`), the coordinates of a task, where asked for, over
 its ``"coordinate"`` axis (`inner.coordinatewise`), and what one process knows (its
 clock, a signal, a file it cannot read) is agreed on before anybody acts on it. On one
 device, in one process, all of this does nothing.
@@ -38,6 +38,7 @@ __all__ = [
     "place",
     "psum_cotangent",
     "settle",
+    "shared_axis",
     "spread",
     "task_mesh",
 ]
@@ -223,6 +224,15 @@ def spread(fn: Callable, mesh: Mesh, in_specs: Any, out_specs: Any) -> Callable:
     return jax.shard_map(
         fn, mesh=mesh, in_specs=in_specs, out_specs=out_specs, check_vma=False
     )
+
+
+def shared_axis(mesh: Mesh | None) -> str | None:
+    """Return the axis of `task_mesh` whose devices share a task, None without one.
+
+    It is the ``axis_name`` of the algorithms that are trained over the mesh.
+    """
+    has_axis = mesh is not None and COORDINATE in mesh.axis_names
+    return COORDINATE if has_axis else None
 
 
 def axis_devices(axis_name: str | None) -> int:
