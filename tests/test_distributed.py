@@ -23,7 +23,7 @@ from benchmarks import scaling
 from experiments.common import devices, launch
 from metalstm.meta import fitting
 from metalstm.meta import step as meta_step
-from metalstm.runtime import sharding
+from metalstm.runtime import processes, sharding
 
 TESTS = Path(__file__).parent
 # compiling is most of it
@@ -438,7 +438,7 @@ def test_joining_names_what_is_missing(options, message, monkeypatch):
 
     monkeypatch.setattr(jax.distributed, "initialize", found_nothing)
     with pytest.raises(ValueError, match=message):
-        sharding.initialize(**options)
+        processes.initialize(**options)
 
 
 @pytest.mark.parametrize(
@@ -577,7 +577,6 @@ def test_a_step_says_that_its_tasks_do_not_divide(monkeypatch):
         devices = np.array(jax.devices())
 
     # the mesh of three devices that this machine lacks
-    monkeypatch.setattr(training, "Mesh", lambda *_: Three())
     monkeypatch.setattr(jax, "shard_map", lambda fn, **_: fn)
     step = meta_step.make_train_step(toy(), optax.sgd(1.0), mesh=Three())
     state = meta_step.init_train_state(toy(), optax.sgd(1.0), 0, tiny.episode())
@@ -592,7 +591,7 @@ def two_processes(monkeypatch) -> list[bool]:
     asked: list[bool] = []
     monkeypatch.setattr(jax, "process_count", lambda: 2)
     monkeypatch.setattr(
-        sharding, "any_process", lambda flag: asked.append(flag) or flag
+        processes, "any_process", lambda flag: asked.append(flag) or flag
     )
     return asked
 
@@ -621,15 +620,15 @@ def test_processes_agree_on_ctrl_c_when_they_report(monkeypatch):
 
 
 def test_one_process_agrees_with_itself():
-    assert sharding.any_process(True)
-    assert not sharding.any_process(False)
-    assert sharding.from_main("näher") == "näher"
+    assert processes.any_process(True)
+    assert not processes.any_process(False)
+    assert processes.from_main("näher") == "näher"
 
     def fails():
         raise KeyError("x")
 
     with pytest.raises(KeyError):
-        sharding.on_main(fails)
+        processes.on_main(fails)
     tree = {"a": np.arange(3.0)}
     assert sharding.place(tree, None) is not None
     np.testing.assert_array_equal(sharding.local(tree)["a"], tree["a"])

@@ -14,7 +14,7 @@ import optax
 import pytest
 import tiny
 
-from metalstm import algorithms, base, rules
+from metalstm import algorithms, rules, tasks
 from metalstm.base import Aux, make_algorithm
 from metalstm.data import ClusterSpec
 from metalstm.meta import step as meta_step

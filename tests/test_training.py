@@ -111,7 +111,7 @@ def test_running_statistics_are_the_mean_over_tasks_and_steps(frozen_loop):
     def gathered(params, step):
         def one(task):
             episode = FROZEN.train_sampler(SPEC).sample(
-                training.episode_key(0, "train", step, task)
+                meta_step.episode_key(0, "train", step, task)
             )
             inner, _ = FROZEN_BATCH.adapt(params, jax.random.key(0), episode.support)
             state = LearnerState(inner.params, params.learner.stats, {})
@@ -162,7 +162,7 @@ def test_chunks_of_tasks_give_the_gradient_of_the_whole():
 MESH_SCRIPT = """
 import jax, optax, tiny
 import test_training as t
-from metalstm import training
+from metalstm.meta import step as meta_step
 assert jax.device_count() == 2
 mesh = jax.make_mesh((2,), ("task",))
 episodes = tiny.episodes(4)

@@ -12,9 +12,9 @@ import jax.numpy as jnp
 
 from metalstm.base import Array, PyTree
 from metalstm.meta.step import TrainState
-from metalstm.runtime import sharding
+from metalstm.runtime import processes, sharding
 
-__all__ = ["FitState", "NonFiniteLossError", "init_fit_state", "fit"]
+__all__ = ["FitState", "NonFiniteLossError", "fit", "init_fit_state"]
 
 
 class NonFiniteLossError(FloatingPointError):
@@ -111,7 +111,7 @@ def fit(
             return over
         # clocks differ, and asking costs: at every report all do what one wants
         every = report_every or steps_per_call
-        return step % every == 0 and sharding.any_process(over)
+        return step % every == 0 and processes.any_process(over)
 
     def keep(validated: bool) -> None:
         nonlocal state
@@ -124,7 +124,7 @@ def fit(
         while step < num_steps:
             train, metrics = train_loop(state.train, pool)
             state = state._replace(train=train)
-            sharding.settle(metrics)
+            sharding.block_on_cpu_collectives(metrics)
             step += steps_per_call
             pending.append(metrics)
             done = step >= num_steps or time_is_over(step)
