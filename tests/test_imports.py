@@ -14,11 +14,18 @@ ROOT = Path(__file__).parents[1]
 
 # A module may import from the layers above its own line, and from itself.
 LAYERS = (
-    {"checks", "runtime", "runtime.compilation", "runtime.files", "statistics"},
+    {
+        "checks",
+        "runtime",
+        "runtime.compilation",
+        "runtime.files",
+        "runtime.saved_config",
+        "statistics",
+    },
     {"runtime.processes", "runtime.sharding"},
     {"tasks"},
     {"base"},
-    {"rules", "nn", "data", "plots", "runtime.checkpoints", "runtime.saved_config"},
+    {"rules", "nn", "data", "plots", "runtime.checkpoints"},
     {"inner"},
     {"algorithms"},
     {"learned_optimizers"},

@@ -253,7 +253,7 @@ def test_the_memory_learns_through_the_features_of_the_gates():
     ("options", "message"),
     [
         ({"hidden_size": 0}, r"hidden_size=0: choose 1 or more"),
-        ({"eps": 0.0}, r"eps=0.0: choose a positive number"),
+        ({"eps": 0.0}, r"eps=0.0: choose a number above 0"),
     ],
 )
 def test_wrong_arguments_are_refused(options, message):
