@@ -8,7 +8,13 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
-__all__ = ["check_at_least", "check_choice", "check_positive", "did_you_mean"]
+__all__ = [
+    "check_at_least",
+    "check_choice",
+    "check_features",
+    "check_positive",
+    "did_you_mean",
+]
 
 
 def check_choice(name: str, value: Any, choices: Iterable[Any]) -> None:
@@ -33,6 +39,18 @@ def check_positive(name: str, value: Any) -> None:
     """Raise ValueError unless ``value > 0``; NaN is refused too."""
     if not value > 0:
         raise ValueError(f"{name}={value}: choose a number above 0")
+
+
+def check_features(shape: tuple[int, ...], user: str) -> None:
+    """Raise ValueError unless ``shape``, of a learner's outputs, is [N, d].
+
+    ``user`` is what needs features, such as ``"the controller"``.
+    """
+    if len(shape) != 2:
+        raise ValueError(
+            f"the learner returned shape {shape}, but {user} needs features [N, d]: "
+            "flatten them"
+        )
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:

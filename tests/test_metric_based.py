@@ -321,7 +321,7 @@ def test_wrong_options_of_a_comparison_are_refused(options, message):
 
 
 def test_features_of_zero_have_a_finite_derivative():
-    from metalstm.algorithms.metric.engine import unit
+    from metalstm.algorithms.metric.distances import unit
 
     gradient = jax.grad(lambda x: unit(x).sum())(jnp.zeros(3))
     assert np.all(np.isfinite(gradient))

@@ -12,6 +12,7 @@ import optax
 from metalstm.base import (
     Array,
     Aux,
+    LearnerState,
     PyTree,
     TaskMapping,
     UpdateRule,
@@ -22,6 +23,7 @@ __all__ = [
     "RunningStatistics",
     "accuracy",
     "check_differentiable",
+    "stop_statistics",
     "task_loss",
     "with_running_statistics",
 ]
@@ -63,6 +65,16 @@ def check_differentiable(rule: UpdateRule) -> None:
             "finite, and a dead ReLU gives zero gradients: choose second_order=False, "
             "or make it smooth (optax.adam has eps_root=1e-8)"
         )
+
+
+def stop_statistics(state: LearnerState) -> LearnerState:
+    """Stop gradients at everything but the parameters.
+
+    Averages are gathered, never learned: a gradient step could make a variance
+    negative.
+    """
+    stats, other = jax.lax.stop_gradient((state.stats, state.other))
+    return state._replace(stats=stats, other=other)
 
 
 class RunningStatistics(NamedTuple):

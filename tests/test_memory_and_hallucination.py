@@ -22,8 +22,7 @@ def as_float64(tree):
 
 def features(name: str) -> tuple[np.ndarray, np.ndarray]:
     """Support and query as the learner inside a case embeds them."""
-    state = meta_params(name)
-    state = state._replace(params=state.params["embedding"])
+    state = algorithms.embedding_state(meta_params(name))
     embed = lambda x: as_float64(FEATURES.apply(state, x, norm="stored")[0])  # noqa: E731
     return embed(SUPPORT.x), embed(QUERY.x)
 
