@@ -41,7 +41,9 @@ def check_positive(name: str, value: Any) -> None:
         raise ValueError(f"{name}={value}: choose a number above 0")
 
 
-def check_features(shape: tuple[int, ...], user: str) -> None:
+def check_features(
+    shape: tuple[int, ...], user: str, remedy: str = "flatten them"
+) -> None:
     """Raise ValueError unless ``shape``, of a learner's outputs, is [N, d].
 
     ``user`` is what needs features, such as ``"the controller"``.
@@ -49,7 +51,7 @@ def check_features(shape: tuple[int, ...], user: str) -> None:
     if len(shape) != 2:
         raise ValueError(
             f"the learner returned shape {shape}, but {user} needs features [N, d]: "
-            "flatten them"
+            f"{remedy}"
         )
 
 

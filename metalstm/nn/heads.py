@@ -39,7 +39,8 @@ def tied_head(body: Learner) -> Learner:
     def init(key: Array, x: Array) -> LearnerState:
         state = body.init(key, x)
         features = output_shape(body, state, x)
-        check_features(features.shape, "tied_head")
+        remedy = "flatten them, or omit the body's head with num_classes=None"
+        check_features(features.shape, "tied_head", remedy)
         head = {
             "kernel": jnp.zeros((features.shape[-1], 1), jnp.float32),
             "bias": jnp.zeros((1,), jnp.float32),
