@@ -235,7 +235,9 @@ def test_a_relation_net_on_maps_is_convolutions_of_concatenated_pairs(downsized)
 
 
 def test_what_relation_networks_refuse():
-    with pytest.raises(ValueError, match=r"loss='hinge': choose one of squared, cross_e"):
+    with pytest.raises(
+        ValueError, match=r"loss='hinge': choose one of squared, cross_e"
+    ):
         algorithms.relation(IDENTITY, IDENTITY, train_way=3, loss="hinge")
     first = Learner(IDENTITY.init, lambda state, x, *, norm: (x[0], state))
     algorithm = algorithms.relation(IDENTITY, first, train_way=3)
@@ -288,7 +290,9 @@ def test_equal_embeddings_have_a_finite_derivative():
 
 
 def test_what_siamese_networks_refuse():
-    with pytest.raises(ValueError, match=r"loss='hinge': choose one of contrastive, tripl"):
+    with pytest.raises(
+        ValueError, match=r"loss='hinge': choose one of contrastive, tripl"
+    ):
         algorithms.siamese(IDENTITY, loss="hinge")
     with pytest.raises(ValueError, match=r"margin=0: choose a number above 0"):
         algorithms.siamese(IDENTITY, margin=0)
@@ -310,7 +314,10 @@ def test_what_matching_and_comparisons_refuse():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"distance": "manhattan"}, r"distance='manhattan': choose one of cosine, eucl"),
+        (
+            {"distance": "manhattan"},
+            r"distance='manhattan': choose one of cosine, eucl",
+        ),
         ({"scale": "fixed"}, r"scale='fixed': choose a number above 0, or 'learned'"),
         ({"scale": 0.0}, r"scale=0.0: choose a number above 0"),
     ],

@@ -126,7 +126,9 @@ def test_features_are_compared_as_asked(compare):
         distances = np.sum((query[:, None] - support) ** 2, -1)
         own = [distances[:, labels == c].min(1) for c in range(tiny.WAY)]
         expected = -np.stack(own, 1)
-    np.testing.assert_allclose(predict(baseline, params), expected, rtol=1e-3, atol=1e-4)
+    np.testing.assert_allclose(
+        predict(baseline, params), expected, rtol=1e-3, atol=1e-4
+    )
 
 
 # -- fine-tuning -----------------------------------------------------------------------
@@ -197,9 +199,13 @@ def test_any_way_will_do_at_test():
 
 
 def test_what_baselines_refuse():
-    with pytest.raises(ValueError, match=r"compare='mean': choose one of neighbour, centr"):
+    with pytest.raises(
+        ValueError, match=r"compare='mean': choose one of neighbour, centr"
+    ):
         algorithms.pretrained_features(FEATURES, 3, compare="mean")
-    with pytest.raises(ValueError, match=r"classifier='svm': choose one of linear, cosine"):
+    with pytest.raises(
+        ValueError, match=r"classifier='svm': choose one of linear, cosine"
+    ):
         algorithms.pretrained_features(FEATURES, 3, classifier="svm")
     with pytest.raises(ValueError, match=r"num_classes=1: choose 2 or more"):
         algorithms.pretrained_features(FEATURES, 1)
