@@ -12,10 +12,18 @@ from metalstm.base import (
     LearnerState,
     MetaAlgorithm,
     MetaParams,
+    RuleTraits,
     UpdateRule,
     make_algorithm,
 )
-from metalstm.inner import InnerState, Trace, unroll
+from metalstm.inner import (
+    Differentiation,
+    InnerState,
+    Trace,
+    first_order,
+    second_order,
+    unroll,
+)
 from metalstm.meta.evaluation import (
     Evaluation,
     evaluate,
@@ -41,6 +49,7 @@ from metalstm.runs import Predictor, load_run
 
 __all__ = [
     "Batch",
+    "Differentiation",
     "Episode",
     "Evaluation",
     "FitState",
@@ -52,6 +61,7 @@ __all__ = [
     "NonFiniteLossError",
     "Predictor",
     "RuleCard",
+    "RuleTraits",
     "Trace",
     "TrainState",
     "UpdateRule",
@@ -59,6 +69,7 @@ __all__ = [
     "algorithms",
     "data",
     "evaluate",
+    "first_order",
     "fit",
     "from_flax",
     "init_fit_state",
@@ -77,6 +88,7 @@ __all__ = [
     "pretrained_optimizer",
     "rules",
     "save_rule",
+    "second_order",
     "unroll",
 ]
 __version__ = "0.1.0"

@@ -28,6 +28,7 @@ from metalstm.base import (
     PyTree,
     UpdateRule,
 )
+from metalstm.inner import first_order, second_order
 from metalstm.runtime import checkpoints
 
 __all__ = [
@@ -107,7 +108,7 @@ def build_rule(spec: Mapping[str, Any]) -> UpdateRule:
 def build_algorithm(spec: Mapping[str, Any]) -> MetaAlgorithm:
     """Build a method of a run; raises ValueError for a name that does not exist."""
     name = spec["algorithm"]["name"]
-    options = _tuples(spec["algorithm"].get("options", {}))
+    options = _with_differentiation(_tuples(spec["algorithm"].get("options", {})))
     if name == "nearest_neighbour":
         return algorithms.nearest_neighbour()
     if "relation_net" in spec:
@@ -133,6 +134,16 @@ def build_algorithm(spec: Mapping[str, Any]) -> MetaAlgorithm:
     }
     factory = _choose("algorithm", name, with_rule)
     return factory(learner, build_rule(spec["rule"]), **options)
+
+
+def _with_differentiation(options: dict[str, Any]) -> dict[str, Any]:
+    """A spec says ``second_order``, and may say ``keep``: one value of the two."""
+    options = dict(options)
+    is_second, keep = options.pop("second_order", None), options.pop("keep", None)
+    if is_second is None:
+        return options
+    how = second_order if is_second else first_order
+    return options | {"differentiation": how() if keep is None else how(keep)}
 
 
 def any_way(spec: Mapping[str, Any]) -> bool:

@@ -11,6 +11,7 @@ device, in one process, all of this does nothing.
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -20,13 +21,14 @@ from jax import lax
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from metalstm.base import Array, PyTree
+Array = jax.Array
+PyTree = Any
 
 __all__ = [
     "COORDINATE",
     "any_process",
+    "axis_devices",
     "collect",
-    "coordinate_devices",
     "from_main",
     "gather",
     "initialize",
@@ -34,8 +36,8 @@ __all__ = [
     "local",
     "on_main",
     "place",
+    "psum_cotangent",
     "settle",
-    "shared",
     "spread",
     "task_mesh",
 ]
@@ -223,31 +225,48 @@ def spread(fn: Callable, mesh: Mesh, in_specs: Any, out_specs: Any) -> Callable:
     )
 
 
-def coordinate_devices() -> int:
-    """How many devices share the coordinates of the task that is being traced."""
-    try:
-        return lax.axis_size(COORDINATE)
-    except NameError:
+def axis_devices(axis_name: str | None) -> int:
+    """How many devices lie along a mesh axis; 1 for None.
+
+    Raises:
+      ValueError: it is no axis of a mesh that this is traced over.
+    """
+    if axis_name is None:
         return 1
+    try:
+        return lax.axis_size(axis_name)
+    except NameError as error:
+        raise ValueError(
+            f"axis_name={axis_name!r} is no axis of the mesh at hand: call this over a "
+            "mesh that has it (task_mesh(devices_per_task=..)), or leave it out"
+        ) from error
 
 
-def gather(part: Array) -> Array:
-    """[..., n] of each device that shares a task -> [..., all of them], on each."""
-    return lax.all_gather(part, COORDINATE, axis=part.ndim - 1, tiled=True)
+def gather(part: Array, axis_name: str) -> Array:
+    """[..., n] of each device along the axis -> [..., all of them], on each."""
+    return lax.all_gather(part, axis_name, axis=part.ndim - 1, tiled=True)
 
 
-def collect(x: Array) -> Array:
-    """What each device that shares a task has -> [devices, ...], on each."""
-    return lax.all_gather(x, COORDINATE)
+def collect(x: Array, axis_name: str) -> Array:
+    """What each device along the axis has -> [devices, ...], on each."""
+    return lax.all_gather(x, axis_name)
 
 
-@jax.custom_vjp
-def shared(x: Array) -> Array:
-    """``x``, which every device that shares a task has; the derivative is their sum."""
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
+def psum_cotangent(x: Array, axis_name: str) -> Array:
+    """Return ``x``, which every device along the axis has.
+
+    Each device derives by its own part of what is made of ``x``; the derivative of the
+    whole is their sum.
+    """
+    del axis_name
     return x
 
 
-shared.defvjp(lambda x: (x, None), lambda _, ct: (lax.psum(ct, COORDINATE),))
+psum_cotangent.defvjp(
+    lambda x, axis_name: (x, None),
+    lambda axis_name, _, cotangent: (lax.psum(cotangent, axis_name),),
+)
 
 
 def place(tree: PyTree, mesh: Mesh | None, *, per_task: bool = False) -> PyTree:
