@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import ast
 import inspect
 import re
+import textwrap
 import tomllib
 from pathlib import Path
 
@@ -33,6 +35,7 @@ autodoc_default_options = {
     "members": True,
     "imported-members": True,
     "undoc-members": True,
+    "exclude-members": "Array, PyTree",
     "special-members": "__call__",
 }
 autodoc_member_order = "bysource"
@@ -41,32 +44,46 @@ autodoc_type_aliases = {"PyTree": "PyTree", "Array": "Array"}
 autodoc_preserve_defaults = True
 napoleon_google_docstring = True
 napoleon_numpy_docstring = False
+napoleon_use_ivar = True  # a field is not documented twice
 autosummary_generate = False
-python_maximum_signature_line_length = 88
+add_module_names = False
+python_maximum_signature_line_length = 100
 toc_object_entries_show_parents = "hide"
 
 html_theme = "sphinx_book_theme"
 html_title = "metalstm"
-html_theme_options = {"show_toc_level": 2, "home_page_in_toc": True}
+html_theme_options = {
+    "show_toc_level": 2,
+    "navbar_persistent": [],  # the search is in the sidebar
+    "use_download_button": False,
+}
+html_static_path = ["_static"]
+html_css_files = ["metalstm.css"]
 html_show_sourcelink = False
 html_copy_source = False
 
 
 def fields_of_a_named_tuple(app, what, name, obj, options, lines):
-    """List a NamedTuple's fields with the comments that follow them in the source."""
+    """List a NamedTuple's fields with what the source says after each."""
     del app, name, options
     if what != "class" or not hasattr(obj, "_fields"):
         return
-    comments = re.findall(
-        r"^    (\w+):[^#\n]*(?:  # (.*))?$", inspect.getsource(obj), re.MULTILINE
-    )
-    comments = [(field, text) for field, text in comments if field in obj._fields]
-    if any(text for _, text in comments):
-        lines.append("")
-        for field, text in comments:
-            escaped = text.replace("*", r"\*").replace("|", r"\|")
-            lines.append(f"- **{field}**" + (f": {escaped}" if text else ""))
-        lines.append("")
+    source = textwrap.dedent(inspect.getsource(obj))
+    rows, body = source.splitlines(), ast.parse(source).body[0].body
+    said = {}
+    for field, after in zip(body, [*body[1:], None], strict=True):
+        if not isinstance(field, ast.AnnAssign):
+            continue
+        if isinstance(after, ast.Expr):  # a string literal below the field
+            said[field.target.id] = " ".join(
+                inspect.cleandoc(after.value.value).split()
+            )
+        else:
+            _, _, comment = rows[field.end_lineno - 1].partition("  # ")
+            said[field.target.id] = re.sub(r"([*|])", r"\\\1", comment)
+    if any(said.values()):
+        rows = [f"- **{field}**: {said.get(field, '')}" for field in obj._fields]
+        lines.extend(["", *(row.removesuffix(": ") for row in rows), ""])
 
 
 def skip_fields(app, what, name, obj, skip, options):
