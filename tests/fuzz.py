@@ -186,8 +186,9 @@ def _random_spec(rng: random.Random, depth: int = 0) -> Any:
 
 def rule_spec(rng: random.Random, folder: Path) -> None:
     """A file that is whole, signed rightly, with any header and any arrays."""
-    from metalstm import rules
     from metalstm.rules.export import _digest
+
+    from metalstm import rules
 
     spec, _ = rng.choice(list(_good_rules().values()))
     with np.load(io.BytesIO(_good_file(rng.choice(list(_good_rules()))))) as data:

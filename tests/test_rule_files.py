@@ -16,10 +16,10 @@ import pytest
 import tiny
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from metalstm.rules.export import _digest as rule_digest
 
 import metalstm
 from metalstm import rules
-from metalstm.rules.export import _digest as rule_digest
 
 SPECS = {
     "l2l": {"rule": "l2l", "hidden_size": 2},

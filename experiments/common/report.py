@@ -12,7 +12,7 @@ import jax
 
 from experiments.few_shot.data import Source
 from experiments.few_shot.options import Config
-from metalstm.runtime.files import whole_file
+from metalstm.runtime.files import atomic_write
 
 _NORMS = {
     "support": "support (inductive)",
@@ -88,7 +88,7 @@ def gate_line(summary: Mapping[str, float]) -> str:
 
 
 def save_figure(figure: Any, path: Path) -> str:
-    with whole_file(path) as part:
+    with atomic_write(path) as part:
         figure.savefig(part)
     return path.name
 

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 from experiments.few_shot.options import Config
 from experiments.few_shot.published import Beside, beside, legend
 from metalstm.meta.evaluation import Evaluation, paired_difference
-from metalstm.runtime.files import whole_file
+from metalstm.runtime.files import atomic_write
 
 REFERENCE = "meta-lstm"  # what the others are compared with, where it is
 WIDTH = 110  # columns of a terminal
@@ -119,10 +119,10 @@ class Table(NamedTuple):
 
     def write(self, folder: Path, stem: str = "table") -> list[str]:
         """Write STEM.md and STEM.csv whole, or nothing; return their names."""
-        with whole_file(folder / f"{stem}.md") as part:
+        with atomic_write(folder / f"{stem}.md") as part:
             part.write_text(self.markdown())
         with (
-            whole_file(folder / f"{stem}.csv") as part,
+            atomic_write(folder / f"{stem}.csv") as part,
             open(part, "w", newline="") as f,
         ):
             values = [row.values() for row in self.rows]

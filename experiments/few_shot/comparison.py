@@ -33,8 +33,8 @@ from experiments.few_shot.methods import (
 from experiments.few_shot.options import Config, to_json, with_flags
 from metalstm import plots
 from metalstm.base import PyTree
-from metalstm.runtime import sharding
-from metalstm.runtime.files import whole_file
+from metalstm.runtime import processes
+from metalstm.runtime.files import atomic_write
 
 Results = dict[str, Any]
 
@@ -60,7 +60,7 @@ def run_seed(
     finally:
         metrics.close()
     results, whole = _test(config, source, folder, programs, found)
-    if not sharding.is_main():
+    if not processes.is_main():
         return results
     files = ["results.json", *whole.write(folder)]
     files += _draw(config, source, folder, programs, found, results)
@@ -79,7 +79,7 @@ def run_seeds(config: Config, source: Source, folder: Path) -> Results:
         own = with_flags(config, seed=seed, seeds=1)
         per_seed[seed] = run_seed(own, source, folder / f"seed-{seed}", programs)
     results, whole = _over_seeds(config, per_seed)
-    if not sharding.is_main():
+    if not processes.is_main():
         return results
     print(whole)
     files = ["results.json", *whole.write(folder)]
@@ -150,7 +150,7 @@ def write_config(config: Config, source: Source, folder: Path) -> None:
         "data": source.describe(),
         "versions": report.versions(),
     }
-    sharding.on_main(lambda: refuse_other_data(folder, document["data"]))
+    processes.on_main(lambda: refuse_other_data(folder, document["data"]))
     write_json(folder / "config.json", document)
 
 
@@ -277,8 +277,8 @@ def _test(
     whole = Table(tables.caption(what, reference), rows)
     print(whole, flush=True)
     arrays: dict[str, Any] = {one.name: one.evaluation.accuracies for one in tested}
-    if sharding.is_main():
-        with whole_file(folder / "accuracies.npz") as part:
+    if processes.is_main():
+        with atomic_write(folder / "accuracies.npz") as part:
             np.savez(part, **arrays)
     results = {
         "dataset": source.describe(),

@@ -24,8 +24,8 @@ from experiments.few_shot.saved_methods import (
     refuse_other_images,
 )
 from metalstm.runs import COMPARING, any_way, build_algorithm, load_params
-from metalstm.runtime import sharding
-from metalstm.runtime.files import whole_file
+from metalstm.runtime import processes, sharding
+from metalstm.runtime.files import atomic_write
 
 # Of the flags of a method, those that may be said anew for its test.
 _SAID_ANEW = {"query_norm", "test_steps"}
@@ -69,7 +69,7 @@ def reevaluate(config: Config, said: Collection[str]) -> Table:
     what = f"meta-test, the same {config.test.test_episodes} episodes for every row"
     whole = Table(tables.caption(what, to), rows)
     print(whole)
-    if not sharding.is_main():
+    if not processes.is_main():
         return whole
     folder = config.run.workdir or config.run.evaluate[0]
     files = _write(folder, config, whole, tested)
@@ -169,6 +169,6 @@ def _write(
     rows = [row.values() | which for row in whole.rows]
     write_json(folder / f"{stem}.json", rows)
     arrays = {one.name: one.evaluation.accuracies for one in tested}
-    with whole_file(folder / f"{stem}.npz") as part:
+    with atomic_write(folder / f"{stem}.npz") as part:
         np.savez(part, **arrays)  # type: ignore[arg-type]
     return [f"{stem}.json", *whole.write(folder, stem)]

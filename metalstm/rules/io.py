@@ -24,7 +24,7 @@ import optax
 from metalstm.base import PyTree, UpdateRule
 from metalstm.rules.features import FEATURES_VERSION
 from metalstm.rules.spec import build_rule
-from metalstm.runtime.files import whole_file
+from metalstm.runtime.files import atomic_write
 
 __all__ = ["SavedRule", "load_rule", "save_rule"]
 
@@ -81,7 +81,7 @@ def save_rule(
     }
     text = np.frombuffer(json.dumps(header).encode(), np.uint8)
     # a file, not a name: to one without .npz numpy would add it
-    with whole_file(path) as part, part.open("wb") as file:
+    with atomic_write(path) as part, part.open("wb") as file:
         np.savez(file, **{_HEADER: text}, **arrays)  # type: ignore[arg-type]
     return path
 
