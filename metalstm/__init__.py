@@ -30,14 +30,16 @@ from metalstm.meta.evaluation import (
     make_evaluate,
     paired_difference,
 )
-from metalstm.meta.seeds import init_seeds, map_seeds
-from metalstm.meta.training import (
+from metalstm.meta.fitting import (
     FitState,
     NonFiniteLossError,
-    TrainState,
-    adam_clipped,
     fit,
     init_fit_state,
+)
+from metalstm.meta.seeds import init_seeds, map_seeds
+from metalstm.meta.step import (
+    TrainState,
+    adam_clipped,
     init_train_state,
     make_train_loop,
     make_train_step,

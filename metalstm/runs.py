@@ -105,8 +105,14 @@ def build_rule(spec: Mapping[str, Any]) -> UpdateRule:
     )
 
 
-def build_algorithm(spec: Mapping[str, Any]) -> MetaAlgorithm:
-    """Build a method of a run; raises ValueError for a name that does not exist."""
+def build_algorithm(
+    spec: Mapping[str, Any], *, axis_name: str | None = None
+) -> MetaAlgorithm:
+    """Build a method of a run; raises ValueError for a name that does not exist.
+
+    ``axis_name`` is the mesh axis whose devices share each task, for the methods that
+    can do that; others compute the same on all of them.
+    """
     name = spec["algorithm"]["name"]
     options = _with_differentiation(_tuples(spec["algorithm"].get("options", {})))
     if name == "nearest_neighbour":
@@ -122,9 +128,10 @@ def build_algorithm(spec: Mapping[str, Any]) -> MetaAlgorithm:
     learner = build_learner(spec["learner"], spec["way"])
     if name == "gradient_agreement":
         own = {"name": options.pop("of"), "options": options}
-        weighed = build_algorithm({**spec, "algorithm": own})
+        weighed = build_algorithm({**spec, "algorithm": own}, axis_name=axis_name)
         how = options.get("task_mapping")
         return algorithms.gradient_agreement(weighed, task_mapping=how)
+    options["axis_name"] = axis_name
     if name in ADAPTING:
         return ADAPTING[name](learner, **options)
     with_rule: dict[str, Callable[..., MetaAlgorithm]] = {

@@ -20,7 +20,8 @@ import metalstm
 from experiments.common.run_folder import Metrics
 from experiments.few_shot.options import to_json
 from metalstm.base import PyTree
-from metalstm.meta.training import FitState, TrainState, place_state
+from metalstm.meta.fitting import FitState
+from metalstm.meta.step import TrainState, place_state
 from metalstm.runtime import checkpoints, processes, sharding
 
 

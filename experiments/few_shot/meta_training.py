@@ -46,6 +46,9 @@ class Trained(NamedTuple):
 def make_programs(spec: dict[str, Any], config: Config, source: Source) -> Programs:
     """Compile-once parts of a method; ``config`` holds the flags as it reads them."""
     algorithm = build_algorithm(spec)
+    mesh = mesh_for(config.devices, config.budget.meta_batch, "--meta-batch")
+    # evaluation shares no task between devices
+    trained = build_algorithm(spec, axis_name=sharding.shared_axis(mesh))
     budget = config.budget
     first_rate = spec.get("outer_step", budget.learning_rate)
     rate: optax.ScalarOrSchedule = first_rate
@@ -58,9 +61,8 @@ def make_programs(spec: dict[str, Any], config: Config, source: Source) -> Progr
         optimizer = optax.sgd(rate)
     elif budget.clip:
         optimizer = metalstm.adam_clipped(rate, budget.clip)
-    mesh = mesh_for(config.devices, budget.meta_batch, "--meta-batch")
     train_loop = metalstm.make_train_loop(
-        algorithm,
+        trained,
         optimizer,
         source.train(config),
         num_tasks=budget.meta_batch,

@@ -16,7 +16,7 @@ from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
 from metalstm.base import Array, MetaAlgorithm, PyTree
-from metalstm.meta.training import TrainState, init_train_state
+from metalstm.meta.step import TrainState, init_train_state
 from metalstm.runtime import sharding
 from metalstm.runtime.compilation import Jitted
 from metalstm.tasks import map_tasks

@@ -40,9 +40,10 @@ def gate_update(theta: Array, grad: Array, f: Array, i: Array) -> Array:
     return theta + _gate_delta(theta, grad, 1 - f, i)
 
 
-def _gate_delta(theta: Array, grad: Array, forgotten: Array | float, i: Array) -> Array:
-    """`gate_update` - theta. ``forgotten`` is 1 - f, which keeps its digits near 0."""
-    return -i * grad - forgotten * theta
+def _gate_delta(theta: Array, grad: Array, forgotten: Array | None, i: Array) -> Array:
+    """`gate_update` - theta, with ``forgotten`` = 1 - f; None where f is 1."""
+    delta = -i * grad
+    return delta if forgotten is None else delta - forgotten * theta
 
 
 class GatesState(NamedTuple):
@@ -213,7 +214,7 @@ def lstm_gates(
                 return out
 
             input_logit = logit(rule["input"], state.input)
-            forget_logit, forgotten = state.forget, 0.0
+            forget_logit, forgotten = state.forget, None
             if forget == "gate":
                 forget_logit = logit(rule["forget"], state.forget)
                 # 1 - f = sigmoid(-logit) keeps its digits where f is near 1

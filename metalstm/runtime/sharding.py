@@ -1,7 +1,7 @@
 """The tasks of a meta-step spread over several devices.
 
 Meta-parameters and pools are copied to every device, tasks are split over the mesh's
-``"task"`` axis (`meta.training`), and the coordinates of a task, where asked for, over
+``"task"`` axis (`metalstm.tasks`), and the coordinates of a task, where asked for, over
 its ``"coordinate"`` axis (`inner.coordinatewise`). On one device none of this does
 anything. What several processes need besides is in `runtime.processes`.
 """
@@ -30,6 +30,7 @@ __all__ = [
     "local",
     "place",
     "psum_cotangent",
+    "shared_axis",
     "spread",
     "task_mesh",
 ]
@@ -98,6 +99,15 @@ def spread(fn: Callable, mesh: Mesh, in_specs: Any, out_specs: Any) -> Callable:
     return jax.shard_map(
         fn, mesh=mesh, in_specs=in_specs, out_specs=out_specs, check_vma=False
     )
+
+
+def shared_axis(mesh: Mesh | None) -> str | None:
+    """Return the axis of `task_mesh` whose devices share a task, None without one.
+
+    It is the ``axis_name`` of the algorithms that are trained over the mesh.
+    """
+    has_axis = mesh is not None and COORDINATE in mesh.axis_names
+    return COORDINATE if has_axis else None
 
 
 def axis_devices(axis_name: str | None) -> int:

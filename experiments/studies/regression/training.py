@@ -25,7 +25,7 @@ from metalstm.base import (
 )
 from metalstm.data import SinusoidSpec, episode_key
 from metalstm.inner import first_order, unroll
-from metalstm.meta.training import TrainState
+from metalstm.meta.step import TrainState
 
 _TRAIN_SEED = 7_919  # apart from the seeds of initialisations, which start at --seed
 _CALL = 100  # meta-steps in one compiled call
