@@ -26,7 +26,7 @@ from metalstm.base import (
     map_tasks,
     mean_over_tasks,
 )
-from metalstm.nn.flax_modules import relation_net, tied_head
+from metalstm.nn import relation_net, tied_head
 
 NET = tiny.norm_net()
 GATES = rules.lstm_gates(hidden_size=2, input_bias=(-1.0, 0.0))

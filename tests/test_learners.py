@@ -14,7 +14,7 @@ from flax import linen as nn
 from flax import nnx
 
 from metalstm.base import Learner, LearnerState
-from metalstm.nn.flax_modules import conv4, from_flax, mlp, resnet12
+from metalstm.nn import conv4, from_flax, mlp, resnet12
 
 WAY = 3
 
