@@ -6,7 +6,6 @@ comes from the ``key`` of a pass alone.
 
 from __future__ import annotations
 
-import inspect
 import sys
 from collections.abc import Callable
 from typing import TYPE_CHECKING
@@ -15,7 +14,7 @@ from flax import linen as nn
 
 from metalstm.base import Learner
 from metalstm.nn.linen import from_linen
-from metalstm.nn.nnx import from_nnx
+from metalstm.nn.nnx import from_nnx, parameters_of
 
 if TYPE_CHECKING:  # a quarter of the time of `import metalstm`, for its users alone
     from flax import nnx
@@ -88,7 +87,7 @@ def _required_arguments(make: type) -> list[str]:
     """The arguments of a class, but for ``rngs``, that have no default."""
     required = [
         name
-        for name, parameter in inspect.signature(make).parameters.items()
+        for name, parameter in parameters_of(make).items()
         if parameter.default is parameter.empty
         and parameter.kind not in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD)
     ]

@@ -16,7 +16,7 @@ from metalstm.nn.batch_statistics import run_with_statistics
 if TYPE_CHECKING:  # a quarter of the time of `import metalstm`, for its users alone
     from flax import nnx
 
-__all__ = ["from_nnx"]
+__all__ = ["from_nnx", "parameters_of"]
 
 
 def from_nnx(make: Callable[..., nnx.Module]) -> Learner:
@@ -80,8 +80,20 @@ def from_nnx(make: Callable[..., nnx.Module]) -> Learner:
 
 def _call(make: Callable[..., nnx.Module], rngs: nnx.Rngs) -> nnx.Module:
     """Call a class or a function; ``rngs`` is keyword-only in most classes."""
-    by_name = "rngs" in inspect.signature(make).parameters
-    return make(rngs=rngs) if by_name else make(rngs)
+    return make(rngs=rngs) if "rngs" in parameters_of(make) else make(rngs)
+
+
+def parameters_of(make: Callable) -> dict[str, inspect.Parameter]:
+    """Return the parameters of a function, or of a class's ``__init__``.
+
+    The signature of an NNX class is that of its metaclass, ``(*args, **kwargs)``.
+    """
+    while isinstance(make, functools.partial):
+        make = make.func
+    if isinstance(make, type):
+        _, *parameters = inspect.signature(make.__init__).parameters.items()
+        return dict(parameters)
+    return dict(inspect.signature(make).parameters)
 
 
 def _fresh_generators(abstract: nnx.State, key: Array | None) -> PyTree:
