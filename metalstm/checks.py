@@ -13,6 +13,7 @@ __all__ = [
     "check_choice",
     "check_features",
     "check_positive",
+    "check_share",
     "did_you_mean",
 ]
 
@@ -39,6 +40,13 @@ def check_positive(name: str, value: Any) -> None:
     """Raise ValueError unless ``value > 0``; NaN is refused too."""
     if not value > 0:
         raise ValueError(f"{name}={value}: choose a number above 0")
+
+
+def check_share(name: str, value: Any, *, zero: bool = False) -> None:
+    """Raise ValueError unless ``0 < value <= 1``; ``zero`` allows 0 too."""
+    if not (0 < value <= 1 or (zero and value == 0)):
+        interval = "[0, 1]" if zero else "(0, 1]"
+        raise ValueError(f"{name}={value}: choose a number in {interval}")
 
 
 def check_features(
