@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -22,7 +23,7 @@ from test_training import EPISODE, SPEC, toy
 from benchmarks import scaling
 from experiments.common import devices, launch
 from metalstm.meta import training
-from metalstm.runtime import processes, sharding
+from metalstm.runtime import checkpoints, processes, sharding
 
 TESTS = Path(__file__).parent
 # compiling is most of it
@@ -180,18 +181,23 @@ def test_the_search_for_collectives_finds_them():
     assert collectives("  %z = f32[8]{0} fusion(%all-reduce)") == []
 
 
-def test_a_split_array_has_a_digest_and_a_wrong_one_is_noticed(ran, tmp_path):
-    """Of an array that no process has whole: by rows."""
-    from metalstm.runtime import checkpoints
-
-    path = ran / "4-of-2" / "l2l"
-    document = json.loads((path / "10" / "metadata.json").read_text())
-    digests = [leaf["digest"] for leaf in document["leaves"]]
-    assert any(digest.startswith("rows:") for digest in digests)
-    value = np.arange(6.0).reshape(3, 2)
-    digest = checkpoints._digest_of_rows(checkpoints._rows(value))
-    assert checkpoints._agrees(value, digest)
-    assert not checkpoints._agrees(value[::-1], digest)
+def test_an_array_that_no_process_has_whole_is_saved_whole_with_its_digest(
+    ran, tmp_path
+):
+    path = tmp_path / "l2l"
+    shutil.copytree(ran / "4-of-2" / "l2l", path)
+    found = {a.tobytes() for a in checkpoints.restore(path, None, which=10).state}
+    assert {a.tobytes() for a in load(ran, "4-of-2-l2l", "half")} <= found
+    metadata = path / "10" / "_CHECKPOINT_METADATA"
+    stored = json.loads(metadata.read_text())
+    document = stored["custom_metadata"]
+    digest = document["arrays"]
+    document["arrays"] = digest[1:] + digest[0]
+    del document["digest"]
+    document["digest"] = checkpoints._digest_of_json(document)
+    metadata.write_text(json.dumps(stored))
+    with pytest.raises(FileNotFoundError, match="do not agree with their digest"):
+        checkpoints.restore(path, None, which=10)
 
 
 # the launcher, with scripts that need no jax
@@ -377,7 +383,7 @@ def test_a_killed_host_stops_the_run_and_the_run_goes_on(tmp_path):
     )
     assert resumed.returncode == 0, resumed.stderr
     assert "cpu, 4 devices," in resumed.stdout
-    assert f"going on at episode {4 * saved:,}" in resumed.stdout
+    assert f"resuming at episode {4 * saved:,}" in resumed.stdout
     rows = [json.loads(row) for row in (folder / "metrics.jsonl").open()]
     seen = [row["episode"] for row in rows if row["kind"] == "train"]
     assert seen == sorted(set(seen))
@@ -607,15 +613,18 @@ def test_processes_agree_on_the_time_when_they_report(monkeypatch):
 
 
 def test_processes_agree_on_ctrl_c_when_they_report(monkeypatch):
-    from experiments.common.training_session import Session
+    from types import SimpleNamespace
 
-    session = object.__new__(Session)
-    session.stop_requested = lambda: True
-    assert session._must_stop(5, report_every=2)
+    from experiments.common.loop import Loop
+
+    loop = object.__new__(Loop)
+    loop.setup = SimpleNamespace(report_every=2)
+    loop._stop_requested = lambda: True
+    assert loop._must_stop(5)
     asked = two_processes(monkeypatch)
-    assert not session._must_stop(5, report_every=2)
+    assert not loop._must_stop(5)
     assert asked == []
-    assert session._must_stop(6, report_every=2)
+    assert loop._must_stop(6)
     assert asked == [True]
 
 
