@@ -43,7 +43,7 @@ def environment(num_devices: int) -> dict[str, str]:
 
 @pytest.fixture(scope="module")
 def ran(tmp_path_factory) -> Path:
-    """A process of 1, 2 and 8 devices, and beside it two processes of two each."""
+    """A process of 1, 2 and 8 devices, and next to it two processes of two each."""
     folder = tmp_path_factory.mktemp("devices")
     script = [sys.executable, str(TESTS / "devices_run.py"), str(folder)]
     place = [f"localhost:{launch._free_port()}", "2"]
@@ -207,7 +207,7 @@ import signal, sys, time
 place = dict(zip(sys.argv[1::2], sys.argv[2::2]))
 me = sys.argv[sys.argv.index("--process-id") + 1]
 print("process", me, "of", sys.argv[sys.argv.index("--num-processes") + 1], flush=True)
-print("to go on: python -m experiments.few_shot --resume some folder", flush=True)
+print("to resume: python -m experiments.few_shot --resume some folder", flush=True)
 """
 WAITS = "time.sleep(60)\n"
 SAVES = "signal.signal(signal.SIGINT, lambda *_: sys.exit(130))\n" + WAITS
@@ -261,7 +261,11 @@ def test_the_launcher_names_a_process_that_was_not_heard_of(
     assert launched(tmp_path, name, "--heartbeat-timeout", "7") == 128 + 6
     out = capsys.readouterr().out
     assert "was killed by SIGABRT" in out
-    assert "process 1 was not heard of for 7 seconds: it hung" in out
+    assert "| UNAVAILABLE: The following tasks are unhealthy (stopped sending" in out
+    assert "another was not heard of for 7 seconds: it hung" in out
+    assert (
+        f"running: process 1, whose log is {tmp_path / 'logs' / 'process-1.log'}" in out
+    )
 
 
 def test_the_launcher_blames_the_first_to_die(tmp_path, monkeypatch, capsys):
@@ -291,7 +295,7 @@ def test_the_launcher_passes_ctrl_c_on_and_waits(tmp_path, monkeypatch, capsys):
     def interrupted(workers, *rest):
         logs = [worker.log for worker in workers]
         deadline = time.monotonic() + 30
-        while not all(p.exists() and b"to go on" in p.read_bytes() for p in logs):
+        while not all(p.exists() and b"to resume" in p.read_bytes() for p in logs):
             assert time.monotonic() < deadline
             time.sleep(0.02)
         time.sleep(0.3)  # for the handlers

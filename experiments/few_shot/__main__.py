@@ -93,7 +93,7 @@ def _run(config: Config, folder: Path) -> int:
 
 
 def how_to_go_on(folder: Path) -> str:
-    return f"to go on: python -m experiments.few_shot --resume {folder}"
+    return f"to resume: python -m experiments.few_shot --resume {folder}"
 
 
 def require_tensorboard() -> None:

@@ -73,7 +73,7 @@ def _run(config: Config, folder: Path) -> int:
 
 
 def how_to_go_on(folder: Path) -> str:
-    return f"to go on: python -m experiments.learned_optimizer --resume {folder}"
+    return f"to resume: python -m experiments.learned_optimizer --resume {folder}"
 
 
 # the library's names for what the flags call otherwise
