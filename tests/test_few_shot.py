@@ -20,8 +20,9 @@ from faults.scripts import draw_images
 
 import metalstm
 from experiments.common import run_folder
+from experiments.common.loop import Loop
 from experiments.few_shot import __main__ as few_shot
-from experiments.few_shot import meta_testing, meta_training, methods, presets
+from experiments.few_shot import meta_testing, methods, presets
 from experiments.few_shot import options as options
 from experiments.few_shot.command_line import as_flags, parse
 from experiments.few_shot.saved_methods import choose_methods, read_runs
@@ -85,10 +86,7 @@ def arrays(folder: Path, which: str = "state") -> list[np.ndarray]:
     from metalstm.runtime import checkpoints
 
     path = folder / "checkpoints" / "meta-lstm" / which
-    step = checkpoints.latest(path)
-    entries = json.loads((path / str(step) / "metadata.json").read_text())["leaves"]
-    target = [np.zeros(e["shape"], e["dtype"]) for e in entries]
-    return checkpoints.restore(path, target).state
+    return checkpoints.restore(path, None).state
 
 
 def assert_same_run(left: Path, right: Path):
@@ -162,7 +160,7 @@ def test_ctrl_c_saves_and_going_on_is_the_same_run(
 ):
     folder = tmp_path / "run"
     handler = signal.getsignal(signal.SIGINT)  # a background shell ignores it
-    real_report, reports = meta_training._Session.report, []
+    real_report, reports = Loop._report, []
 
     def report(self, step, means):
         real_report(self, step, means)
@@ -170,7 +168,7 @@ def test_ctrl_c_saves_and_going_on_is_the_same_run(
         if len(reports) == 1:
             os.kill(os.getpid(), signal.SIGINT)
 
-    monkeypatch.setattr(meta_training._Session, "report", report)
+    monkeypatch.setattr(Loop, "_report", report)
     chosen = ["meta-lstm", "sgd", "scratch", "nearest-neighbour"]
     line = command("--algorithms", *chosen, workdir=folder)
     assert few_shot.main(line) == 130
@@ -178,7 +176,7 @@ def test_ctrl_c_saves_and_going_on_is_the_same_run(
     assert not (folder / "results.json").exists()
     assert signal.getsignal(signal.SIGINT) is handler
     assert few_shot.main(["--resume", str(folder)]) == 0
-    assert "going on at episode" in capsys.readouterr().out
+    assert "resuming at episode" in capsys.readouterr().out
     assert_same_run(folder, finished)
 
 
@@ -218,7 +216,7 @@ def test_kill_9_and_going_on_is_the_same_run(finished, tmp_path):
     resumed = start("--resume", str(killed))
     out, _ = resumed.communicate(timeout=600)
     assert resumed.returncode == 0, out
-    assert "going on at episode" in out
+    assert "resuming at episode" in out
     reference = start(*line, "--workdir", str(whole))
     out, _ = reference.communicate(timeout=600)
     assert reference.returncode == 0, out
@@ -229,7 +227,7 @@ def test_a_damaged_best_is_written_again(finished, tmp_path):
     folder = tmp_path / "copy"
     shutil.copytree(finished, folder)
     (path,) = (folder / "checkpoints" / "meta-lstm" / "best").iterdir()
-    (path / "metadata.json").write_text("{")
+    (path / "_CHECKPOINT_METADATA").write_text("{")
     with pytest.raises(FileNotFoundError, match="cannot be read"):
         metalstm.load_run(folder)
     assert few_shot.main(["--resume", str(folder)]) == 0

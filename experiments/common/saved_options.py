@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import json
 import types
 import typing
 from collections.abc import Mapping
@@ -68,3 +70,32 @@ def _describe(hint: Any) -> str:
 def _short(value: Any) -> str:
     text = repr(value)
     return text if len(text) < 80 else text[:80] + ".."
+
+
+def to_json(config: Any) -> dict[str, Any]:
+    return json.loads(json.dumps(dataclasses.asdict(config), default=str))
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """What a run wrote of its options, methods and data.
+
+    Raises:
+      FileNotFoundError: there is no such run.
+      ValueError: its config.json is damaged.
+    """
+    path = folder / "config.json"
+    try:
+        document = json.loads(path.read_bytes())
+        if not isinstance(document["config"], dict):
+            raise TypeError("config is no mapping")
+    except (FileNotFoundError, NotADirectoryError):
+        raise FileNotFoundError(
+            f"{folder} is not a run folder: it has no config.json; give the folder "
+            "that a run printed"
+        ) from None
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(
+            f"{path} is damaged ({type(error).__name__}: {error}): put a copy of it "
+            "back, or start again in another --workdir"
+        ) from None
+    return document

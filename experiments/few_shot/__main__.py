@@ -27,6 +27,8 @@ from experiments.few_shot.options import Config, may_change
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+ROOT = Path("runs") / "few_shot"
+
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; return the exit status: 2 for a mistake, 130 for Ctrl-C."""
@@ -42,15 +44,24 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
             reevaluate(config, given(arguments))
             return 0
-        from experiments.common.run_folder import choose_folder
-
-        folder = choose_folder(config)
+        folder = _choose_folder(config)
         return _run(config, folder)
 
     def stopped() -> str:
         return what_is_kept(folder, how_to_go_on)
 
     return exit_status(body, arguments, stopped=stopped, in_flags=as_flags)
+
+
+def _choose_folder(config: Config) -> Path:
+    """Where the run goes: as told, or a name that no other run has."""
+    from experiments.common.run_folder import free_folder
+
+    if chosen := config.run.resume or config.run.workdir:
+        return chosen
+    data = config.data
+    dataset = data.dataset.replace("tfds:", "").replace("/", "-")
+    return free_folder(ROOT / f"{dataset}-{data.way}w{data.shot}s-{config.run.seed}")
 
 
 def _run(config: Config, folder: Path) -> int:
@@ -60,7 +71,7 @@ def _run(config: Config, folder: Path) -> int:
     if config.run.tensorboard:
         require_tensorboard()
     from experiments.common.report import header
-    from experiments.common.training_session import Interrupted
+    from experiments.common.stopping import Interrupted
     from experiments.few_shot.comparison import run_seed, run_seeds
     from experiments.few_shot.data import load_source
 
@@ -82,7 +93,7 @@ def _run(config: Config, folder: Path) -> int:
 
 
 def how_to_go_on(folder: Path) -> str:
-    return f"to go on: python -m experiments.few_shot --resume {folder}"
+    return f"to resume: python -m experiments.few_shot --resume {folder}"
 
 
 def require_tensorboard() -> None:

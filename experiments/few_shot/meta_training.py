@@ -1,4 +1,4 @@
-"""Meta-train one method of few_shot, or go on with it."""
+"""Meta-train one method of few_shot, or resume its meta-training."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from jax.sharding import Mesh
 
 import metalstm
 from experiments.common.devices import mesh_for
+from experiments.common.loop import Loop, Setup
 from experiments.common.run_folder import Metrics
-from experiments.common.training_session import Session
 from experiments.few_shot.data import Source
 from experiments.few_shot.options import Config, may_change
 from metalstm.base import PyTree
@@ -87,88 +87,67 @@ def meta_train(
     folder: Path,
     metrics: Metrics,
 ) -> Trained:
-    """Train, or go on training, until the budget is spent.
+    """Train, or resume training, until the budget is spent.
 
     Raises:
       Interrupted: after Ctrl-C; the state is saved.
       NonFiniteLossError: the state before the bad step is saved.
     """
-    session = _Session(method, programs, config, source, folder, metrics)
-    session.run()
-    return session.result()
+    budget, data = config.budget, config.data
 
-
-class _Session(Session):
-    unit = "episode"
-
-    def __init__(
-        self,
-        method: str,
-        programs: Programs,
-        config: Config,
-        source: Source,
-        folder: Path,
-        metrics: Metrics,
-    ):
-        super().__init__(
-            method,
-            config,
-            folder,
-            metrics,
-            num_steps=_num_steps(config),
-            per_step=config.budget.meta_batch,
-            may_change=may_change(config),
-            mesh=programs.mesh,
-        )
-        self.programs, self.source = programs, source
-        shape, data = source.dataset.image_shape, config.data
-        make = functools.partial(
-            metalstm.init_train_state,
-            programs.algorithm,
-            programs.optimizer,
-            config.run.seed,
-            example_episode(shape, data.way, data.shot),
-        )
-        self.start(programs.algorithm, make)
-
-    def train(self) -> None:
-        budget = self.config.budget
-        self.fit(
-            self.programs.train_loop,
-            self.source.dataset.train,
-            num_steps=self.num_steps,
-            validate_every=_in_steps(budget.validate_every, self.config),
-            report_every=_in_steps(max(20, budget.episodes // 2_000), self.config),
-            save_every=_in_steps(budget.save_every, self.config),
-        )
-
-    def score(self, params: PyTree) -> tuple[float, dict[str, float]]:
-        result = self.programs.evaluate(
+    def score(params: PyTree) -> tuple[float, dict[str, float]]:
+        result = programs.evaluate(
             params,
-            self.source.dataset.validation,
-            num_episodes=self.config.budget.validation_episodes,
+            source.dataset.validation,
+            num_episodes=budget.validation_episodes,
             split="validation",
         )
         return result.mean, {"accuracy": result.mean, "ci95": result.ci95}
 
-    def shown(self, means: dict[str, float]) -> str:
-        text = f"loss {means['loss']:.3f}"
-        if "accuracy" in means:
-            text += f"  acc {means['accuracy']:.1%}"
-        return text
+    setup = Setup(
+        name=method,
+        config=config,
+        may_change=may_change(config),
+        num_steps=_num_steps(config),
+        minutes=budget.minutes,
+        steps_per_call=budget.steps_per_call,
+        validate_every=_in_steps(budget.validate_every, config),
+        report_every=_in_steps(max(20, budget.episodes // 2_000), config),
+        save_every=_in_steps(budget.save_every, config),
+        score=score,
+        describe=_describe,
+        unit="episode",
+        per_step=budget.meta_batch,
+        mesh=programs.mesh,
+    )
+    make_state = functools.partial(
+        metalstm.init_train_state,
+        programs.algorithm,
+        programs.optimizer,
+        config.run.seed,
+        example_episode(source.dataset.image_shape, data.way, data.shot),
+    )
+    loop = Loop(setup, folder, metrics, programs.algorithm, make_state)
+    with loop.running():
+        loop.fit(programs.train_loop, source.dataset.train)
+    best = int(loop.state.best_step) * budget.meta_batch
+    ci95 = {row["episode"]: row["ci95"] for row in loop.history}
+    return Trained(
+        loop.state.best_params,
+        int(loop.state.train.step) * budget.meta_batch,
+        loop.saved.seconds(),
+        loop.stopwatch.speed(),
+        best,
+        float(loop.state.best_score),
+        ci95.get(best, math.nan),
+    )
 
-    def result(self) -> Trained:
-        best = int(self.state.best_step) * self.per_step
-        ci95 = {row["episode"]: row["ci95"] for row in self.history}
-        return Trained(
-            self.state.best_params,
-            int(self.state.train.step) * self.per_step,
-            self.saved_seconds(),
-            self.speed(),
-            best,
-            float(self.state.best_score),
-            ci95.get(best, math.nan),
-        )
+
+def _describe(means: dict[str, float]) -> str:
+    text = f"loss {means['loss']:.3f}"
+    if "accuracy" in means:
+        text += f"  acc {means['accuracy']:.1%}"
+    return text
 
 
 def _num_steps(config: Config) -> int:
