@@ -10,20 +10,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from experiments.common import devices
-from experiments.few_shot.options import Config, read_config, to_json
-
-ROOT = Path("runs") / "few_shot"
-
-
-def choose_folder(config: Config) -> Path:
-    """Where the run goes: as told, or a name that no other run has."""
-    if config.run.resume is not None:
-        return config.run.resume
-    if config.run.workdir is not None:
-        return config.run.workdir
-    data = config.data
-    dataset = data.dataset.replace("tfds:", "").replace("/", "-")
-    return free_folder(ROOT / f"{dataset}-{data.way}w{data.shot}s-{config.run.seed}")
+from experiments.common.saved_options import read_config, to_json
 
 
 def free_folder(base: Path) -> Path:

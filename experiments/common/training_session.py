@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 import metalstm
 from experiments.common.run_folder import Metrics
-from experiments.few_shot.options import to_json
+from experiments.common.saved_options import to_json
 from metalstm.base import PyTree
 from metalstm.meta.training import FitState, TrainState, place_state
 from metalstm.runtime import checkpoints, sharding
