@@ -20,7 +20,7 @@ import numpy as np
 from metalstm.base import Batch, Episode, MetaAlgorithm, PyTree
 from metalstm.checks import check_choice
 from metalstm.runtime import checkpoints
-from metalstm.runtime.files import whole_file
+from metalstm.runtime.files import atomic_write
 from metalstm.specs import build_algorithm, fixed_way
 
 __all__ = [
@@ -68,7 +68,7 @@ def describe_methods(
             for name, (spec, checkpoint) in methods.items()
         },
     }
-    with whole_file(Path(folder) / FILE) as part:
+    with atomic_write(Path(folder) / FILE) as part:
         part.write_text(json.dumps(document, indent=1) + "\n")
 
 

@@ -22,7 +22,7 @@ from test_training import EPISODE, SPEC, toy
 from benchmarks import scaling
 from experiments.common import devices, launch
 from metalstm.meta import training
-from metalstm.runtime import sharding
+from metalstm.runtime import processes, sharding
 
 TESTS = Path(__file__).parent
 # compiling is most of it
@@ -437,7 +437,7 @@ def test_joining_names_what_is_missing(options, message, monkeypatch):
 
     monkeypatch.setattr(jax.distributed, "initialize", found_nothing)
     with pytest.raises(ValueError, match=message):
-        sharding.initialize(**options)
+        processes.initialize(**options)
 
 
 @pytest.mark.parametrize(
@@ -620,15 +620,15 @@ def test_processes_agree_on_ctrl_c_when_they_report(monkeypatch):
 
 
 def test_one_process_agrees_with_itself():
-    assert sharding.any_process(True)
-    assert not sharding.any_process(False)
-    assert sharding.from_main("näher") == "näher"
+    assert processes.any_process(True)
+    assert not processes.any_process(False)
+    assert processes.from_main("näher") == "näher"
 
     def fails():
         raise KeyError("x")
 
     with pytest.raises(KeyError):
-        sharding.on_main(fails)
+        processes.on_main(fails)
     tree = {"a": np.arange(3.0)}
     assert sharding.place(tree, None) is not None
     np.testing.assert_array_equal(sharding.local(tree)["a"], tree["a"])

@@ -17,8 +17,8 @@ from experiments.few_shot.options import Config, read_config, to_json, with_flag
 from experiments.learned_optimizer.measuring import Bench
 from experiments.learned_optimizer.options import Config as OptimizerConfig
 from metalstm.data import Dataset, make_pool
-from metalstm.runtime.checkpoints import ConfigMismatch
-from metalstm.runtime.files import whole_file
+from metalstm.runtime.saved_config import ConfigMismatch
+from metalstm.runtime.files import atomic_write
 
 
 def write_config(folder: Path, config: Config, **more) -> Path:
@@ -32,7 +32,7 @@ def test_a_file_is_whole_or_as_it_was(tmp_path):
     run_folder.write_json(path, [1])
 
     def stop_half_way():
-        with whole_file(path) as part:
+        with atomic_write(path) as part:
             part.write_text("[2")
             assert part.suffix == ".json"
             raise KeyboardInterrupt

@@ -89,15 +89,15 @@ def join(devices: Devices) -> None:
             ) from error
     if not devices.distributed:
         return
-    from metalstm.runtime import sharding
+    from metalstm.runtime import processes
 
-    sharding.initialize(
+    processes.initialize(
         devices.coordinator,
         devices.num_processes,
         devices.process_id,
         heartbeat_timeout=devices.heartbeat_timeout,
     )
-    if not sharding.is_main():
+    if not processes.is_main():
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115 (until the end)
 
 
@@ -182,9 +182,9 @@ def on_main(act: Callable[[], Any]) -> None:
     if not is_one_of_several():
         act()
         return
-    from metalstm.runtime import sharding
+    from metalstm.runtime import processes
 
-    sharding.on_main(act)
+    processes.on_main(act)
 
 
 def is_one_of_several() -> bool:

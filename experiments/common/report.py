@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from metalstm.runtime.files import whole_file
+from metalstm.runtime.files import atomic_write
 
 
 def versions() -> dict[str, str]:
@@ -24,7 +24,7 @@ def versions() -> dict[str, str]:
 
 
 def save_figure(figure: Any, path: Path) -> str:
-    with whole_file(path) as part:
+    with atomic_write(path) as part:
         figure.savefig(part)
     return path.name
 

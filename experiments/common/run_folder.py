@@ -20,9 +20,9 @@ def free_folder(base: Path) -> Path:
         number += 1
         folder = base.with_name(f"{base.name}-{number}")
     if devices.is_one_of_several():
-        from metalstm.runtime import sharding
+        from metalstm.runtime import processes
 
-        return Path(sharding.from_main(str(folder)))
+        return Path(processes.from_main(str(folder)))
     return folder
 
 
@@ -48,7 +48,7 @@ def refuse_other_runs(folder: Path, config: Any, ignore: Iterable[str]) -> None:
 
 
 def _check_contents(folder: Path, config: Any, ignore: Iterable[str]) -> None:
-    from metalstm.runtime.checkpoints import ConfigMismatch, check_config
+    from metalstm.runtime.saved_config import ConfigMismatch, check_config
 
     if (folder / "config.json").exists():
         saved = read_config(folder)["config"]
@@ -85,7 +85,7 @@ def refuse_other_data(folder: Path, about: Mapping[str, Any]) -> None:
     Raises:
       ConfigMismatch: the run in ``folder`` began with other data.
     """
-    from metalstm.runtime.checkpoints import ConfigMismatch, check_config
+    from metalstm.runtime.saved_config import ConfigMismatch, check_config
 
     if not (folder / "config.json").exists():
         return
@@ -168,13 +168,13 @@ def _take(lock: TextIO, folder: Path) -> None:
 
 def write_json(path: Path, value: Any) -> None:
     """Write all of it or nothing; of several processes the first writes."""
-    from metalstm.runtime import sharding
-    from metalstm.runtime.files import whole_file
+    from metalstm.runtime import processes
+    from metalstm.runtime.files import atomic_write
 
-    if not sharding.is_main():
+    if not processes.is_main():
         return
     text = json.dumps(value, indent=1) + "\n"
-    with whole_file(path) as part:
+    with atomic_write(path) as part:
         part.write_text(text)
 
 
@@ -187,10 +187,10 @@ class Metrics:
     def __init__(
         self, folder: Path, *, tensorboard: bool = False, counter: str = "episode"
     ):
-        from metalstm.runtime import sharding
+        from metalstm.runtime import processes
 
         self.path, self.counter = folder / "metrics.jsonl", counter
-        self.writes = sharding.is_main()
+        self.writes = processes.is_main()
         self._writer = None
         if tensorboard and self.writes:
             from tensorboardX import SummaryWriter
@@ -199,7 +199,7 @@ class Metrics:
 
     def rewind(self, method: str, count: int) -> None:
         """Drop what a killed run wrote about ``method`` after ``count``."""
-        from metalstm.runtime.files import whole_file
+        from metalstm.runtime.files import atomic_write
 
         if not self.writes:
             return
@@ -208,7 +208,7 @@ class Metrics:
             for row in self.read()
             if row["method"] != method or row[self.counter] <= count
         ]
-        with whole_file(self.path) as part:
+        with atomic_write(self.path) as part:
             part.write_text("".join(json.dumps(row) + "\n" for row in rows))
 
     def write(self, method: str, kind: str, count: int, **values: float) -> None:

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 from tabulate import tabulate
 
-from metalstm.runtime.files import whole_file
+from metalstm.runtime.files import atomic_write
 
 __all__ = ["WIDTH", "Table"]
 
@@ -41,10 +41,10 @@ class Table(NamedTuple):
 
     def write(self, folder: Path, stem: str = "table") -> list[str]:
         """Write STEM.md and STEM.csv completely or not at all; return their names."""
-        with whole_file(folder / f"{stem}.md") as part:
+        with atomic_write(folder / f"{stem}.md") as part:
             part.write_text(self.markdown())
         with (
-            whole_file(folder / f"{stem}.csv") as part,
+            atomic_write(folder / f"{stem}.csv") as part,
             open(part, "w", newline="") as file,
         ):
             writer = csv.DictWriter(file, list(self.records[0]))

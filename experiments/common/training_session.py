@@ -21,7 +21,7 @@ from experiments.common.run_folder import Metrics
 from experiments.common.saved_options import to_json
 from metalstm.base import PyTree
 from metalstm.meta.training import FitState, TrainState, place_state
-from metalstm.runtime import checkpoints, sharding
+from metalstm.runtime import checkpoints, processes, sharding
 
 
 class Interrupted(Exception):  # noqa: N818 (a request, not an error)
@@ -189,7 +189,7 @@ class Session:
             return self.stop_requested()
         # all must stop at one step, and asking costs: they ask when they report
         asks = step % report_every == 0
-        return asks and sharding.any_process(self.stop_requested())
+        return asks and processes.any_process(self.stop_requested())
 
     def validate(self, params: PyTree) -> float:
         begun = time.monotonic()
@@ -268,7 +268,7 @@ class Session:
             + ("{n:.0f}/{total:.0f} s" if by_time else count)
             + "  {unit}  eta {remaining}",
             ascii=" #",
-            disable=not sharding.is_main(),
+            disable=not processes.is_main(),
             unit="compiling",  # the field of the format that tqdm leaves to us
             # a log file gets a line now and then, a terminal a smooth bar
             mininterval=0.2 if sys.stderr.isatty() else 15,
@@ -281,7 +281,7 @@ class Session:
 
 def _latest(folder: Path) -> int | None:
     """The newest step as process 0 sees it: shared storage may show another late."""
-    return json.loads(sharding.from_main(json.dumps(checkpoints.latest(folder))))
+    return json.loads(processes.from_main(json.dumps(checkpoints.latest(folder))))
 
 
 @contextmanager

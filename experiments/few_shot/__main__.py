@@ -132,7 +132,7 @@ def run_seed(
     from experiments.few_shot.figures import draw
     from experiments.few_shot.test import meta_test
     from experiments.few_shot.train import Trainer
-    from metalstm.runtime import sharding
+    from metalstm.runtime import processes
 
     write_config(options, source, folder, specs)
     metrics = Metrics(folder, tensorboard=options.run.tensorboard)
@@ -142,7 +142,7 @@ def run_seed(
     finally:
         metrics.close()
     results, table = meta_test(run, found)
-    if not sharding.is_main():
+    if not processes.is_main():
         return results
     files = ["results.json", *table.write(folder)]
     files += draw(run, found, results["methods"])
@@ -163,7 +163,7 @@ def run_seeds(
     from experiments.common.run_folder import write_json
     from experiments.few_shot.figures import draw_learning_curves
     from experiments.few_shot.test import over_seeds
-    from metalstm.runtime import sharding
+    from metalstm.runtime import processes
 
     write_config(options, source, folder)
     per_seed, first = {}, options.run.seed
@@ -174,7 +174,7 @@ def run_seeds(
         there = folder / f"seed-{seed}"
         per_seed[seed] = run_seed(own, specs, source, there, programs)
     results, table = over_seeds(options, per_seed)
-    if not sharding.is_main():
+    if not processes.is_main():
         return results
     print(table)
     files = ["results.json", *table.write(folder)]
@@ -196,7 +196,7 @@ def write_config(
     from experiments.common.run_folder import refuse_other_data, write_json
     from experiments.few_shot.train import checkpoint_of
     from metalstm.predictor import describe_methods
-    from metalstm.runtime import sharding
+    from metalstm.runtime import processes
 
     folder.mkdir(parents=True, exist_ok=True)
     document = {
@@ -204,9 +204,9 @@ def write_config(
         "data": source.describe(),
         "versions": report.versions(),
     }
-    sharding.on_main(lambda: refuse_other_data(folder, document["data"]))
+    processes.on_main(lambda: refuse_other_data(folder, document["data"]))
     write_json(folder / "config.json", document)
-    if specs is not None and sharding.is_main():
+    if specs is not None and processes.is_main():
         describe_methods(
             folder,
             {name: (spec, checkpoint_of(name)) for name, spec in specs.items()},

@@ -30,8 +30,8 @@ from experiments.few_shot.saved_runs import (
 from experiments.few_shot.train import Found, Trainer, checkpoint_of
 from metalstm.base import MetaParams, PyTree
 from metalstm.predictor import load_params
-from metalstm.runtime import sharding
-from metalstm.runtime.files import whole_file
+from metalstm.runtime import processes, sharding
+from metalstm.runtime.files import atomic_write
 from metalstm.specs import COMPARING, build_algorithm, fixed_way
 
 Results = dict[str, Any]
@@ -104,9 +104,9 @@ def _result(one: Tested, seed: int, seconds: float) -> Results:
 
 
 def _save_accuracies(path: Any, tested: Sequence[Tested]) -> None:
-    if sharding.is_main():
+    if processes.is_main():
         arrays: dict[str, Any] = {one.name: one.evaluation.accuracies for one in tested}
-        with whole_file(path) as part:
+        with atomic_write(path) as part:
             np.savez(part, **arrays)
 
 
@@ -219,7 +219,7 @@ def evaluate_again(options: Options, anew: Retest) -> Table:
     to = "the method's first mode" if by_mode else reference
     table = results.table_of(what, to, rows)
     print(table)
-    if not sharding.is_main():
+    if not processes.is_main():
         return table
     folder = options.run.workdir or options.run.evaluate[0]
     folder.mkdir(parents=True, exist_ok=True)

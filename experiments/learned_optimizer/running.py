@@ -29,7 +29,7 @@ from experiments.learned_optimizer.problems import describe, load_source
 from experiments.learned_optimizer.specs import rule_spec
 from experiments.learned_optimizer.training import Trained, meta_train
 from metalstm import plots, rules
-from metalstm.runtime import sharding
+from metalstm.runtime import processes
 
 ROOT = Path("runs") / "learned_optimizer"
 
@@ -63,10 +63,10 @@ def run(config: Config, folder: Path) -> None:
     found: dict[str, Any] = {}
     for name, spec in specs.items():
         trained = meta_train(name, built[name], config, source, folder, metrics)
-        if not sharding.is_main():
+        if not processes.is_main():
             continue
         found[name] = _export(name, spec, trained, config, folder)
-    if not sharding.is_main():
+    if not processes.is_main():
         return
     files = ["results.json", "config.json", "metrics.jsonl"]
     if specs:

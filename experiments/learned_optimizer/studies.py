@@ -20,7 +20,7 @@ from experiments.learned_optimizer.options import Config, Problem
 from experiments.learned_optimizer.problems import describe, variants
 from metalstm import plots
 from metalstm.plots import Losses
-from metalstm.runtime.files import whole_file
+from metalstm.runtime.files import atomic_write
 
 Rows = list[dict[str, Any]]
 
@@ -323,7 +323,7 @@ def command(context: Context, study: str) -> str:
 def _write(context: Context, study: str, caption: str, table: str) -> str:
     path = context.folder / f"{study}.md"
     lines = [caption, "", table, "", f"    {command(context, study)}"]
-    with whole_file(path) as part:
+    with atomic_write(path) as part:
         part.write_text("\n".join(lines) + "\n")
     return path.name
 

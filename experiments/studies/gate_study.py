@@ -232,10 +232,10 @@ def _write(config, dataset, rows, evaluations, trained_on) -> None:
             f"{100 * row['mean']:.1f} ± {100 * row['ci95']:.1f} | {difference} | "
             f"{note} |"
         )
-    from metalstm.runtime.files import whole_file
+    from metalstm.runtime.files import atomic_write
 
     config.workdir.mkdir(parents=True, exist_ok=True)
-    with whole_file(config.workdir / "table.md") as unfinished:
+    with atomic_write(config.workdir / "table.md") as unfinished:
         unfinished.write_text("\n".join(lines) + "\n")
     settings = dataclasses.asdict(config)
     del settings["data_dir"], settings["workdir"]  # say nothing of the result
@@ -259,7 +259,7 @@ def _write(config, dataset, rows, evaluations, trained_on) -> None:
         axis.invert_yaxis()
         axis.set_xlabel("meta-test accuracy, %")
         axis.set_title(part)
-    with whole_file(config.workdir / "gate_study.png") as unfinished:
+    with atomic_write(config.workdir / "gate_study.png") as unfinished:
         figure.savefig(unfinished, dpi=120)
     print("\n".join(lines))
     print(f"table.md, results.json, gate_study.png in {config.workdir}")

@@ -22,7 +22,7 @@ from metalstm import algorithms, data, nn
 from metalstm.algorithms.gradient.adaptation import fixed_sgd
 from metalstm.data import Dataset, EpisodeSpec
 from metalstm.meta.evaluation import Evaluation, paired_difference
-from metalstm.runtime.files import whole_file
+from metalstm.runtime.files import atomic_write
 
 _COLOURS = ("#000000", "#0072B2", "#D55E00", "#009E73")
 
@@ -122,7 +122,7 @@ def run(config: Config, folder: Path) -> None:
         for name, one in found.items()
     }
     text = _table(found, tests, config)
-    with whole_file(folder / "table.md") as part:
+    with atomic_write(folder / "table.md") as part:
         part.write_text(text + "\n")
     shown = {
         name: {k: v for k, v in one.items() if k != "test_accuracies"}

@@ -72,6 +72,7 @@ class Point(NamedTuple):
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; return the exit status: 2 for a mistake, 130 for Ctrl-C."""
+
     def body(arguments: list[str]) -> None:
         config = tyro.cli(
             Config,

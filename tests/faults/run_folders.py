@@ -190,7 +190,7 @@ def damaged_run(script: Script, folder: Path, *, tries: int) -> list[Outcome]:
         victims = [p for p in newest.rglob("*") if p.is_file()]
         victim = max(victims, key=lambda p: (p.stat().st_size, p.name))
         if n >= 2:
-            victim = newest / "metadata.json"
+            victim = newest / "_CHECKPOINT_METADATA"
         how, data = rng.choice(list(damages(victim.read_bytes(), 4, 4))[:4])
         victim.write_bytes(data)
         with outcome.trial(f"{which}: {victim.name} {how}"):

@@ -18,7 +18,7 @@ from experiments.studies.regression.methods import Method, make_methods
 from experiments.studies.regression.training import Found, grid_of, study_method
 from experiments.studies.sinusoids import Config
 from metalstm.data import SinusoidSpec, episode_key
-from metalstm.runtime.files import whole_file
+from metalstm.runtime.files import atomic_write
 from metalstm.statistics import mean_and_ci95
 
 _REFERENCE = "joint"
@@ -44,7 +44,7 @@ def run(config: Config, folder: Path) -> None:
     shots = {s: {n: f.errors[s] for n, f in found.items()} for s in config.test_shots}
     text = "\n\n".join(_tables(shot, errors) for shot, errors in shots.items())
     text += "\n\n" + _training_table(found, methods)
-    with whole_file(folder / "table.md") as part:
+    with atomic_write(folder / "table.md") as part:
         part.write_text(text + "\n")
     write_json(
         folder / "results.json",
@@ -208,7 +208,7 @@ def _save(path: Path, found: Found) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     arrays: dict[str, Any] = {f"errors_{s}": e for s, e in found.errors.items()}
     arrays |= {k: np.asarray(v) for k, v in found._asdict().items() if k != "errors"}
-    with whole_file(path) as part:
+    with atomic_write(path) as part:
         np.savez(part, **arrays)
 
 
