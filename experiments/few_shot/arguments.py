@@ -120,8 +120,6 @@ class EitherOrder(SecondOrder):
     def arguments(self, given: Given) -> Spec:
         found = super().arguments(given)
         if self.order == "first":
-            if self.last is not None:
-                raise ValueError(f"--last {self.last} needs --order second: add it")
             del found["differentiation"]["last"]
         return found
 

@@ -81,7 +81,9 @@ def parse(line: Sequence[str]) -> Options:
         run = dataclasses.replace(saved.run, resume=None, workdir=None)
         saved = dataclasses.replace(saved, run=run, devices=devices.Devices())
     common: Common = with_settings(Common(), recipe.shared) if saved is None else saved
-    names = _chosen(values_of("--algorithms", line) or common.run.algorithms)
+    _refuse_all_modes(flags)
+    said = any(f.name == "algorithms" for f in flags)
+    names = _chosen(values_of("--algorithms", line) if said else common.run.algorithms)
     common_flags = flags_of(Common)
     common = _parsed(
         Common(common.data, common.test, common.run, common.devices),
@@ -127,7 +129,7 @@ def parse_evaluation(line: Sequence[str]) -> tuple[Options, Retest]:
     default = Common(first.data, first.test, Run(), devices.Devices())
     common = _parsed(default, [f for f in flags if f.name in known])
     names = tuple(dict.fromkeys(n for run in saved for n in run.methods))
-    if values_of("--algorithms", line):
+    if any(f.name == "algorithms" for f in flags):
         names = _chosen(common.run.algorithms)
     run = dataclasses.replace(common.run, algorithms=names, seed=first.run.seed)
     options = Options(
@@ -232,6 +234,13 @@ def _method(
     shared = known - set(default.method.own_only)
     mine = [f for f in given if f.name in (shared if f.method is None else known)]
     return _parsed(default, mine, of=name)
+
+
+def _refuse_all_modes(flags: Sequence[Flag]) -> None:
+    if any(f.name == "query_norm" and f.words[1:] == ("all",) for f in flags):
+        raise ValueError(
+            "--query-norm all goes with --evaluate RUN; train with one mode"
+        )
 
 
 def _learner(
@@ -356,6 +365,9 @@ def _check_method(name: str, options: Any, data: Data) -> None:
             f"--train-way {train_way}: the head of {name} has --way classes; add "
             "--tied-head"
         )
+    last = getattr(own, "last", None)
+    if last is not None and getattr(own, "order", "second") == "first":
+        raise ValueError(f"--last {last} needs --order second: add it")
     batch, support = getattr(own, "batch_size", None), data.way * data.shot
     if batch is not None and hasattr(own, "num_test_steps") and support % batch:
         raise ValueError(
@@ -420,7 +432,7 @@ def _help(line: Sequence[str]) -> None:
 
 _ABOUT = (
     "Learn to learn from few examples: meta-train, meta-test, compare.\n\n"
-    "--help METHOD has a method's own flags, --help conv4 (mlp, resnet12) a network's, "
-    "--help devices those of several devices or hosts.\n\nMethods: "
-    + "; ".join(f"{name} ({method.about})" for name, method in METHODS.items())
+    "--help METHOD has a method's own flags, --help conv4 (mlp, resnet12) a\n"
+    "network's, --help devices those of several devices or hosts.\n\nMethods:\n"
+    + "\n".join(f"  {name:20} {method.about}" for name, method in METHODS.items())
 )
