@@ -128,7 +128,7 @@ def test_a_truncated_newest_falls_back_and_says_so(tmp_path):
     restored = checkpoints.restore(tmp_path, make_state(0))
     assert restored.step == 1
     assert "2 cannot be read" in restored.message
-    assert "went back to step 1" in restored.message
+    assert "fell back to step 1" in restored.message
     assert_equal(restored.state, make_state(1))
     with pytest.raises(FileNotFoundError, match="cannot be read"):
         checkpoints.restore(tmp_path, make_state(0), which=2)

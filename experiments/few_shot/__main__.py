@@ -92,7 +92,7 @@ def _run(options: Options, folder: Path) -> int:
     refuse_other_runs(folder, options, may_change(options))
     if options.run.tensorboard:
         require_tensorboard()
-    from experiments.common.training_session import Interrupted
+    from experiments.common.stopping import Interrupted
     from experiments.few_shot.data import load_source
     from experiments.few_shot.header import header
 

@@ -16,8 +16,8 @@ from jax.sharding import Mesh
 
 import metalstm
 from experiments.common.devices import MAY_CHANGE, mesh_for
+from experiments.common.loop import Loop, Setup
 from experiments.common.run_folder import Metrics
-from experiments.common.training_session import Session
 from experiments.common.tuning import bracketed_best
 from experiments.few_shot.arguments import Arguments, GradientAgreement, Reptile
 from experiments.few_shot.data import Source
@@ -170,7 +170,7 @@ class Recipe:
     seed: int
     method: Arguments
     learner: Learner
-    budget: Training
+    training: Training
 
 
 def may_change(options: Options) -> tuple[str, ...]:
@@ -189,81 +189,11 @@ def _movable(training: Training) -> tuple[str, ...]:
     return ("minutes", "episodes") if training.schedule == "constant" else ("minutes",)
 
 
-class _Session(Session):
-    unit = "episode"
-
-    def __init__(
-        self,
-        method: str,
-        programs: Programs,
-        options: Options,
-        own: Any,
-        source: Source,
-        folder: Path,
-        metrics: Metrics,
-    ):
-        data, seed, training = options.data, options.run.seed, own.training
-        super().__init__(
-            method,
-            Recipe(data, seed, own.method, own.learner, training),
-            folder,
-            metrics,
-            num_steps=_num_steps(training),
-            per_step=training.meta_batch,
-            may_change=(
-                "data.data_dir",
-                *(f"budget.{name}" for name in _movable(training)),
-            ),
-            mesh=programs.mesh,
-        )
-        self.programs, self.source, self.training = programs, source, training
-        make = functools.partial(
-            metalstm.init_train_state,
-            programs.algorithm,
-            programs.optimizer,
-            seed,
-            example_episode(source.dataset.image_shape, data.way, data.shot),
-        )
-        self.start(programs.algorithm, make)
-
-    def train(self) -> None:
-        training = self.training
-        self.fit(
-            self.programs.train_loop,
-            self.source.dataset.train,
-            num_steps=self.num_steps,
-            validate_every=_in_steps(training.validate_every, training),
-            report_every=_in_steps(max(20, training.episodes // 2_000), training),
-            save_every=_in_steps(training.save_every, training),
-        )
-
-    def score(self, params: PyTree) -> tuple[float, dict[str, float]]:
-        result = self.programs.evaluate(
-            params,
-            self.source.dataset.validation,
-            num_episodes=self.training.validation_episodes,
-            split="validation",
-        )
-        return result.mean, {"accuracy": result.mean, "ci95": result.ci95}
-
-    def shown(self, means: dict[str, float]) -> str:
-        text = f"loss {means['loss']:.3f}"
-        if "accuracy" in means:
-            text += f"  acc {means['accuracy']:.1%}"
-        return text
-
-    def result(self) -> Trained:
-        best = int(self.state.best_step) * self.per_step
-        ci95 = {row["episode"]: row["ci95"] for row in self.history}
-        return Trained(
-            self.state.best_params,
-            int(self.state.train.step) * self.per_step,
-            self.saved_seconds(),
-            self.speed(),
-            best,
-            float(self.state.best_score),
-            ci95.get(best, math.nan),
-        )
+def _describe(means: dict[str, float]) -> str:
+    text = f"loss {means['loss']:.3f}"
+    if "accuracy" in means:
+        text += f"  acc {means['accuracy']:.1%}"
+    return text
 
 
 def _num_steps(training: Training) -> int:
@@ -324,23 +254,77 @@ class Trainer(NamedTuple):
         return found
 
     def _train(self, name: str, own: Any) -> Trained:
-        session = _Session(
-            name,
+        programs, data, seed = (
             self.programs[name],
-            self.options,
-            own,
-            self.source,
-            self.folder,
-            self.metrics,
+            self.options.data,
+            self.options.run.seed,
         )
-        session.run()
-        trained = session.result()
+        training: Training = own.training
+
+        def score(params: PyTree) -> tuple[float, dict[str, float]]:
+            result = self._validate(name, params, training.validation_episodes)
+            return result.mean, {"accuracy": result.mean, "ci95": result.ci95}
+
+        setup = Setup(
+            name=name,
+            config=Recipe(data, seed, own.method, own.learner, training),
+            may_change=(
+                "data.data_dir",
+                *(f"training.{option}" for option in _movable(training)),
+            ),
+            num_steps=_num_steps(training),
+            minutes=training.minutes,
+            steps_per_call=training.steps_per_call,
+            validate_every=_in_steps(training.validate_every, training),
+            report_every=_in_steps(max(20, training.episodes // 2_000), training),
+            save_every=_in_steps(training.save_every, training),
+            score=score,
+            describe=_describe,
+            unit="episode",
+            per_step=training.meta_batch,
+            mesh=programs.mesh,
+        )
+        make_state = functools.partial(
+            metalstm.init_train_state,
+            programs.algorithm,
+            programs.optimizer,
+            seed,
+            self._example(),
+        )
+        loop = Loop(setup, self.folder, self.metrics, programs.algorithm, make_state)
+        with loop.running():
+            loop.fit(programs.train_loop, self.source.dataset.train)
+        best = int(loop.state.best_step) * training.meta_batch
+        ci95 = {row["episode"]: row["ci95"] for row in loop.history}
+        trained = Trained(
+            loop.state.best_params,
+            int(loop.state.train.step) * training.meta_batch,
+            loop.saved.seconds(),
+            loop.stopwatch.speed(),
+            best,
+            float(loop.state.best_score),
+            ci95.get(best, math.nan),
+        )
         print(
             f"{name}, best on validation: episode {trained.best_episode:,} "
             f"({100 * trained.best_mean:.1f} ± {100 * trained.best_ci95:.1f}%)",
             flush=True,
         )
         return trained
+
+    def _validate(
+        self, name: str, params: PyTree, num_episodes: int
+    ) -> metalstm.Evaluation:
+        return self.programs[name].evaluate(
+            params,
+            self.source.dataset.validation,
+            num_episodes=num_episodes,
+            split="validation",
+        )
+
+    def _example(self) -> metalstm.Episode:
+        data, shape = self.options.data, self.source.dataset.image_shape
+        return example_episode(shape, data.way, data.shot)
 
     def _transfer(self, name: str, own: Any, trained: Trained) -> Found:
         """Put a method's own rule next to the shared features, tuned on validation."""
@@ -358,25 +342,18 @@ class Trainer(NamedTuple):
 
     def _untrained(self, name: str) -> PyTree:
         """What a method starts from, its rate not yet tuned."""
-        data, shape = self.options.data, self.source.dataset.image_shape
-        episode = example_episode(shape, data.way, data.shot)
         key = jax.random.key(self.options.run.seed)
-        return self.programs[name].algorithm.init(key, episode)
+        return self.programs[name].algorithm.init(key, self._example())
 
     def _tune(self, name: str, params: MetaParams, most_steps: int = 0) -> Tuned:
         """Choose the learning rate on meta-validation, from a grid that brackets it.
 
         Where the rule knows a number of steps, that is chosen next, at the best rate.
         """
+        episodes = self.options.methods[name].training.validation_episodes
 
         def score(rate: float, steps: int | None = None) -> float:
-            result = self.programs[name].evaluate(
-                with_rate(params, rate, steps),
-                self.source.dataset.validation,
-                num_episodes=self.options.methods[name].training.validation_episodes,
-                split="validation",
-            )
-            return result.mean
+            return self._validate(name, with_rate(params, rate, steps), episodes).mean
 
         rate, tried = bracketed_best(METHODS[name].rates, score)
         if "num_steps" not in params.rule:

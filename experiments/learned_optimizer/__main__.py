@@ -58,7 +58,7 @@ def _run(config: Config, folder: Path) -> int:
     from experiments.common.run_folder import locked, refuse_other_runs
 
     refuse_other_runs(folder, config, may_change(config))
-    from experiments.common.training_session import Interrupted
+    from experiments.common.stopping import Interrupted
     from experiments.learned_optimizer.running import run
 
     if devices.is_one_of_several():
@@ -73,7 +73,7 @@ def _run(config: Config, folder: Path) -> int:
 
 
 def how_to_go_on(folder: Path) -> str:
-    return f"to go on: python -m experiments.learned_optimizer --resume {folder}"
+    return f"to resume: python -m experiments.learned_optimizer --resume {folder}"
 
 
 # the library's names for what the flags call otherwise

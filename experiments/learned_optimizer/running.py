@@ -84,7 +84,7 @@ def run(config: Config, folder: Path) -> None:
     write_json(folder / "results.json", results)
     print(
         f"{', '.join(files)} in {folder}\n"
-        f"to go on: python -m experiments.learned_optimizer --resume {folder}\n"
+        f"to resume: python -m experiments.learned_optimizer --resume {folder}\n"
         "studies again, or others: python -m experiments.learned_optimizer --evaluate "
         f"{folder} --study ...",
         flush=True,

@@ -209,7 +209,7 @@ def restore(
             continue
         leaves, treedef = jax.tree.flatten(expected)
         state = treedef.unflatten(map(_as_in_target, leaves, values))
-        message = "; ".join([*failures, f"went back to step {step}"])
+        message = "; ".join([*failures, f"fell back to step {step}"])
         return Restored(
             state, step, document["metadata"], message if failures else None
         )
