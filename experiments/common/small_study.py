@@ -19,8 +19,13 @@ from experiments.common.run_folder import (
     refuse_other_runs,
     write_json,
 )
+from experiments.common.saved_options import (
+    did_you_mean,
+    split_commas,
+    to_json,
+    value_of,
+)
 from experiments.common.script_end import exit_status
-from experiments.few_shot.options import did_you_mean, to_json, value_of
 
 Options = TypeVar("Options")
 
@@ -56,8 +61,7 @@ def parse(
     changes = {}
     for option, value in vars(found).items():
         if isinstance(value, tuple) and any(isinstance(part, str) for part in value):
-            parts = [part for item in value for part in item.split(",")]
-            changes[option] = tuple(part for part in parts if part)
+            changes[option] = split_commas(value)
     return dataclasses.replace(found, **changes)  # type: ignore[type-var]
 
 

@@ -24,8 +24,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from experiments.common.saved_options import did_you_mean
 from experiments.common.small_study import check_ranges, parse, run_command
-from experiments.few_shot.options import did_you_mean
 
 METHODS = {
     "maml": "theta_0 learned through SGD, second order",
