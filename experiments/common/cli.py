@@ -1,0 +1,256 @@
+"""The command line of a script: typed options, their flags, and their JSON.
+
+Options are dataclasses or `Options`, nested in one config. `parse` makes flags of
+their fields, `check` refuses what their types exclude, `to_json` and `from_json` save
+and read them. No jax is imported here, so that --help is quick.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+import typing
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any, TypeVar
+
+import msgspec
+import tyro
+
+__all__ = [
+    "FLAT",
+    "Count",
+    "Flat",
+    "Names",
+    "Natural",
+    "Options",
+    "Pair",
+    "Positive",
+    "check",
+    "did_you_mean",
+    "from_json",
+    "parse",
+    "read_config",
+    "replace",
+    "run_study",
+    "to_json",
+    "value_of",
+    "values_of",
+]
+
+Config = TypeVar("Config")
+
+
+class Options(msgspec.Struct, frozen=True):
+    """A group of options; where it has a ``tag``, its JSON names its kind."""
+
+
+FLAT = tyro.conf.arg(name="")
+Flat = Annotated[Config, FLAT]
+"""A group whose flags have no prefix."""
+
+
+def _split(words: Iterable[str]) -> tuple[str, ...]:
+    parts = (part for word in words for part in word.split(","))
+    return tuple(part for part in parts if part and part != "none")
+
+
+Names = Annotated[
+    tuple[str, ...],
+    tyro.constructors.PrimitiveConstructorSpec(
+        nargs="*",
+        metavar="NAME[,NAME ..]",
+        instance_from_str=lambda words: _split(words),
+        is_instance=lambda value: isinstance(value, tuple),
+        str_from_instance=lambda value: list(value) or ["none"],
+    ),
+]
+"""Names with commas or spaces between them; ``none`` is no name."""
+
+Count = Annotated[int, msgspec.Meta(ge=1)]
+Natural = Annotated[int, msgspec.Meta(ge=0)]
+Pair = Annotated[int, msgspec.Meta(ge=2)]  # what has an interval, or two classes
+Positive = Annotated[float, msgspec.Meta(gt=0)]
+
+
+def parse(
+    default: Config, arguments: Sequence[str], *, module: str, description: str | None
+) -> Config:
+    """Read the flags of ``python -m MODULE``; ``default`` says what others are.
+
+    Raises:
+      ValueError: an option outside its limits; names the flag and what would do.
+    """
+    config: Config = tyro.cli(
+        type(default),
+        args=list(arguments),
+        default=default,
+        description=description,
+        prog=f"python -m {module}",
+        config=(tyro.conf.AvoidSubcommands,),
+    )
+    check(config)
+    return config
+
+
+def check(options: Any, prefix: str = "--") -> None:
+    """Refuse numbers outside the limits of their types, and NaN.
+
+    Raises:
+      ValueError: names the flag, the value and what would do.
+    """
+    for name, hint in typing.get_type_hints(type(options), include_extras=True).items():
+        value = getattr(options, name)
+        flag = f"{prefix}{name.replace('_', '-')}"
+        flat = FLAT in getattr(hint, "__metadata__", ())
+        if hasattr(type(value), "__annotations__"):
+            check(value, prefix if flat else f"{flag}.")
+        elif isinstance(value, Mapping):
+            for key, one in value.items():
+                check(one, f"{prefix if flat else flag + '.'}{key}.")
+        else:
+            _check_value(flag, value, tuple(_limits(hint)))
+
+
+def _check_value(flag: str, value: Any, limits: Sequence[msgspec.Meta]) -> None:
+    parts = value if isinstance(value, tuple) else (value,)
+    if limits and not parts:
+        raise ValueError(f"{flag} is empty: give at least one")
+    for part in parts:
+        if part != part:  # below and above nothing
+            raise ValueError(f"{flag} {value}: give a number")
+        for limit in limits if part is not None else ():
+            if limit.ge is not None and part < limit.ge:
+                raise ValueError(f"{flag} {part:g}: choose {limit.ge:g} or more")
+            if limit.gt is not None and not part > limit.gt:
+                raise ValueError(f"{flag} {part:g}: choose a number above {limit.gt:g}")
+
+
+def _limits(hint: Any) -> Iterator[msgspec.Meta]:
+    for part in getattr(hint, "__metadata__", ()):
+        if isinstance(part, msgspec.Meta):
+            yield part
+    for part in typing.get_args(hint)[: 1 if hasattr(hint, "__metadata__") else None]:
+        yield from _limits(part)
+
+
+def value_of(flag: str, arguments: Sequence[str]) -> str | None:
+    """The value of a flag that decides which other flags there are."""
+    found = values_of(flag, arguments)
+    return found[0] if found else None
+
+
+def values_of(flag: str, arguments: Sequence[str]) -> tuple[str, ...] | None:
+    """The names that a flag of `Names` lists; None: it is not given."""
+    for index, argument in enumerate(arguments):
+        if argument.startswith(f"{flag}="):
+            return _split([argument.split("=", 1)[1]])
+        if argument == flag:
+            words = []
+            for word in arguments[index + 1 :]:
+                if word.startswith("--"):
+                    break
+                words.append(word)
+            return _split(words)
+    return None
+
+
+def did_you_mean(name: str, choices: Iterable[str]) -> str:
+    choices = list(choices)
+    close = difflib.get_close_matches(name, choices, n=1)
+    hint = f"did you mean {close[0]}? " if close else "not known. "
+    return f"{hint}Choose from {', '.join(choices)}"
+
+
+def replace(options: Config, **changes: Any) -> Config:
+    """`options` with other values of some fields."""
+    return msgspec.structs.replace(options, **changes)  # type: ignore[type-var]
+
+
+def to_json(config: Any) -> Any:
+    """Options as JSON holds them: dicts, lists, strings and numbers."""
+    return msgspec.json.decode(msgspec.json.encode(config, enc_hook=str))
+
+
+def from_json(saved: Any, kind: type[Config]) -> Config:
+    """Options from their JSON; those it does not have keep their defaults.
+
+    Raises:
+      ValueError: an option is not of its type, or outside its limits.
+    """
+    try:
+        config = msgspec.convert(saved, kind, dec_hook=lambda kind, value: kind(value))
+    except (msgspec.ValidationError, TypeError) as error:
+        raise ValueError(
+            f"config.json: {error}: put a copy of the file back, or start again"
+        ) from None
+    check(config)
+    return config
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """What a run wrote of its options, methods and data.
+
+    Raises:
+      FileNotFoundError: there is no such run.
+      ValueError: its config.json is damaged.
+    """
+    path = folder / "config.json"
+    try:
+        document = json.loads(path.read_bytes())
+        if not isinstance(document["config"], dict):
+            raise TypeError("config is no mapping")
+    except (FileNotFoundError, NotADirectoryError):
+        raise FileNotFoundError(
+            f"{folder} is not a run folder: it has no config.json; give the folder "
+            "that a run printed"
+        ) from None
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(
+            f"{path} is damaged ({type(error).__name__}: {error}): put a copy of it "
+            "back, or start again in another --workdir"
+        ) from None
+    return document
+
+
+def run_study(
+    name: str,
+    read: Callable[[list[str]], Any],
+    run: Callable[[Any, Path], None],
+    arguments: Sequence[str] | None = None,
+    may_change: Sequence[str] = (),
+) -> int:
+    """Read the options, take the run folder, write config.json, run.
+
+    The same command with the same ``--workdir`` resumes a stopped run, as far as
+    ``run`` kept what it had finished.
+
+    Args:
+      may_change: options that may differ when a run resumes in its folder.
+
+    Returns:
+      The exit status: 2 for a mistake, 130 for Ctrl-C.
+    """
+    from experiments.common.script_end import exit_status
+
+    folder: Path | None = None
+
+    def body(arguments: list[str]) -> None:
+        nonlocal folder
+        config = read(arguments)
+        from experiments.common import run_folder
+        from experiments.common.compiled_programs import keep_compiled_programs
+
+        folder = config.workdir or run_folder.free_folder(Path("runs") / name)
+        changeable = (*may_change, "preset", "workdir", "debug")
+        run_folder.refuse_other_runs(folder, config, changeable)
+        keep_compiled_programs()
+        with run_folder.locked(folder, config, changeable):
+            document = {"config": to_json(config)}
+            run_folder.write_json(folder / "config.json", document)
+            run(config, folder)
+
+    def stopped() -> str:
+        return f"stopped; to resume: the same with --workdir {folder}"
+
+    return exit_status(body, arguments, stopped=stopped)
