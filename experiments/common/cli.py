@@ -18,7 +18,8 @@ import msgspec
 import tyro
 
 __all__ = [
-    "FLAT",
+    "AT_LEAST_0",
+    "ByName",
     "Count",
     "Flat",
     "Names",
@@ -45,9 +46,12 @@ class Options(msgspec.Struct, frozen=True):
     """A group of options; where it has a ``tag``, its JSON names its kind."""
 
 
-FLAT = tyro.conf.arg(name="")
-Flat = Annotated[Config, FLAT]
+_FLAT = tyro.conf.OmitArgPrefixes
+_BY_NAME = tyro.conf.arg(name="")
+Flat = Annotated[Config, _FLAT]
 """A group whose flags have no prefix."""
+ByName = Annotated[dict[str, Config], _BY_NAME]
+"""Groups whose flags have their names as prefix: --NAME.OPTION."""
 
 
 def _split(words: Iterable[str]) -> tuple[str, ...]:
@@ -67,8 +71,9 @@ Names = Annotated[
 ]
 """Names with commas or spaces between them; ``none`` is no name."""
 
+AT_LEAST_0 = msgspec.Meta(ge=0)
 Count = Annotated[int, msgspec.Meta(ge=1)]
-Natural = Annotated[int, msgspec.Meta(ge=0)]
+Natural = Annotated[int, AT_LEAST_0]
 Pair = Annotated[int, msgspec.Meta(ge=2)]  # what has an interval, or two classes
 Positive = Annotated[float, msgspec.Meta(gt=0)]
 
@@ -102,12 +107,12 @@ def check(options: Any, prefix: str = "--") -> None:
     for name, hint in typing.get_type_hints(type(options), include_extras=True).items():
         value = getattr(options, name)
         flag = f"{prefix}{name.replace('_', '-')}"
-        flat = FLAT in getattr(hint, "__metadata__", ())
-        if hasattr(type(value), "__annotations__"):
-            check(value, prefix if flat else f"{flag}.")
-        elif isinstance(value, Mapping):
+        if isinstance(value, Mapping):
             for key, one in value.items():
-                check(one, f"{prefix if flat else flag + '.'}{key}.")
+                check(one, f"{prefix}{key}.")
+        elif hasattr(type(value), "__annotations__"):
+            flat = _FLAT in getattr(hint, "__metadata__", ())
+            check(value, prefix if flat else f"{flag}.")
         else:
             _check_value(flag, value, tuple(_limits(hint)))
 
