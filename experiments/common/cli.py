@@ -1,21 +1,21 @@
-"""The command line of a script: typed options, their flags, and their JSON.
+"""The command line of a script: typed options, and the flags made of them.
 
 Options are dataclasses or `Options`, nested in one config. `parse` makes flags of
-their fields, `check` refuses what their types exclude, `to_json` and `from_json` save
-and read them. No jax is imported here, so that --help is quick.
+their fields, `check` refuses what their types exclude. No jax is imported here, so that
+--help is quick.
 """
 
 from __future__ import annotations
 
-import difflib
-import json
 import typing
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
 import msgspec
 import tyro
+
+from experiments.common.saved_options import split_commas, to_json
 
 __all__ = [
     "AT_LEAST_0",
@@ -28,15 +28,10 @@ __all__ = [
     "Pair",
     "Positive",
     "check",
-    "did_you_mean",
-    "from_json",
     "parse",
-    "read_config",
     "replace",
     "run_study",
-    "to_json",
-    "value_of",
-    "values_of",
+    "split_names",
 ]
 
 Config = TypeVar("Config")
@@ -54,9 +49,8 @@ ByName = Annotated[dict[str, Config], _BY_NAME]
 """Groups whose flags have their names as prefix: --NAME.OPTION."""
 
 
-def _split(words: Iterable[str]) -> tuple[str, ...]:
-    parts = (part for word in words for part in word.split(","))
-    return tuple(part for part in parts if part and part != "none")
+def split_names(words: Sequence[str]) -> tuple[str, ...]:
+    return tuple(name for name in split_commas(words) if name != "none")
 
 
 Names = Annotated[
@@ -64,7 +58,7 @@ Names = Annotated[
     tyro.constructors.PrimitiveConstructorSpec(
         nargs="*",
         metavar="NAME[,NAME ..]",
-        instance_from_str=lambda words: _split(words),
+        instance_from_str=split_names,
         is_instance=lambda value: isinstance(value, tuple),
         str_from_instance=lambda value: list(value) or ["none"],
     ),
@@ -139,83 +133,9 @@ def _limits(hint: Any) -> Iterator[msgspec.Meta]:
         yield from _limits(part)
 
 
-def value_of(flag: str, arguments: Sequence[str]) -> str | None:
-    """The value of a flag that decides which other flags there are."""
-    found = values_of(flag, arguments)
-    return found[0] if found else None
-
-
-def values_of(flag: str, arguments: Sequence[str]) -> tuple[str, ...] | None:
-    """The names that a flag of `Names` lists; None: it is not given."""
-    for index, argument in enumerate(arguments):
-        if argument.startswith(f"{flag}="):
-            return _split([argument.split("=", 1)[1]])
-        if argument == flag:
-            words = []
-            for word in arguments[index + 1 :]:
-                if word.startswith("--"):
-                    break
-                words.append(word)
-            return _split(words)
-    return None
-
-
-def did_you_mean(name: str, choices: Iterable[str]) -> str:
-    choices = list(choices)
-    close = difflib.get_close_matches(name, choices, n=1)
-    hint = f"did you mean {close[0]}? " if close else "not known. "
-    return f"{hint}Choose from {', '.join(choices)}"
-
-
 def replace(options: Config, **changes: Any) -> Config:
     """`options` with other values of some fields."""
     return msgspec.structs.replace(options, **changes)  # type: ignore[type-var]
-
-
-def to_json(config: Any) -> Any:
-    """Options as JSON holds them: dicts, lists, strings and numbers."""
-    return msgspec.json.decode(msgspec.json.encode(config, enc_hook=str))
-
-
-def from_json(saved: Any, kind: type[Config]) -> Config:
-    """Options from their JSON; those it does not have keep their defaults.
-
-    Raises:
-      ValueError: an option is not of its type, or outside its limits.
-    """
-    try:
-        config = msgspec.convert(saved, kind, dec_hook=lambda kind, value: kind(value))
-    except (msgspec.ValidationError, TypeError) as error:
-        raise ValueError(
-            f"config.json: {error}: put a copy of the file back, or start again"
-        ) from None
-    check(config)
-    return config
-
-
-def read_config(folder: Path) -> dict[str, Any]:
-    """What a run wrote of its options, methods and data.
-
-    Raises:
-      FileNotFoundError: there is no such run.
-      ValueError: its config.json is damaged.
-    """
-    path = folder / "config.json"
-    try:
-        document = json.loads(path.read_bytes())
-        if not isinstance(document["config"], dict):
-            raise TypeError("config is no mapping")
-    except (FileNotFoundError, NotADirectoryError):
-        raise FileNotFoundError(
-            f"{folder} is not a run folder: it has no config.json; give the folder "
-            "that a run printed"
-        ) from None
-    except (KeyError, TypeError, ValueError) as error:
-        raise ValueError(
-            f"{path} is damaged ({type(error).__name__}: {error}): put a copy of it "
-            "back, or start again in another --workdir"
-        ) from None
-    return document
 
 
 def run_study(

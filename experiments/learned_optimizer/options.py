@@ -1,19 +1,19 @@
 """The options of learned_optimizer, typed; no jax here, so that --help is quick.
 
 Options of a rule, of a family of problems and of meta-training are the arguments of
-their constructors. `check` refuses what cannot work and can be told without data.
+their constructors.
 """
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any, Literal, NamedTuple
+from typing import Annotated, Any, Literal
 
 import msgspec
 import tyro
 
-from experiments.common import cli
 from experiments.common.cli import (
+    AT_LEAST_0,
     ByName,
     Count,
     Flat,
@@ -22,142 +22,15 @@ from experiments.common.cli import (
     Options,
     Pair,
     Positive,
-    did_you_mean,
-    replace,
-    value_of,
-    values_of,
 )
-from experiments.common.devices import MAY_CHANGE, Devices
-from experiments.common.devices import check as check_devices
+from experiments.common.devices import Devices
+from experiments.common.saved_options import to_json
+from experiments.learned_optimizer.rule_options import LstmGates, Rule, named_rules
 
 BASELINES = (
     "sgd", "momentum", "nesterov", "rmsprop", "adam", "adamw", "adagrad", "adadelta",
 )  # fmt: skip
 MORE_BASELINES = ("adam-cosine",)
-_WITHOUT_BATCHES = ("plateau", "quadratics", "logistic")
-STUDIES = {
-    "comparison": "the rules and the tuned baselines on the problem of the flags",
-    "generalisation": "the same on variants of it: width, depth, activation, horizon",
-    "panels": "the figure of six problems of Andrychowicz et al.",
-    "plateau": "whether rules escape where the gradient vanishes, and their gates",
-    "cost": "time and memory of one update, against Adam's",
-}
-
-
-# -- rules: their JSON is the spec that `metalstm.rules.build_rule` reads --------------
-
-
-class L2L(Options, frozen=True, tag_field="rule", tag="l2l"):
-    """A coordinate-wise LSTM that reads gradients."""
-
-    hidden_size: int = 20
-    """Units of each layer."""
-    num_layers: int = 2
-    """LSTM layers."""
-    output_scale: Positive = 0.1
-    """Factor of the update."""
-    features: Literal["log_sign", "raw", "moments"] = "log_sign"
-    """What the LSTM reads: the gradient, published in two ways, or what Adam reads."""
-    p: float = 10.0
-    """Of the log_sign features."""
-    shortcut: float | None = None
-    """With moments: start as Adam of the rate output_scale times this."""
-    relative: bool = False
-    """With moments: updates in units of the gradient's size, as momentum's are."""
-
-
-class Gates(Options, frozen=True):
-    """Gates that mix the old parameter with the gradient."""
-
-    hidden_size: int = 20
-    """Units of the LSTM below the gates; 0: they read the features."""
-    variant: Literal["code", "paper"] = "code"
-    """What the gates read of their previous step: the logit or the value."""
-    forget: Literal["gate", "one"] = "gate"
-    """one: f is fixed at 1."""
-    input: Literal["gate", "constant"] = "gate"
-    """constant: i is a learned constant."""
-    loss_input: bool = True
-    """Whether the LSTM sees the loss."""
-    theta_input: bool = True
-    """Whether the gates see theta."""
-    carry_input: bool = True
-    """Whether the gates see their own previous value."""
-    feature_gradient: Literal["stopped", "full"] = "stopped"
-    """Second order: whether the derivative flows through the features too."""
-    p: float = 10.0
-    """Of the log_sign features."""
-    forget_bias: tuple[float, float] = (4.0, 5.0)
-    """Range of the forget gate's initial bias."""
-    input_bias: tuple[float, float] = (-5.0, -4.0)
-    """Range of the input gate's initial bias; it sets the first step size."""
-    init_scale: float = 0.01
-    """Weights are drawn from U(-scale, scale)."""
-
-
-class LstmGates(Gates, frozen=True, tag_field="rule", tag="lstm_gates"):
-    """The Meta-LSTM's rule."""
-
-
-class Memory(Options, frozen=True):
-    """A memory of gradients, as momentum and RMSprop have."""
-
-    hidden_size: int = 20
-    """Units of its LSTM."""
-    p: float = 10.0
-    """Of the log_sign features."""
-    eps: float = 1e-8
-    """Added to the average square."""
-    init_scale: float = 0.01
-    """Kernels are drawn from U(-scale, scale)."""
-
-
-class TwoLayer(Options, frozen=True, tag_field="rule", tag="two_layer"):
-    """A gradient memory chained into gates."""
-
-    memory: Memory = Memory()
-    gates: Gates = Gates(hidden_size=0, feature_gradient="full")
-
-
-class LearnedSgd(Options, frozen=True, tag_field="rule", tag="learned_sgd"):
-    """SGD with a learned rate."""
-
-    rate: float = 0.01
-    """Where it starts."""
-    num_steps: int | None = None
-    """A rate of its own for each of this many updates."""
-
-
-Rule = L2L | LstmGates | TwoLayer | LearnedSgd
-RULES = {
-    "l2l": "a coordinate-wise LSTM",
-    "l2l-published": "the same as Andrychowicz et al. (2016) had it, in every preset",
-    "v2": "a gradient memory chained into gates",
-    "meta-lstm": "the gates of Ravi & Larochelle (2017), with their LSTM",
-    "gates": "the gates alone, on features, without an LSTM",
-    "meta-lstm-f1": "meta-lstm with the forget gate fixed at 1",
-    "gates-f1": "gates with the forget gate fixed at 1",
-    "v2-f1": "v2 with the forget gate fixed at 1",
-    "learned-sgd": "one learned rate",
-}
-
-
-def named_rules(
-    hidden_size: int = 20, l2l: L2L | None = None, **others: Rule
-) -> dict[str, Rule]:
-    """Every one of `RULES`, with LSTMs of ``hidden_size`` units."""
-    found: dict[str, Rule] = {
-        "l2l": l2l or L2L(hidden_size=hidden_size),
-        "l2l-published": L2L(),
-        "v2": TwoLayer(memory=Memory(hidden_size=hidden_size)),
-        "meta-lstm": LstmGates(hidden_size=hidden_size),
-        "gates": LstmGates(hidden_size=0),
-    }
-    for name in ("meta-lstm", "gates"):
-        found[f"{name}-f1"] = replace(found[name], forget="one")
-    gates = Gates(hidden_size=0, feature_gradient="full", forget="one")
-    found["v2-f1"] = replace(found["v2"], gates=gates)
-    return found | {"learned-sgd": LearnedSgd()} | others
 
 
 # -- problems: a tag is a constructor of `metalstm.learned_optimizers.problems` --------
@@ -320,7 +193,7 @@ class Budget(Options, frozen=True):
     """Adam's, on the rule's parameters."""
     schedule: Literal["constant", "cosine"] = "constant"
     """cosine: to 0 over --meta-steps."""
-    clip: Annotated[float, cli.AT_LEAST_0] = 1.0
+    clip: Annotated[float, AT_LEAST_0] = 1.0
     """Global norm to which the meta-gradient is clipped; 0: not."""
     steps_per_call: Count = 1
     """Meta-steps in one compiled call."""
@@ -401,31 +274,10 @@ class Config(Options, frozen=True):
     run: Flat[Run] = Run()
 
 
-def may_change(config: Config) -> tuple[str, ...]:
-    """What may differ when a run resumes: neither problem, nor rule, nor recipe."""
-    names = [
-        *(f"run.{name}" for name in Run.__struct_fields__ if name != "seed"),
-        *(f"test.{name}" for name in Test.__struct_fields__ if name != "steps"),
-        *MAY_CHANGE, "problem.data_dir", "budget.keep", "budget.minutes", "rules",
-    ]  # fmt: skip
-    fixed = config.budget.schedule == "cosine" or config.budget.first_horizon
-    return (*names,) if fixed else (*names, "budget.meta_steps")
-
-
-def trained_rules(config: Config) -> dict[str, Path]:
-    """The NAME=FILE among ``--rules``."""
-    pairs = (name.split("=", 1) for name in config.rules if "=" in name)
-    return {name: Path(path) for name, path in pairs}
-
-
-def rule_names(config: Config) -> list[str]:
-    return [name.split("=", 1)[0] for name in config.rules]
-
-
 def rule_spec(name: str, config: Config) -> dict[str, Any]:
     """What `metalstm.rules.build_rule` makes a rule of."""
     rule, around = config.rule[name], config.around
-    spec = cli.to_json(rule)
+    spec = to_json(rule)
     if isinstance(rule, LstmGates) and around.gradient_factor != 1:
         # a learned rate with its sign reversed leaves a gradient a gradient
         factor = {"rule": "learned_sgd", "rate": -around.gradient_factor}
@@ -435,41 +287,3 @@ def rule_spec(name: str, config: Config) -> dict[str, Any]:
     labels = around.separate.replace("-", "_")
     groups = dict.fromkeys(labels.split("_or_"), spec)
     return {"rule": "by_group", "labels": labels, "groups": groups}
-
-
-class Stage(NamedTuple):
-    """A part of meta-training with one program."""
-
-    unroll_steps: int
-    horizon: int
-    start: int  # meta-steps done when it begins
-    end: int  # and when it ends
-
-
-def stages(config: Config) -> list[Stage]:
-    """Read ``--stages``; the last one is what the other flags say.
-
-    Raises:
-      ValueError: a stage is not UNROLL:META_STEPS, or they fill --meta-steps.
-    """
-    budget, training = config.budget, config.training
-    found: list[Stage] = []
-    end = 0
-    for text in budget.stages:
-        unroll, _, steps = text.partition(":")
-        if not (unroll.isdecimal() and steps.isdecimal() and int(unroll) > 0):
-            raise ValueError(f"--stages {text}: give UNROLL:META_STEPS, such as 20:500")
-        if int(steps) % budget.steps_per_call:
-            raise ValueError(
-                f"--stages {text}: the meta-steps are not a multiple of "
-                f"--steps-per-call {budget.steps_per_call}"
-            )
-        start, end = end, end + int(steps)
-        found.append(Stage(int(unroll), int(unroll), start, end))
-    if found and end >= budget.meta_steps:
-        raise ValueError(
-            f"--stages take {end} meta-steps and leave none of --meta-steps "
-            f"{budget.meta_steps}: choose more than {end}"
-        )
-    last = training.unroll_steps, training.horizon, end, budget.meta_steps
-    return [*found, Stage(*last)]

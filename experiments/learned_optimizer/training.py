@@ -1,4 +1,4 @@
-"""Meta-train one rule, or go on with it."""
+"""Meta-train one rule, or resume its meta-training."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import msgspec
 import numpy as np
 import optax
 
@@ -16,11 +17,12 @@ import metalstm
 from experiments.common.devices import mesh_for
 from experiments.common.run_folder import Metrics
 from experiments.common.training_session import Session
-from experiments.learned_optimizer.options import Config, Stage, may_change, stages
+from experiments.learned_optimizer.command_line import Stage, may_change, stages
+from experiments.learned_optimizer.options import Config
 from experiments.learned_optimizer.problems import NEED_NO_DATA, Source
 from experiments.learned_optimizer.tables import capped_logs
 from metalstm import learned_optimizers
-from metalstm.base import PyTree, UpdateRule
+from metalstm.base import MetaAlgorithm, PyTree, UpdateRule
 from metalstm.learned_optimizers import curves, problems
 from metalstm.meta.training import place_state
 from metalstm.runtime import sharding
@@ -45,7 +47,7 @@ def meta_train(
     folder: Path,
     metrics: Metrics,
 ) -> Trained:
-    """Train, or go on training, until the budget is spent.
+    """Train, or resume training, until the budget is spent.
 
     Raises:
       Interrupted: after Ctrl-C; the state is saved.
@@ -58,13 +60,12 @@ def meta_train(
 
 def _horizon(config: Config, stage: Stage) -> int | Callable[[jax.Array], jax.Array]:
     """The horizon, or how it grows with the meta-step: doubling, in equal shares."""
-    budget = config.budget
-    if stage.end < budget.meta_steps or budget.first_horizon in (None, budget.horizon):
+    first, last = config.budget.first_horizon, config.training.horizon
+    if stage.end < config.budget.meta_steps or first in (None, last):
         return stage.horizon
-    horizons = [budget.first_horizon]
-    while horizons[-1] < budget.horizon:
-        doubled = min(2 * horizons[-1], budget.horizon)
-        horizons.append(doubled // budget.unroll * budget.unroll)
+    horizons, unroll = [first], config.training.unroll_steps
+    while horizons[-1] < last:
+        horizons.append(min(2 * horizons[-1], last) // unroll * unroll)
     lengths = np.array(horizons, np.int32)
     # the carry counts meta-steps from the start of the stage
     each = max((stage.end - stage.start) // (2 * len(horizons)), 1)
@@ -75,24 +76,18 @@ def _horizon(config: Config, stage: Stage) -> int | Callable[[jax.Array], jax.Ar
 
 def _algorithm(
     rule: UpdateRule, config: Config, source: Source, stage: Stage
-) -> metalstm.MetaAlgorithm:
+) -> MetaAlgorithm:
     budget = config.budget
-    weights = None
-    if budget.weights == "linear":
-        weights = lambda step: 2 * step / stage.horizon  # noqa: E731
+    linear = lambda step: 2 * step / stage.horizon  # noqa: E731
+    options = msgspec.structs.asdict(config.training)
+    options |= {"unroll_steps": stage.unroll_steps, "horizon": _horizon(config, stage)}
     return learned_optimizers.learned_optimizer(
         source.training,
         rule,
-        num_tasks=budget.tasks,
-        unroll_steps=stage.unroll,
-        horizon=_horizon(config, stage),
         second_order=budget.second_order,
-        weights=weights,
-        loss_transform=budget.loss_transform,
-        estimator=budget.estimator,
-        pes_std=budget.pes_std,
-        stagger=budget.stagger,
-        memory=budget.memory,
+        memory="plain" if budget.keep == "all" else budget.keep,
+        weights=linear if budget.weights == "linear" else None,
+        **options,
     )
 
 
@@ -120,7 +115,7 @@ class _Session(Session):
         self.rule, self.source = rule, source
         self.stages = stages(config)
         if budget.minutes is not None:
-            self.stages = [Stage(budget.unroll, budget.horizon, 0, _FOREVER)]
+            self.stages = [self.stages[-1]._replace(end=_FOREVER)]
         calls = self.stages[-1].end // budget.steps_per_call
         super().__init__(
             name,
@@ -129,9 +124,11 @@ class _Session(Session):
             metrics,
             num_steps=calls * budget.steps_per_call,
             may_change=may_change(config),
-            mesh=mesh_for(config.devices, budget.tasks, "--tasks"),
+            mesh=mesh_for(config.devices, config.training.num_tasks, "--num-tasks"),
         )
-        self.sampler = problems.ProblemSampler(source.training, budget.unroll + 1)
+        self.sampler = problems.ProblemSampler(
+            source.training, config.training.unroll_steps + 1
+        )
         self.optimizer = _optimizer(config)
         algorithm = _algorithm(rule, config, source, self.stages[0])
         make = functools.partial(
@@ -157,7 +154,7 @@ class _Session(Session):
             algorithm,
             self.optimizer,
             self.sampler,
-            num_tasks=budget.tasks,
+            num_tasks=self.config.training.num_tasks,
             steps_per_call=budget.steps_per_call,
             mesh=self.mesh,
         )
@@ -171,8 +168,8 @@ class _Session(Session):
             save_every=budget.save_every,
         )
 
-    def _begin(self, algorithm: metalstm.MetaAlgorithm, stage: Stage) -> None:
-        """Start every problem afresh; going on from a checkpoint here does the same."""
+    def _begin(self, algorithm: MetaAlgorithm, stage: Stage) -> None:
+        """Start every problem afresh; resuming from a checkpoint here does the same."""
         key = jax.random.fold_in(jax.random.key(self.config.run.seed), stage.start)
         draw = self.sampler.sample(key, self.source.training_data)
         train = self.state.train
@@ -186,7 +183,7 @@ class _Session(Session):
     @functools.cached_property
     def _curves(self) -> Callable[[PyTree, Any, int], np.ndarray]:
         test = self.config.test
-        kind = self.config.problem.problem
+        kind = self.config.problem.name
         return curves.make_loss_curves(
             self.source.test,
             self.rule,
