@@ -8,14 +8,13 @@ their fields, `check` refuses what their types exclude. No jax is imported here,
 from __future__ import annotations
 
 import typing
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from pathlib import Path
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Annotated, Any, TypeVar
 
 import msgspec
 import tyro
 
-from experiments.common.saved_options import split_commas, to_json
+from experiments.common.saved_options import split_commas
 
 __all__ = [
     "AT_LEAST_0",
@@ -30,7 +29,6 @@ __all__ = [
     "check",
     "parse",
     "replace",
-    "run_study",
     "split_names",
 ]
 
@@ -136,46 +134,3 @@ def _limits(hint: Any) -> Iterator[msgspec.Meta]:
 def replace(options: Config, **changes: Any) -> Config:
     """`options` with other values of some fields."""
     return msgspec.structs.replace(options, **changes)  # type: ignore[type-var]
-
-
-def run_study(
-    name: str,
-    read: Callable[[list[str]], Any],
-    run: Callable[[Any, Path], None],
-    arguments: Sequence[str] | None = None,
-    may_change: Sequence[str] = (),
-) -> int:
-    """Read the options, take the run folder, write config.json, run.
-
-    The same command with the same ``--workdir`` resumes a stopped run, as far as
-    ``run`` kept what it had finished.
-
-    Args:
-      may_change: options that may differ when a run resumes in its folder.
-
-    Returns:
-      The exit status: 2 for a mistake, 130 for Ctrl-C.
-    """
-    from experiments.common.script_end import exit_status
-
-    folder: Path | None = None
-
-    def body(arguments: list[str]) -> None:
-        nonlocal folder
-        config = read(arguments)
-        from experiments.common import run_folder
-        from experiments.common.compiled_programs import keep_compiled_programs
-
-        folder = config.workdir or run_folder.free_folder(Path("runs") / name)
-        changeable = (*may_change, "preset", "workdir", "debug")
-        run_folder.refuse_other_runs(folder, config, changeable)
-        keep_compiled_programs()
-        with run_folder.locked(folder, config, changeable):
-            document = {"config": to_json(config)}
-            run_folder.write_json(folder / "config.json", document)
-            run(config, folder)
-
-    def stopped() -> str:
-        return f"stopped; to resume: the same with --workdir {folder}"
-
-    return exit_status(body, arguments, stopped=stopped)
