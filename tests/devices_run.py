@@ -26,7 +26,7 @@ from metalstm.inner import coordinatewise
 from metalstm.learned_optimizers import problems
 from metalstm.meta import training
 from metalstm.meta.evaluation import make_evaluate
-from metalstm.runtime import checkpoints, sharding
+from metalstm.runtime import checkpoints, processes, sharding
 
 TASKS, STEPS, HALF = 8, 20, 10
 CASES = ("maml", "l2l")
@@ -103,7 +103,7 @@ def steps(case: str, mesh, folder: Path, restored_from: str | None = None):
             if restored_from is None:
                 checkpoints.save(folder / name_of(mesh) / case, state, step=step)
         state, metrics = loop(state, None)
-        sharding.settle((state, metrics))
+        sharding.block_on_cpu_collectives((state, metrics))
         assert metrics["finite"].all()
     return found | {"end": whole(state.params), "carry": whole(state.carry)}
 
@@ -117,7 +117,7 @@ def write(path: Path, **lists: list[np.ndarray]) -> None:
     arrays = {
         f"{n}{i:03d}": a for n, leaves in lists.items() for i, a in enumerate(leaves)
     }
-    if sharding.is_main():
+    if processes.is_main():
         np.savez(path, **arrays)
 
 
@@ -132,7 +132,7 @@ def evaluated(mesh) -> np.ndarray:
 def go_on(folder: Path, mesh, other: str) -> None:
     for case in CASES:
         deadline = time.monotonic() + 300
-        while sharding.any_process(checkpoints.latest(folder / other / case) is None):
+        while processes.any_process(checkpoints.latest(folder / other / case) is None):
             assert time.monotonic() < deadline, f"{other} saved nothing"
             time.sleep(0.1)
         found = steps(case, mesh, folder, restored_from=other)
@@ -191,7 +191,7 @@ def share(folder: Path) -> None:
                 (folder / "shared.hlo").write_text(text)
             for step in range(3):
                 state, metrics = loop(state, None)
-                sharding.settle((state, metrics))
+                sharding.block_on_cpu_collectives((state, metrics))
                 if step == 0:
                     gradient = whole(state.opt_state[0].trace)
             ends = {"end": whole(state.params), "carry": whole(state.carry)}
@@ -208,8 +208,8 @@ def programs(folder: Path, mesh) -> None:
 
 def main(folder: str, devices: str, other: str, *address: str) -> None:
     if address:
-        coordinator, processes, process = address
-        sharding.initialize(coordinator, int(processes), int(process))
+        coordinator, num_processes, process = address
+        processes.initialize(coordinator, int(num_processes), int(process))
     counts = [int(count) for count in devices.split(",")]
     meshes = [sharding.task_mesh(TASKS, num_devices=count) for count in counts]
     for mesh in meshes:

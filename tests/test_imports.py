@@ -14,8 +14,16 @@ ROOT = Path(__file__).parents[1]
 
 # A module may import from the layers above its own line, and from itself.
 LAYERS = (
-    {"base", "checks", "runtime", "runtime.compilation", "runtime.files", "statistics"},
-    {"runtime.sharding"},
+    {
+        "base",
+        "checks",
+        "runtime",
+        "runtime.compilation",
+        "runtime.files",
+        "runtime.saved_config",
+        "statistics",
+    },
+    {"runtime.processes", "runtime.sharding"},
     {"inner", "nn", "rules", "data", "plots", "runtime.checkpoints"},
     {"algorithms"},
     {"learned_optimizers"},

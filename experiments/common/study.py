@@ -21,7 +21,7 @@ from experiments.common.run_folder import (
 from experiments.common.saved_options import did_you_mean, to_json, value_of
 from experiments.common.script_end import exit_status
 from experiments.common.tables import Table
-from metalstm.runtime.files import whole_file
+from metalstm.runtime.files import atomic_write
 
 __all__ = ["StudyOptions", "read", "run_study", "write_results"]
 
@@ -111,7 +111,7 @@ def write_results(
 ) -> None:
     """Print the tables; write table.md, results.json and the figures by their names."""
     text = "\n".join(table.markdown().lstrip() for table in tables)
-    with whole_file(folder / "table.md") as part:
+    with atomic_write(folder / "table.md") as part:
         part.write_text(text)
     settings = to_json(config)
     for name in ("workdir", "data_dir", "debug"):  # they do not change the result

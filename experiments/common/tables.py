@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 from tabulate import tabulate
 
-from metalstm.runtime.files import whole_file
+from metalstm.runtime.files import atomic_write
 
 __all__ = ["WIDTH", "Table"]
 
@@ -29,21 +29,22 @@ class Table(NamedTuple):
 
     def __str__(self) -> str:
         lines = [textwrap.fill(self.caption, WIDTH)] if self.caption else []
-        lines += ["  " + line.rstrip() for line in self._formatted("plain")]
+        text = self._formatted("plain", [self.headings, *self.cells])
+        lines += ["  " + line.rstrip() for line in text.splitlines()]
         return "\n".join(lines + [_wrapped(note) for note in self.notes])
 
     def markdown(self) -> str:
         # "*" and "~" would otherwise be markup
-        table = _escaped("\n".join(self._formatted("pipe")))
+        table = _escaped(self._formatted("pipe", self.cells, headers=self.headings))
         notes = [_escaped(note) for note in self.notes]
         return "\n\n".join([self.caption, table, *notes]) + "\n"
 
     def write(self, folder: Path, stem: str = "table") -> list[str]:
         """Write STEM.md and STEM.csv completely or not at all; return their names."""
-        with whole_file(folder / f"{stem}.md") as part:
+        with atomic_write(folder / f"{stem}.md") as part:
             part.write_text(self.markdown())
         with (
-            whole_file(folder / f"{stem}.csv") as part,
+            atomic_write(folder / f"{stem}.csv") as part,
             open(part, "w", newline="") as file,
         ):
             writer = csv.DictWriter(file, list(self.records[0]))
@@ -51,17 +52,17 @@ class Table(NamedTuple):
             writer.writerows(self.records)
         return [f"{stem}.md", f"{stem}.csv"]
 
-    def _formatted(self, style: str) -> list[str]:
-        sides = [
-            "left" if i in self.left else "right" for i in range(len(self.headings))
-        ]
+    def _formatted(
+        self, style: str, rows: Sequence[Sequence[str]], headers: Sequence[str] = ()
+    ) -> str:
+        columns = range(len(self.headings))
         return tabulate(
-            self.cells,
-            self.headings,
+            rows,
+            headers,
             tablefmt=style,
-            colalign=sides,
+            colalign=["left" if column in self.left else "right" for column in columns],
             disable_numparse=True,
-        ).splitlines()
+        )
 
 
 def _escaped(text: str) -> str:

@@ -51,7 +51,7 @@ def _run(config: Config, folder: Path) -> int:
 
     changeable = may_change(config)
     refuse_other_runs(folder, config, changeable)
-    from experiments.common.training_session import Interrupted
+    from experiments.common.stopping import Interrupted
     from experiments.learned_optimizer.running import run
 
     if devices.is_one_of_several():
@@ -66,7 +66,9 @@ def _run(config: Config, folder: Path) -> int:
 
 
 def _hint(folder: Path) -> str:
-    return f"to resume: python -m experiments.learned_optimizer --resume {folder}"
+    from experiments.common.report import resume_hint
+
+    return resume_hint(folder, "experiments.learned_optimizer")
 
 
 if __name__ == "__main__":

@@ -24,13 +24,9 @@ from experiments.learned_optimizer.options import Config, rule_spec
 from experiments.learned_optimizer.problems import describe, load_source
 from experiments.learned_optimizer.training import Trained, meta_train
 from metalstm import plots, rules
-from metalstm.runtime import sharding
+from metalstm.runtime import processes
 
 ROOT = Path("runs") / "learned_optimizer"
-
-
-def resume_hint(folder: Path) -> str:
-    return f"to resume: python -m experiments.learned_optimizer --resume {folder}"
 
 
 def choose_folder(config: Config) -> Path:
@@ -62,10 +58,10 @@ def run(config: Config, folder: Path) -> None:
     found: dict[str, Any] = {}
     for name, spec in specs.items():
         trained = meta_train(name, built[name], config, source, folder, metrics)
-        if not sharding.is_main():
+        if not processes.is_main():
             continue
         found[name] = _export(name, spec, trained, config, folder)
-    if not sharding.is_main():
+    if not processes.is_main():
         return
     files = ["results.json", "config.json", "metrics.jsonl"]
     if specs:
@@ -82,8 +78,7 @@ def run(config: Config, folder: Path) -> None:
     }
     write_json(folder / "results.json", results)
     print(
-        f"{', '.join(files)} in {folder}\n"
-        f"{resume_hint(folder)}\n"
+        f"{report.ending(folder, files, 'experiments.learned_optimizer')}\n"
         "studies again, or others: python -m experiments.learned_optimizer --evaluate "
         f"{folder} --study ...",
         flush=True,

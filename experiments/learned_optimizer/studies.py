@@ -26,7 +26,7 @@ from metalstm import plots
 from metalstm.inner.loop import InnerState, unroll
 from metalstm.plots import Losses
 from metalstm.rules import find_gates
-from metalstm.runtime.files import whole_file
+from metalstm.runtime.files import atomic_write
 
 Rows = list[dict[str, Any]]
 Measured = tuple[dict[str, Losses], dict[str, Choice]]
@@ -85,7 +85,7 @@ class Context(NamedTuple):
     def write(self, study: str, *found: Table) -> str:
         """STUDY.md: the tables, and the command that makes them again."""
         text = "\n".join(table.markdown().strip() + "\n" for table in found)
-        with whole_file(self.folder / f"{study}.md") as part:
+        with atomic_write(self.folder / f"{study}.md") as part:
             part.write_text(f"{text}\n    {command(self, study)}\n")
         return f"{study}.md"
 

@@ -24,7 +24,7 @@ from metalstm.base import Array, Learner, MetaAlgorithm, MetaParams, PyTree, Upd
 from metalstm.data import SinusoidSpec, episode_key
 from metalstm.inner.loop import InnerState, unroll
 from metalstm.meta.training import TrainState
-from metalstm.runtime.files import whole_file
+from metalstm.runtime.files import atomic_write
 
 _TRAIN_SEED = 7_919  # apart from the seeds of initialisations, which start at --seed
 _CALL = 100  # meta-steps in one compiled call
@@ -240,7 +240,7 @@ def save(path: Path, found: Found) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     arrays: dict[str, Any] = {f"errors_{s}": e for s, e in found.errors.items()}
     arrays |= {k: np.asarray(v) for k, v in found._asdict().items() if k != "errors"}
-    with whole_file(path) as part:
+    with atomic_write(path) as part:
         np.savez(part, **arrays)
 
 

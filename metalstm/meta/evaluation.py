@@ -107,7 +107,7 @@ def make_evaluate(
             typed = jax.vmap(lambda i: episode_key(seed, split, 0, i))(tasks)
             keys = sharding.place(jax.random.key_data(typed), mesh, per_task=True)
             results.append(grade(params, keys, draw(keys, pool)))
-            sharding.settle(results[-1])
+            sharding.block_on_cpu_collectives(results[-1])
         accuracies = np.concatenate(jax.device_get(results))[:num_episodes]
         mean, ci95 = mean_and_ci95(accuracies)
         return Evaluation(accuracies, mean, ci95, algorithm.query_norm, split, seed)

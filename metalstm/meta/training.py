@@ -20,7 +20,7 @@ from jax.sharding import PartitionSpec as P
 
 from metalstm.base import Array, Episode, MetaAlgorithm, PyTree
 from metalstm.data.episodes import TaskSampler, episode_key
-from metalstm.runtime import sharding
+from metalstm.runtime import processes, sharding
 from metalstm.runtime.compilation import Jitted
 
 __all__ = [
@@ -364,7 +364,7 @@ def fit(
             return over
         # clocks differ, and asking costs: at every report all do what one wants
         every = report_every or steps_per_call
-        return step % every == 0 and sharding.any_process(over)
+        return step % every == 0 and processes.any_process(over)
 
     def keep(validated: bool) -> None:
         nonlocal state
@@ -377,7 +377,7 @@ def fit(
         while step < num_steps:
             train, metrics = train_loop(state.train, pool)
             state = state._replace(train=train)
-            sharding.settle(metrics)
+            sharding.block_on_cpu_collectives(metrics)
             step += steps_per_call
             pending.append(metrics)
             done = step >= num_steps or time_is_over(step)

@@ -29,7 +29,7 @@ from metalstm.rules.gates import lstm_gates
 from metalstm.rules.groups import by_group, conv_or_dense, matrix_or_vector
 from metalstm.rules.l2l_lstm import l2l
 from metalstm.rules.memory import gradient_memory, two_layer
-from metalstm.runtime.files import whole_file
+from metalstm.runtime.files import atomic_write
 
 __all__ = ["SavedRule", "build_rule", "load_rule", "save_rule"]
 
@@ -191,7 +191,7 @@ def save_rule(
     }
     text = np.frombuffer(json.dumps(header).encode(), np.uint8)
     # a file, not a name: to one without .npz numpy would add it
-    with whole_file(path) as part, part.open("wb") as file:
+    with atomic_write(path) as part, part.open("wb") as file:
         np.savez(file, **{_HEADER: text}, **arrays)  # type: ignore[arg-type]
     return path
 

@@ -1,4 +1,4 @@
-"""The methods of finished run folders, to be tested again side by side."""
+"""The methods of finished run folders, to be tested again in one table."""
 
 from __future__ import annotations
 
@@ -7,9 +7,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from experiments.common.saved_options import read_config
+from experiments.few_shot.command_line import options_of
 from experiments.few_shot.data import Source
-from experiments.few_shot.methods import METHODS, Spec, config_for, pretrainings
-from experiments.few_shot.options import Config, from_json, read_config
+from experiments.few_shot.methods import METHODS, Spec, pretrainings, specs_of
+from experiments.few_shot.options import Options
 from metalstm.runtime import checkpoints
 
 
@@ -18,13 +20,13 @@ class SavedMethod(NamedTuple):
     name: str
     folder: Path
     spec: Spec
-    config: Config  # of the run
+    options: Any  # its own
     meta_training: Mapping[str, Any]  # from the run's results; may be empty
 
 
 class SavedRun(NamedTuple):
     folder: Path
-    config: Config
+    options: Options
     specs: dict[str, Spec]
     data: dict[str, Any]
     results: dict[str, Any]  # by method; empty while it has not been tested
@@ -35,13 +37,13 @@ def read_runs(folders: Sequence[Path]) -> list[SavedRun]:
 
     Raises:
       FileNotFoundError: one is no run folder, or holds a run for each of several seeds.
-      ValueError: one is named twice.
+      ValueError: one is named twice, or damaged.
     """
     runs: list[SavedRun] = []
     for folder in folders:
         if folder.resolve() in [run.folder.resolve() for run in runs]:
             raise ValueError(f"--evaluate names {folder} twice: drop one")
-        saved = read_config(folder)
+        saved, options = read_config(folder), options_of(folder)
         seeds = sorted(path.name for path in folder.glob("seed-*"))
         if seeds:
             raise FileNotFoundError(
@@ -50,8 +52,8 @@ def read_runs(folders: Sequence[Path]) -> list[SavedRun]:
             )
         tested = folder / "results.json"
         results = json.loads(tested.read_text())["methods"] if tested.exists() else {}
-        config = from_json(saved["config"])
-        runs.append(SavedRun(folder, config, saved["methods"], saved["data"], results))
+        specs = specs_of(options, saved["data"]["classes"]["train"])
+        runs.append(SavedRun(folder, options, specs, saved["data"], results))
     return runs
 
 
@@ -69,10 +71,9 @@ def choose_methods(runs: Sequence[SavedRun], names: Sequence[str]) -> list[Saved
     for run, folder in zip(runs, short, strict=True):
         for name in (n for n in run.specs if n in names):
             label = name if in_runs.count(name) == 1 else f"{name} ({folder})"
-            trained = _meta_training(run, name)
-            spec = run.specs[name]
+            own, trained = run.options.methods[name], _meta_training(run, name)
             found.append(
-                SavedMethod(label, name, run.folder, spec, run.config, trained)
+                SavedMethod(label, name, run.folder, run.specs[name], own, trained)
             )
     if not found:
         have = ", ".join(dict.fromkeys(in_runs))
@@ -84,15 +85,14 @@ def _meta_training(run: SavedRun, name: str) -> Mapping[str, Any]:
     """What was spent on a method: by its results, or before them by its checkpoint."""
     if name in run.results:
         return run.results[name]["meta_training"] or {}
-    _, uses = pretrainings(run.config, run.specs)
-    trained = uses.get(name, name)
-    own = config_for(run.config, name)
-    state = run.folder / "checkpoints" / trained / "state"
+    _, uses = pretrainings(run.options, run.specs)
+    state = run.folder / "checkpoints" / uses.get(name, name) / "state"
     step = checkpoints.latest(state)
     if step is None:
         return {}
     seconds = checkpoints.read_metadata(state)["seconds"]
-    return {"episodes": step * own.budget.meta_batch, "wall_seconds": seconds}
+    training = run.options.methods[name].training
+    return {"episodes": step * training.meta_batch, "wall_seconds": seconds}
 
 
 def names_in(runs: Sequence[SavedRun]) -> tuple[str, ...]:
