@@ -15,7 +15,6 @@ ROOT = Path(__file__).parents[1]
 # A module may import from the layers above its own line, and from itself.
 LAYERS = (
     {
-        "base",
         "checks",
         "runtime",
         "runtime.compilation",
@@ -24,7 +23,10 @@ LAYERS = (
         "statistics",
     },
     {"runtime.processes", "runtime.sharding"},
-    {"inner", "nn", "rules", "data", "plots", "runtime.checkpoints"},
+    {"tasks"},
+    {"base"},
+    {"rules", "nn", "data", "plots", "runtime.checkpoints"},
+    {"inner"},
     {"algorithms"},
     {"learned_optimizers"},
     {"verification"},
@@ -34,6 +36,7 @@ LAYERS = (
     {"experiments"},
     {"benchmarks"},  # starts its processes as experiments does
 )
+
 RANK = {name: rank for rank, layer in enumerate(LAYERS) for name in layer}
 HEAVY = {"matplotlib", "orbax", "tensorflow", "tensorflow_datasets"}
 # what flax brings to its NNX users, and what only the command line or decoding needs

@@ -18,13 +18,13 @@ from experiments.common.devices import mesh_for
 from experiments.common.loop import Loop, Setup
 from experiments.common.run_folder import Metrics
 from experiments.learned_optimizer.command_line import Stage, may_change, stages
-from experiments.learned_optimizer.options import Config
+from experiments.learned_optimizer.options import Budget, Config
 from experiments.learned_optimizer.problems import NEED_NO_DATA, Source
 from experiments.learned_optimizer.tables import capped_logs
 from metalstm import learned_optimizers
 from metalstm.base import MetaAlgorithm, PyTree, UpdateRule
 from metalstm.learned_optimizers import curves, problems
-from metalstm.meta.training import place_state
+from metalstm.meta.step import place_state
 from metalstm.runtime import sharding
 
 _VALIDATION_SEED = 1_000_003  # far from the seeds of training, tuning and test
@@ -180,11 +180,16 @@ def _algorithm(
     return learned_optimizers.learned_optimizer(
         source.training,
         rule,
-        second_order=budget.second_order,
-        memory="plain" if budget.keep == "all" else budget.keep,
+        differentiation=_differentiation(budget),
+        axis_name=sharding.COORDINATE if config.devices.devices_per_task > 1 else None,
         weights=linear if budget.weights == "linear" else None,
         **options,
     )
+
+
+def _differentiation(budget: Budget) -> metalstm.Differentiation:
+    how = metalstm.second_order if budget.second_order else metalstm.first_order
+    return how(keep=budget.keep)
 
 
 def _optimizer(config: Config) -> optax.GradientTransformation:

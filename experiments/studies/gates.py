@@ -110,7 +110,7 @@ def method(
         learner,
         rule,
         num_steps=config.steps,
-        second_order=False,
+        differentiation=metalstm.first_order(),
         learn_init=False,
         scan_unroll=config.steps,
     )

@@ -22,8 +22,8 @@ from experiments.common.tuning import Tuned, each_point, tune
 from metalstm import nn, plots
 from metalstm.base import Array, Learner, MetaAlgorithm, MetaParams, PyTree, UpdateRule
 from metalstm.data import SinusoidSpec, episode_key
-from metalstm.inner.loop import InnerState, unroll
-from metalstm.meta.training import TrainState
+from metalstm.inner import first_order, unroll
+from metalstm.meta.step import TrainState
 from metalstm.runtime.files import atomic_write
 
 _TRAIN_SEED = 7_919  # apart from the seeds of initialisations, which start at --seed
@@ -124,9 +124,11 @@ def trajectory(learner: Learner, tx: Any, theta, support, num_steps: int) -> PyT
     _, trace = unroll(
         loss_fn,
         tx,
-        InnerState(theta.params, theta.stats, None),
+        (),
+        theta.params,
         num_steps=num_steps,
-        second_order=False,
+        differentiation=first_order(),
+        stats=theta.stats,
         observe=lambda state: state.params,
     )
     return jax.tree.map(

@@ -43,7 +43,7 @@ from experiments.common.tables import Table
 from experiments.common.tuning import each_point, tune
 from experiments.studies.gates import load_dataset
 from metalstm import algorithms, data, nn
-from metalstm.algorithms.gradient.adaptation import fixed_sgd
+from metalstm.algorithms.gradient.published import fixed_sgd
 from metalstm.data import EpisodeSpec
 from metalstm.meta.evaluation import Evaluation, paired_difference
 

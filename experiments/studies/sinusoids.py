@@ -38,9 +38,10 @@ from experiments.common.tables import Table
 from experiments.studies import regression
 from experiments.studies.regression import Found, Method, make_learner
 from metalstm import algorithms, rules
-from metalstm.algorithms.gradient.adaptation import fixed_sgd
+from metalstm.algorithms.gradient.published import fixed_sgd
 from metalstm.base import UpdateRule
 from metalstm.data import SinusoidSpec, episode_key
+from metalstm.inner import second_order
 from metalstm.statistics import mean_and_ci95
 
 METHODS = {
@@ -124,7 +125,7 @@ def make_methods(config: Config) -> dict[str, Method]:
     def learned(rule: Callable[[Any], UpdateRule]) -> Method:
         def build(rate):
             return algorithms.learned_init(
-                learner, rule(rate), second_order=True, **options
+                learner, rule(rate), differentiation=second_order(), **options
             )
 
         return method(build, rule)
