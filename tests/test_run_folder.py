@@ -32,7 +32,7 @@ def test_a_file_is_whole_or_as_it_was(tmp_path):
     run_folder.write_json(path, [1])
 
     def stop_half_way():
-        with whole_file(path) as part:
+        with atomic_write(path) as part:
             part.write_text("[2")
             assert part.suffix == ".json"
             raise KeyboardInterrupt
