@@ -1,4 +1,4 @@
-"""Meta-steps per second of learned optimizers, beside the machine's matrix product.
+"""Meta-steps per second of learned optimizers, next to the machine's matrix product.
 
     python -m benchmarks.learned_optimizers             # every row
     python -m benchmarks.learned_optimizers quadratics  # rows whose name has the word
@@ -43,7 +43,7 @@ def gflop(row: dict) -> float:
     """Arithmetic of one meta-step, in GFLOP: two LSTM layers a coordinate, the problem.
 
     Truncated back-propagation takes three times the rule's forward pass, an antithetic
-    pair two. The problem itself is small beside it: W theta twice a step, or the
+    pair two. The problem itself is small compared with it: W theta twice a step, or the
     network's forward and backward.
     """
     mlp = row["problem"] == "mlp"

@@ -11,7 +11,7 @@ every coordinate or L2L's LSTM. "truncated" cuts it into windows of 10 steps and
 their gradients, which is another gradient. The third is one task of MAML (T steps on 5
 images, the loss of 75), conv4 with 32 filters on 28x28.
 
-"stored" is what XLA sets aside for the compiled program beside arguments and results.
+"stored" is what XLA sets aside for the compiled program next to arguments and results.
 Each problem and length has a process of its own, in which the choices take turns, so
 that "of all" holds on a machine whose speed comes and goes. "resident" is how far a
 fresh process, which loads the compiled program, grows at most in running it (Linux

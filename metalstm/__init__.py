@@ -45,9 +45,9 @@ from metalstm.meta.step import (
     make_train_step,
 )
 from metalstm.nn import from_flax
+from metalstm.predictor import Predictor, load_run
 from metalstm.rules import load_rule, save_rule
 from metalstm.rules.pretrained import RuleCard, pretrained_optimizer
-from metalstm.runs import Predictor, load_run
 
 __all__ = [
     "Batch",

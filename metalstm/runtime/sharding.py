@@ -3,7 +3,7 @@
 Meta-parameters and pools are copied to every device, tasks are split over the mesh's
 ``"task"`` axis (`metalstm.tasks`), and the coordinates of a task, where asked for, over
 its ``"coordinate"`` axis (`inner.coordinatewise`). On one device none of this does
-anything. What several processes need besides is in `runtime.processes`.
+anything. `runtime.processes` has what several processes need.
 """
 
 from __future__ import annotations
