@@ -23,7 +23,7 @@ from metalstm.inner.coordinatewise import (
     keeps_states,
     replay_rule,
 )
-from metalstm.inner.differentiation import Differentiation
+from metalstm.inner.differentiation import Differentiation, Keep
 from metalstm.inner.scanning import (
     INNER_GRADIENT,
     concatenate,
@@ -223,7 +223,7 @@ def _in_blocks(
     coordinates: Coordinates,
     *,
     gradient_scale: Array | float,
-    keep: str,
+    keep: Keep,
     observe: Callable[[InnerState], PyTree] | None,
     axis_name: str | None,
     scan_unroll: int,
@@ -279,8 +279,8 @@ def _in_blocks(
         axis_name=axis_name,
     )
     # the derivative of g . theta by theta is that of the loss
-    products = jax.tree.leaves(coordinates.unflatten(products))
-    of_losses = sum(part.reshape(*losses.shape, -1).sum(-1) for part in products)
+    parts = jax.tree.leaves(coordinates.unflatten(products))
+    of_losses = sum(part.reshape(*losses.shape, -1).sum(-1) for part in parts)
     final = InnerState(
         with_gradient(final.params, coordinates.unflatten(theta)),
         final.stats,
