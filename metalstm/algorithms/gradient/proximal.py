@@ -9,7 +9,7 @@ import optax
 from jax.scipy.sparse.linalg import cg
 
 from metalstm.algorithms.common import accuracy, task_loss
-from metalstm.algorithms.gradient.adaptation import gradient_of_init, learned_init
+from metalstm.algorithms.gradient.engine import gradient_of_init, learned_init
 from metalstm.algorithms.gradient.published import fixed_sgd
 from metalstm.base import (
     Array,
@@ -90,7 +90,9 @@ def implicit_maml(
             "implicit_maml gathers no averages over meta-training for "
             "query_norm='frozen': choose support, support+1 or transductive"
         )
-    rule = fixed_sgd(rule) if isinstance(rule, int | float) else as_rule(rule)
+    if not isinstance(rule, UpdateRule | optax.GradientTransformation):
+        rule = fixed_sgd(rule)
+    rule = as_rule(rule)
     train_way: Any = options.get("train_way")
     num_test_steps = options.pop("num_test_steps", None)
 
