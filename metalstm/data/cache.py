@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from metalstm.data.pools import SPLITS, Dataset, checksum, make_pool
-from metalstm.runtime.files import whole_file
+from metalstm.runtime.files import atomic_write
 
 __all__ = [
     "PathLike",
@@ -109,7 +109,7 @@ def cached(
 
 def _write(path: Path, arrays: Mapping[str, np.ndarray]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    with whole_file(path) as part:
+    with atomic_write(path) as part:
         np.savez(part, allow_pickle=False, **arrays)
 
 

@@ -36,7 +36,7 @@ from metalstm.base import (
     UpdateRule,
 )
 from metalstm.checks import check_choice
-from metalstm.inner.loop import InnerState, unroll
+from metalstm.inner import first_order, unroll
 from metalstm.rules import tunable
 
 __all__ = ["fine_tuning", "pretrained_features"]
@@ -137,11 +137,11 @@ def fine_tuning(
 
         tuned, _ = unroll(
             loss_fn,
-            rule.bind(meta_params.rule),
-            InnerState(start, (), None),
+            rule,
+            meta_params.rule,
+            start,
             num_steps=num_steps,
-            second_order=False,
-            coordinatewise=rule.coordinatewise,
+            differentiation=first_order(),
         )
         network = tuned.params
         if tune == "head":
