@@ -1,7 +1,7 @@
 """The networks of the few-shot literature, as flax Linen modules.
 
 Shapes: N images, H rows, W columns, C channels, way classes. Every module takes
-``(x, train)``; ``train`` only says whether a batch norm uses its batch (True) or its
+``(x, train)``; ``train`` is whether a batch norm uses its batch (True) or its
 moving averages (False). `metalstm.nn.conv4` and its neighbours turn them
 into learners.
 """
