@@ -20,6 +20,7 @@ from .scripts import (
     Script,
     errors,
     listing,
+    main_of,
     require_same,
 )
 
@@ -134,12 +135,9 @@ def _changed(before: dict, after: dict) -> set[str]:
 
 def _in_process(script: Script, line: list[str]) -> tuple[int, str]:
     """Run the script's main here: it ends before it has computed anything."""
-    import importlib
-
     said = io.StringIO()
-    main = importlib.import_module(f"experiments.{script.name}").main
     with contextlib.redirect_stderr(said), contextlib.redirect_stdout(said):
-        code = main(line)
+        code = main_of(script)(line)
     return code, said.getvalue()
 
 

@@ -229,11 +229,14 @@ def preload(script: Script) -> Callable[[list[str]], int]:
     """Import all that the script will; returns its main."""
     import PIL.Image  # noqa: F401
 
-    import experiments.few_shot.comparison
-    import experiments.learned_optimizer.running
-    import experiments.learned_optimizer.studies  # noqa: F401
+    for folder in ("common", script.name):
+        for path in sorted((ROOT / "experiments" / folder).glob("*.py")):
+            importlib.import_module(f"experiments.{folder}.{path.stem}")
+    return main_of(script)
 
-    return importlib.import_module(f"experiments.{script.name}").main
+
+def main_of(script: Script) -> Callable[[list[str]], int]:
+    return importlib.import_module(f"experiments.{script.name}.__main__").main
 
 
 def _become(place: Place, main: Callable, line: Sequence[str], output: Path) -> None:
