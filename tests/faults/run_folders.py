@@ -107,7 +107,7 @@ def contradictions(script: Script, folder: Path) -> list[Outcome]:
     for flag, name, value in script.contradictions:
         for line in (["--resume", str(whole)], place.new(whole)):
             with outcome.trial(f"{line[0]} {flag} {value}"):
-                code, said = _in_process(script, [*line, flag, value])
+                code, said = _in_process(script, [*line, flag, *value.split()])
                 require(code == 2, f"status {code}: {said}")
                 require(f"{name}: saved " in said, said)
                 require(", now " in said, said)
