@@ -14,7 +14,8 @@ from experiments.common import progress
 from experiments.common.progress import ProgressBar, Stopwatch
 from experiments.common.saved_training import SavedTraining
 from experiments.common.stopping import stops_on_ctrl_c
-from metalstm.meta.training import FitState, TrainState
+from metalstm.meta.fitting import FitState
+from metalstm.meta.step import TrainState
 from metalstm.runtime import checkpoints
 from metalstm.runtime.saved_config import ConfigMismatch
 
