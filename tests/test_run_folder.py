@@ -7,18 +7,30 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from experiments.common import report, run_folder
-from experiments.few_shot.options import Config, read_config, to_json, with_flags
+from experiments.common import run_folder
+from experiments.common.saved_options import read_config, to_json
+from experiments.few_shot import header
 from experiments.learned_optimizer.measuring import Bench
 from experiments.learned_optimizer.options import Config as OptimizerConfig
 from metalstm.data import Dataset, make_pool
 from metalstm.runtime.files import atomic_write
 from metalstm.runtime.saved_config import ConfigMismatch
+
+
+@dataclass(frozen=True)
+class Data:
+    way: int = 5
+
+
+@dataclass(frozen=True)
+class Config:
+    data: Data = Data()
 
 
 def write_config(folder: Path, config: Config, **more) -> Path:
@@ -79,7 +91,7 @@ def test_the_config_is_checked_again_under_the_lock(tmp_path):
     """Another run may have come and gone since it was checked first."""
     folder = tmp_path / "run"
     run_folder.refuse_other_runs(folder, Config(), ())
-    write_config(folder, with_flags(Config(), way=7))
+    write_config(folder, Config(Data(way=7)))
     with (
         pytest.raises(ConfigMismatch, match=r"data\.way: saved 7, now 5"),
         run_folder.locked(folder, Config()),
@@ -89,7 +101,8 @@ def test_the_config_is_checked_again_under_the_lock(tmp_path):
 
 def test_of_two_processes_one_gets_the_folder(tmp_path):
     program = (
-        "import sys; from pathlib import Path; from experiments.common import run_folder\n"
+        "import sys; from pathlib import Path\n"
+        "from experiments.common import run_folder\n"
         "with run_folder.locked(Path(sys.argv[1])): print('mine', flush=True); input()"
     )
     first = subprocess.Popen(
@@ -185,10 +198,10 @@ def test_a_damaged_curve_is_measured_again(tmp_path):
     assert len(calls) == 2
 
 
-def test_what_was_left_out_is_said():
+def test_what_was_omitted_is_said():
     pool = make_pool(np.zeros((1, 1, 2, 2, 1), np.uint8))
     info = {"skipped": 5, "skipped_files": list("abcde"), "unlabelled": 2}
     dataset = Dataset("mine", pool, pool, pool, {}, (2, 2, 1), "", info)
     source = type("Source", (), {"dataset": dataset})
-    said = report._about(source)
-    assert "left out: 5 corrupt files (a, b, c, ..), 2 images without a label" in said
+    said = header._about(source)
+    assert "omitted: 5 corrupt files (a, b, c, ..), 2 images without a label" in said
