@@ -1,4 +1,4 @@
-"""Meta-steps per second of learned optimizers, beside the machine's matrix product.
+"""Meta-steps per second of learned optimizers, next to the machine's matrix product.
 
     python -m benchmarks.learned_optimizers             # every row
     python -m benchmarks.learned_optimizers quadratics  # rows whose name has the word
@@ -43,7 +43,7 @@ def gflop(row: dict) -> float:
     """Arithmetic of one meta-step, in GFLOP: two LSTM layers a coordinate, the problem.
 
     Truncated back-propagation takes three times the rule's forward pass, an antithetic
-    pair two. The problem itself is small beside it: W theta twice a step, or the
+    pair two. The problem itself is small compared with it: W theta twice a step, or the
     network's forward and backward.
     """
     mlp = row["problem"] == "mlp"
@@ -68,7 +68,7 @@ def measure(name: str, seconds: float) -> dict:
     from metalstm import adam_clipped, learned_optimizers, rules
     from metalstm.data.sources.labelled import ImageData
     from metalstm.learned_optimizers import problems
-    from metalstm.runtime.sharding import place
+    from metalstm.runtime.sharding import place, shared_axis
 
     row = ROWS[name]
     tasks, seeds = 1 if row["problem"] == "mlp" else 128, row.get("seeds", 1)
@@ -88,6 +88,7 @@ def measure(name: str, seconds: float) -> dict:
         unroll_steps=UNROLL,
         horizon=5 * UNROLL,
         estimator=row["estimator"],
+        axis_name=shared_axis(mesh),
     )
     sampler = problems.ProblemSampler(family, UNROLL + 1)
     optimizer = adam_clipped(1e-3, 1.0)

@@ -9,7 +9,8 @@ the inner loop has them; the rule's products; elementwise passes; tanh; normal n
 recipe then takes at least max(arithmetic / its product's speed, bytes / bandwidth), and
 the recipe the sum of its parts: "attainable". Bytes are the fewest an unfused program
 moves: every activation written once by its convolution, read for the statistics, read
-by the pool, and as much again on the way back, where two products read its cotangent.
+by the pool, and as much again in the backward pass, where two products read its
+cotangent.
 
 Time is the best of many calls, so that other programs disturb it less, of programs
 compiled as meta-steps are.
@@ -226,7 +227,7 @@ def rule_parts(
         bandwidth = machine.bandwidth
         return Part(name, gflop, speed, arrays * array, bandwidth, tanhs, machine.tanh)
 
-    # `lstm_step` keeps six arrays of a step, and the way back reads them
+    # `lstm_step` keeps six arrays of a step, and the backward pass reads them
     return [
         part("forward", forward, 4, tanhs),
         part("replay", forward, 6, tanhs),

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import errno
-import itertools
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -18,8 +18,10 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from orbax.checkpoint import v1 as ocp
 
 from metalstm.runtime import checkpoints
+from metalstm.runtime.saved_config import ConfigMismatch, check_config
 
 
 class State(NamedTuple):
@@ -46,6 +48,9 @@ def assert_equal(left, right):
     for a, b in zip(jax.tree.leaves(left), jax.tree.leaves(right), strict=True):
         assert np.asarray(a).dtype == np.asarray(b).dtype
         np.testing.assert_array_equal(a, b)
+
+
+METADATA = "_CHECKPOINT_METADATA"  # orbax's name for a step's metadata
 
 
 def truncate(step_dir: Path) -> None:
@@ -89,23 +94,31 @@ def test_saving_a_step_again_replaces_it(tmp_path):
     assert [p.name for p in tmp_path.iterdir()] == ["1"]
 
 
-def test_a_kill_between_the_two_renames_keeps_the_old_one(tmp_path, monkeypatch):
-    checkpoints.save(tmp_path, make_state(1), step=1)
-    real_rename, calls = os.rename, itertools.count()
+KILLED_BETWEEN_RENAMES = """
+import os, sys
+from metalstm.runtime import checkpoints
 
-    def killed_at_the_second(source, destination):
-        # orbax renames inside the folder that is being written
-        if Path(destination).parent == tmp_path and next(calls) == 1:
-            raise KeyboardInterrupt
-        real_rename(source, destination)
+real_rename = os.rename
+def killed(source, destination, **more):
+    if str(destination) == sys.argv[1] + "/1":
+        os._exit(9)
+    real_rename(source, destination, **more)
 
-    monkeypatch.setattr(checkpoints.os, "rename", killed_at_the_second)
-    with pytest.raises(KeyboardInterrupt):
-        checkpoints.save(tmp_path, make_state(9), step=1)
-    monkeypatch.undo()
-    assert_equal(checkpoints.restore(tmp_path, make_state(0)).state, make_state(1))
-    checkpoints.save(tmp_path, make_state(2), step=2)
+os.rename = killed
+checkpoints.save(sys.argv[1], {"w": 9.0}, step=1)
+"""
+
+
+def test_a_kill_between_the_two_renames_keeps_the_old_one(tmp_path):
+    """Of a step that is saved again: the old one is set aside, the new one named."""
+    checkpoints.save(tmp_path, {"w": 1.0}, step=1)
+    line = [sys.executable, "-c", KILLED_BETWEEN_RENAMES, str(tmp_path)]
+    assert subprocess.run(line).returncode == 9
+    assert ".replaced-1" in [p.name for p in tmp_path.iterdir()]
+    assert checkpoints.restore(tmp_path, {"w": 0.0}).state == {"w": 1.0}
+    checkpoints.save(tmp_path, {"w": 2.0}, step=2)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["1", "2"]
+    assert checkpoints.restore(tmp_path, {"w": 0.0}, which=1).state == {"w": 1.0}
 
 
 def test_a_truncated_newest_falls_back_and_says_so(tmp_path):
@@ -115,7 +128,7 @@ def test_a_truncated_newest_falls_back_and_says_so(tmp_path):
     restored = checkpoints.restore(tmp_path, make_state(0))
     assert restored.step == 1
     assert "2 cannot be read" in restored.message
-    assert "went back to step 1" in restored.message
+    assert "fell back to step 1" in restored.message
     assert_equal(restored.state, make_state(1))
     with pytest.raises(FileNotFoundError, match="cannot be read"):
         checkpoints.restore(tmp_path, make_state(0), which=2)
@@ -127,9 +140,13 @@ def test_a_truncated_newest_falls_back_and_says_so(tmp_path):
 def test_arrays_that_changed_on_disk_are_noticed(tmp_path):
     for step in (1, 2):
         checkpoints.save(tmp_path, make_state(step), step=step)
-    document = (tmp_path / "2" / "metadata.json").read_text()
-    digest = document.split('"digest": "')[1][:16]
-    (tmp_path / "2" / "metadata.json").write_text(document.replace(digest, "0" * 16))
+    path = tmp_path / "2" / METADATA
+    stored = json.loads(path.read_text())
+    document = stored["custom_metadata"]
+    document["arrays"] = "0" * 64
+    del document["digest"]
+    document["digest"] = checkpoints._digest_of_json(document)
+    path.write_text(json.dumps(stored))
     restored = checkpoints.restore(tmp_path, make_state(0))
     assert restored.step == 1
     assert "digest" in restored.message
@@ -138,7 +155,7 @@ def test_arrays_that_changed_on_disk_are_noticed(tmp_path):
 def test_broken_metadata_falls_back(tmp_path):
     for step in (1, 2):
         checkpoints.save(tmp_path, make_state(step), step=step, score=float(step))
-    (tmp_path / "2" / "metadata.json").write_text('{"score": 2.0, ')
+    (tmp_path / "2" / METADATA).write_text('{"score": 2.0, ')
     assert checkpoints.best(tmp_path) == 1
     assert checkpoints.restore(tmp_path, make_state(0)).step == 1
 
@@ -147,25 +164,38 @@ def test_altered_metadata_falls_back_and_is_no_other_config(tmp_path):
     for step in (1, 2):
         metadata = {"config": {"way": 5}, "history": [0.5]}
         checkpoints.save(tmp_path, make_state(step), step=step, metadata=metadata)
-    document = (tmp_path / "2" / "metadata.json").read_text()
+    document = (tmp_path / "2" / METADATA).read_text()
     for altered in (
         document.replace('"way": 5', '"way": 7'), document.replace("0.5", "0.7"),
         document.replace("bfloat16", "float32"), "[]",
     ):  # fmt: skip
-        (tmp_path / "2" / "metadata.json").write_text(altered)
+        assert altered != document
+        (tmp_path / "2" / METADATA).write_text(altered)
         restored = checkpoints.restore(tmp_path, make_state(0), config={"way": 5})
         assert restored.step == 1
-        assert "metadata.json" in restored.message
+        assert "metadata" in restored.message.lower()
         assert checkpoints.best(tmp_path) is None
 
 
-def test_a_file_from_before_metadata_had_a_digest_is_read(tmp_path):
+def test_another_format_is_refused_by_name(tmp_path):
     checkpoints.save(tmp_path, make_state(1), step=1)
-    path = tmp_path / "1" / "metadata.json"
-    document = json.loads(path.read_text())
+    path = tmp_path / "1" / METADATA
+    stored = json.loads(path.read_text())
+    document = stored["custom_metadata"]
+    assert document["format"] == checkpoints.FORMAT_VERSION
+    document["format"] = checkpoints.FORMAT_VERSION + 1
     del document["digest"]
-    path.write_text(json.dumps(document))
-    assert checkpoints.restore(tmp_path, make_state(0)).step == 1
+    document["digest"] = checkpoints._digest_of_json(document)
+    path.write_text(json.dumps(stored))
+    with pytest.raises(ValueError, match=r"has format 3, and .* use the version that"):
+        checkpoints.restore(tmp_path, make_state(0))
+
+
+def test_without_a_target_the_arrays_come_as_a_list(tmp_path):
+    checkpoints.save(tmp_path, {"b": jnp.ones(2), "a": 3}, step=1)
+    three, ones = checkpoints.restore(tmp_path, None).state
+    assert three == 3
+    np.testing.assert_array_equal(ones, np.ones(2, np.float32))
 
 
 def test_going_back_removes_what_is_later(tmp_path):
@@ -176,6 +206,17 @@ def test_going_back_removes_what_is_later(tmp_path):
     checkpoints.save(tmp_path, make_state(1), step=1, keep=1)
     assert checkpoints.steps(tmp_path) == [1]
     assert_equal(checkpoints.restore(tmp_path, make_state(0)).state, make_state(1))
+
+
+def test_an_old_version_of_a_later_step_is_later_too(tmp_path):
+    """A kill left it set aside; then training went back behind it."""
+    for step in (1, 2):
+        checkpoints.save(tmp_path, {"w": float(step)}, step=step)
+    (tmp_path / "2").rename(tmp_path / ".replaced-2")
+    assert checkpoints.latest(tmp_path) == 2
+    checkpoints.save(tmp_path, {"w": 7.0}, step=1)
+    assert [p.name for p in tmp_path.iterdir()] == ["1"]
+    assert checkpoints.restore(tmp_path, {"w": 0.0}).state == {"w": 7.0}
 
 
 def test_what_cannot_be_written_leaves_what_was_there(tmp_path, monkeypatch):
@@ -198,34 +239,40 @@ def test_what_cannot_be_written_leaves_what_was_there(tmp_path, monkeypatch):
 def test_an_older_one_that_cannot_be_removed_is_named(tmp_path, monkeypatch):
     checkpoints.save(tmp_path, make_state(1), step=1)
 
-    def refuse(directory, step):
+    def refuse(self, step, **more):
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(checkpoints, "_remove", refuse)
+    monkeypatch.setattr(ocp.training.Checkpointer, "delete", refuse)
     with pytest.raises(OSError, match=r"2 is written, but an older one cannot be rem"):
         checkpoints.save(tmp_path, make_state(2), step=2, keep=1)
     assert checkpoints.restore(tmp_path, make_state(0)).step == 2
 
 
-def test_everything_is_on_disk_before_it_has_its_name(tmp_path, monkeypatch):
-    real_rename, real_sync, synced = os.rename, os.fsync, set()
+@pytest.mark.parametrize("step", [1, 2])
+def test_everything_is_on_disk_before_an_older_one_goes(tmp_path, monkeypatch, step):
+    """Also when it is an older version of the same step."""
+    checkpoints.save(tmp_path, make_state(1), step=1)
+    real_sync, real_rmtree, synced, gone = os.fsync, shutil.rmtree, set(), []
 
     def sync(handle):
         synced.add(os.fstat(handle).st_ino)
         real_sync(handle)
 
-    def rename(source, destination):
-        if Path(destination) == tmp_path / "1":
-            missing = [
-                p for p in Path(source).rglob("*") if p.stat().st_ino not in synced
-            ]
-            assert not missing
-        real_rename(source, destination)
+    def rmtree(path, *args, **kwargs):
+        old = Path(path)
+        if old.parent == tmp_path and old.name.endswith("1") and old.exists():
+            gone.append(old)
+            written = [tmp_path, tmp_path / str(step)]
+            written += (tmp_path / str(step)).rglob("*")
+            assert len(written) > 5
+            assert not [p for p in written if p.stat().st_ino not in synced]
+        real_rmtree(path, *args, **kwargs)
 
-    monkeypatch.setattr(checkpoints.os, "fsync", sync)
-    monkeypatch.setattr(checkpoints.os, "rename", rename)
-    checkpoints.save(tmp_path, make_state(1), step=1)
-    assert checkpoints.steps(tmp_path) == [1]
+    monkeypatch.setattr(os, "fsync", sync)
+    monkeypatch.setattr(shutil, "rmtree", rmtree)
+    checkpoints.save(tmp_path, make_state(step), step=step, keep=1)
+    assert len(gone) == 1
+    assert checkpoints.steps(tmp_path) == [step]
 
 
 def test_a_different_config_is_refused_and_shown(tmp_path):
@@ -235,17 +282,17 @@ def test_a_different_config_is_refused_and_shown(tmp_path):
     assert same.step == 1
     other = config | {"rule": {"hidden_size": 4}, "episodes": 200}
     with pytest.raises(
-        checkpoints.ConfigMismatch, match=r"rule.hidden_size: saved 20, now 4"
+        ConfigMismatch, match=r"rule.hidden_size: saved 20, now 4"
     ) as info:
         checkpoints.restore(tmp_path, make_state(0), config=other, ignore=["episodes"])
     assert "episodes" not in str(info.value)
-    with pytest.raises(checkpoints.ConfigMismatch, match="way: saved 5, now"):
-        checkpoints.check_config({"way": 5}, {})
+    with pytest.raises(ConfigMismatch, match="way: saved 5, now"):
+        check_config({"way": 5}, {})
 
 
 def test_another_shape_or_count_is_refused(tmp_path):
     checkpoints.save(tmp_path, {"w": jnp.zeros(3)}, step=1)
-    with pytest.raises(ValueError, match=r"\['w'\] as \(\(3,\), 'float32'\)"):
+    with pytest.raises(ValueError, match=r"\['w'\] as \[\[3\], 'float32'\]"):
         checkpoints.restore(tmp_path, {"w": jnp.zeros(4)})
     with pytest.raises(ValueError, match="holds 1 arrays where 2 are expected"):
         checkpoints.restore(tmp_path, {"w": jnp.zeros(3), "b": jnp.zeros(3)})
@@ -268,7 +315,7 @@ def test_bad_arguments(tmp_path):
 WRITER = """
 import itertools, sys
 import numpy as np
-from metalstm import checkpoints
+from metalstm.runtime import checkpoints
 for step in itertools.count(1):
     state = {str(i): np.full((64, 64), step, np.float32) for i in range(20)}
     checkpoints.save(sys.argv[1], state, step=step, score=-abs(step - 2.0))

@@ -47,7 +47,7 @@ def start(monkeypatch, tmp_path):
 
 
 def run(factor: float = 3.0) -> np.ndarray:
-    """Compile a small program anew, or read it."""
+    """Compile a small program again, or read it."""
 
     def small_program(x):
         return jnp.sin(x) @ jnp.cos(factor * x).T

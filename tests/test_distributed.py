@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -21,8 +22,9 @@ from test_training import EPISODE, SPEC, toy
 
 from benchmarks import scaling
 from experiments.common import devices, launch
-from metalstm.meta import training
-from metalstm.runtime import sharding
+from metalstm.meta import fitting
+from metalstm.meta import step as meta_step
+from metalstm.runtime import checkpoints, processes, sharding
 
 TESTS = Path(__file__).parent
 # compiling is most of it
@@ -42,7 +44,7 @@ def environment(num_devices: int) -> dict[str, str]:
 
 @pytest.fixture(scope="module")
 def ran(tmp_path_factory) -> Path:
-    """A process of 1, 2 and 8 devices, and beside it two processes of two each."""
+    """A process of 1, 2 and 8 devices, and next to it two processes of two each."""
     folder = tmp_path_factory.mktemp("devices")
     script = [sys.executable, str(TESTS / "devices_run.py"), str(folder)]
     place = [f"localhost:{launch._free_port()}", "2"]
@@ -183,18 +185,23 @@ def test_the_search_for_collectives_finds_them():
     assert collectives("  %z = f32[8]{0} fusion(%all-reduce)") == []
 
 
-def test_a_split_array_has_a_digest_and_a_wrong_one_is_noticed(ran, tmp_path):
-    """Of an array that no process has whole: by rows."""
-    from metalstm.runtime import checkpoints
-
-    path = ran / "4-of-2" / "l2l"
-    document = json.loads((path / "10" / "metadata.json").read_text())
-    digests = [leaf["digest"] for leaf in document["leaves"]]
-    assert any(digest.startswith("rows:") for digest in digests)
-    value = np.arange(6.0).reshape(3, 2)
-    digest = checkpoints._digest_of_rows(checkpoints._rows(value))
-    assert checkpoints._agrees(value, digest)
-    assert not checkpoints._agrees(value[::-1], digest)
+def test_an_array_that_no_process_has_whole_is_saved_whole_with_its_digest(
+    ran, tmp_path
+):
+    path = tmp_path / "l2l"
+    shutil.copytree(ran / "4-of-2" / "l2l", path)
+    found = {a.tobytes() for a in checkpoints.restore(path, None, which=10).state}
+    assert {a.tobytes() for a in load(ran, "4-of-2-l2l", "half")} <= found
+    metadata = path / "10" / "_CHECKPOINT_METADATA"
+    stored = json.loads(metadata.read_text())
+    document = stored["custom_metadata"]
+    digest = document["arrays"]
+    document["arrays"] = digest[1:] + digest[0]
+    del document["digest"]
+    document["digest"] = checkpoints._digest_of_json(document)
+    metadata.write_text(json.dumps(stored))
+    with pytest.raises(FileNotFoundError, match="do not agree with their digest"):
+        checkpoints.restore(path, None, which=10)
 
 
 # the launcher, with scripts that need no jax
@@ -204,7 +211,7 @@ import signal, sys, time
 place = dict(zip(sys.argv[1::2], sys.argv[2::2]))
 me = sys.argv[sys.argv.index("--process-id") + 1]
 print("process", me, "of", sys.argv[sys.argv.index("--num-processes") + 1], flush=True)
-print("to go on: python -m experiments.few_shot --resume some folder", flush=True)
+print("to resume: python -m experiments.few_shot --resume some folder", flush=True)
 """
 WAITS = "time.sleep(60)\n"
 SAVES = "signal.signal(signal.SIGINT, lambda *_: sys.exit(130))\n" + WAITS
@@ -258,7 +265,11 @@ def test_the_launcher_names_a_process_that_was_not_heard_of(
     assert launched(tmp_path, name, "--heartbeat-timeout", "7") == 128 + 6
     out = capsys.readouterr().out
     assert "was killed by SIGABRT" in out
-    assert "process 1 was not heard of for 7 seconds: it hung" in out
+    assert "| UNAVAILABLE: The following tasks are unhealthy (stopped sending" in out
+    assert "another was not heard of for 7 seconds: it hung" in out
+    assert (
+        f"running: process 1, whose log is {tmp_path / 'logs' / 'process-1.log'}" in out
+    )
 
 
 def test_the_launcher_blames_the_first_to_die(tmp_path, monkeypatch, capsys):
@@ -288,7 +299,7 @@ def test_the_launcher_passes_ctrl_c_on_and_waits(tmp_path, monkeypatch, capsys):
     def interrupted(workers, *rest):
         logs = [worker.log for worker in workers]
         deadline = time.monotonic() + 30
-        while not all(p.exists() and b"to go on" in p.read_bytes() for p in logs):
+        while not all(p.exists() and b"to resume" in p.read_bytes() for p in logs):
             assert time.monotonic() < deadline
             time.sleep(0.02)
         time.sleep(0.3)  # for the handlers
@@ -380,7 +391,7 @@ def test_a_killed_host_stops_the_run_and_the_run_goes_on(tmp_path):
     )
     assert resumed.returncode == 0, resumed.stderr
     assert "cpu, 4 devices," in resumed.stdout
-    assert f"going on at episode {4 * saved:,}" in resumed.stdout
+    assert f"resuming at episode {4 * saved:,}" in resumed.stdout
     rows = [json.loads(row) for row in (folder / "metrics.jsonl").open()]
     seen = [row["episode"] for row in rows if row["kind"] == "train"]
     assert seen == sorted(set(seen))
@@ -440,7 +451,7 @@ def test_joining_names_what_is_missing(options, message, monkeypatch):
 
     monkeypatch.setattr(jax.distributed, "initialize", found_nothing)
     with pytest.raises(ValueError, match=message):
-        sharding.initialize(**options)
+        processes.initialize(**options)
 
 
 @pytest.mark.parametrize(
@@ -579,10 +590,9 @@ def test_a_step_says_that_its_tasks_do_not_divide(monkeypatch):
         devices = np.array(jax.devices())
 
     # the mesh of three devices that this machine lacks
-    monkeypatch.setattr(training, "Mesh", lambda *_: Three())
     monkeypatch.setattr(jax, "shard_map", lambda fn, **_: fn)
-    step = training.make_train_step(toy(), optax.sgd(1.0), mesh=Three())
-    state = training.init_train_state(toy(), optax.sgd(1.0), 0, tiny.episode())
+    step = meta_step.make_train_step(toy(), optax.sgd(1.0), mesh=Three())
+    state = meta_step.init_train_state(toy(), optax.sgd(1.0), 0, tiny.episode())
     with pytest.raises(
         ValueError, match=r"the 4 tasks .* mesh's 3 devices: choose 3, 6"
     ):
@@ -594,44 +604,47 @@ def two_processes(monkeypatch) -> list[bool]:
     asked: list[bool] = []
     monkeypatch.setattr(jax, "process_count", lambda: 2)
     monkeypatch.setattr(
-        sharding, "any_process", lambda flag: asked.append(flag) or flag
+        processes, "any_process", lambda flag: asked.append(flag) or flag
     )
     return asked
 
 
 def test_processes_agree_on_the_time_when_they_report(monkeypatch):
-    loop = training.make_train_loop(toy(), optax.sgd(1.0), SPEC, num_tasks=2)
-    state = training.init_train_state(toy(), optax.sgd(1.0), 0, EPISODE)
+    loop = meta_step.make_train_loop(toy(), optax.sgd(1.0), SPEC, num_tasks=2)
+    state = meta_step.init_train_state(toy(), optax.sgd(1.0), 0, EPISODE)
     asked = two_processes(monkeypatch)
     options = {"num_steps": 9, "report_every": 3, "max_seconds": 0}
-    end = training.fit(loop, training.init_fit_state(state), None, **options)
+    end = fitting.fit(loop, fitting.init_fit_state(state), None, **options)
     assert int(end.train.step) == 3
     assert asked == [True]
 
 
 def test_processes_agree_on_ctrl_c_when_they_report(monkeypatch):
-    from experiments.common.training_session import Session
+    from types import SimpleNamespace
 
-    session = object.__new__(Session)
-    session.stop_requested = lambda: True
-    assert session._must_stop(5, report_every=2)
+    from experiments.common.loop import Loop
+
+    loop = object.__new__(Loop)
+    loop.setup = SimpleNamespace(report_every=2)
+    loop._stop_requested = lambda: True
+    assert loop._must_stop(5)
     asked = two_processes(monkeypatch)
-    assert not session._must_stop(5, report_every=2)
+    assert not loop._must_stop(5)
     assert asked == []
-    assert session._must_stop(6, report_every=2)
+    assert loop._must_stop(6)
     assert asked == [True]
 
 
 def test_one_process_agrees_with_itself():
-    assert sharding.any_process(True)
-    assert not sharding.any_process(False)
-    assert sharding.from_main("näher") == "näher"
+    assert processes.any_process(True)
+    assert not processes.any_process(False)
+    assert processes.from_main("näher") == "näher"
 
     def fails():
         raise KeyError("x")
 
     with pytest.raises(KeyError):
-        sharding.on_main(fails)
+        processes.on_main(fails)
     tree = {"a": np.arange(3.0)}
     assert sharding.place(tree, None) is not None
     np.testing.assert_array_equal(sharding.local(tree)["a"], tree["a"])

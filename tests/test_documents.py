@@ -90,7 +90,7 @@ def test_every_page_is_in_the_table_of_contents():
     ],
 )
 def test_a_notebook_runs(name, expected):
-    notebook = nbformat.read(DOCS / "notebooks" / f"{name}.ipynb", as_version=4)
+    notebook = nbformat.read(ROOT / "notebooks" / f"{name}.ipynb", as_version=4)
     for cell in notebook.cells:
         if cell.cell_type == "code":
             cell.source = cell.source.replace("range(300)", "range(3)")

@@ -166,7 +166,7 @@ def test_a_run_that_differs_is_told(tmp_path):
         scripts.require_same(script, one, make("three", 1.5, 2.0))
     with pytest.raises(AssertionError, match="the state differs"):
         scripts.require_same(script, one, make("four", 1.0, 2.5))
-    (one / "checkpoints" / ".writing-4").mkdir()
+    (one / "checkpoints" / ".replaced-4").mkdir()
     with pytest.raises(AssertionError, match="left behind"):
         scripts.require_same(script, one, make("five", 1.0, 2.0))
 

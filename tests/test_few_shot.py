@@ -1,10 +1,8 @@
-"""The command line: what it writes, what it refuses, and that it can always go on."""
+"""What a run of few_shot writes and prints, and that it can always be resumed."""
 
 from __future__ import annotations
 
 import csv
-import dataclasses
-import json
 import os
 import shutil
 import signal
@@ -17,44 +15,27 @@ import jax
 import numpy as np
 import pytest
 from faults.scripts import draw_images
+from few_shot_runs import (
+    CHOSEN,
+    META_LSTM,
+    command,
+    finished_run,
+    four_methods,
+    read,
+    tiny_dataset,
+    tiny_images,
+)
 
 import metalstm
 from experiments.common import run_folder
+from experiments.common.loop import Loop
+from experiments.common.tuning import bracketed_best
 from experiments.few_shot import __main__ as few_shot
-from experiments.few_shot import meta_testing, meta_training, methods, presets
-from experiments.few_shot import options as options
-from experiments.few_shot.command_line import as_flags, parse
-from experiments.few_shot.saved_methods import choose_methods, read_runs
-from experiments.studies import shots_and_ways
-from metalstm import data, runs
+from experiments.few_shot.command_line import parse
+from metalstm import data
+from metalstm.runtime import checkpoints
 
 ROOT = Path(__file__).parents[1]
-SMALL = (
-    "--learner mlp --widths 6 --hidden 2 --steps 2 --scratch-steps 3 --way 3 "
-    "--queries 2 --meta-batch 2 --input-bias -1 -0.5 --gradient-scale one "
-    "--validation-episodes 6 --test-episodes 10 --test-batch 5 --learning-rate 0.02"
-).split()
-BUDGET = "--episodes 40 --validate-every 20 --save-every 10".split()
-
-
-def tiny_images(num_classes: int, seed: int) -> np.ndarray:
-    """Classes of 6 noisy copies of one random 6x6 picture each."""
-    rng = np.random.default_rng(seed)
-    prototypes = rng.uniform(0, 255, (num_classes, 1, 6, 6, 1))
-    noise = rng.normal(0, 20, (num_classes, 6, 6, 6, 1))
-    return np.clip(prototypes + noise, 0, 255).astype(np.uint8)
-
-
-def tiny_dataset() -> data.Dataset:
-    sizes = {"train": 12, "validation": 5, "test": 5}
-    images = {s: tiny_images(n, i) for i, (s, n) in enumerate(sizes.items())}
-    names = {s: tuple(f"{s}{k}" for k in range(n)) for s, n in sizes.items()}
-    pools = {s: data.make_pool(a) for s, a in images.items()}
-    sum_of_all = data.checksum(*images.values())
-    return data.Dataset(
-        "tiny", **pools, class_names=names, image_shape=(6, 6, 1), checksum=sum_of_all,
-        info={},
-    )  # fmt: skip
 
 
 @pytest.fixture(autouse=True)
@@ -63,32 +44,20 @@ def tiny_instead_of_glyphs(monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
 
 
-def command(*extra, workdir=None) -> list[str]:
-    where = [] if workdir is None else ["--workdir", str(workdir)]
-    return [*SMALL, *BUDGET, *where, *map(str, extra)]
-
-
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory) -> Path:
     """One finished run with a method of every kind; copy it before changing it."""
-    folder = tmp_path_factory.mktemp("finished") / "run"
-    chosen = ["meta-lstm", "sgd", "scratch", "nearest-neighbour"]
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(data, "load_glyphs", tiny_dataset)
-        line = command("--algorithms", *chosen, workdir=folder)
-        assert few_shot.main(line) == 0
-    return folder
+    return finished_run(tmp_path_factory.mktemp("finished") / "run")
+
+
+@pytest.fixture
+def copy(finished, tmp_path) -> Path:
+    return shutil.copytree(finished, tmp_path / "copy")
 
 
 def arrays(folder: Path, which: str = "state") -> list[np.ndarray]:
     """All arrays of the newest checkpoint of meta-lstm."""
-    from metalstm.runtime import checkpoints
-
-    path = folder / "checkpoints" / "meta-lstm" / which
-    step = checkpoints.latest(path)
-    entries = json.loads((path / str(step) / "metadata.json").read_text())["leaves"]
-    target = [np.zeros(e["shape"], e["dtype"]) for e in entries]
-    return checkpoints.restore(path, target).state
+    return checkpoints.restore(folder / "checkpoints" / "meta-lstm" / which, None).state
 
 
 def assert_same_run(left: Path, right: Path):
@@ -105,10 +74,8 @@ def assert_same_run(left: Path, right: Path):
 
 
 def test_a_run_writes_its_folder(finished):
-    results = json.loads((finished / "results.json").read_text())
-    assert list(results["methods"]) == [
-        "meta-lstm", "sgd", "scratch", "nearest-neighbour"
-    ]  # fmt: skip
+    results = read(finished / "results.json")
+    assert list(results["methods"]) == list(CHOSEN)
     assert results["dataset"]["checksum"] == tiny_dataset().checksum
     for name, row in results["methods"].items():
         assert row["episodes"] == 10
@@ -140,29 +107,28 @@ def test_a_run_writes_its_folder(finished):
     assert float(written["sgd"]["difference"]) == pytest.approx(paired[0])
     assert written["meta-lstm"]["meta_training_episodes"] == "40"
     assert written["scratch"]["meta_training_episodes"] == ""
-    assert "| sgd |" in (finished / "table.md").read_text()
+    assert "| sgd " in (finished / "table.md").read_text()
 
 
-def test_what_a_run_prints(finished, capsys, tmp_path):
-    folder = tmp_path / "copy"
-    shutil.copytree(finished, folder)
-    assert few_shot.main(["--resume", str(folder)]) == 0
+def test_what_a_run_prints(copy, capsys):
+    assert few_shot.main(["--resume", str(copy)]) == 0
     out = capsys.readouterr().out
     assert f"jax {jax.__version__}" in out
     assert "train / val / test: 12 / 5 / 5 classes" in out
     assert "3-way 1-shot, 2 queries a class" in out
+    assert "batch norm: none in this learner" in out
     assert "best on validation: episode" in out
     assert "the same 10 episodes for every method" in out
     assert "gates: mean f" in out
-    assert f"--resume {folder}" in out
+    assert f"to resume: python -m experiments.few_shot --resume {copy}" in out
 
 
-def test_ctrl_c_saves_and_going_on_is_the_same_run(
+def test_ctrl_c_saves_and_resuming_is_the_same_run(
     finished, tmp_path, monkeypatch, capsys
 ):
     folder = tmp_path / "run"
     handler = signal.getsignal(signal.SIGINT)  # a background shell ignores it
-    real_report, reports = meta_training._Session.report, []
+    real_report, reports = Loop._report, []
 
     def report(self, step, means):
         real_report(self, step, means)
@@ -170,20 +136,18 @@ def test_ctrl_c_saves_and_going_on_is_the_same_run(
         if len(reports) == 1:
             os.kill(os.getpid(), signal.SIGINT)
 
-    monkeypatch.setattr(meta_training._Session, "report", report)
-    chosen = ["meta-lstm", "sgd", "scratch", "nearest-neighbour"]
-    line = command("--algorithms", *chosen, workdir=folder)
-    assert few_shot.main(line) == 130
+    monkeypatch.setattr(Loop, "_report", report)
+    assert few_shot.main(four_methods(folder)) == 130
     assert f"--resume {folder}" in capsys.readouterr().out
     assert not (folder / "results.json").exists()
     assert signal.getsignal(signal.SIGINT) is handler
     assert few_shot.main(["--resume", str(folder)]) == 0
-    assert "going on at episode" in capsys.readouterr().out
+    assert "resuming at episode" in capsys.readouterr().out
     assert_same_run(folder, finished)
 
 
 @pytest.mark.slow
-def test_kill_9_and_going_on_is_the_same_run(finished, tmp_path):
+def test_kill_9_and_resuming_is_the_same_run(tmp_path):
     images = tmp_path / "images"
     from PIL import Image
 
@@ -194,8 +158,8 @@ def test_kill_9_and_going_on_is_the_same_run(finished, tmp_path):
                 Image.fromarray(image[..., 0]).save(
                     images / split / f"{split}{k}" / f"{m}.png"
                 )
-    line = ["--dataset", "folders", "--data-dir", str(images), "--image-size", "8"]
-    line = [*command("--algorithms", "meta-lstm"), *line, "--episodes", "600"]
+    line = command("--algorithms", "meta-lstm", *META_LSTM, "--episodes", "600")
+    line += ["--dataset", "folders", "--data-dir", str(images), "--image-size", "8"]
     environment = os.environ | {"METALSTM_CACHE_DIR": str(tmp_path / "cache")}
 
     def start(*extra):
@@ -218,111 +182,45 @@ def test_kill_9_and_going_on_is_the_same_run(finished, tmp_path):
     resumed = start("--resume", str(killed))
     out, _ = resumed.communicate(timeout=600)
     assert resumed.returncode == 0, out
-    assert "going on at episode" in out
+    assert "resuming at episode" in out
     reference = start(*line, "--workdir", str(whole))
     out, _ = reference.communicate(timeout=600)
     assert reference.returncode == 0, out
     assert_same_run(killed, whole)
 
 
-def test_a_damaged_best_is_written_again(finished, tmp_path):
-    folder = tmp_path / "copy"
-    shutil.copytree(finished, folder)
-    (path,) = (folder / "checkpoints" / "meta-lstm" / "best").iterdir()
-    (path / "metadata.json").write_text("{")
+def test_a_damaged_best_is_written_again(finished, copy):
+    (step,) = checkpoints.steps(copy / "checkpoints" / "meta-lstm" / "best")
+    (copy / "checkpoints" / "meta-lstm" / "best" / str(step) / METADATA).write_text("{")
     with pytest.raises(FileNotFoundError, match="cannot be read"):
-        metalstm.load_run(folder)
-    assert few_shot.main(["--resume", str(folder)]) == 0
-    assert_same_run(folder, finished)
+        metalstm.load_run(copy)
+    assert few_shot.main(["--resume", str(copy)]) == 0
+    assert_same_run(copy, finished)
 
 
-def test_corrupt_images_are_left_out_on_request(tmp_path, capsys, monkeypatch):
-    monkeypatch.setenv("METALSTM_CACHE_DIR", str(tmp_path / "cache"))
-    images = draw_images(tmp_path / "images")
-    (images / "train" / "train3" / "2.png").write_bytes(b"no image")
-    line = command("--algorithms", "nearest-neighbour", workdir=tmp_path / "run")
-    line += ["--dataset", "folders", "--data-dir", str(images), "--image-size", "8"]
-    assert few_shot.main(line) == 2
-    said = capsys.readouterr().err
-    assert "train3/2.png cannot be decoded" in said
-    assert "leave it out with --skip-corrupt" in said
-    assert few_shot.main([*line, "--skip-corrupt"]) == 0
-    assert "left out: 1 corrupt files" in capsys.readouterr().out
-    results = json.loads((tmp_path / "run" / "results.json").read_text())
-    assert results["dataset"]["skipped"] == 1
-    assert results["dataset"]["skipped_files"][0].endswith("train3/2.png")
+METADATA = "_CHECKPOINT_METADATA"
 
 
-def test_a_longer_budget_goes_on(finished, tmp_path, capsys):
-    folder = tmp_path / "copy"
-    shutil.copytree(finished, folder)
-    line = ["--resume", str(folder), "--episodes", "60"]
-    assert few_shot.main(line) == 0
-    results = json.loads((folder / "results.json").read_text())
+def test_a_longer_budget_resumes_and_other_options_are_refused(copy, capsys):
+    line = ["--resume", str(copy)]
+    assert few_shot.main([*line, "--hidden-size", "3"]) == 2
+    message = capsys.readouterr().err
+    assert "methods.meta-lstm.method.rule.hidden_size: saved 2, now 3" in message
+    assert "another --workdir" in message
+    fewer = command("--algorithms", "meta-lstm", *META_LSTM, workdir=copy)
+    assert few_shot.main(fewer) == 2
+    assert "run.algorithms" in capsys.readouterr().err
+    assert few_shot.main([*line, "--episodes", "60"]) == 0
+    results = read(copy / "results.json")
     assert results["methods"]["meta-lstm"]["meta_training"]["episodes"] == 60
 
 
-@pytest.mark.parametrize(
-    ("line", "message"),
-    [
-        ("--algorithms meta-lsmt", "did you mean meta-lstm"),
-        ("--algorithms maml,maml", "names maml twice"),
-        ("--algorithms sgd", "add one of meta-lstm, fo-meta-lstm, maml"),
-        ("--preset rawi-5shot", "did you mean ravi-5shot"),
-        ("--dataset omniglott", "choose glyphs, omniglot"),
-        ("--dataset folders", "--data-dir"),
-        ("--dataset folders --data-dir nowhere", "nowhere"),
-        ("--dataset mini-imagenet --data-dir nowhere", "mini-ImageNet"),
-        ("--way 700", "way=700 is more than the 5 classes"),
-        ("--way 700", "choose --way <= 5"),
-        ("--shot 9", "choose --shot + queries <= 6"),
-        ("--shot 0", "--shot 0: choose 1 or more"),
-        ("--learning-rate 0", "--learning-rate 0.0: choose a number above 0"),
-        ("--support-batch 2", "does not divide the 3 images"),
-        ("--accumulate-tasks 3 --meta-batch 4", "does not divide --meta-batch 4"),
-        ("--schedule cosine --minutes 1", "needs --episodes"),
-        ("--query-norm all", "goes with --evaluate"),
-        ("--query-norm frozen", "add --train-query-norm frozen"),
-        ("--train-way 4 --algorithms maml", "add --tied-head"),
-        ("--draw-init --algorithms meta-lstm,sgd", "drop sgd"),
-        ("--normalise imagenet", "3 channels"),
-        ("--image-size 20", "glyphs are drawn at 28"),
-        ("--skip-corrupt", "is for --dataset folders"),
-        ("--resume nowhere", "not a run folder"),
-        ("--evaluate nowhere", "not a run folder"),
-    ],
-)
-def test_mistakes_are_one_line_and_write_nothing(line, message, capsys, tmp_path):
-    before = set(tmp_path.rglob("*"))
-    chosen = [] if "--algorithms" in line else ["--algorithms", "nearest-neighbour"]
-    assert few_shot.main([*SMALL, *chosen, *line.split()]) == 2
-    captured = capsys.readouterr()
-    assert captured.err.startswith("error: ")
-    assert message in captured.err
-    assert "Traceback" not in captured.err
-    assert captured.out == ""
-    assert set(tmp_path.rglob("*")) == before
-
-
-def test_unknown_flags_are_refused(capsys):
-    with pytest.raises(SystemExit) as info:
-        few_shot.main(["--wey", "5"])
-    assert info.value.code == 2
-
-
-def test_debug_shows_the_traceback(capsys):
-    assert few_shot.main([*SMALL, "--way", "700", "--debug"]) == 2
-    assert "Traceback" in capsys.readouterr().err
-
-
-def test_a_folder_of_another_config_is_refused(finished, capsys):
-    line = command("--algorithms", "meta-lstm", workdir=finished)
-    assert few_shot.main([*line, "--hidden", "3"]) == 2
+def test_two_runs_in_one_folder_are_refused(copy, capsys):
+    with run_folder.locked(copy):
+        assert few_shot.main(["--resume", str(copy)]) == 2
     message = capsys.readouterr().err
-    assert "rule.hidden: saved 2, now 3" in message
-    assert "another --workdir" in message
-    assert few_shot.main(["--resume", str(finished), "--hidden", "3"]) == 2
-    assert "rule.hidden" in capsys.readouterr().err
+    assert f"process {os.getpid()} is running" in message
+    assert "choose another --workdir" in message
 
 
 def test_the_end_of_a_cosine_cannot_move(tmp_path, capsys):
@@ -330,7 +228,8 @@ def test_the_end_of_a_cosine_cannot_move(tmp_path, capsys):
     chosen = ["--algorithms", "nearest-neighbour", "--schedule", "cosine"]
     assert few_shot.main(command(*chosen, workdir=folder)) == 0
     assert few_shot.main(["--resume", str(folder), "--episodes", "60"]) == 2
-    assert "budget.episodes: saved 40, now 60" in capsys.readouterr().err
+    message = capsys.readouterr().err
+    assert "methods.nearest-neighbour.training.episodes: saved 40, now 60" in message
 
 
 def test_a_folder_with_something_else_is_refused(capsys, tmp_path):
@@ -340,20 +239,29 @@ def test_a_folder_with_something_else_is_refused(capsys, tmp_path):
     assert "holds no run" in capsys.readouterr().err
 
 
-def test_two_runs_in_one_folder_are_refused(finished, capsys):
-    with run_folder.locked(finished):
-        assert few_shot.main(["--resume", str(finished)]) == 2
-    message = capsys.readouterr().err
-    assert f"process {os.getpid()} is running" in message
-    assert "choose another --workdir" in message
-
-
 def test_default_folders_do_not_collide():
-    config = parse(SMALL)
-    first = run_folder.choose_folder(config)
+    options = parse(command())
+    first = few_shot._choose_folder(options)
     assert first == Path("runs/few_shot/glyphs-3w1s-0")
     first.mkdir(parents=True)
-    assert run_folder.choose_folder(config).name == "glyphs-3w1s-0-2"
+    assert few_shot._choose_folder(options).name == "glyphs-3w1s-0-2"
+
+
+def test_corrupt_images_are_omitted_on_request(tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("METALSTM_CACHE_DIR", str(tmp_path / "cache"))
+    images = draw_images(tmp_path / "images")
+    (images / "train" / "train3" / "2.png").write_bytes(b"no image")
+    line = command("--algorithms", "nearest-neighbour", workdir=tmp_path / "run")
+    line += ["--dataset", "folders", "--data-dir", str(images), "--image-size", "8"]
+    assert few_shot.main(line) == 2
+    said = capsys.readouterr().err
+    assert "train3/2.png cannot be decoded" in said
+    assert "skip_corrupt" in said
+    assert few_shot.main([*line, "--skip-corrupt"]) == 0
+    assert "omitted: 1 corrupt files" in capsys.readouterr().out
+    results = read(tmp_path / "run" / "results.json")
+    assert results["dataset"]["skipped"] == 1
+    assert results["dataset"]["skipped_files"][0].endswith("train3/2.png")
 
 
 def test_several_seeds_are_aggregated(tmp_path, capsys):
@@ -361,19 +269,14 @@ def test_several_seeds_are_aggregated(tmp_path, capsys):
     line = command("--algorithms", "fomaml", "--seeds", "2", workdir=folder)
     assert few_shot.main(line) == 0
     assert "mean over 2 meta-training seeds" in capsys.readouterr().out
-    results = json.loads((folder / "results.json").read_text())
-    means = [
-        json.loads((folder / f"seed-{s}" / "results.json").read_text())["methods"][
-            "fomaml"
-        ]["accuracy"]
-        for s in (0, 1)
-    ]
+    row = read(folder / "results.json")["methods"]["fomaml"]
+    of_seeds = [read(folder / f"seed-{seed}" / "results.json") for seed in (0, 1)]
+    means = [of_seed["methods"]["fomaml"]["accuracy"] for of_seed in of_seeds]
     assert means[0] != means[1]
-    row = results["methods"]["fomaml"]
     assert row["accuracy"] == pytest.approx(np.mean(means))
     half = 1.96 * np.std(means, ddof=1) / 2**0.5
     assert row["ci95"] == pytest.approx(half)
-    with pytest.raises(FileNotFoundError, match="give one of seed-0, seed-1"):
+    with pytest.raises(FileNotFoundError, match="give seed-0 or seed-1 in it"):
         metalstm.load_run(folder)
 
 
@@ -381,16 +284,16 @@ def test_several_seeds_are_aggregated(tmp_path, capsys):
 def test_a_loss_that_is_not_finite_stops_with_the_step_named(tmp_path, capsys):
     folder = tmp_path / "run"
     line = command("--algorithms", "fomaml", workdir=folder)
-    assert few_shot.main([*line, "--inner-rate", "1e38"]) == 2
+    assert few_shot.main([*line, "--rate", "1e38"]) == 2
     assert "not finite at step 1" in capsys.readouterr().err
 
 
 def test_minutes_bound_the_time(tmp_path):
     folder = tmp_path / "run"
-    line = command("--algorithms", "fomaml", "--minutes", "0.02", workdir=folder)
+    line = command("--algorithms", "prototypical", "--minutes", "0.02", workdir=folder)
     assert few_shot.main(line) == 0
-    results = json.loads((folder / "results.json").read_text())
-    assert results["methods"]["fomaml"]["meta_training"]["episodes"] > 0
+    results = read(folder / "results.json")
+    assert results["methods"]["prototypical"]["meta_training"]["episodes"] > 0
     # the time is over already
     assert few_shot.main(["--resume", str(folder), "--minutes", "0.001"]) == 0
 
@@ -406,171 +309,13 @@ def test_tensorboard_files(tmp_path, monkeypatch, capsys):
     assert "metalstm[tensorboard]" in capsys.readouterr().err
 
 
-def test_evaluate_again_at_another_shot(finished, tmp_path, capsys):
-    folder = tmp_path / "copy"
-    shutil.copytree(finished, folder)
-    assert few_shot.main(["--evaluate", str(folder), "--test-seed", "0"]) == 0
-    rows = json.loads((folder / "evaluation-3w1s-support-0.json").read_text())
-    results = json.loads((folder / "results.json").read_text())["methods"]
-    for row in rows:
-        assert row["mean"] == pytest.approx(results[row["name"]]["accuracy"])
-    assert few_shot.main(["--evaluate", str(folder), "--shot", "2"]) == 0
-    assert (folder / "evaluation-3w2s-support-0.json").exists()
-    capsys.readouterr()
-    assert few_shot.main(["--evaluate", str(folder), "--way", "4"]) == 2
-    assert "choose --way 3, or train with --tied-head" in capsys.readouterr().err
-
-
-def test_runs_of_several_folders_become_one_table(finished, tmp_path, capsys):
-    folders = [tmp_path / "a" / "run", tmp_path / "b" / "run"]
-    for folder in folders:
-        shutil.copytree(finished, folder)
-    saved = json.loads((folders[0] / "config.json").read_text())
-    # the first has no Meta-LSTM: the others are compared with the second's
-    specs = {n: s for n, s in saved["methods"].items() if n != "meta-lstm"}
-    algorithms = {"algorithms": list(specs), "test_steps": 1}
-    config = saved["config"] | {"methods": saved["config"]["methods"] | algorithms}
-    run_folder.write_json(
-        folders[0] / "config.json", saved | {"methods": specs, "config": config}
-    )
-    (folders[0] / "results.json").unlink()
-    line = ["--evaluate", *map(str, folders), "--algorithms", "sgd,meta-lstm"]
-    assert few_shot.main([*line, "--workdir", str(tmp_path / "out")]) == 0
-    out = capsys.readouterr().out
-    assert "paired, to meta-lstm" in out
-    stem = tmp_path / "out" / "evaluation-3w1s-support-0"
-    rows = json.loads(stem.with_suffix(".json").read_text())
-    assert [r["name"] for r in rows] == ["sgd (a/run)", "meta-lstm", "sgd (b/run)"]
-    results = json.loads((folders[1] / "results.json").read_text())["methods"]
-    shorter, meta_lstm, sgd = rows
-    for row, name in ((sgd, "sgd"), (meta_lstm, "meta-lstm")):
-        assert row["mean"] == pytest.approx(results[name]["accuracy"])
-    paired = results["sgd"]["paired_difference"]
-    assert sgd["difference"] == pytest.approx(paired[0], abs=1e-6)
-    assert shorter["mean"] != sgd["mean"], "its run has one update at the test"
-    assert [r["meta_training_episodes"] for r in rows] == [None, 40, None]
-    spent = results["meta-lstm"]["meta_training"]["wall_seconds"]
-    assert meta_lstm["meta_training_seconds"] == spent
-    # of a run that was stopped: by its checkpoint
-    (folders[1] / "results.json").unlink()
-    stopped = choose_methods(read_runs(folders[1:]), ["meta-lstm"])[0].meta_training
-    assert stopped["episodes"] == 40
-    assert stopped["wall_seconds"] == pytest.approx(spent, rel=0.2)
-    assert stem.with_suffix(".md").exists()
-    assert stem.with_suffix(".csv").exists()
-
-
-def test_runs_that_make_no_common_table_are_refused(finished, tmp_path, capsys):
-    folder = tmp_path / "copy"
-    shutil.copytree(finished, folder)
-    assert few_shot.main(["--evaluate", str(folder), str(folder)]) == 2
-    assert "twice" in capsys.readouterr().err
-    line = ["--evaluate", str(folder), "--algorithms", "maml"]
-    assert few_shot.main(line) == 2
-    assert "the runs have meta-lstm, sgd" in capsys.readouterr().err
-    saved = json.loads((folder / "config.json").read_text())
-    other = saved | {"data": saved["data"] | {"image_shape": [8, 8, 1]}}
-    run_folder.write_json(folder / "config.json", other)
-    assert few_shot.main(["--evaluate", str(finished), str(folder)]) == 2
-    message = capsys.readouterr().err
-    assert f"{folder} was trained with image_shape [8, 8, 1]" in message
-    (folder / "seed-0").mkdir()
-    assert few_shot.main(["--evaluate", str(folder)]) == 2
-    assert "several seeds" in capsys.readouterr().err
-
-
-SWEEP = (
-    "--shots 2 1 5 6 --ways 3 4 9 --test-episodes 10 --test-batch 5 --algorithms "
-    "nearest-neighbour sgd"
-).split()
-
-
-def test_accuracy_against_shots_and_ways(finished, tmp_path, capsys, monkeypatch):
-    folder = tmp_path / "copy"
-    shutil.copytree(finished, folder)
-    tested, real = [], metalstm.evaluate
-
-    def evaluate(algorithm, params, pool, spec, **options):
-        if len(tested) == 3:
-            raise KeyboardInterrupt
-        tested.append((spec.way, spec.shot, spec.queries))
-        return real(algorithm, params, pool, spec, **options)
-
-    monkeypatch.setattr(metalstm, "evaluate", evaluate)
-    assert shots_and_ways.main([str(folder), *SWEEP]) == 130
-    assert "goes on from here" in capsys.readouterr().err
-    before = json.loads((folder / shots_and_ways.NAME).read_text())["points"]
-    assert len(before) == 3
-    monkeypatch.setattr(metalstm, "evaluate", real)
-    assert shots_and_ways.main([str(folder), *SWEEP]) == 0
-    out = capsys.readouterr().out
-    assert "3-way 6-shot left out: shot=6 and queries=1 need 7 images" in out
-    assert "9-way 1-shot left out: way=9 is more than the 5 classes" in out
-    assert "4-way 1-shot, sgd left out: its head has 3 classes" in out
-    assert "3-way 5-shot: 1 queries a class" in out
-    points = json.loads((folder / shots_and_ways.NAME).read_text())["points"]
-    assert points[:3] == before
-    both = ["sgd", "nearest-neighbour"]
-    expected = [(3, k, 2, n) for k in (1, 2) for n in both]
-    expected += [(3, 5, 1, n) for n in both] + [(4, 1, 2, "nearest-neighbour")]
-    names = ("way", "shot", "queries", "method")
-    assert [tuple(row[name] for name in names) for row in points] == expected
-    results = json.loads((folder / "results.json").read_text())["methods"]
-    assert points[0]["mean"] == pytest.approx(results["sgd"]["accuracy"])
-    for axis in ("shot", "way"):
-        picture = folder / f"accuracy_vs_{axis}.png"
-        assert picture.read_bytes()[:4] == b"\x89PNG"
-    # other settings would mix what is not comparable
-    assert shots_and_ways.main([str(folder), *SWEEP, "--test-seed", "1"]) == 2
-    message = capsys.readouterr().err
-    assert "holds points with test_seed 0, not 1: give another --workdir" in message
-
-
-@pytest.mark.parametrize(
-    ("line", "message"),
-    [
-        ("nowhere", "not a run folder"),
-        ("RUN --shots 0", "--shots 0: choose 1 or more"),
-        ("RUN --ways 1", "--ways 1: choose 2 or more"),
-        ("RUN --algorithms maml", "the runs have meta-lstm, sgd"),
-        ("--shots 1", "name at least one run folder"),
-    ],
-)
-def test_mistakes_about_shots_and_ways(finished, line, message, capsys, tmp_path):
-    line = line.replace("RUN", str(finished)).split()
-    assert shots_and_ways.main([*line, "--workdir", str(tmp_path / "out")]) == 2
-    assert message in capsys.readouterr().err
-    assert not (tmp_path / "out").exists()
-
-
-@pytest.mark.slow
-def test_evaluate_in_every_batch_norm_mode_and_at_any_way(tmp_path, capsys):
-    folder = tmp_path / "run"
-    line = command("--algorithms", "fomaml", "prototypical", workdir=folder)
-    conv = "--learner conv4 --blocks 1 --filters 2 --strided --tied-head".split()
-    assert few_shot.main([*line, *conv]) == 0
-    assert few_shot.main(["--evaluate", str(folder), "--query-norm", "all"]) == 0
-    rows = json.loads((folder / "evaluation-3w1s-all-0.json").read_text())
-    assert [row["name"] for row in rows] == [
-        "fomaml [support]", "fomaml [support+1]", "fomaml [transductive]",
-        "prototypical [frozen]",
-    ]  # fmt: skip
-    assert [row["difference"] is None for row in rows] == [True, False, False, True]
-    assert few_shot.main(["--evaluate", str(folder), "--way", "4"]) == 0
-    assert "fomaml [support]" in capsys.readouterr().out
-    predict = metalstm.load_run(folder, "prototypical")
-    images = tiny_images(4, 9)
-    labels = predict(images[:, 0], list("abcd"), images[:, 1])
-    assert set(labels) <= set("abcd")
-
-
-def test_floors_share_one_pre_training(tmp_path):
+def test_transfer_methods_share_one_pre_training(tmp_path):
     folder, chosen = tmp_path / "run", ("feature-cosine", "finetune-head")
-    line = command("--algorithms", *chosen, "--finetune-steps", 4, workdir=folder)
-    assert few_shot.main(line) == 0
+    own = ["--finetune-head.num-steps", 4]
+    assert few_shot.main(command("--algorithms", *chosen, *own, workdir=folder)) == 0
     kept = {path.name for path in (folder / "checkpoints").iterdir()}
     assert kept == {*chosen, "pretrained-linear"}
-    methods = json.loads((folder / "results.json").read_text())["methods"]
+    methods = read(folder / "results.json")["methods"]
     tuned = methods["finetune-head"]["meta_training"]
     assert tuned["episodes"] == methods["feature-cosine"]["meta_training"]["episodes"]
     assert set(tuned["tried_steps"]) == {"1", "2", "4"}
@@ -579,6 +324,30 @@ def test_floors_share_one_pre_training(tmp_path):
     rule = metalstm.load_run(folder, "finetune-head").params.rule
     assert rule["num_steps"] == tuned["steps"]
     assert rule["learning_rate"] == np.float32(tuned["rate"])
+
+
+@pytest.mark.slow
+def test_a_run_with_flags_of_one_method_resumes_and_loads(tmp_path):
+    folder = tmp_path / "run"
+    line = command("--algorithms", "fomaml,prototypical,feature-cosine", workdir=folder)
+    line += "--prototypical.widths 5 --prototypical.episodes 20".split()
+    line += "--feature-cosine.rotations".split()
+    assert few_shot.main(line) == 0
+    results = read(folder / "results.json")["methods"]
+    episodes = {n: r["meta_training"].get("episodes") for n, r in results.items()}
+    assert episodes == {"fomaml": 40, "prototypical": 20, "feature-cosine": 40}
+    specs = read(folder / "predictors.json")["methods"]
+    # turned characters are further classes of pre-training
+    assert specs["feature-cosine"]["spec"]["num_classes"] == 4 * 12
+    predict = metalstm.load_run(folder, "prototypical")
+    assert jax.tree.leaves(predict.params.params)[0].shape[-1] == 5
+    before = (folder / "accuracies.npz").read_bytes()
+    assert few_shot.main(["--resume", str(folder)]) == 0
+    assert (folder / "accuracies.npz").read_bytes() == before
+    assert few_shot.main(["--resume", str(folder), "--prototypical.widths", "4"]) == 2
+
+
+# -- predictors ------------------------------------------------------------------------
 
 
 def test_load_run_predicts_as_the_evaluation_did(finished):
@@ -617,229 +386,18 @@ def test_load_run_refuses(finished, tmp_path):
         predict(x + 200, [0, 1, 2], x)
 
 
-def test_spec_builders_refuse_unknown_names():
-    with pytest.raises(ValueError, match="learner='vgg': choose one of conv4"):
-        runs.build_learner({"name": "vgg"}, 5)
-    with pytest.raises(ValueError, match="rule='lion'"):
-        runs.build_rule({"name": "lion"})
-    spec = {"algorithm": {"name": "magic"}, "learner": {"name": "mlp"}, "way": 2}
-    with pytest.raises(ValueError, match="algorithm='magic'"):
-        runs.build_algorithm(spec)
+# -- parts -----------------------------------------------------------------------------
 
 
 def test_a_tuning_grid_brackets_its_best():
-    best, tried = meta_testing.bracketed_best((1.0, 3.0, 9.0), lambda r: -abs(r - 81))
+    best, tried = bracketed_best((1.0, 3.0, 9.0), lambda r: -abs(r - 81))
     assert best == 81
     assert max(tried) > 81
-    best, tried = meta_testing.bracketed_best((1.0, 3.0, 9.0), lambda r: -abs(r - 3))
+    best, tried = bracketed_best((1.0, 3.0, 9.0), lambda r: -abs(r - 3))
     assert best == 3
     assert len(tried) == 3
-    _, tried = meta_testing.bracketed_best((1.0, 2.0), lambda r: -r)
+    _, tried = bracketed_best((1.0, 2.0), lambda r: -r)
     assert len(tried) == 6, "not without end"
-
-
-@pytest.mark.parametrize("name", sorted(presets.PRESETS))
-def test_presets_are_configs_that_work(name):
-    config = parse(["--preset", name])
-    assert config.run.preset == name
-    again = options.from_json(json.loads(json.dumps(options.to_json(config))))
-    assert again == config
-
-
-def test_published_recipes():
-    """Ravi & Larochelle's code, and Finn et al.'s."""
-    five, one = (parse(["--preset", f"ravi-{k}shot"]) for k in (5, 1))
-    for config, shot, steps, momentum, episodes in (
-        (five, 5, 8, 0.05, 50_000),
-        (one, 1, 12, 0.1, 75_000),
-    ):
-        assert (config.data.shot, config.methods.steps) == (shot, steps)
-        assert config.learner.norm_momentum == momentum
-        assert (config.budget.episodes, config.budget.meta_batch) == (episodes, 1)
-        assert (config.budget.learning_rate, config.budget.clip) == (1e-3, 0.25)
-        assert (config.data.queries, config.rule.hidden) == (15, 20)
-        assert (config.rule.forget_bias, config.rule.input_bias) == ((4, 5), (-5, -4))
-        assert config.methods.order == "first"
-        spec = few_shot_spec(config, "meta-lstm")["algorithm"]["options"]
-        assert spec["gradient_scale"] == "1/batch"
-        assert spec["support_stats"] == "moving"
-        assert spec["train_query_norm"] == "transductive"
-        assert spec["query_norm"] == "support"
-    maml = parse(["--preset", "maml-omniglot"])
-    assert (maml.methods.inner_rate, maml.methods.steps) == (0.4, 1)
-    assert maml.budget.meta_batch == 32
-    mini = parse(["--preset", "maml-mini-imagenet"])
-    assert (mini.methods.steps, mini.methods.test_steps) == (5, 10)
-    assert mini.methods.inner_rate == 0.01
-
-
-def few_shot_spec(config, name):
-    return methods.method_specs(config)[name]
-
-
-@pytest.fixture
-def with_own(monkeypatch):
-    """A preset whose methods have settings of their own."""
-    flags = {"way": 3, "steps": 2, "algorithms": ("meta-lstm", "sgd")}
-    own = {
-        "meta-lstm": {"filters": 8, "steps": 3, "rotations": True},
-        "sgd": {"filters": 4, "steps": 4},
-        "matching": {"filters": 6, "forget_bias": (1.0, 2.0), "episodes": 7},
-    }
-    monkeypatch.setitem(presets.PRESETS, "mine", flags)
-    monkeypatch.setitem(presets.METHOD_FLAGS, "mine", own)
-    return "--preset mine --algorithms meta-lstm,sgd,matching,maml".split()
-
-
-def test_methods_have_settings_of_their_own(with_own):
-    config = parse(with_own)
-    specs = methods.method_specs(config)
-    filters = {n: s["learner"]["options"]["filters"] for n, s in specs.items()}
-    # sgd starts from meta-lstm's theta_0, so it adapts its learner
-    assert filters == {"meta-lstm": 8, "sgd": 8, "matching": 6, "maml": 32}
-    steps = [s["algorithm"]["options"].get("num_steps") for s in specs.values()]
-    assert steps == [3, 4, None, 2]
-    own = methods.config_for(config, "matching")
-    assert own.budget.episodes == 7
-    assert own.methods.algorithms == config.methods.algorithms
-    assert own.own == {}
-
-
-def test_a_flag_on_the_command_line_wins_over_a_methods_own(with_own):
-    # also when it is what the preset has for the others
-    config = parse([*with_own, "--steps", "2", "--filters=5", "--no-rotations"])
-    assert config.own == {"matching": {"forget_bias": (1.0, 2.0), "episodes": 7}}
-    specs = methods.method_specs(config)
-    assert {s["learner"]["options"]["filters"] for s in specs.values()} == {5}
-    assert specs["sgd"]["algorithm"]["options"]["num_steps"] == 2
-
-
-def test_own_settings_survive_the_run_folder(with_own):
-    config = parse(with_own)
-    again = options.from_json(json.loads(json.dumps(options.to_json(config))))
-    assert again == config
-    longer = parse([*with_own, *"--episodes 9 --filters 8 --forget-bias 1 2".split()])
-    assert "matching" not in longer.own
-    may_change = options.may_change(longer)
-    assert {"budget.episodes", "own.matching.episodes"} <= set(may_change)
-    own = config.own | {"matching": {"schedule": "cosine"}}
-    ends = options.may_change(dataclasses.replace(config, own=own))
-    assert not {"budget.episodes", "own.matching.episodes"} & set(ends)
-    assert parse("--preset mine --algorithms maml".split()).own == {}
-
-
-@pytest.mark.parametrize(
-    ("own", "message"),
-    [
-        ({"maml": {"way": 7}}, "way is the same for all methods"),
-        ({"maml": {"steps": 0}}, "--steps 0: choose 1 or more"),
-        ({"maml": {"train_way": 9}}, "add --tied-head"),
-        ({"maml": {"wey": 9}}, "there is no option 'wey'"),
-    ],
-)
-def test_own_settings_are_checked(with_own, monkeypatch, own, message):
-    monkeypatch.setitem(presets.METHOD_FLAGS, "mine", own)
-    with pytest.raises(ValueError, match=message):
-        parse(with_own)
-
-
-def test_floors_share_what_has_the_same_settings():
-    config = parse("--algorithms finetune-head,finetune-all,feature-cosine".split())
-    own = {"finetune-all": {"filters": 8}, "feature-cosine": {"finetune_steps": 3}}
-    config = dataclasses.replace(config, own=own)
-    specs = methods.method_specs(config, num_classes=9)
-    wanted, uses = methods.pretrainings(config, specs)
-    assert uses == {
-        "finetune-head": "pretrained-linear",
-        "finetune-all": "pretrained-linear-2",
-        "feature-cosine": "pretrained-linear",
-    }
-    assert wanted["pretrained-linear-2"].spec["learner"]["options"]["filters"] == 8
-    assert wanted["pretrained-linear-2"].config.learner.filters == 8
-    assert wanted["pretrained-linear"].spec["algorithm"]["options"] == {
-        "num_classes": 9, "compare": "centroid", "classifier": "linear"
-    }  # fmt: skip
-
-
-@pytest.mark.slow
-def test_a_run_with_own_settings_resumes_and_loads(tmp_path, monkeypatch, with_own):
-    line = [*with_own, *command(workdir=tmp_path / "run")]
-    line[3] = "meta-lstm,prototypical,finetune-head"
-    own = {"meta-lstm": {"hidden": 3}, "prototypical": {"widths": (5,), "episodes": 20}}
-    own |= {"finetune-head": {"rotations": True, "finetune_steps": 2}}
-    monkeypatch.setattr(
-        presets, "METHOD_FLAGS", {"mine": own | {"matching": {"hidden": 9}}}
-    )
-    unsaid = {"--hidden", "--widths", "--episodes"}
-    kept = [i for i, a in enumerate(line) if not {a, line[i - 1]} & unsaid]
-    line = [line[i] for i in kept]
-    monkeypatch.setitem(
-        presets.PRESETS,
-        "mine",
-        presets.PRESETS["mine"] | {"episodes": 40, "widths": (6,), "hidden": 2},
-    )
-    assert few_shot.main(line) == 0
-    results = json.loads((tmp_path / "run" / "results.json").read_text())["methods"]
-    episodes = {n: r["meta_training"].get("episodes") for n, r in results.items()}
-    assert episodes == {"meta-lstm": 40, "prototypical": 20, "finetune-head": 40}
-    saved = json.loads((tmp_path / "run" / "config.json").read_text())
-    assert saved["config"]["own"] == json.loads(json.dumps(own))
-    specs = saved["methods"]
-    assert specs["meta-lstm"]["rule"]["options"]["hidden_size"] == 3
-    # turned characters are further classes of pre-training
-    assert specs["finetune-head"]["algorithm"]["options"]["num_classes"] == 4 * 12
-    predict = metalstm.load_run(tmp_path / "run", "prototypical")
-    assert jax.tree.leaves(predict.params.params)[0].shape[-1] == 5
-    before = (tmp_path / "run" / "accuracies.npz").read_bytes()
-    assert few_shot.main(["--resume", str(tmp_path / "run")]) == 0
-    assert (tmp_path / "run" / "accuracies.npz").read_bytes() == before
-    again = ["--resume", str(tmp_path / "run"), "--hidden", "4"]
-    assert few_shot.main(again) == 2
-
-
-def test_all_names_every_method():
-    for preset in (None, "omniglot", "demo", "mini-imagenet"):
-        chosen = [] if preset is None else ["--preset", preset]
-        config = parse([*chosen, "--algorithms", "all"])
-        assert config.methods.algorithms == tuple(methods.METHODS)
-        specs = json.loads(json.dumps(methods.method_specs(config)))
-        assert set(specs) == set(methods.METHODS)
-
-
-@pytest.mark.parametrize("name", methods.METHODS)
-def test_every_method_of_the_omniglot_preset_predicts(name):
-    """By shapes alone: nothing is compiled."""
-    line = ["--preset", "omniglot", "--algorithms", name]
-    hand_made = methods.METHODS[name].family == methods.HAND_MADE
-    config = parse([*line, *(["meta-lstm"] if hand_made else [])])
-    spec = json.loads(json.dumps(methods.method_specs(config, 781)[name]))
-    algorithm = runs.build_algorithm(spec)
-    episode = runs.example_episode((28, 28, 1), 5)
-
-    def predict():
-        params = algorithm.init(jax.random.key(0), episode)
-        key, (support, query) = jax.random.key(0), episode
-        return algorithm.predict(params, key, support, query.x, num_classes=5)
-
-    assert jax.eval_shape(predict).shape == (5, 5)
-
-
-def test_flags_override_presets():
-    config = parse("--preset demo --way 7 --algorithms maml".split())
-    assert config.data.way == 7
-    assert config.methods.algorithms == ("maml",)
-    assert config.data.dataset == "glyphs"
-    assert config.learner.tied_head
-    with pytest.raises(ValueError, match="there is no option 'wey'"):
-        options.with_flags(config, wey=3)
-
-
-def test_advice_is_said_in_flags():
-    said = as_flags("way=9 is too many; choose way <= 5")
-    assert said == "way=9 is too many; choose --way <= 5"
-    assert as_flags("this way or that way") == "this way or that way"
-    said = as_flags("leave it out with skip_corrupt=True")
-    assert said == "leave it out with --skip-corrupt"
 
 
 def test_metrics_survive_a_half_written_line(tmp_path):

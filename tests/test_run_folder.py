@@ -17,8 +17,8 @@ from experiments.few_shot.options import Config, read_config, to_json, with_flag
 from experiments.learned_optimizer.measuring import Bench
 from experiments.learned_optimizer.options import Config as OptimizerConfig
 from metalstm.data import Dataset, make_pool
-from metalstm.runtime.checkpoints import ConfigMismatch
-from metalstm.runtime.files import whole_file
+from metalstm.runtime.files import atomic_write
+from metalstm.runtime.saved_config import ConfigMismatch
 
 
 def write_config(folder: Path, config: Config, **more) -> Path:
@@ -32,7 +32,7 @@ def test_a_file_is_whole_or_as_it_was(tmp_path):
     run_folder.write_json(path, [1])
 
     def stop_half_way():
-        with whole_file(path) as part:
+        with atomic_write(path) as part:
             part.write_text("[2")
             assert part.suffix == ".json"
             raise KeyboardInterrupt
@@ -89,7 +89,7 @@ def test_the_config_is_checked_again_under_the_lock(tmp_path):
 
 def test_of_two_processes_one_gets_the_folder(tmp_path):
     program = (
-        "import sys; from pathlib import Path; from experiments import run_folder\n"
+        "import sys; from pathlib import Path; from experiments.common import run_folder\n"
         "with run_folder.locked(Path(sys.argv[1])): print('mine', flush=True); input()"
     )
     first = subprocess.Popen(
@@ -130,6 +130,9 @@ def test_a_lock_on_a_full_disk_is_named(tmp_path, monkeypatch):
         run_folder.locked(tmp_path),
     ):
         pytest.fail("held without saying by whom")
+    monkeypatch.undo()
+    with run_folder.locked(tmp_path):  # it was let go of
+        pass
 
 
 @pytest.mark.fault("config.json or metrics.jsonl that is none")

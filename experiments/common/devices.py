@@ -22,7 +22,7 @@ class Devices:
     many as divide these tasks."""
     cpu_devices: int | None = None
     """Devices that a CPU counts as: with one to a core the tasks of a meta-step are
-    computed side by side; default: one, whose operations share the cores."""
+    computed at the same time; default: one, whose operations share the cores."""
     devices_per_task: int = 1
     """Devices that share one task, where there are fewer tasks than devices: each has
     the rule's part of the work for its share of the parameters. For learned optimizers
@@ -40,7 +40,7 @@ class Devices:
     """Seconds after which processes end when one of them was not heard of."""
 
 
-# none of them is part of the recipe: a run may go on elsewhere
+# none of them is part of the recipe: a run may be resumed elsewhere
 MAY_CHANGE = tuple(f"devices.{field.name}" for field in fields(Devices))
 
 
@@ -57,18 +57,17 @@ def check(devices: Devices) -> None:
         raise ValueError(f"{given[0]} needs {' and '.join(missing)} too")
     if given and not devices.distributed:
         raise ValueError(f"{given[0]} goes with --distributed: add it")
-    if devices.devices is not None and devices.devices < 1:
-        raise ValueError(f"--devices {devices.devices}: choose 1 or more")
-    if devices.cpu_devices is not None and devices.cpu_devices < 1:
-        raise ValueError(f"--cpu-devices {devices.cpu_devices}: choose 1 or more")
-    if devices.devices_per_task < 1:
-        raise ValueError(
-            f"--devices-per-task {devices.devices_per_task}: choose 1 or more"
-        )
-    if devices.heartbeat_timeout < 1:
-        raise ValueError(
-            f"--heartbeat-timeout {devices.heartbeat_timeout}: choose 1 or more"
-        )
+    check_ones(
+        devices, "devices", "cpu_devices", "devices_per_task", "heartbeat_timeout"
+    )
+
+
+def check_ones(options: Any, *names: str) -> None:
+    """Refuse options below 1 among ``names``; None is fine."""
+    for name in names:
+        value = getattr(options, name)
+        if value is not None and value < 1:
+            raise ValueError(f"--{name.replace('_', '-')} {value}: choose 1 or more")
 
 
 def join(devices: Devices) -> None:
@@ -89,15 +88,15 @@ def join(devices: Devices) -> None:
             ) from error
     if not devices.distributed:
         return
-    from metalstm.runtime import sharding
+    from metalstm.runtime import processes
 
-    sharding.initialize(
+    processes.initialize(
         devices.coordinator,
         devices.num_processes,
         devices.process_id,
         heartbeat_timeout=devices.heartbeat_timeout,
     )
-    if not sharding.is_main():
+    if not processes.is_main():
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115 (until the end)
 
 
@@ -182,9 +181,9 @@ def on_main(act: Callable[[], Any]) -> None:
     if not is_one_of_several():
         act()
         return
-    from metalstm.runtime import sharding
+    from metalstm.runtime import processes
 
-    sharding.on_main(act)
+    processes.on_main(act)
 
 
 def is_one_of_several() -> bool:

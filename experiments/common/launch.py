@@ -1,22 +1,21 @@
 """Start a script in several processes on this machine, and watch over them.
 
-    python -m experiments.common.launch --processes 2 -- experiments.few_shot --workdir RUN
+    python -m experiments.common.launch --processes 2 -- experiments.few_shot ...
 
 Each process gets --distributed and its place among the others. When one of them dies,
-what became of it and the last lines of its log are printed, the others are stopped, and
-a command that goes on from the last checkpoint is named. Ctrl-C is passed on: the
-processes save and end.
+this one says which and how, prints the last lines of its log, stops the others, and
+names the command that resumes from the last checkpoint. Ctrl-C is passed on: the
+processes save and end. Process 0's output is shown; all are kept in --log-dir.
 
-The first process's output is shown; all are kept in --log-dir. On a cluster nothing of
-this is needed: its own launcher runs the same command, with --distributed, on every
-host (docs/pods.md).
+A cluster needs none of this: its own launcher runs the same command, with
+--distributed, on every host (docs/pods.md).
 """
 
 from __future__ import annotations
 
 import contextlib
+import math
 import os
-import re
 import signal
 import socket
 import subprocess
@@ -26,9 +25,10 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO
 
 import tyro
+
+from experiments.common.devices import check_ones
 
 _GRACE = 5.0  # seconds in which the others may end by themselves
 _LAST_SAVE = 60.0  # seconds between the first and the last to end after Ctrl-C
@@ -58,8 +58,10 @@ class Options:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; return the exit status, of the process that died first."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
-    own, script = _split(arguments)
-    options = tyro.cli(Options, args=own, prog="python -m experiments.common.launch")
+    end = arguments.index("--") if "--" in arguments else len(arguments)
+    prog = "python -m experiments.common.launch"
+    options = tyro.cli(Options, args=arguments[:end], prog=prog)
+    script = arguments[end + 1 :]
     try:
         _check(options, script)
     except ValueError as error:
@@ -72,113 +74,65 @@ def main(arguments: Sequence[str] | None = None) -> int:
     print(f"{options.processes} processes, their logs in {log_dir}", flush=True)
     try:
         with _signals_passed_on(workers):
-            return _watch(workers, options, script)
+            first = _watch(workers)
+            if first is None:
+                return max(worker.process.returncode for worker in workers)
+            _report(first, workers, options, script)
+            status = first.process.returncode
+            return status if status > 0 else 128 - status
     finally:
-        _stop(workers, signal.SIGKILL)
-        for worker in workers:
-            worker.close()
-
-
-def _split(arguments: list[str]) -> tuple[list[str], list[str]]:
-    if "--" not in arguments:
-        return arguments, []
-    at = arguments.index("--")
-    return arguments[:at], arguments[at + 1 :]
+        _stop(workers)
 
 
 def _check(options: Options, script: list[str]) -> None:
+    check_ones(options, "processes", "devices_per_process", "heartbeat_timeout")
     if not script:
         raise ValueError(
             "no script: python -m experiments.common.launch --processes 2 -- "
             "experiments.few_shot --workdir RUN"
         )
-    for name in ("processes", "devices_per_process", "heartbeat_timeout"):
-        value = getattr(options, name)
-        if value is not None and value < 1:
-            raise ValueError(f"--{name.replace('_', '-')} {value}: choose 1 or more")
 
 
 class Worker:
     """One process, its log, and when it ended: the first to die took the others."""
 
     def __init__(self, index: int, command: list[str], env: dict[str, str], log: Path):
-        self.index, self.log = index, log
-        self.ended: float | None = None
-        # a session of its own: Ctrl-C reaches it through this process alone
-        self.process = subprocess.Popen(
-            command,
-            env=env,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            start_new_session=True,
-        )
-        self._copier = threading.Thread(target=self._copy, daemon=True)
-        self._waiter = threading.Thread(target=self._wait, daemon=True)
-        self._copier.start()
-        self._waiter.start()
+        self.index, self.log, self.ended = index, log, math.inf
+        with log.open("wb") as file:
+            # a session of its own: Ctrl-C reaches it through this process alone
+            self.process = subprocess.Popen(
+                command, env=env, stdout=file, stderr=file, start_new_session=True
+            )
+        self.waiter = threading.Thread(target=self._wait, daemon=True)
+        self.waiter.start()
 
     def _wait(self) -> None:
         self.process.wait()
         self.ended = time.monotonic()
 
-    def _copy(self) -> None:
-        assert self.process.stdout is not None
-        shown: BinaryIO | None = sys.stdout.buffer if self.index == 0 else None
-        with open(self.log, "wb", buffering=0) as log:
-            while data := self.process.stdout.read1(1 << 16):  # type: ignore[attr-defined]
-                log.write(data)
-                if shown is not None:
-                    with contextlib.suppress(OSError, ValueError):  # nobody reads
-                        shown.write(data)
-                        shown.flush()
+    def is_running(self) -> bool:
+        return self.ended == math.inf
 
-    def send(self, number: int) -> None:
-        with contextlib.suppress(ProcessLookupError):
-            self.process.send_signal(number)
-
-    def close(self) -> None:
-        self._waiter.join()
-        self._copier.join(timeout=_GRACE)
-
-    def fate(self) -> str:
-        """What became of it, in words."""
-        status = self.process.returncode
-        who = f"process {self.index} (pid {self.process.pid})"
-        if status < 0:
-            with contextlib.suppress(ValueError):
-                return f"{who} was killed by {signal.Signals(-status).name}"
-            return f"{who} was killed by signal {-status}"
-        return f"{who} ended with exit status {status}"
-
-    def last_lines(self) -> list[str]:
-        self._copier.join(timeout=_GRACE)
+    def lines(self) -> list[str]:
+        """What it said; of a progress bar, how it ended."""
         text = self.log.read_text(errors="replace")
-        lines = [part.rsplit("\r", 1)[-1] for part in text.splitlines()]
-        return [line for line in lines if line.strip()][-_TAIL:]
+        lines = [line.rsplit("\r", 1)[-1] for line in text.splitlines()]
+        return [line for line in lines if line.strip()]
 
 
 def _start(options: Options, script: list[str], log_dir: Path) -> list[Worker]:
-    env = dict(os.environ)
-    env["PYTHONUNBUFFERED"] = "1"
+    env = os.environ | {"PYTHONUNBUFFERED": "1"}
     if options.devices_per_process is not None:
         count = f"--xla_force_host_platform_device_count={options.devices_per_process}"
         env["XLA_FLAGS"] = f"{env.get('XLA_FLAGS', '')} {count}".strip()
-    place = [
-        "--distributed",
-        "--coordinator",
-        f"localhost:{_free_port()}",
-        "--num-processes",
-        str(options.processes),
-        "--heartbeat-timeout",
-        str(options.heartbeat_timeout),
-    ]
+    place = (
+        f"--distributed --coordinator localhost:{_free_port()} "
+        f"--num-processes {options.processes} "
+        f"--heartbeat-timeout {options.heartbeat_timeout} --process-id"
+    )
+    command = [sys.executable, "-m", *script, *place.split()]
     return [
-        Worker(
-            index,
-            [sys.executable, "-m", *script, *place, "--process-id", str(index)],
-            env,
-            log_dir / f"process-{index}.log",
-        )
+        Worker(index, [*command, str(index)], env, log_dir / f"process-{index}.log")
         for index in range(options.processes)
     ]
 
@@ -189,98 +143,80 @@ def _free_port() -> int:
         return probe.getsockname()[1]
 
 
-def _watch(workers: list[Worker], options: Options, script: list[str]) -> int:
-    """Wait until all have ended well, or one has not; return its exit status."""
-    while True:
-        ended = _in_order(workers)
-        died = [w for w in ended if w.process.returncode not in (0, _SAVED)]
-        if died:
-            return _report(died[0], workers, options, script)
-        if len(ended) == len(workers):
-            return max(worker.process.returncode for worker in workers)
-        # interrupted before it had found the others, one leaves them waiting
-        saved = [w for w in ended if w.process.returncode == _SAVED]
-        if saved and time.monotonic() - (saved[0].ended or 0) > _LAST_SAVE:
-            return _report(saved[0], workers, options, script)
-        time.sleep(_POLL)
-
-
-def _in_order(workers: list[Worker]) -> list[Worker]:
-    """Those that have ended, the first to end first."""
-    ended = [(w.ended, w.index) for w in workers if w.ended is not None]
-    return [workers[index] for _, index in sorted(ended)]
+def _watch(workers: list[Worker]) -> Worker | None:
+    """Wait until all have ended well, or return the first that has not."""
+    with workers[0].log.open("rb") as said:
+        while True:
+            ended = sorted(
+                (w for w in workers if not w.is_running()), key=lambda w: w.ended
+            )
+            with contextlib.suppress(OSError):  # nobody reads
+                sys.stdout.buffer.write(said.read())
+                sys.stdout.buffer.flush()
+            for worker in ended:
+                status = worker.process.returncode
+                # interrupted before it had found the others, one leaves them waiting
+                late = status == _SAVED and time.monotonic() - worker.ended > _LAST_SAVE
+                if status not in (0, _SAVED) or (late and len(ended) < len(workers)):
+                    return worker
+            if len(ended) == len(workers):
+                return None
+            time.sleep(_POLL)
 
 
 def _report(
     first: Worker, workers: list[Worker], options: Options, script: list[str]
-) -> int:
-    """Say which process died and of what, stop the others, say how to go on."""
-    print(f"\n{first.fate()}; the last lines of {first.log}:", flush=True)
-    for line in first.last_lines():
+) -> None:
+    """Say which process died and how, stop the others, say how to resume."""
+    status = first.process.returncode
+    fate = f"ended with exit status {status}"
+    if status < 0:
+        fate = f"was killed by {signal.Signals(-status).name}"
+    who = f"process {first.index} (pid {first.process.pid})"
+    print(f"\n{who} {fate}; the last lines of {first.log}:", flush=True)
+    for line in first.lines()[-_TAIL:]:
         print(f"  | {line}")
-    silent = _silent(first.log)
-    if silent:
-        print(
-            f"before that, process {silent} was not heard of for "
-            f"{options.heartbeat_timeout} seconds: it hung, or its machine did; the "
-            f"end of its log is in {first.log.with_name(f'process-{silent}.log')}"
-        )
     # of the same mistake the others die by themselves, and say so in their logs
     deadline = time.monotonic() + _GRACE
-    while any(w.ended is None for w in workers) and time.monotonic() < deadline:
+    while any(w.is_running() for w in workers) and time.monotonic() < deadline:
         time.sleep(_POLL)
-    running = [worker for worker in workers if worker.ended is None]
-    _stop(running, signal.SIGKILL)  # a checkpoint is whole or not there
-    for worker in running:
-        worker.close()
-    if running:
-        names = ", ".join(str(worker.index) for worker in running)
-        print(f"stopped the others, which waited for it: {names}")
-    folder = _run_folder(workers[0].log)
-    if folder is not None:
+    running = [worker for worker in workers if worker.is_running()]
+    names = ", ".join(str(worker.index) for worker in running)
+    if status == -signal.SIGABRT and running:
         print(
-            f"to go on from the last checkpoint:\n  {_again(options, script, folder)}"
+            "JAX ends a process like this when another was not heard of for "
+            f"{options.heartbeat_timeout} seconds: it hung, or its machine did; still "
+            f"running: process {names}, whose log is {running[0].log}"
         )
-    status = first.process.returncode
-    return status if status > 0 else 128 - status
+    _stop(running)
+    if running:
+        print(f"stopped the others, which waited for it: {names}")
+    hints = [line for line in workers[0].lines() if " --resume " in line]
+    if hints:
+        folder = hints[-1].rsplit(" --resume ", 1)[1]
+        again = ["python -m experiments.common.launch --processes"]
+        again.append(str(options.processes))
+        if options.devices_per_process is not None:
+            again.append(f"--devices-per-process {options.devices_per_process}")
+        resume = " ".join([*again, "--", script[0], "--resume", folder])
+        print(f"to resume from the last checkpoint:\n  {resume}")
 
 
-def _silent(log: Path) -> str | None:
-    """The process whose heartbeats stopped, as JAX says when it gives up."""
-    pattern = r"\(stopped sending heartbeats\):\s+(\d+)\s"
-    found = re.search(pattern, log.read_text(errors="replace"))
-    return found[1] if found else None
-
-
-def _again(options: Options, script: list[str], folder: str) -> str:
-    command = [
-        "python -m experiments.common.launch",
-        f"--processes {options.processes}",
-    ]
-    if options.devices_per_process is not None:
-        command.append(f"--devices-per-process {options.devices_per_process}")
-    return " ".join([*command, "--", script[0], "--resume", folder])
-
-
-def _run_folder(log: Path) -> str | None:
-    """The folder that the script said it writes to."""
-    pattern = r"^to go on: python -m \S+ --resume (.+)$"
-    found = re.findall(pattern, log.read_text(errors="replace"), re.MULTILINE)
-    return found[-1] if found else None
-
-
-def _stop(workers: Sequence[Worker], number: int) -> None:
+def _stop(workers: Sequence[Worker]) -> None:
+    """Kill them: a checkpoint is whole or not there."""
     for worker in workers:
-        if worker.ended is None:
-            worker.send(number)
+        worker.process.kill()
+        worker.waiter.join()
 
 
 @contextlib.contextmanager
 def _signals_passed_on(workers: list[Worker]) -> Iterator[None]:
-    def pass_on(number: int, frame: object) -> None:
-        _stop(workers, number)
-
     numbers = (signal.SIGINT, signal.SIGTERM)
+
+    def pass_on(number: int, frame: object) -> None:
+        for worker in workers:
+            worker.process.send_signal(number)  # nothing, once it has ended
+
     try:
         old = {number: signal.signal(number, pass_on) for number in numbers}
     except ValueError:  # not the main thread: leave signals alone

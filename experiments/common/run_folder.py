@@ -1,4 +1,4 @@
-"""One run, one folder: its config, its lock, its metrics, its results."""
+"""One run, one folder: its options, its lock, its metrics, its results."""
 
 from __future__ import annotations
 
@@ -7,23 +7,19 @@ import json
 import os
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 from experiments.common import devices
-from experiments.few_shot.options import Config, read_config, to_json
+from experiments.common.saved_options import read_config, to_json
 
-ROOT = Path("runs") / "few_shot"
-
-
-def choose_folder(config: Config) -> Path:
-    """Where the run goes: as told, or a name that no other run has."""
-    if config.run.resume is not None:
-        return config.run.resume
-    if config.run.workdir is not None:
-        return config.run.workdir
-    data = config.data
-    dataset = data.dataset.replace("tfds:", "").replace("/", "-")
-    return free_folder(ROOT / f"{dataset}-{data.way}w{data.shot}s-{config.run.seed}")
+__all__ = [
+    "Metrics",
+    "free_folder",
+    "locked",
+    "refuse_other_data",
+    "refuse_other_runs",
+    "write_json",
+]
 
 
 def free_folder(base: Path) -> Path:
@@ -33,19 +29,19 @@ def free_folder(base: Path) -> Path:
         number += 1
         folder = base.with_name(f"{base.name}-{number}")
     if devices.is_one_of_several():
-        from metalstm.runtime import sharding
+        from metalstm.runtime import processes
 
-        return Path(sharding.from_main(str(folder)))
+        return Path(processes.from_main(str(folder)))
     return folder
 
 
-def refuse_other_runs(folder: Path, config: Any, ignore: Iterable[str]) -> None:
+def refuse_other_runs(folder: Path, config: Any, may_change: Iterable[str]) -> None:
     """Check, without writing, that this run may use ``folder``.
 
     Of several processes the first does.
 
     Args:
-      ignore: options in which this run may differ from the one in the folder.
+      may_change: options in which this run may differ from the one in the folder.
 
     Raises:
       ConfigMismatch: the folder holds a run of another configuration.
@@ -53,27 +49,24 @@ def refuse_other_runs(folder: Path, config: Any, ignore: Iterable[str]) -> None:
     """
 
     def check() -> None:
-        _check_contents(folder, config, ignore)
-        with contextlib.suppress(FileNotFoundError), open(folder / "lock") as lock:
-            _take(lock, folder)
+        _check_contents(folder, config, may_change)
+        if (folder / "lock").exists():
+            _lock(folder).release()
 
     devices.on_main(check)
 
 
-def _check_contents(folder: Path, config: Any, ignore: Iterable[str]) -> None:
-    from metalstm.runtime.checkpoints import ConfigMismatch, check_config
+def _check_contents(folder: Path, config: Any, may_change: Iterable[str]) -> None:
+    from metalstm.runtime.saved_config import check_config
 
     if (folder / "config.json").exists():
-        saved = read_config(folder)["config"]
-        try:
-            check_config(saved, to_json(config), ignore=ignore)
-        except ConfigMismatch as error:
-            raise ConfigMismatch(
-                f"{folder} holds another run: {error}".replace(
-                    "use the saved values, or another folder",
-                    "give the same options, or another --workdir",
-                )
-            ) from None
+        check_config(
+            read_config(folder)["config"],
+            to_json(config),
+            ignore=may_change,
+            what=f"{folder} holds another run",
+            remedy="give the same options, or another --workdir",
+        )
     elif folder.exists() and not folder.is_dir():
         raise ValueError(f"{folder} is a file: choose another --workdir")
     elif folder.exists() and not all(map(_before_config, folder.iterdir())):
@@ -90,7 +83,7 @@ def _before_config(path: Path) -> bool:
 
 
 def refuse_other_data(folder: Path, about: Mapping[str, Any]) -> None:
-    """Check, before config.json is written again, that a run goes on with its data.
+    """Check, before config.json is written again, that a run resumes with its data.
 
     Args:
       about: what config.json is to say of the data, with their checksum.
@@ -98,96 +91,90 @@ def refuse_other_data(folder: Path, about: Mapping[str, Any]) -> None:
     Raises:
       ConfigMismatch: the run in ``folder`` began with other data.
     """
-    from metalstm.runtime.checkpoints import ConfigMismatch, check_config
+    from metalstm.runtime.saved_config import check_config
 
     if not (folder / "config.json").exists():
         return
     saved = read_config(folder).get("data", {})
     # a field that was added since then is no contradiction
-    shared = {name: value for name, value in about.items() if name in saved}
-    try:
-        check_config({name: saved[name] for name in shared}, shared)
-    except ConfigMismatch as error:
-        raise ConfigMismatch(
-            f"{folder} began with other data: {error}".replace(
-                "the saved config differs:", ""
-            ).replace(
-                "use the saved values, or another folder",
-                "put the data back as they were, or choose another --workdir",
-            )
-        ) from None
+    common = about.keys() & saved.keys()
+    check_config(
+        {name: saved[name] for name in common},
+        {name: about[name] for name in common},
+        what=f"{folder} began with other data",
+        remedy="put the data back as they were, or choose another --workdir",
+    )
 
 
 @contextlib.contextmanager
 def locked(
-    folder: Path, config: Any = None, ignore: Iterable[str] = ()
+    folder: Path, config: Any = None, may_change: Iterable[str] = ()
 ) -> Iterator[None]:
     """Hold the folder for this process; the kernel lets go when the process ends.
 
     Of several processes the first holds it for all.
 
     Args:
-      config, ignore: as for `refuse_other_runs`, checked again once the folder is held:
-        since the first time another run may have come and gone.
+      config, may_change: as for `refuse_other_runs`, checked again once the folder is
+        held: since the first time another run may have come and gone.
 
     Raises:
       ValueError: another process holds it, or another run has been there.
       OSError: the folder cannot be written.
     """
     with contextlib.ExitStack() as stack:
-        hold = _held(folder, config, ignore)
-        devices.on_main(lambda: stack.enter_context(hold))
+
+        def hold() -> None:
+            try:
+                folder.mkdir(parents=True, exist_ok=True)
+            except OSError as error:
+                raise _cannot_be_written(folder, error) from error
+            stack.callback(_lock(folder, held=True).release)
+            if config is not None:
+                _check_contents(folder, config, may_change)
+
+        devices.on_main(hold)
         yield
 
 
-@contextlib.contextmanager
-def _held(folder: Path, config: Any, ignore: Iterable[str]) -> Iterator[None]:
+def _lock(folder: Path, *, held: bool = False) -> Any:
+    """Take the folder's lock; where it is ``held`` on, it says by which process."""
+    from filelock import FileLock, Timeout
+
+    def write_owner(handle: int) -> None:
+        os.ftruncate(handle, 0)
+        os.write(handle, str(os.getpid()).encode())
+
+    path = folder / "lock"
+    lock = FileLock(path, timeout=0, on_acquired=write_owner if held else None)
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        lock = open(folder / "lock", "a+")  # noqa: SIM115 (its errors are not those below)
-    except OSError as error:
-        raise OSError(
-            f"{folder} cannot be written ({error.strerror}): choose another --workdir"
-        ) from error
-    with lock:
-        _take(lock, folder)
-        if config is not None:
-            _check_contents(folder, config, ignore)
-        try:
-            lock.truncate(0)
-            # not buffered: a full disk would make closing it fail as well
-            os.write(lock.fileno(), str(os.getpid()).encode())
-        except OSError as error:
-            raise OSError(
-                f"{folder / 'lock'} cannot be written ({error.strerror}): free space "
-                "on its disk, or choose another --workdir"
-            ) from error
-        yield
-
-
-def _take(lock: TextIO, folder: Path) -> None:
-    import fcntl
-
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        lock.seek(0)
-        owner = lock.read() or "unknown"
+        lock.acquire()
+    except Timeout:
         raise ValueError(
-            f"process {owner} is running in {folder}: wait for it, stop it, or choose "
-            "another --workdir"
+            f"process {path.read_text() or 'unknown'} is running in {folder}: wait for "
+            "it, stop it, or choose another --workdir"
         ) from None
+    except OSError as error:
+        raise _cannot_be_written(path, error) from error
+    return lock
+
+
+def _cannot_be_written(path: Path, error: OSError) -> OSError:
+    return OSError(
+        f"{path} cannot be written ({error.strerror}): free space on its disk, or "
+        "choose another --workdir"
+    )
 
 
 def write_json(path: Path, value: Any) -> None:
     """Write all of it or nothing; of several processes the first writes."""
-    from metalstm.runtime import sharding
-    from metalstm.runtime.files import whole_file
+    from metalstm.runtime import processes
+    from metalstm.runtime.files import atomic_write
 
-    if not sharding.is_main():
+    if not processes.is_main():
         return
     text = json.dumps(value, indent=1) + "\n"
-    with whole_file(path) as part:
+    with atomic_write(path) as part:
         part.write_text(text)
 
 
@@ -200,10 +187,10 @@ class Metrics:
     def __init__(
         self, folder: Path, *, tensorboard: bool = False, counter: str = "episode"
     ):
-        from metalstm.runtime import sharding
+        from metalstm.runtime import processes
 
         self.path, self.counter = folder / "metrics.jsonl", counter
-        self.writes = sharding.is_main()
+        self.writes = processes.is_main()
         self._writer = None
         if tensorboard and self.writes:
             from tensorboardX import SummaryWriter
@@ -212,7 +199,7 @@ class Metrics:
 
     def rewind(self, method: str, count: int) -> None:
         """Drop what a killed run wrote about ``method`` after ``count``."""
-        from metalstm.runtime.files import whole_file
+        from metalstm.runtime.files import atomic_write
 
         if not self.writes:
             return
@@ -221,7 +208,7 @@ class Metrics:
             for row in self.read()
             if row["method"] != method or row[self.counter] <= count
         ]
-        with whole_file(self.path) as part:
+        with atomic_write(self.path) as part:
             part.write_text("".join(json.dumps(row) + "\n" for row in rows))
 
     def write(self, method: str, kind: str, count: int, **values: float) -> None:
@@ -234,7 +221,7 @@ class Metrics:
         except OSError as error:
             raise OSError(
                 f"{self.path} cannot be written ({error.strerror}): free space on its "
-                "disk, or make its folder writable; then go on with --resume"
+                "disk, or make its folder writable; then resume with --resume"
             ) from error
         if self._writer is not None:
             for name, value in values.items():

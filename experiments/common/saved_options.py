@@ -1,68 +1,203 @@
-"""Whether a value read from a file is what an option's annotation says."""
+"""Options as dataclasses: checked against their annotations, saved as JSON, read back.
+
+An option is a field whose annotation holds its type and limits
+(``Annotated[int, Meta(ge=1)]``), whose docstring is its help, and whose name is its
+flag. No jax here, so that --help is quick.
+"""
 
 from __future__ import annotations
 
-import types
+import dataclasses
+import difflib
+import functools
+import json
+import math
 import typing
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
+
+import msgspec
+
+__all__ = [
+    "check_ranges",
+    "did_you_mean",
+    "flag",
+    "flags_of",
+    "from_json",
+    "read_config",
+    "split_commas",
+    "to_json",
+    "value_of",
+    "values_of",
+    "with_settings",
+]
+
+Options = TypeVar("Options")
 
 
-def read_options(group: str, options: Any, hints: Mapping[str, Any]) -> dict[str, Any]:
-    """The known ones of a group's saved options, lists as tuples and paths as paths.
+def flag(name: str) -> str:
+    return f"--{name.replace('_', '-')}"
 
-    Null is "not said" for an option that is never None: it keeps its default.
+
+def to_json(options: Any) -> dict[str, Any]:
+    """The options as what JSON would give back: lists for tuples, strings for paths."""
+    return json.loads(json.dumps(msgspec.to_builtins(options, enc_hook=str)))
+
+
+def from_json(kind: type[Options], saved: Any, source: str = "config.json") -> Options:
+    """Build a dataclass of options from JSON; options added since keep their defaults.
 
     Raises:
-      ValueError: the group is no mapping, or an option is not of its type.
+      ValueError: an option is not of its type or outside its limits.
     """
-    if not isinstance(options, Mapping):
-        raise ValueError(f"config.json has {group}={_short(options)} and no options")
-    found = {}
-    for name, hint in hints.items():
-        if name not in options:
-            continue
-        value = options[name]
-        if isinstance(value, list):
-            value = tuple(value)
-            if hint == tuple[Path, ...]:
-                value = tuple(Path(v) if isinstance(v, str) else v for v in value)
-        elif isinstance(value, str) and not fits(value, hint) and fits(Path(), hint):
-            value = Path(value)
-        elif value is None and not fits(value, hint):
-            continue
-        if not fits(value, hint):
-            raise ValueError(
-                f"config.json has --{name.replace('_', '-')} {_short(value)}, which is "
-                f"not {_describe(hint)}: put a copy of the file back, or start again"
-            )
-        found[name] = value
+    try:
+        return msgspec.convert(saved, kind, dec_hook=_decode)
+    except (msgspec.ValidationError, TypeError) as error:
+        raise ValueError(
+            f"{source} holds options that cannot be: {error}; put a copy of the file "
+            "back, or start again"
+        ) from None
+
+
+def _decode(kind: type, value: Any) -> Any:
+    if kind is Path and isinstance(value, str):
+        return Path(value)
+    raise TypeError(f"{_short(value)} is not a {kind.__name__}")
+
+
+def with_settings(
+    options: Options, settings: Mapping[str, Any], skip: Iterable[str] = ()
+) -> Options:
+    """Set the options that ``settings`` names, at any depth; others are ignored.
+
+    Raises:
+      ValueError: a value is not of its option's type.
+    """
+    changes, skip = {}, set(skip)
+    hints = _hints(type(options))
+    for name, value in _items(options):
+        if dataclasses.is_dataclass(value):
+            changes[name] = with_settings(value, settings, skip)
+        elif name in settings and name not in skip:
+            given = settings[name]
+            try:
+                changes[name] = msgspec.convert(given, hints[name], dec_hook=_decode)
+            except msgspec.ValidationError as error:
+                raise ValueError(f"{flag(name)} {_short(given)}: {error}") from None
+    return dataclasses.replace(options, **changes)  # type: ignore[type-var]
+
+
+def flags_of(kind: type) -> set[str]:
+    """The names of all options of a dataclass, those of nested ones included."""
+    found: set[str] = set()
+    for name, hint in _hints(kind).items():
+        if name in {field.name for field in dataclasses.fields(kind)}:
+            nested = dataclasses.is_dataclass(hint)
+            found |= flags_of(hint) if nested else {name}  # type: ignore[arg-type]
     return found
 
 
-def fits(value: Any, hint: Any) -> bool:
-    """Whether ``value`` is of the annotated type; whole numbers are floats too."""
-    origin, parts = typing.get_origin(hint), typing.get_args(hint)
-    if origin in (typing.Union, types.UnionType):
-        return any(fits(value, part) for part in parts)
-    if origin is typing.Literal:
-        return any(value == part and type(value) is type(part) for part in parts)
-    if origin is tuple:
-        if not isinstance(value, tuple):
-            return False
-        if parts[-1] is Ellipsis:
-            return all(fits(item, parts[0]) for item in value)
-        return len(value) == len(parts) and all(map(fits, value, parts))
-    if hint in (int, float):
-        number = int if hint is int else (int, float)
-        return isinstance(value, number) and not isinstance(value, bool)
-    return value is None if hint is type(None) else isinstance(value, hint)
+def check_ranges(options: Any, *, prefix: str = "") -> None:
+    """Refuse numbers outside their annotated limits, at any depth, and NaN.
+
+    Args:
+      prefix: of the flags, such as ``"maml."``.
+
+    Raises:
+      ValueError: names the flag, the value and what would do.
+    """
+    for name, value in _items(options):
+        if dataclasses.is_dataclass(value):
+            check_ranges(value, prefix=prefix)
+            continue
+        said = flag(prefix + name)
+        limits = list(_limits(_hints(type(options))[name]))
+        for part in value if isinstance(value, tuple) else (value,):
+            if not isinstance(part, int | float):
+                continue
+            if isinstance(part, float) and math.isnan(part):
+                raise ValueError(f"{said} {part}: give a number")
+            for limit in limits:
+                if limit.ge is not None and part < limit.ge:
+                    raise ValueError(f"{said} {part:g}: choose {limit.ge:g} or more")
+                if limit.gt is not None and not part > limit.gt:
+                    low = f"a number above {limit.gt:g}"
+                    raise ValueError(f"{said} {part:g}: choose {low}")
 
 
-def _describe(hint: Any) -> str:
-    name = hint.__name__ if isinstance(hint, type) else str(hint)
-    return name.replace("typing.", "").replace("pathlib.", "")
+def _limits(hint: Any) -> Iterator[msgspec.Meta]:
+    for part in typing.get_args(hint):
+        if isinstance(part, msgspec.Meta):
+            yield part
+        else:
+            yield from _limits(part)
+
+
+def _items(options: Any) -> list[tuple[str, Any]]:
+    return [(f.name, getattr(options, f.name)) for f in dataclasses.fields(options)]
+
+
+@functools.cache
+def _hints(kind: type) -> dict[str, Any]:
+    return typing.get_type_hints(kind, include_extras=True)
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """What a run wrote of its options, methods and data.
+
+    Raises:
+      FileNotFoundError: there is no such run.
+      ValueError: its config.json is damaged.
+    """
+    path = folder / "config.json"
+    try:
+        document = json.loads(path.read_bytes())
+        if not isinstance(document["config"], dict):
+            raise TypeError("config is no mapping")
+    except (FileNotFoundError, NotADirectoryError):
+        raise FileNotFoundError(
+            f"{folder} is not a run folder: it has no config.json; give the folder "
+            "that a run printed"
+        ) from None
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(
+            f"{path} is damaged ({type(error).__name__}: {error}): put a copy of it "
+            "back, or start again in another --workdir"
+        ) from None
+    return document
+
+
+def value_of(flag: str, arguments: Sequence[str]) -> str | None:
+    """The first value of a flag on a command line that is not parsed yet."""
+    return next(iter(values_of(flag, arguments)), None)
+
+
+def values_of(flag: str, arguments: Sequence[str]) -> list[str]:
+    """The values of a flag that takes several."""
+    found: list[str] = []
+    taking = False
+    for argument in arguments:
+        name, equals, value = argument.partition("=")
+        if argument.startswith("--"):
+            taking = name.replace("_", "-") == flag
+            found = [] if taking else found
+            found += [value] if taking and equals else []
+        elif taking:
+            found.append(argument)
+    return found
+
+
+def split_commas(values: Iterable[str]) -> tuple[str, ...]:
+    parts = [part for value in values for part in value.split(",")]
+    return tuple(part for part in parts if part)
+
+
+def did_you_mean(name: str, choices: Iterable[str]) -> str:
+    choices = list(choices)
+    close = difflib.get_close_matches(name, choices, n=1)
+    hint = f"did you mean {close[0]}? " if close else "not known. "
+    return f"{hint}Choose from {', '.join(choices)}"
 
 
 def _short(value: Any) -> str:

@@ -1,219 +1,438 @@
-"""Read the command line of few_shot; refuse what cannot work before anything runs."""
+"""Read the command line of few_shot; refuse what cannot work before anything runs.
+
+A flag without a prefix is of the run (``--way``), or holds for every chosen method
+that has the option (``--num-steps``); ``--maml.num-steps`` is of one method. Each
+method's flags are parsed by themselves, with its preset as the parser's defaults.
+"""
 
 from __future__ import annotations
 
 import dataclasses
-import re
+import functools
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple, TypeVar
 
 import tyro
 
-from experiments.common.devices import Devices
-from experiments.common.devices import check as check_devices
-from experiments.few_shot.methods import HAND_MADE, LEARNS_INIT, METHODS, config_for
-from experiments.few_shot.options import (
-    GROUPS,
-    Config,
+from experiments.common import devices
+from experiments.common.saved_options import (
+    check_ranges,
     did_you_mean,
+    flag,
+    flags_of,
     from_json,
     read_config,
+    split_commas,
     value_of,
     values_of,
-    with_flags,
+    with_settings,
 )
-from experiments.few_shot.presets import preset
+from experiments.few_shot.methods import (
+    HAND_MADE,
+    LEARNS_INIT,
+    METHODS,
+    init_source,
+    kind_of,
+)
+from experiments.few_shot.options import (
+    LEARNERS,
+    Common,
+    Data,
+    Options,
+    Retest,
+    Run,
+    Test,
+    Training,
+)
+from experiments.few_shot.presets import Preset, preset
+
+PROGRAM = "python -m experiments.few_shot"
+Parsed = TypeVar("Parsed")
 
 
-def parse(arguments: list[str]) -> Config:
-    """Read the command line; a preset or a resumed run gives the defaults.
+class Flag(NamedTuple):
+    """One flag of the command line with its values, as they were typed."""
+
+    method: str | None  # the prefix
+    name: str
+    words: tuple[str, ...]  # for the parser, the prefix dropped
+
+
+def parse(line: Sequence[str]) -> Options:
+    """Read the command line of a run; a preset or a saved run gives the defaults.
 
     Raises:
-      ValueError: an unknown preset, or options that cannot work together.
-      FileNotFoundError: --resume or --evaluate names no run folder.
+      ValueError: an unknown flag or preset, or options that cannot work together.
+      FileNotFoundError: --resume names no run folder.
+      SystemExit: after --help, or for a value of another type.
     """
-    default = Config()
-    named = value_of("--preset", arguments)
+    _help(line)
+    flags, recipe = _flags(line), Preset()
+    named, resumed = value_of("--preset", line), value_of("--resume", line)
     if named is not None:
-        default = preset(named)
-    resumed = value_of("--resume", arguments)
-    evaluated = [Path(name) for name in values_of("--evaluate", arguments)]
-    if resumed is not None or evaluated:
-        default = _of_runs([Path(resumed)] if resumed is not None else evaluated)
+        recipe = preset(named)
+    saved: Options | None = None
+    if resumed is not None:
         if named is not None:
-            flag = "--evaluate" if evaluated else "--resume"
-            raise ValueError(f"{flag} takes its options from the run; drop --preset")
-    config = tyro.cli(
-        Config,
-        args=arguments,
+            raise ValueError("--resume takes its options from the run; drop --preset")
+        saved = options_of(Path(resumed))
+        # it may be resumed elsewhere
+        run = dataclasses.replace(saved.run, resume=None, workdir=None)
+        saved = dataclasses.replace(saved, run=run, devices=devices.Devices())
+    common: Common = with_settings(Common(), recipe.shared) if saved is None else saved
+    _refuse_all_modes(flags)
+    said = any(f.name == "algorithms" for f in flags)
+    names = _chosen(values_of("--algorithms", line) if said else common.run.algorithms)
+    common_flags = flags_of(Common)
+    common = _parsed(
+        Common(common.data, common.test, common.run, common.devices),
+        [f for f in flags if f.method is None and f.name in common_flags],
+    )
+    flags = [f for f in flags if f.method is not None or f.name not in common_flags]
+    methods = {}
+    for name in names:
+        default = None if saved is None else saved.methods.get(name)
+        methods[name] = _method(name, names, flags, recipe, default)
+    _refuse_unknown(flags, methods)
+    run = dataclasses.replace(common.run, algorithms=names)
+    options = Options(common.data, common.test, run, common.devices, methods)
+    check(options)
+    return options
+
+
+def parse_evaluation(line: Sequence[str]) -> tuple[Options, Retest]:
+    """Read a command line with --evaluate: the first run's options, and what is new.
+
+    The options have the methods of all runs, or those of --algorithms.
+
+    Raises:
+      ValueError, FileNotFoundError, SystemExit: as `parse`.
+    """
+    for other in ("--preset", "--resume"):
+        if value_of(other, line) is not None:
+            raise ValueError(f"--evaluate takes its options from the run; drop {other}")
+    folders = [Path(name) for name in values_of("--evaluate", line)]
+    if not folders:
+        raise ValueError("--evaluate is empty: give a run folder")
+    saved = [options_of(folder) for folder in folders]
+    first = saved[0]
+    methods = {n: own for run in reversed(saved) for n, own in run.methods.items()}
+    known, retest = flags_of(Common), flags_of(Retest)
+    flags = _flags(line)
+    for given in flags:
+        if given.method is not None or given.name not in known | retest:
+            raise ValueError(
+                f"{flag(given.name)}: --evaluate tests methods as they were trained; "
+                f"drop it, or choose of {', '.join(sorted(map(flag, retest)))}"
+            )
+    default = Common(first.data, first.test, Run(), devices.Devices())
+    common = _parsed(default, [f for f in flags if f.name in known])
+    names = tuple(dict.fromkeys(n for run in saved for n in run.methods))
+    if any(f.name == "algorithms" for f in flags):
+        names = _chosen(common.run.algorithms)
+    run = dataclasses.replace(common.run, algorithms=names, seed=first.run.seed)
+    options = Options(
+        common.data,
+        common.test,
+        run,
+        common.devices,
+        {name: methods[name] for name in names if name in methods},
+    )
+    check_ranges(options)
+    devices.check(options.devices)
+    anew = _parsed(Retest(), [f for f in flags if f.name in retest])
+    check_ranges(anew)
+    return options, anew
+
+
+def options_of(folder: Path) -> Options:
+    """The options of a run folder.
+
+    Raises:
+      FileNotFoundError: there is no run.
+      ValueError: its config.json is damaged.
+    """
+    saved, path = read_config(folder)["config"], str(folder / "config.json")
+    common = from_json(Common, saved, path)
+    methods = {}
+    try:
+        for name, own in saved["methods"].items():
+            methods[name] = from_json(
+                kind_of(name, own["learner"]["learner"]), own, path
+            )
+    except (AttributeError, KeyError, TypeError) as error:
+        raise ValueError(
+            f"{path} holds no methods that exist ({type(error).__name__}: {error}): "
+            "put a copy of the file back, or start again"
+        ) from None
+    return Options(common.data, common.test, common.run, common.devices, methods)
+
+
+# -- flags -----------------------------------------------------------------------------
+
+
+def _flags(line: Sequence[str]) -> list[Flag]:
+    found: list[Flag] = []
+    for word in line:
+        if not word.startswith("--"):
+            if not found:
+                raise ValueError(f"{word}: options begin with --, such as --way 5")
+            last = found[-1]
+            found[-1] = last._replace(words=(*last.words, word))
+            continue
+        name, equals, value = word[2:].partition("=")
+        method, dot, own = name.partition(".")
+        if dot and method not in METHODS:
+            raise ValueError(f"--{name}: {did_you_mean(method, METHODS)}")
+        name = (own if dot else name).replace("_", "-")
+        words = (f"--{name}", *([value] if equals else []))
+        plain = name.removeprefix("no-") if name not in _dashed() else name
+        found.append(Flag(method if dot else None, plain.replace("-", "_"), words))
+    return found
+
+
+@functools.cache
+def _dashed() -> frozenset[str]:
+    """All flags, without their dashes in front."""
+    kinds = [kind_of(name, learner) for name in METHODS for learner in LEARNERS]
+    names = set().union(*map(flags_of, [Common, Retest, *kinds]))
+    return frozenset(name.replace("_", "-") for name in names)
+
+
+def _method(
+    name: str,
+    names: Sequence[str],
+    flags: Sequence[Flag],
+    recipe: Preset,
+    default: Any,
+) -> Any:
+    """The options of a method: preset, then flags for all, then its own.
+
+    A hand-made rule adapts the learner of the method whose theta_0 it starts from, in
+    the same inner loop.
+    """
+    source, settings = init_source(names), [recipe.shared, recipe.of(name)]
+    sources = [name]
+    if METHODS[name].family == HAND_MADE and source is not None:
+        of_learner = flags_of(LEARNERS["conv4"]) | flags_of(LEARNERS["mlp"])
+        rest = {n: v for n, v in recipe.of(name).items() if n not in of_learner}
+        settings = [recipe.shared, recipe.of(source), rest]
+        sources = [source, name]
+    given = [f for f in flags if f.method is None]
+    given += [f for one in sources for f in flags if f.method == one]
+    learner = _learner(settings, given, default)
+    if learner not in LEARNERS:
+        raise ValueError(f"--learner {learner}: choose {', '.join(LEARNERS)}")
+    if default is None or default.learner.learner != learner:
+        default = kind_of(name, learner)()
+        for layer in settings:
+            skip = default.method.own_only if layer is recipe.shared else ()
+            default = with_settings(default, layer, skip)
+        default = with_settings(default, {"learner": learner})
+    known = flags_of(type(default))
+    shared = known - set(default.method.own_only)
+    mine = [f for f in given if f.name in (shared if f.method is None else known)]
+    return _parsed(default, mine, of=name)
+
+
+def _refuse_all_modes(flags: Sequence[Flag]) -> None:
+    if any(f.name == "query_norm" and f.words[1:] == ("all",) for f in flags):
+        raise ValueError(
+            "--query-norm all goes with --evaluate RUN; train with one mode"
+        )
+
+
+def _learner(
+    settings: Sequence[Mapping[str, Any]], flags: Sequence[Flag], default: Any
+) -> str:
+    """The network that the last to speak names."""
+    said = [f.words[-1] for f in flags if f.name == "learner"]
+    kept = [default.learner.learner] if default is not None else []
+    preset = [layer["learner"] for layer in settings if "learner" in layer]
+    return next(iter([*said[::-1], *kept, *preset[::-1]]), "conv4")
+
+
+def _parsed(default: Parsed, flags: Sequence[Flag], of: str | None = None) -> Parsed:
+    return tyro.cli(
+        type(default),
+        args=[word for f in flags for word in f.words],
         default=default,
-        description=_DESCRIPTION,
-        prog="python -m experiments.few_shot",
+        prog=PROGRAM if of is None else f"{PROGRAM} ({of})",
         config=(tyro.conf.OmitArgPrefixes,),
     )
-    # what is said here holds for every method
-    config = with_flags(config, **{n: _get(config, n) for n in given(arguments)})
-    names = [part for item in config.methods.algorithms for part in item.split(",")]
-    chosen = tuple(METHODS) if "all" in names else tuple(n for n in names if n)
-    own = {name: flags for name, flags in config.own.items() if name in chosen}
-    config = dataclasses.replace(with_flags(config, algorithms=chosen), own=own)
-    check(config)
-    return config
 
 
-def _of_runs(folders: list[Path]) -> Config:
-    """The first run's options, with the methods of all."""
-    saved = [read_config(folder) for folder in folders]
-    config = from_json(saved[0]["config"])
-    names = list(config.methods.algorithms)
-    names += [n for other in saved[1:] for n in other["methods"] if n not in names]
-    config = with_flags(config, resume=None, evaluate=(), workdir=None)
-    config = dataclasses.replace(config, devices=Devices())  # it may go on elsewhere
-    return with_flags(config, algorithms=tuple(names))
+def _chosen(names: Sequence[str]) -> tuple[str, ...]:
+    names = split_commas(names)
+    if "all" in names:
+        return tuple(METHODS)
+    if not names:
+        raise ValueError(f"--algorithms is empty: choose from {', '.join(METHODS)}")
+    for name in names:
+        if name not in METHODS:
+            raise ValueError(f"--algorithms {name}: {did_you_mean(name, METHODS)}")
+        if names.count(name) > 1:
+            raise ValueError(f"--algorithms names {name} twice: drop one")
+    return names
 
 
-def given(arguments: list[str]) -> set[str]:
-    """The options that a command line sets, by their flat names."""
-    flags = (a[2:].split("=", 1)[0] for a in arguments if a.startswith("--"))
-    names = {flag.replace("-", "_") for flag in flags}
-    names |= {name.removeprefix("no_") for name in names}
-    return names & _all_names()
+def _refuse_unknown(flags: Sequence[Flag], methods: Mapping[str, Any]) -> None:
+    known = {name: flags_of(type(own)) for name, own in methods.items()}
+    chosen = ", ".join(methods)
+    for given in flags:
+        said = flag(given.name)
+        if given.method is not None:
+            if given.method not in methods:
+                where = f"--{given.method}.{said[2:]}"
+                raise ValueError(
+                    f"{where}: --algorithms has {chosen}; add {given.method}"
+                )
+            if given.name not in known[given.method]:
+                hint = did_you_mean(said[2:], _names(known[given.method]))
+                raise ValueError(f"--{given.method}.{said[2:]}: {hint}")
+            continue
+        having = [name for name in methods if given.name in known[name]]
+        if any(given.name not in methods[n].method.own_only for n in having):
+            continue
+        if having:
+            each = f"--{having[0]}.{said[2:]}"
+            raise ValueError(f"{said}: say of which method, such as {each}")
+        if said[2:] not in _dashed():
+            close = did_you_mean(said[2:], sorted(_dashed())).split("Choose")[0]
+            raise ValueError(f"{said}: {close}See --help, or --help METHOD")
+        raise ValueError(
+            f"{said}: none of the chosen methods ({chosen}) has it; drop it"
+        )
 
 
-def _get(config: Config, name: str) -> Any:
-    parts = (vars(getattr(config, group)) for group in GROUPS)
-    return next(options[name] for options in parts if name in options)
+def _names(names: set[str]) -> list[str]:
+    return sorted(name.replace("_", "-") for name in names)
 
 
-def check(config: Config) -> None:
+# -- what cannot work ------------------------------------------------------------------
+
+
+def check(options: Options) -> None:
     """Refuse what cannot work, whatever the data are.
 
     Raises:
       ValueError: names the flag, its value and what would do.
     """
-    chosen = config.methods.algorithms
-    if not chosen:
-        raise ValueError(f"--algorithms is empty: choose from {', '.join(METHODS)}")
-    for name in chosen:
-        if name not in METHODS:
-            raise ValueError(f"--algorithms {name}: {did_you_mean(name, METHODS)}")
-    repeated = [name for name in chosen if chosen.count(name) > 1]
-    if repeated:
-        raise ValueError(f"--algorithms names {repeated[0]} twice: drop one")
-    _check_ranges(config)
-    evaluated = bool(config.run.evaluate)
-    if evaluated and config.run.resume is not None:
-        raise ValueError("--evaluate and --resume: choose one")
-    if config.run.resume is not None and config.run.workdir is not None:
-        raise ValueError("--resume RUN goes on in that folder; drop --workdir")
-    check_devices(config.devices)
-    if not evaluated:
-        _check_training(config)
-
-
-def _check_training(config: Config) -> None:
-    chosen = config.methods.algorithms
-    tuned = [name for name in chosen if METHODS[name].family == HAND_MADE]
-    if tuned and not any(name in LEARNS_INIT for name in chosen):
+    check_ranges(Common(options.data, options.test, options.run, options.devices))
+    run, names = options.run, tuple(options.methods)
+    if run.resume is not None and run.workdir is not None:
+        raise ValueError("--resume RUN continues in that folder; drop --workdir")
+    devices.check(options.devices)
+    tuned = [name for name in names if METHODS[name].family == HAND_MADE]
+    source = init_source(names)
+    if tuned and source is None:
         raise ValueError(
             f"--algorithms {tuned[0]} starts from a learned theta_0: add one of "
             f"{', '.join(LEARNS_INIT)}"
         )
-    if config.methods.draw_init and tuned and "meta-lstm" in chosen:
+    if tuned and not getattr(options.methods[source].method, "learn_init", True):
         raise ValueError(
-            "--draw-init learns no theta_0 for the hand-made rules: drop "
+            "--no-learn-init learns no theta_0 for the hand-made rules: drop "
             f"{', '.join(tuned)}, or choose scratch"
         )
-    for name in chosen:
-        _check_options(config_for(config, name), name)
+    for name, own in options.methods.items():
+        _check_method(name, own, options.data)
 
 
-def _check_options(config: Config, method: str) -> None:
-    """Refuse options of one method, of `experiments.few_shot.methods.config_for`."""
-    _check_ranges(config)
-    schedule = config.budget.schedule
-    if schedule != "constant" and config.budget.minutes is not None:
-        raise ValueError(f"--schedule {schedule} needs --episodes, not --minutes")
-    if config.methods.query_norm == "all":
+def _check_method(name: str, options: Any, data: Data) -> None:
+    check_ranges(options)
+    training, own = options.training, options.method
+    if training.schedule != "constant" and training.minutes is not None:
         raise ValueError(
-            "--query-norm all goes with --evaluate RUN; train with one mode"
+            f"--schedule {training.schedule} needs --episodes, not --minutes"
         )
-    norms = config.methods.query_norm, config.methods.train_query_norm
-    if norms[0] == "frozen" and norms[1] != "frozen":
+    chunk = training.accumulate_tasks
+    if chunk is not None and training.meta_batch % chunk:
+        raise ValueError(
+            f"--accumulate-tasks {chunk} does not divide --meta-batch "
+            f"{training.meta_batch}: choose a divisor"
+        )
+    norms = getattr(own, "query_norm", None), getattr(own, "train_query_norm", None)
+    if norms[0] == "frozen" and norms[1] not in ("frozen", None):
         raise ValueError(
             "--query-norm frozen falls to chance unless meta-training uses the same "
             "averages: add --train-query-norm frozen"
         )
-    train_way, tied = config.methods.train_way, config.learner.tied_head
-    if train_way is not None and not tied and method in LEARNS_INIT:
+    train_way = getattr(own, "train_way", None)
+    if train_way and not options.learner.tied_head and METHODS[name].learns_init:
         raise ValueError(
-            f"--train-way {train_way}: the head of {method} has --way classes; add "
+            f"--train-way {train_way}: the head of {name} has --way classes; add "
             "--tied-head"
         )
-
-
-def _check_ranges(config: Config) -> None:
-    at_least = {
-        "way": 2, "shot": 1, "queries": 1, "train_queries": 1, "image_size": 8,
-        "filters": 1, "blocks": 1, "steps": 1, "test_steps": 1, "support_batch": 1,
-        "scratch_steps": 1, "finetune_steps": 1, "imagined": 1, "train_way": 2,
-        "train_shots": 1, "pretrain_batch": 1, "train_batch": 1, "memory_slots": 4,
-        "memory_hidden": 1, "hidden": 0, "meta_batch": 1, "clip": 0,
-        "accumulate_tasks": 1, "steps_per_call": 1, "validate_every": 1,
-        "validation_episodes": 2, "save_every": 1, "test_episodes": 2, "test_batch": 1,
-        "episodes": 1, "seeds": 1, "seed": 0, "test_seed": 0,
-    }  # fmt: skip
-    above_zero = (
-        "learning_rate", "inner_rate", "minutes", "adam_rate", "outer_step", "proximal",
-    )  # fmt: skip
-    for group in GROUPS:
-        for name, value in vars(getattr(config, group)).items():
-            flag = f"--{name.replace('_', '-')}"
-            low = at_least.get(name)
-            parts = value if isinstance(value, tuple) else (value,)
-            if any(part != part for part in parts):  # NaN, below and above nothing
-                raise ValueError(f"{flag} {value}: give a number")
-            if low is not None and value is not None and value < low:
-                raise ValueError(f"{flag} {value}: choose {low} or more")
-            if name in above_zero and value is not None and not value > 0:
-                raise ValueError(f"{flag} {value}: choose a number above 0")
-    budget = config.budget
-    chunk = budget.accumulate_tasks
-    if chunk is not None and budget.meta_batch % chunk:
+    last = getattr(own, "last", None)
+    if last is not None and getattr(own, "order", "second") == "first":
+        raise ValueError(f"--last {last} needs --order second: add it")
+    batch, support = getattr(own, "batch_size", None), data.way * data.shot
+    if batch is not None and hasattr(own, "num_test_steps") and support % batch:
         raise ValueError(
-            f"--accumulate-tasks {chunk} does not divide --meta-batch "
-            f"{budget.meta_batch}: choose a divisor"
-        )
-    support, batch = config.data.way * config.data.shot, config.methods.support_batch
-    if batch is not None and support % batch:
-        raise ValueError(
-            f"--support-batch {batch} does not divide the {support} images of a "
-            "support set: choose a divisor"
+            f"--batch-size {batch} does not divide the {support} images of a support "
+            "set: choose a divisor"
         )
 
 
-def as_flags(message: str) -> str:
-    """Say the library's advice in flags: 'choose way <= 5' as 'choose --way <= 5'."""
-    names = "|".join(sorted(_all_names(), key=len, reverse=True))
-    message = re.sub(
-        rf"\bwith ({names})=True\b",
-        lambda m: f"with --{m[1].replace('_', '-')}",
-        message,
+# -- help ------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class _Help:
+    run: Run
+    data: Data
+    training: Training
+    test: Test
+
+
+def _help(line: Sequence[str]) -> None:
+    """Print and exit, when --help is asked for.
+
+    Raises:
+      ValueError: help about something that is not there.
+    """
+    asked = [i for i, word in enumerate(line) if word in ("--help", "-h")]
+    if not asked:
+        return
+    topics = [word for word in line[asked[0] + 1 :][:1] if not word.startswith("-")]
+    rest = [word for word in line if word not in ("--help", "-h", *topics)]
+    if not topics:
+        shown: Any = _Help(Run(), Data(), Training(), Test())
+        about = _ABOUT
+    elif topics[0] in METHODS:
+        recipe = Preset()
+        if (named := value_of("--preset", rest)) is not None:
+            recipe = preset(named)
+        shown = _method(topics[0], topics, (), recipe, None)
+        fields = [("method", type(shown.method)), ("learner", type(shown.learner))]
+        kind = dataclasses.make_dataclass("Flags", fields, frozen=True)
+        shown = kind(shown.method, shown.learner)
+        about = (
+            f"{topics[0]}: {METHODS[topics[0]].about}.\n\nWritten so, a flag holds for "
+            f"every method that has it; --{topics[0]}.FLAG is for this one alone."
+        )
+    elif topics[0] in LEARNERS:
+        shown, about = LEARNERS[topics[0]](), "The network that is adapted."
+    elif topics[0] == "devices":
+        shown, about = devices.Devices(), "Where to compute."
+    else:
+        known = [*METHODS, *LEARNERS, "devices"]
+        raise ValueError(f"--help {topics[0]}: {did_you_mean(topics[0], known)}")
+    tyro.cli(
+        type(shown),
+        args=["--help"],
+        default=shown,
+        description=about,
+        prog=PROGRAM,
+        config=(tyro.conf.OmitArgPrefixes,),
     )
-    return re.sub(
-        rf"\b(choose|or) ({names})\b(?= *[<>=+])",
-        lambda m: f"{m[1]} --{m[2].replace('_', '-')}",
-        message,
-    )
 
 
-def _all_names() -> set[str]:
-    config = Config()
-    return {f.name for g in GROUPS for f in dataclasses.fields(getattr(config, g))}
-
-
-_DESCRIPTION = (
+_ABOUT = (
     "Learn to learn from few examples: meta-train, meta-test, compare.\n\n"
-    "Algorithms: all, or of "
-    + "; ".join(f"{name} ({method.help})" for name, method in METHODS.items())
+    "--help METHOD has a method's own flags, --help conv4 (mlp, resnet12) a\n"
+    "network's, --help devices those of several devices or hosts.\n\nMethods:\n"
+    + "\n".join(f"  {name:20} {method.about}" for name, method in METHODS.items())
 )

@@ -4,33 +4,30 @@ from __future__ import annotations
 
 import dataclasses
 import os
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 from jax.sharding import Mesh
 
-from experiments.few_shot.methods import config_for
-from experiments.few_shot.options import Config
+from experiments.few_shot.options import Data, Training
 from metalstm import data
 from metalstm.data import Dataset, EpisodeSpec
 from metalstm.runtime import sharding
 
-_LEFT_OUT = ("skipped", "skipped_files", "unlabelled", "empty_classes")
+_OMITTED = ("skipped", "skipped_files", "unlabelled", "empty_classes")
 
 
 class Source(NamedTuple):
     dataset: Dataset
     test: EpisodeSpec
 
-    def train(self, config: Config) -> EpisodeSpec:
-        """The episodes that a method is meta-trained on, before its `train_sampler`.
-
-        ``config``: the method's own, of `experiments.few_shot.methods.config_for`.
-        """
+    def train(self, training: Training) -> EpisodeSpec:
+        """The episodes of meta-training, before an algorithm's `train_sampler`."""
         return dataclasses.replace(
             self.test,
-            shot=config.methods.train_shots or config.data.shot,
-            rotations=config.data.rotations,
-            augment=_augment(config.data.augment),
+            shot=training.train_shots or self.test.shot,
+            rotations=training.rotations,
+            augment=_augment(training.augment),
         )
 
     def placed(self, mesh: Mesh | None, num_devices: int | None) -> Source:
@@ -55,8 +52,8 @@ class Source(NamedTuple):
             "name": self.dataset.name,
             "image_shape": list(self.dataset.image_shape),
             "checksum": self.dataset.checksum,
-            # how many files, images or classes were left out, and which
-            **{k: v for k, v in self.dataset.info.items() if k in _LEFT_OUT and v},
+            # how many files, images or classes are omitted, and which
+            **{k: v for k, v in self.dataset.info.items() if k in _OMITTED and v},
             "classes": {
                 split: self.dataset.pool(split).num_classes for split in data.SPLITS
             },
@@ -64,14 +61,16 @@ class Source(NamedTuple):
         }
 
 
-def load_source(config: Config) -> Source:
+def load_source(options: Data, methods: Mapping[str, Any]) -> Source:
     """Load the data, and refuse episodes that it cannot serve.
+
+    Args:
+      methods: the options of those that will be meta-trained.
 
     Raises:
       ValueError, FileNotFoundError: name the remedy.
     """
-    dataset = _load(config)
-    options = config.data
+    dataset = _load(options)
     channels = dataset.image_shape[-1]
     normalise = None
     if options.normalise == "imagenet":
@@ -90,19 +89,17 @@ def load_source(config: Config) -> Source:
     source = Source(dataset, test)
     data.validate(test, dataset, "test")
     data.validate(test, dataset, "validation")
-    for name in config.methods.algorithms:
-        own = config_for(config, name)
+    for own in methods.values():
         meta_trained = dataclasses.replace(
-            source.train(own),
-            queries=own.data.train_queries or options.queries,
-            way=own.methods.train_way or options.way,
+            source.train(own.training),
+            queries=getattr(own.method, "train_queries", None) or options.queries,
+            way=getattr(own.method, "train_way", None) or options.way,
         )
         data.validate(meta_trained, dataset, "train")
     return source
 
 
-def _load(config: Config) -> Dataset:
-    options = config.data
+def _load(options: Data) -> Dataset:
     folder = options.data_dir
     sized: dict[str, Any] = {}
     if options.image_size is not None:

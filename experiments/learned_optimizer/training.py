@@ -1,28 +1,30 @@
-"""Meta-train one rule, or go on with it."""
+"""Meta-train one rule, or resume its meta-training."""
 
 from __future__ import annotations
 
 import functools
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import msgspec
 import numpy as np
 import optax
 
 import metalstm
 from experiments.common.devices import mesh_for
+from experiments.common.loop import Loop, Setup
 from experiments.common.run_folder import Metrics
-from experiments.common.training_session import Session
-from experiments.learned_optimizer.options import Config, Stage, may_change, stages
+from experiments.learned_optimizer.command_line import Stage, may_change, stages
+from experiments.learned_optimizer.options import Budget, Config
 from experiments.learned_optimizer.problems import NEED_NO_DATA, Source
 from experiments.learned_optimizer.tables import capped_logs
 from metalstm import learned_optimizers
-from metalstm.base import PyTree, UpdateRule
+from metalstm.base import MetaAlgorithm, PyTree, UpdateRule
 from metalstm.learned_optimizers import curves, problems
-from metalstm.meta.training import place_state
+from metalstm.meta.step import place_state
 from metalstm.runtime import sharding
 
 _VALIDATION_SEED = 1_000_003  # far from the seeds of training, tuning and test
@@ -45,26 +47,121 @@ def meta_train(
     folder: Path,
     metrics: Metrics,
 ) -> Trained:
-    """Train, or go on training, until the budget is spent.
+    """Train, or resume training, until the budget is spent.
 
     Raises:
       Interrupted: after Ctrl-C; the state is saved.
       NonFiniteLossError: the state before the bad step is saved.
     """
-    session = _Session(name, rule, config, source, folder, metrics)
-    session.run()
-    return session.result()
+    budget, num_tasks = config.budget, config.training.num_tasks
+    planned = stages(config)
+    if budget.minutes is not None:
+        planned = [planned[-1]._replace(end=_FOREVER)]
+    every = budget.steps_per_call
+    setup = Setup(
+        name=name,
+        config=config,
+        may_change=may_change(config),
+        num_steps=planned[-1].end // every * every,
+        minutes=budget.minutes,
+        steps_per_call=every,
+        validate_every=budget.validate_every,
+        report_every=max(budget.meta_steps // 500 // every, 1) * every,
+        save_every=budget.save_every,
+        score=_make_score(rule, config, source),
+        describe=lambda means: f"loss {means['loss']:.4g}",
+        mesh=mesh_for(config.devices, num_tasks, "--num-tasks"),
+    )
+    sampler = problems.ProblemSampler(source.training, config.training.unroll_steps + 1)
+    optimizer = _optimizer(config)
+    algorithm = _algorithm(rule, config, source, planned[0])
+    make_state = functools.partial(
+        metalstm.init_train_state,
+        algorithm,
+        optimizer,
+        config.run.seed,
+        sampler.sample(jax.random.key(0), source.training_data),
+    )
+    loop = Loop(setup, folder, metrics, algorithm, make_state)
+    with loop.running():
+        for stage in planned:
+            if int(loop.state.train.step) >= stage.end:
+                continue
+            algorithm = _algorithm(rule, config, source, stage)
+            if int(loop.state.train.step) == stage.start:
+                train = _begin(
+                    loop.state.train, algorithm, sampler, config, source, stage
+                )
+                train = place_state(algorithm, train, setup.mesh)
+                loop.state = loop.state._replace(train=train)
+            train_loop = metalstm.make_train_loop(
+                algorithm,
+                optimizer,
+                sampler,
+                num_tasks=num_tasks,
+                steps_per_call=every,
+                mesh=setup.mesh,
+            )
+            loop.fit(train_loop, source.training_data, until=stage.end)
+    state = loop.state
+    return Trained(
+        state.best_params,
+        int(state.train.step),
+        loop.saved.seconds(),
+        int(state.best_step),
+        -float(state.best_score),
+    )
+
+
+def _begin(
+    train: metalstm.TrainState,
+    algorithm: MetaAlgorithm,
+    sampler: problems.ProblemSampler,
+    config: Config,
+    source: Source,
+    stage: Stage,
+) -> metalstm.TrainState:
+    """Start every problem afresh; resuming from a checkpoint here does the same."""
+    key = jax.random.fold_in(jax.random.key(config.run.seed), stage.start)
+    draw = sampler.sample(key, source.training_data)
+    carry = algorithm.init_carry(key, sharding.local(train.params), draw)
+    # copies: a train step donates its state, which may hold no buffer twice
+    return train._replace(carry=jax.tree.map(jnp.array, carry))
+
+
+def _make_score(
+    rule: UpdateRule, config: Config, source: Source
+) -> Callable[[PyTree], tuple[float, dict[str, float]]]:
+    """Minus the mean log of the last loss, a divergence at its cap."""
+    test = config.test
+    loss_curves = curves.make_loss_curves(
+        source.test,
+        rule,
+        num_instances=config.budget.validation_instances,
+        num_steps=test.steps,
+        record_every=test.steps,
+        eval_batch=test.eval_batch,
+        task_mapping="vmap" if config.problem.name in NEED_NO_DATA else None,
+    )
+
+    def score(params: PyTree) -> tuple[float, dict[str, float]]:
+        losses = loss_curves(sharding.local(params), source.data, _VALIDATION_SEED)
+        logs = capped_logs(losses, -1)
+        mean = float(logs.mean())
+        ci95 = float(1.96 * logs.std(ddof=1) / len(logs) ** 0.5)
+        return -mean, {"log_loss": mean, "ci95": ci95}
+
+    return score
 
 
 def _horizon(config: Config, stage: Stage) -> int | Callable[[jax.Array], jax.Array]:
     """The horizon, or how it grows with the meta-step: doubling, in equal shares."""
-    budget = config.budget
-    if stage.end < budget.meta_steps or budget.first_horizon in (None, budget.horizon):
+    first, last = config.budget.first_horizon, config.training.horizon
+    if stage.end < config.budget.meta_steps or first in (None, last):
         return stage.horizon
-    horizons = [budget.first_horizon]
-    while horizons[-1] < budget.horizon:
-        doubled = min(2 * horizons[-1], budget.horizon)
-        horizons.append(doubled // budget.unroll * budget.unroll)
+    horizons, unroll = [first], config.training.unroll_steps
+    while horizons[-1] < last:
+        horizons.append(min(2 * horizons[-1], last) // unroll * unroll)
     lengths = np.array(horizons, np.int32)
     # the carry counts meta-steps from the start of the stage
     each = max((stage.end - stage.start) // (2 * len(horizons)), 1)
@@ -75,25 +172,24 @@ def _horizon(config: Config, stage: Stage) -> int | Callable[[jax.Array], jax.Ar
 
 def _algorithm(
     rule: UpdateRule, config: Config, source: Source, stage: Stage
-) -> metalstm.MetaAlgorithm:
+) -> MetaAlgorithm:
     budget = config.budget
-    weights = None
-    if budget.weights == "linear":
-        weights = lambda step: 2 * step / stage.horizon  # noqa: E731
+    linear = lambda step: 2 * step / stage.horizon  # noqa: E731
+    options = msgspec.structs.asdict(config.training)
+    options |= {"unroll_steps": stage.unroll_steps, "horizon": _horizon(config, stage)}
     return learned_optimizers.learned_optimizer(
         source.training,
         rule,
-        num_tasks=budget.tasks,
-        unroll_steps=stage.unroll,
-        horizon=_horizon(config, stage),
-        second_order=budget.second_order,
-        weights=weights,
-        loss_transform=budget.loss_transform,
-        estimator=budget.estimator,
-        pes_std=budget.pes_std,
-        stagger=budget.stagger,
-        memory=budget.memory,
+        differentiation=_differentiation(budget),
+        axis_name=sharding.COORDINATE if config.devices.devices_per_task > 1 else None,
+        weights=linear if budget.weights == "linear" else None,
+        **options,
     )
+
+
+def _differentiation(budget: Budget) -> metalstm.Differentiation:
+    how = metalstm.second_order if budget.second_order else metalstm.first_order
+    return how(keep=budget.keep)
 
 
 def _optimizer(config: Config) -> optax.GradientTransformation:
@@ -104,113 +200,3 @@ def _optimizer(config: Config) -> optax.GradientTransformation:
     if budget.clip:
         return metalstm.adam_clipped(rate, budget.clip)
     return optax.adam(rate)
-
-
-class _Session(Session):
-    def __init__(
-        self,
-        name: str,
-        rule: UpdateRule,
-        config: Config,
-        source: Source,
-        folder: Path,
-        metrics: Metrics,
-    ):
-        budget = config.budget
-        self.rule, self.source = rule, source
-        self.stages = stages(config)
-        if budget.minutes is not None:
-            self.stages = [Stage(budget.unroll, budget.horizon, 0, _FOREVER)]
-        calls = self.stages[-1].end // budget.steps_per_call
-        super().__init__(
-            name,
-            config,
-            folder,
-            metrics,
-            num_steps=calls * budget.steps_per_call,
-            may_change=may_change(config),
-            mesh=mesh_for(config.devices, budget.tasks, "--tasks"),
-        )
-        self.sampler = problems.ProblemSampler(source.training, budget.unroll + 1)
-        self.optimizer = _optimizer(config)
-        algorithm = _algorithm(rule, config, source, self.stages[0])
-        make = functools.partial(
-            metalstm.init_train_state,
-            algorithm,
-            self.optimizer,
-            config.run.seed,
-            self.sampler.sample(jax.random.key(0), source.training_data),
-        )
-        self.start(algorithm, make)
-
-    def train(self) -> None:
-        for stage in self.stages:
-            if int(self.state.train.step) < stage.end:
-                self._train_stage(stage)
-
-    def _train_stage(self, stage: Stage) -> None:
-        budget = self.config.budget
-        algorithm = _algorithm(self.rule, self.config, self.source, stage)
-        if int(self.state.train.step) == stage.start:
-            self._begin(algorithm, stage)
-        train_loop = metalstm.make_train_loop(
-            algorithm,
-            self.optimizer,
-            self.sampler,
-            num_tasks=budget.tasks,
-            steps_per_call=budget.steps_per_call,
-            mesh=self.mesh,
-        )
-        every = budget.steps_per_call
-        self.fit(
-            train_loop,
-            self.source.training_data,
-            num_steps=min(stage.end, self.num_steps),
-            validate_every=budget.validate_every,
-            report_every=max(budget.meta_steps // 500 // every, 1) * every,
-            save_every=budget.save_every,
-        )
-
-    def _begin(self, algorithm: metalstm.MetaAlgorithm, stage: Stage) -> None:
-        """Start every problem afresh; going on from a checkpoint here does the same."""
-        key = jax.random.fold_in(jax.random.key(self.config.run.seed), stage.start)
-        draw = self.sampler.sample(key, self.source.training_data)
-        train = self.state.train
-        params = sharding.local(train.params)
-        carry = algorithm.init_carry(key, params, draw)
-        # copies: a train step donates its state, which may hold no buffer twice
-        train = train._replace(carry=jax.tree.map(jnp.array, carry))
-        train = place_state(algorithm, train, self.mesh)
-        self.state = self.state._replace(train=train)
-
-    @functools.cached_property
-    def _curves(self) -> Callable[[PyTree, Any, int], np.ndarray]:
-        test = self.config.test
-        kind = self.config.problem.problem
-        return curves.make_loss_curves(
-            self.source.test,
-            self.rule,
-            num_instances=self.config.budget.validation_instances,
-            num_steps=test.steps,
-            record_every=test.steps,
-            eval_batch=test.eval_batch,
-            task_mapping="vmap" if kind in NEED_NO_DATA else None,
-        )
-
-    def score(self, params: PyTree) -> tuple[float, dict[str, float]]:
-        """Minus the mean log of the last loss, a divergence at its cap."""
-        params = sharding.local(params)
-        losses = self._curves(params, self.source.data, _VALIDATION_SEED)
-        logs = capped_logs(losses, -1)
-        mean = float(logs.mean())
-        ci95 = float(1.96 * logs.std(ddof=1) / len(logs) ** 0.5)
-        return -mean, {"log_loss": mean, "ci95": ci95}
-
-    def result(self) -> Trained:
-        return Trained(
-            self.state.best_params,
-            int(self.state.train.step),
-            self.saved_seconds(),
-            int(self.state.best_step),
-            -float(self.state.best_score),
-        )

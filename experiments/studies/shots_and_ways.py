@@ -9,8 +9,8 @@ tested as it is, without meta-training anew, on the same episodes.
 
 Writes shots_and_ways.json after each point, so that the same command goes on where it
 was stopped, then accuracy_vs_shot.png and accuracy_vs_way.png. A head that fixes the
-number of classes is left out of other ways, and a point for which a class has too few
-images, or the test too few classes, is left out for all; both are said.
+number of classes is omitted at other ways, and a point for which a class has too few
+images, or the test too few classes, is omitted for all; both are said.
 """
 
 from __future__ import annotations
@@ -72,7 +72,6 @@ class Point(NamedTuple):
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; return the exit status: 2 for a mistake, 130 for Ctrl-C."""
-    from experiments.few_shot.command_line import as_flags
 
     def body(arguments: list[str]) -> None:
         config = tyro.cli(
@@ -86,7 +85,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         run(config)
 
     said = "stopped; the same command goes on from here"
-    return exit_status(body, arguments, stopped=lambda: said, in_flags=as_flags)
+    return exit_status(body, arguments, stopped=lambda: said)
 
 
 def check(config: Config) -> None:
@@ -114,8 +113,7 @@ def run(config: Config) -> dict[str, Any]:
     """Test what is not tested yet, and draw."""
     from experiments.common.run_folder import write_json
     from experiments.few_shot.data import load_source
-    from experiments.few_shot.options import with_flags
-    from experiments.few_shot.saved_methods import (
+    from experiments.few_shot.saved_runs import (
         choose_methods,
         names_in,
         read_runs,
@@ -124,13 +122,12 @@ def run(config: Config) -> dict[str, Any]:
 
     runs = read_runs(config.runs)
     methods = choose_methods(runs, config.algorithms or names_in(runs))
-    flags: dict[str, Any] = {"algorithms": ()}
+    first = runs[0].options.data
     if config.data_dir is not None:
-        flags["data_dir"] = config.data_dir
-    source = load_source(with_flags(runs[0].config, **flags))
+        first = dataclasses.replace(first, data_dir=config.data_dir)
+    source = load_source(first, {})
     refuse_other_images(runs, source)
 
-    first = runs[0].config.data
     at_way, at_shot = config.at_way or first.way, config.at_shot or first.shot
     queries = config.queries or first.queries
     by_shot = [Point(at_way, shot) for shot in sorted(set(config.shots))]
@@ -179,30 +176,28 @@ def _test(
 ) -> Iterator[dict[str, Any]]:
     """Yield a row for each method that has none at this point yet."""
     import metalstm
-    from experiments.few_shot.methods import METHODS, config_for
-    from experiments.few_shot.reevaluation import modes, test_spec
-    from metalstm.runs import any_way, build_algorithm, load_params
+    from experiments.few_shot.methods import METHODS
+    from experiments.few_shot.test import load_saved, modes, spec_for_test
+    from metalstm.specs import build_algorithm, fixed_way
 
     done = {row["method"] for row in known if (row["way"], row["shot"]) == point}
     spec = _episodes(source, point, queries)
     if isinstance(spec, str):
-        print(f"{point} left out: {spec}", flush=True)
+        print(f"{point} omitted: {spec}", flush=True)
         return
     if spec.queries < queries:
         print(f"{point}: {spec.queries} queries a class, no more images", flush=True)
     for method in methods:
         if method.label in done:
             continue
-        if point.way != method.spec["way"] and not any_way(method.spec):
-            fixed = f"its head has {method.spec['way']} classes"
-            print(f"{point}, {method.label} left out: {fixed}", flush=True)
+        if fixed_way(method.spec) not in (None, point.way):
+            fixed = f"its head has {fixed_way(method.spec)} classes"
+            print(f"{point}, {method.label} omitted: {fixed}", flush=True)
             continue
-        own = config_for(method.config, method.name)
-        mode = modes(method.spec, own.methods.query_norm)[0]
-        shape = source.dataset.image_shape
-        params, _ = load_params(method.folder, method.name, method.spec, shape)
+        mode = modes(method, None)[0]
+        params, _ = load_saved(method, source)
         evaluation = metalstm.evaluate(
-            build_algorithm(test_spec(method.spec, point.way, mode, own)),
+            build_algorithm(spec_for_test(method.spec, mode)),
             params,
             source.dataset.test,
             spec,
@@ -245,7 +240,7 @@ def _draw(
     by_shot: Sequence[Point],
     by_way: Sequence[Point],
 ) -> Iterator[str]:
-    from experiments.common.tables import REFERENCE
+    from experiments.few_shot.results import REFERENCE
     from metalstm import plots
 
     families = {row["method"]: row["family"] for row in rows}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -10,16 +11,18 @@ import numpy as np
 from experiments.common import report
 from experiments.common.run_folder import write_json
 from experiments.few_shot.data import load_source
-from experiments.few_shot.options import with_flags
-from experiments.few_shot.saved_methods import SavedRun, read_runs
+from experiments.few_shot.methods import Spec
+from experiments.few_shot.saved_runs import SavedRun, read_runs
+from experiments.few_shot.train import checkpoint_of
 from experiments.studies.verification import Config
 from metalstm import data, plots, verification
 from metalstm.algorithms import embedding_state
 from metalstm.base import Learner, LearnerState
-from metalstm.runs import COMPARING, build_learner, load_params
+from metalstm.predictor import load_params
+from metalstm.specs import COMPARING, build_learner
 
 FALSE_ACCEPTS = 0.01
-PIXELS = "pixels"  # the floor: no learning
+PIXELS = "pixels"  # the baseline: no learning
 
 
 class Identities(NamedTuple):
@@ -99,9 +102,7 @@ def table(rows: Sequence[Row]) -> str:
 
 
 def _choose(run: SavedRun, wanted: Sequence[str]) -> list[str]:
-    embed = [
-        n for n, spec in run.specs.items() if spec["algorithm"]["name"] in COMPARING
-    ]
+    embed = [n for n, spec in run.specs.items() if spec["algorithm"] in COMPARING]
     for name in wanted:
         if name not in run.specs:
             raise ValueError(
@@ -122,7 +123,7 @@ def _choose(run: SavedRun, wanted: Sequence[str]) -> list[str]:
 
 def _identities(config: Config, run: SavedRun) -> Identities:
     shape = tuple(run.data["image_shape"])
-    trained_on = run.config.data.data_dir
+    trained_on = run.options.data.data_dir
     places = [path and path.resolve() for path in (trained_on, config.data_dir)]
     if config.dataset != "run" and places[0] == places[1]:
         print("note: the run was trained on some of these identities")
@@ -146,12 +147,11 @@ def _identities(config: Config, run: SavedRun) -> Identities:
             config.data_dir, image_size=shape[0], channels=shape[2]
         )
         return _pooled(found, list(data.SPLITS))
-    of_run = run.config
+    # no episodes are drawn, so none need be possible
+    of_run = dataclasses.replace(run.options.data, shot=1, queries=1)
     if config.data_dir is not None:
-        of_run = with_flags(of_run, data_dir=config.data_dir)
-    # no episodes are drawn, so those of meta-training need not be possible
-    of_run = with_flags(of_run, train_queries=None, train_way=None, shot=1, queries=1)
-    found = load_source(of_run).dataset
+        of_run = dataclasses.replace(of_run, data_dir=config.data_dir)
+    found = load_source(of_run, {}).dataset
     if found.checksum != run.data["checksum"]:
         print("note: the data differ from those of the run (another checksum)")
     return _pooled(found, ["test"])
@@ -184,21 +184,21 @@ def _embedding(name: str, run: SavedRun) -> tuple[Learner, LearnerState, Any]:
         )
         return as_they_are, empty, "euclidean"
     spec = run.specs[name]
-    params, message = load_params(run.folder, name, spec, run.data["image_shape"])
+    checkpoint = run.folder / checkpoint_of(name)
+    params, message = load_params(checkpoint, spec, run.data["image_shape"])
     if message:
         print(f"note: {message}")
-    learner = build_learner(spec["learner"], None)
-    return learner, embedding_state(params), _trained_similarity(spec["algorithm"])
+    learner = build_learner(spec["learner"])
+    return learner, embedding_state(params), _trained_similarity(spec)
 
 
-def _trained_similarity(algorithm: dict[str, Any]) -> str:
-    options = algorithm.get("options", {})
-    if algorithm["name"] in ("margin_classifier", "siamese"):
+def _trained_similarity(spec: Spec) -> str:
+    name = spec["algorithm"]
+    if name in ("margin_classifier", "siamese"):
         return "cosine"  # of a distance between vectors of length 1 too
-    if "cosine" in (options.get("compare"), options.get("classifier")):
+    if "cosine" in (spec.get("compare"), spec.get("classifier")):
         return "cosine"
-    default = "cosine" if algorithm["name"] in ("matching", "relation") else "euclidean"
-    return options.get("distance", default)
+    return spec.get("distance", "cosine" if name == "relation" else "euclidean")
 
 
 def _write(

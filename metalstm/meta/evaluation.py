@@ -13,11 +13,12 @@ from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
 from metalstm.algorithms.common import accuracy
-from metalstm.base import Episode, MetaAlgorithm, PyTree, TaskMapping, map_tasks
+from metalstm.base import Episode, MetaAlgorithm, PyTree
 from metalstm.data.episodes import Sampler, episode_key
 from metalstm.runtime import sharding
 from metalstm.runtime.compilation import Jitted
 from metalstm.statistics import mean_and_ci95
+from metalstm.tasks import TaskMapping, map_tasks
 
 __all__ = [
     "Evaluation",
@@ -59,7 +60,7 @@ def make_evaluate(
 
     Args:
       batch_size: episodes in one jitted call.
-      task_mapping: how they are laid out; see `metalstm.base.map_tasks`.
+      task_mapping: how they are laid out; see `metalstm.tasks.map_tasks`.
       mesh: spreads the episodes of a batch over its ``"task"`` axis, of which the batch
         becomes a multiple: the same accuracies. See `runtime.sharding.task_mesh`.
     """
@@ -107,7 +108,7 @@ def make_evaluate(
             typed = jax.vmap(lambda i: episode_key(seed, split, 0, i))(tasks)
             keys = sharding.place(jax.random.key_data(typed), mesh, per_task=True)
             results.append(grade(params, keys, draw(keys, pool)))
-            sharding.settle(results[-1])
+            sharding.block_on_cpu_collectives(results[-1])
         accuracies = np.concatenate(jax.device_get(results))[:num_episodes]
         mean, ci95 = mean_and_ci95(accuracies)
         return Evaluation(accuracies, mean, ci95, algorithm.query_norm, split, seed)

@@ -1,15 +1,16 @@
-"""Checkpoints that a kill at any moment cannot lose, over orbax.
+"""Checkpoints that a kill at any moment cannot lose, over orbax's V1 API.
 
-A directory holds one folder per step: the arrays of any pytree (orbax) and
-``metadata.json``. A folder gets its name only when everything in it is written, and an
-older one is removed only after that. `restore` checks the arrays and the metadata
-against digests, so a truncated or altered file is noticed, and then goes back to the
-checkpoint before it.
+orbax writes the arrays (each process its part of what is split over them), gives a
+folder its name, the step, only when all of it is written, and removes folders. Added:
 
-In a multi-process run every process calls `save` and `restore`, on storage they share.
-Each writes its part of what is split over them, process 0 the rest: it names, removes
-and writes the metadata. Each reads whole arrays, so that other numbers of devices and
-processes can go on, and they agree on which checkpoint that is.
+- Nothing altered is believed. Arrays and metadata are compared with digests, and a
+  damaged checkpoint is skipped, with a message, for the one before.
+- Saving a step again keeps the old version until the new one has its name.
+- An older checkpoint is removed only when the newer one has reached the disk.
+- The config is compared before any array is read. Errors name the remedy.
+- Each process reads whole arrays: any number of devices and processes can resume.
+
+Every process calls `save` and `restore`, on storage that they share.
 """
 
 from __future__ import annotations
@@ -27,13 +28,13 @@ import jax
 import numpy as np
 
 from metalstm.base import PyTree
-from metalstm.runtime import sharding
+from metalstm.checks import check_at_least
+from metalstm.runtime import processes
+from metalstm.runtime.saved_config import ConfigMismatch, check_config
 
 __all__ = [
-    "ConfigMismatch",
     "Restored",
     "best",
-    "check_config",
     "latest",
     "read_metadata",
     "restore",
@@ -41,12 +42,9 @@ __all__ = [
     "steps",
 ]
 
-FORMAT_VERSION = 1
-_WRITING, _REMOVING, _REPLACED = ".writing-", ".removing-", ".replaced-"
-
-
-class ConfigMismatch(ValueError):  # noqa: N818 (reads as what it is)
-    """A checkpoint or a run folder belongs to another configuration."""
+FORMAT_VERSION = 2
+_SET_ASIDE = ".replaced-"  # the older version of a step, until the newer has its name
+Which = Literal["latest", "best"] | int
 
 
 class Restored(NamedTuple):
@@ -56,13 +54,13 @@ class Restored(NamedTuple):
     message: str | None  # which newer checkpoints could not be read, and why
 
 
+class _RefusedError(ValueError):
+    pass
+
+
 def steps(directory: str | Path) -> list[int]:
     """Return the steps of all complete checkpoints, ascending."""
-    directory = Path(directory)
-    if not directory.is_dir():
-        return []
-    names = [p.name.removeprefix(_REPLACED) for p in directory.iterdir()]
-    return sorted({int(name) for name in names if name.isdecimal()})
+    return sorted(_folders(directory))
 
 
 def latest(directory: str | Path) -> int | None:
@@ -72,26 +70,29 @@ def latest(directory: str | Path) -> int | None:
 
 def best(directory: str | Path) -> int | None:
     """Return the step with the highest ``score=``, the newest of equals, else None."""
+    return _best_of(_folders(directory))
+
+
+def _best_of(folders: Mapping[int, Path]) -> int | None:
     scored = []
-    for step in steps(directory):
-        try:
-            score = _read_json(_path(directory, step))["score"]
-        except (OSError, ValueError, KeyError):
-            continue  # unreadable metadata: `restore` says so, this only ranks
-        if score is not None:
-            scored.append((score, step))
+    for step, folder in folders.items():
+        # unreadable metadata: `restore` says so, this only ranks
+        with contextlib.suppress(Exception):
+            score = _read_document(folder)["score"]
+            scored += [] if score is None else [(score, step)]
     return max(scored)[1] if scored else None
 
 
-def read_metadata(
-    directory: str | Path, which: Literal["latest", "best"] | int = "latest"
-) -> dict[str, Any]:
+def read_metadata(directory: str | Path, which: Which = "latest") -> dict[str, Any]:
     """Return the metadata given to `save`, without reading any array.
 
     Raises:
       FileNotFoundError: there is no such checkpoint.
     """
-    return _read_json(_path(directory, _find(directory, which)))["metadata"]
+    step = _find(directory, which)
+    if step is None:
+        raise _missing(directory, which)
+    return _read_document(_folders(directory)[step])["metadata"]
 
 
 def save(
@@ -112,56 +113,56 @@ def save(
       state: any pytree of arrays and numbers. PRNG keys must be raw key data.
       metadata: JSON: the config (under ``"config"``), the validation history and so on.
       score: higher is better; the checkpoint with the highest one is never removed.
-      keep: how many of the newest to keep beside the best.
+      keep: how many of the newest to keep, next to the best.
 
     Raises:
       ValueError: ``keep`` or ``step`` is out of range, or metadata is not JSON.
       OSError: it cannot be written; what was there before is as it was.
     """
-    if keep < 1:
-        raise ValueError(f"keep={keep}: at least the newest checkpoint must stay")
-    if step < 0:
-        raise ValueError(f"step={step}: steps count from 0")
+    check_at_least("keep", keep, 1)
+    check_at_least("step", step, 0)
     directory = Path(directory).absolute()
-    names, leaves = _flatten(state)
-    document = {
-        "format": FORMAT_VERSION,
-        "step": step,
-        "score": None if score is None else float(score),
-        "metadata": dict(metadata or {}),
-        "leaves": [_describe(n, v) for n, v in zip(names, leaves, strict=True)],
-    }
+    path = directory / str(step)
+    document = _describe(state, step, score, metadata or {})
+    failed = f"checkpoint {path} cannot be written"
+    remedy = "free space on its disk, or give a folder that can be written"
+    from orbax.checkpoint import v1 as ocp
+
     try:
-        document = json.loads(json.dumps(document))  # as `_read_json` will see it
-    except TypeError as error:
-        raise ValueError(f"metadata must be JSON: {error}") from error
-    document["digest"] = _digest_of_json(document)
-    text = json.dumps(document, indent=1)
-    try:
-        _write(directory, step, text, leaves)
+        processes.on_main(lambda: _set_aside(directory, step))
+        # lightweight: damaged metadata of an older checkpoint must not stop a new one
+        with ocp.training.Checkpointer(
+            directory, lightweight_initialize=True, cleanup_tmp_directories=True
+        ) as checkpointer:
+            checkpointer.save(
+                step,
+                _numbered(jax.tree.leaves(state)),
+                force=True,
+                overwrite=True,  # there is none: it has been set aside
+                custom_metadata=document,
+            )
+            processes.on_main(lambda: _flush_to_disk(path))
+            failed = f"checkpoint {path} is written, but an older one cannot be removed"
+            remedy = "free space on its disk"
+            processes.on_main(lambda: _clean(directory))
+            for old in _superseded(directory, step, keep):
+                checkpointer.delete(old, missing_ok=True)
     except Exception as error:  # OSError, or what orbax makes of one
+        if processes.is_main():
+            with contextlib.suppress(OSError):
+                _clean(directory)
         raise OSError(
-            f"checkpoint {directory / str(step)} cannot be written "
-            f"({_first_line(error)}): free space on its disk, or give a folder that "
-            f"can be written (complete there: {_listed(directory)})"
+            f"{failed} ({_first_line(error)}): {remedy} (complete there: "
+            f"{_listed(directory)})"
         ) from error
-    if sharding.is_main():
-        try:
-            _prune(directory, step, keep)
-        except OSError as error:
-            raise OSError(
-                f"checkpoint {directory / str(step)} is written, but an older one "
-                f"cannot be removed ({_first_line(error)}): free space on its disk"
-            ) from error
-    _barrier("checkpoint-end")
-    return directory / str(step)
+    return path
 
 
 def restore(
     directory: str | Path,
-    target: PyTree,
+    target: PyTree | None,
     *,
-    which: Literal["latest", "best"] | int = "latest",
+    which: Which = "latest",
     config: Mapping[str, Any] | None = None,
     ignore: Iterable[str] = (),
 ) -> Restored:
@@ -169,8 +170,8 @@ def restore(
 
     Args:
       target: a pytree of arrays or ShapeDtypeStructs; shapes and dtypes must agree. A
-        sharding on a leaf is the one its array gets.
-      which: "latest" and "best" go back to the one before when a checkpoint cannot be
+        sharding on a leaf is the one its array gets. None: a list of numpy arrays.
+      which: "latest" and "best" fall back to the one before when a checkpoint cannot be
         read, and say so in ``message``; a step is that step or an error.
       config: compared first, but for the keys in ``ignore``, with the saved
         ``metadata["config"]``.
@@ -182,269 +183,60 @@ def restore(
     """
     directory = Path(directory).absolute()
     # shared storage may show a folder to one process before another
-    first = json.loads(sharding.from_main(json.dumps(_look_for(directory, which))))
+    found = [_find(directory, which), steps(directory)]
+    first, known = json.loads(processes.from_main(json.dumps(found)))
     if first is None:
         raise _missing(directory, which)
-    candidates = [first]
-    if not isinstance(which, int):
-        others = json.loads(sharding.from_main(json.dumps(steps(directory))))
-        candidates += [s for s in reversed(others) if s != first]
+    older = [] if isinstance(which, int) else [s for s in known[::-1] if s != first]
     failures = []
-    for step in candidates:
-        path = _path(directory, step)
+    for step in [first, *older]:
+        folder = _folders(directory).get(step, directory / str(step))
+        failure = None
         try:
-            document = _read_json(path)
+            document = _read_document(folder)
             if config is not None:
-                check_config(
-                    document["metadata"].get("config", {}), config, ignore=ignore
-                )
-            _check_target(document["leaves"], target, path)
-            read = _read_arrays(path, document["leaves"], target)
-            failure = None
-        except (ConfigMismatch, _TargetMismatchError):
+                saved = document["metadata"].get("config", {})
+                check_config(saved, config, ignore=ignore)
+            expected = _empty(document) if target is None else target
+            _check_target(document, expected, folder)
+            values = _read_arrays(document, folder)
+        except (ConfigMismatch, _RefusedError):
             raise
         except Exception as error:  # whatever a broken file makes its reader raise
             failure = _first_line(error)
-        if sharding.any_process(failure is not None):
+        if processes.any_process(failure is not None):
             failure = failure or "by another process"
-            failures.append(f"checkpoint {path} cannot be read ({failure})")
+            failures.append(f"checkpoint {folder} cannot be read ({failure})")
             continue
-        state = jax.tree.map(_like, target, read)
-        message = None
-        if failures:
-            message = "; ".join([*failures, f"went back to step {step}"])
-        return Restored(state, step, document["metadata"], message)
+        leaves, treedef = jax.tree.flatten(expected)
+        state = treedef.unflatten(map(_as_in_target, leaves, values))
+        message = "; ".join([*failures, f"fell back to step {step}"])
+        return Restored(
+            state, step, document["metadata"], message if failures else None
+        )
     raise FileNotFoundError(
         "; ".join(failures) + "; no earlier one is left: start again in another folder"
     )
 
 
-def check_config(
-    saved: Mapping[str, Any], current: Mapping[str, Any], *, ignore: Iterable[str] = ()
-) -> None:
-    """Raise `ConfigMismatch` with one line per differing entry.
-
-    Nested mappings are compared entry by entry under dotted names; ``ignore`` holds
-    dotted names. Both sides are compared as JSON, so tuples equal lists.
-    """
-    ignored = set(ignore)
-    old, new = _flat_json(saved), _flat_json(current)
-    absent = "(absent)"
-    lines = [
-        f"  {name}: saved {old.get(name, absent)}, now {new.get(name, absent)}"
-        for name in sorted(old.keys() | new.keys())
-        if name not in ignored and old.get(name, absent) != new.get(name, absent)
-    ]
-    if lines:
-        raise ConfigMismatch(
-            "the saved config differs:\n"
-            + "\n".join(lines)
-            + "\nuse the saved values, or another folder"
-        )
+def _folders(directory: str | Path) -> dict[int, Path]:
+    """The folder of each step: a set-aside one only while there is no other."""
+    directory, found = Path(directory), {}
+    for path in sorted(directory.iterdir()) if directory.is_dir() else ():
+        name = path.name.removeprefix(_SET_ASIDE)
+        if name.isdecimal():  # set-aside ones come first, for their name has a dot
+            found[int(name)] = path
+    return found
 
 
-class _TargetMismatchError(ValueError):
-    pass
+def _find(directory: str | Path, which: Which) -> int | None:
+    if isinstance(which, int):
+        return which if which in steps(directory) else None
+    step = best(directory) if which == "best" else None
+    return latest(directory) if step is None else step
 
 
-def _write(directory: Path, step: int, text: str, leaves: list[Any]) -> None:
-    writing = directory / f"{_WRITING}{step}"
-    try:
-        if sharding.is_main():
-            directory.mkdir(parents=True, exist_ok=True)
-            _clean(directory)
-            writing.mkdir()
-        _barrier("checkpoint-begin")
-        with _checkpointer() as checkpointer:
-            checkpointer.save(writing / "state", _numbered(leaves))
-        if sharding.is_main():
-            (writing / "metadata.json").write_text(text)
-            _flush_to_disk(writing)
-            _give_name(writing, directory / str(step))
-    except Exception:
-        if (
-            sharding.is_main()
-        ):  # half a checkpoint takes space that may be what is missing
-            shutil.rmtree(writing, ignore_errors=True)
-        raise
-
-
-def _flush_to_disk(folder: Path) -> None:
-    """Have files reach the disk before their folder's name does: power may fail."""
-    inside = list(folder.rglob("*"))
-    for path in (p for p in inside if p.is_file()):
-        with path.open("rb+") as file:
-            os.fsync(file.fileno())
-    for path in (p for p in (*inside, folder) if p.is_dir()):
-        with contextlib.suppress(OSError):  # not every file system syncs folders
-            handle = os.open(path, os.O_RDONLY)
-            try:
-                os.fsync(handle)
-            finally:
-                os.close(handle)
-
-
-def _flatten(state: PyTree) -> tuple[list[str], list[Any]]:
-    with_path = jax.tree_util.tree_flatten_with_path(state)[0]
-    return [jax.tree_util.keystr(p) for p, _ in with_path], [v for _, v in with_path]
-
-
-def _numbered(leaves: list[Any]) -> dict[str, Any]:
-    # Numbers as names: the structure is the target's business, so that orbax need not
-    # know NamedTuples, and a renamed field does not make a file unreadable. It refuses
-    # arrays without entries, of which there is nothing to save.
-    # Where there are several processes it refuses a process's own arrays too: process 0
-    # writes those.
-    def shared(leaf: Any) -> bool:
-        alone = jax.process_count() == 1
-        return isinstance(leaf, jax.Array) and (alone or not leaf.is_fully_addressable)
-
-    return {
-        f"{i:06d}": leaf if shared(leaf) else np.asarray(leaf, _dtype(leaf))
-        for i, leaf in enumerate(leaves)
-        if np.size(leaf)
-    }
-
-
-def _describe(name: str, leaf: Any) -> dict[str, Any]:
-    shape, dtype = list(np.shape(leaf)), str(_dtype(leaf))
-    return {"name": name, "shape": shape, "dtype": dtype, "digest": _digest(leaf)}
-
-
-def _dtype(leaf: Any) -> np.dtype:
-    # A Python number is stored as JAX sees it, so that an abstract target agrees.
-    return np.dtype(
-        leaf.dtype if hasattr(leaf, "dtype") else jax.numpy.result_type(leaf)
-    )
-
-
-def _digest(leaf: Any) -> str:
-    if isinstance(leaf, jax.Array) and not (
-        leaf.is_fully_addressable or leaf.is_fully_replicated
-    ):
-        return _digest_of_rows(_rows_of_all_processes(leaf))
-    data = np.ascontiguousarray(np.asarray(leaf, _dtype(leaf))).tobytes()
-    return _hash(data)
-
-
-# A digest of digests, for an array that no process has all of.
-_ROWS = "rows:"
-
-
-def _digest_of_rows(rows: np.ndarray) -> str:
-    """Of [N, 2] uint32, a digest for each entry of the leading axis."""
-    return _ROWS + _hash(rows.tobytes())
-
-
-def _rows(value: np.ndarray) -> np.ndarray:
-    digests = [
-        bytes.fromhex(_hash(np.ascontiguousarray(row).tobytes())) for row in value
-    ]
-    return np.frombuffer(b"".join(digests), np.uint32).reshape(-1, 2)
-
-
-def _rows_of_all_processes(leaf: jax.Array) -> np.ndarray:
-    from jax.experimental import multihost_utils
-
-    rows = np.zeros((leaf.shape[0], 2), np.uint32)
-    for shard in leaf.addressable_shards:
-        if shard.data.shape[1:] != leaf.shape[1:]:
-            raise ValueError(
-                f"an array {leaf.shape} is split over more than its leading axis: "
-                "split tasks alone (metalstm.runtime.sharding.place)"
-            )
-        rows[shard.index[0]] = _rows(np.asarray(shard.data))
-    # every row is another process's zeros
-    return multihost_utils.process_allgather(rows).max(0)
-
-
-def _agrees(value: np.ndarray, digest: str | None) -> bool:
-    if digest is None:  # of a split array, before there were digests of rows
-        return True
-    if digest.startswith(_ROWS):
-        return digest == _digest_of_rows(_rows(value))
-    return digest == _digest(value)
-
-
-def _hash(data: bytes) -> str:
-    return hashlib.sha256(data).hexdigest()[:16]
-
-
-def _check_target(saved: list[dict], target: PyTree, path: Path) -> None:
-    names, leaves = _flatten(target)
-    if len(saved) != len(leaves):
-        raise _TargetMismatchError(
-            f"{path} holds {len(saved)} arrays where {len(leaves)} are expected: "
-            "restore with the algorithm, learner and optimizer that wrote it"
-        )
-    for entry, name, leaf in zip(saved, names, leaves, strict=True):
-        found = (tuple(entry["shape"]), entry["dtype"])
-        expected = (tuple(np.shape(leaf)), str(_dtype(leaf)))
-        if found != expected:
-            raise _TargetMismatchError(
-                f"{path} holds {entry['name']} as {found} where {name} is {expected}: "
-                "restore with the algorithm, learner and optimizer that wrote it"
-            )
-
-
-def _read_arrays(path: Path, saved: list[dict], target: PyTree) -> PyTree:
-    """Whole arrays, in this process's memory, each compared with its digest."""
-    leaves, treedef = jax.tree.flatten(target)
-    empty = [np.empty(np.shape(leaf), _dtype(leaf)) for leaf in leaves]
-    wanted = {f"{i:06d}": leaf for i, leaf in enumerate(empty) if leaf.size}
-    with _checkpointer(alone=True) as checkpointer:
-        read = checkpointer.restore(path / "state", wanted)
-    values = [np.asarray(read.get(f"{i:06d}", leaf)) for i, leaf in enumerate(empty)]
-    for entry, value in zip(saved, values, strict=True):
-        if not _agrees(value, entry["digest"]):
-            raise OSError(f"{entry['name']} does not agree with its digest")
-    return jax.tree.unflatten(treedef, values)
-
-
-def _like(leaf: Any, value: np.ndarray) -> Any:
-    """The value as an array, or a number, of the target's kind and place."""
-    if isinstance(leaf, int | float):
-        return type(leaf)(value)
-    if isinstance(leaf, np.ndarray | np.generic):
-        return value
-    here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-    sharding = getattr(leaf, "sharding", None) or here
-    return jax.make_array_from_callback(value.shape, sharding, value.__getitem__)
-
-
-def _checkpointer(*, alone: bool = False):
-    """With ``alone``, a process reads without waiting for others: one may fail."""
-    import orbax.checkpoint as ocp
-
-    me = jax.process_index()
-    options = ocp.options.MultiprocessingOptions(
-        primary_host=me if alone else 0, active_processes={me} if alone else None
-    )
-    handler = ocp.StandardCheckpointHandler(multiprocessing_options=options)
-    return ocp.Checkpointer(handler, multiprocessing_options=options)
-
-
-def _find(directory: str | Path, which: Literal["latest", "best"] | int) -> int:
-    step = _look_for(directory, which)
-    if step is None:
-        raise _missing(directory, which)
-    return step
-
-
-def _look_for(
-    directory: str | Path, which: Literal["latest", "best"] | int
-) -> int | None:
-    if which == "best":
-        step = best(directory)
-        step = latest(directory) if step is None else step
-    elif which == "latest":
-        step = latest(directory)
-    else:
-        step = which if which in steps(directory) else None
-    return step
-
-
-def _missing(directory: str | Path, which: Any) -> FileNotFoundError:
+def _missing(directory: str | Path, which: Which) -> FileNotFoundError:
     return FileNotFoundError(
         f"no checkpoint {which!r} in {directory} (steps there: {_listed(directory)})"
     )
@@ -454,88 +246,176 @@ def _listed(directory: str | Path) -> str:
     return ", ".join(map(str, steps(directory))) or "none"
 
 
-def _path(directory: str | Path, step: int) -> Path:
-    path = Path(directory) / str(step)
-    return path if path.exists() else Path(directory) / f"{_REPLACED}{step}"
-
-
-def _give_name(writing: Path, path: Path) -> None:
-    # Saving a step twice replaces it. No moment is without one of the two: until the
-    # second rename, readers find the old one under its other name.
-    replaced = path.with_name(_REPLACED + path.name)
+def _set_aside(directory: Path, step: int) -> None:
+    path, aside = directory / str(step), directory / f"{_SET_ASIDE}{step}"
     if path.exists():
-        os.rename(path, replaced)
-    os.rename(writing, path)
-    shutil.rmtree(replaced, ignore_errors=True)
+        shutil.rmtree(aside, ignore_errors=True)
+        path.rename(aside)
 
 
-def _prune(directory: Path, newest: int, keep: int) -> None:
+def _superseded(directory: Path, newest: int, keep: int) -> list[int]:
     # A later step is one that could not be read, or was gone back behind on purpose.
     # It must not count among the newest, or push out what was just written.
-    for step in steps(directory):
-        if step > newest:
-            _remove(directory, step)
-    stay = {*steps(directory)[-keep:], best(directory)}
-    for step in steps(directory):
-        if step not in stay:
-            _remove(directory, step)
-
-
-def _remove(directory: Path, step: int) -> None:
-    # Renamed first: a kill half way must not leave what looks complete.
-    doomed = directory / f"{_REMOVING}{step}"
-    os.rename(directory / str(step), doomed)
-    shutil.rmtree(doomed)
+    folders = _folders(directory)
+    earlier = {step: path for step, path in folders.items() if step <= newest}
+    stay = {*sorted(earlier)[-keep:], _best_of(earlier)}
+    superseded = [step for step in folders if step not in stay]
+    return json.loads(processes.from_main(json.dumps(superseded)))
 
 
 def _clean(directory: Path) -> None:
-    """Finish what a killed `save` left."""
-    for left_over in directory.glob(_REPLACED + "*"):
-        path = directory / left_over.name.removeprefix(_REPLACED)
+    """Remove what is not whole, and name again what was set aside for nothing."""
+    for path in directory.glob("*.orbax-checkpoint-tmp*"):
+        shutil.rmtree(path, ignore_errors=True)
+    for aside in directory.glob(_SET_ASIDE + "*"):
+        path = directory / aside.name.removeprefix(_SET_ASIDE)
         if path.exists():
-            shutil.rmtree(left_over)
+            shutil.rmtree(aside)
         else:
-            os.rename(left_over, path)
-    for prefix in (_WRITING, _REMOVING):
-        for left_over in directory.glob(prefix + "*"):
-            shutil.rmtree(left_over)
+            aside.rename(path)
 
 
-def _read_json(path: Path) -> dict[str, Any]:
-    """The metadata file; raises ValueError when it is not what `save` wrote."""
-    document = json.loads((path / "metadata.json").read_bytes())
-    if not isinstance(document, dict):
-        raise ValueError("metadata.json is not what save writes")
-    # files written before there was a digest have none
-    digest = document.pop("digest", None)
-    if digest is not None and digest != _digest_of_json(document):
-        raise ValueError("metadata.json does not agree with its digest")
+def _flush_to_disk(folder: Path) -> None:
+    """Have a checkpoint reach the disk before an older one goes: power may fail."""
+    for path in (folder, *folder.rglob("*"), folder.parent):
+        with contextlib.suppress(OSError):  # not every file system syncs folders
+            handle = os.open(path, os.O_RDONLY)
+            try:
+                os.fsync(handle)
+            finally:
+                os.close(handle)
+
+
+def _describe(
+    state: PyTree, step: int, score: float | None, metadata: Mapping[str, Any]
+) -> dict[str, Any]:
+    """What orbax keeps as the metadata of a checkpoint."""
+    document = {
+        "format": FORMAT_VERSION,
+        "step": step,
+        "score": None if score is None else float(score),
+        "metadata": dict(metadata),
+        "leaves": _signature(state),
+        "arrays": _digest(_whole(leaf) for leaf in jax.tree.leaves(state)),
+    }
+    try:
+        document = json.loads(json.dumps(document))  # as `_read_document` will see it
+    except TypeError as error:
+        raise ValueError(f"metadata must be JSON: {error}") from error
+    return document | {"digest": _digest_of_json(document)}
+
+
+def _read_document(folder: Path) -> dict[str, Any]:
+    """What `_describe` made; raises ValueError when it is anything else."""
+    from orbax.checkpoint import v1 as ocp
+
+    document = dict(ocp.metadata(folder).custom_metadata or {})
+    if document.pop("digest", None) != _digest_of_json(document):
+        raise ValueError("its metadata do not agree with their digest")
+    if document["format"] != FORMAT_VERSION:
+        raise _RefusedError(
+            f"{folder} has format {document['format']}, and this version of metalstm "
+            f"reads {FORMAT_VERSION}: use the version that wrote it"
+        )
     return document
 
 
 def _digest_of_json(document: dict[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(document, sort_keys=True).encode()).hexdigest()[
-        :16
+    return hashlib.sha256(json.dumps(document, sort_keys=True).encode()).hexdigest()
+
+
+def _digest(arrays: Iterable[np.ndarray]) -> str:
+    digest = hashlib.sha256()
+    for array in arrays:
+        digest.update(array.tobytes())
+    return digest.hexdigest()
+
+
+def _signature(tree: PyTree) -> list[list[Any]]:
+    """Name, shape and dtype of each leaf."""
+    return [
+        [jax.tree_util.keystr(path), list(np.shape(leaf)), str(_dtype(leaf))]
+        for path, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]
     ]
 
 
-def _flat_json(config: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
-    flat: dict[str, str] = {}
-    for name, value in config.items():
-        if isinstance(value, Mapping):
-            flat |= _flat_json(value, f"{prefix}{name}.")
-        else:
-            flat[f"{prefix}{name}"] = json.dumps(value, sort_keys=True, default=str)
-    return flat
+def _dtype(leaf: Any) -> np.dtype:
+    # A Python number is stored as JAX sees it, so that an abstract target agrees.
+    return np.dtype(getattr(leaf, "dtype", None) or jax.numpy.result_type(leaf))
+
+
+def _whole(leaf: Any) -> np.ndarray:
+    """All of an array, also of one that no process has whole."""
+    if isinstance(leaf, jax.Array) and not (
+        leaf.is_fully_addressable or leaf.is_fully_replicated
+    ):
+        from jax.experimental import multihost_utils
+
+        return multihost_utils.process_allgather(leaf, tiled=True)
+    return np.asarray(leaf, _dtype(leaf))
+
+
+def _numbered(leaves: list[Any]) -> dict[str, Any]:
+    # Numbers as names: the structure is the target's business, so that a renamed field
+    # does not make a file unreadable. Arrays without entries are not worth a file.
+    # Of several processes, orbax refuses one's own arrays: process 0 writes those.
+    def for_orbax(leaf: Any) -> Any:
+        alone = jax.process_count() == 1
+        if isinstance(leaf, jax.Array) and (alone or not leaf.is_fully_addressable):
+            return leaf
+        return np.asarray(leaf, _dtype(leaf))
+
+    return {f"{i:06d}": for_orbax(x) for i, x in enumerate(leaves) if np.size(x)}
+
+
+def _empty(document: dict[str, Any]) -> list[np.ndarray]:
+    return [np.empty(shape, dtype) for _, shape, dtype in document["leaves"]]
+
+
+def _check_target(document: dict[str, Any], target: PyTree, folder: Path) -> None:
+    saved, expected = document["leaves"], _signature(target)
+    remedy = "restore with the algorithm, learner and optimizer that wrote it"
+    if len(saved) != len(expected):
+        raise _RefusedError(
+            f"{folder} holds {len(saved)} arrays where {len(expected)} are expected: "
+            f"{remedy}"
+        )
+    for (saved_name, *found), (name, *wanted) in zip(saved, expected, strict=True):
+        if found != wanted:
+            raise _RefusedError(
+                f"{folder} holds {saved_name} as {found} where {name} is {wanted}: "
+                f"{remedy}"
+            )
+
+
+def _read_arrays(document: dict[str, Any], folder: Path) -> list[np.ndarray]:
+    """Whole arrays, in this process's memory, compared with their digest."""
+    from orbax.checkpoint import v1 as ocp
+
+    # this process reads without waiting for others: one may fail
+    context, me = ocp.Context(), jax.process_index()
+    context.multiprocessing.primary_host = me
+    context.multiprocessing.active_processes = {me}
+    empty = _empty(document)
+    with context:
+        read = ocp.load(folder, _numbered(empty))
+    values = [np.asarray(read.get(f"{i:06d}", x)) for i, x in enumerate(empty)]
+    if _digest(values) != document["arrays"]:
+        raise OSError("its arrays do not agree with their digest")
+    return values
+
+
+def _as_in_target(leaf: Any, value: np.ndarray) -> Any:
+    """The value as an array, or a number, of the target's kind and place."""
+    if isinstance(leaf, int | float):
+        return type(leaf)(value)
+    if isinstance(leaf, np.ndarray | np.generic):
+        return value
+    one_device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+    sharding = getattr(leaf, "sharding", None) or one_device
+    return jax.make_array_from_callback(value.shape, sharding, value.__getitem__)
 
 
 def _first_line(error: Exception) -> str:
     text = str(error).strip().splitlines()
     return f"{type(error).__name__}: {text[0][:200] if text else ''}"
-
-
-def _barrier(name: str) -> None:
-    if jax.process_count() > 1:
-        from jax.experimental import multihost_utils
-
-        multihost_utils.sync_global_devices(name)

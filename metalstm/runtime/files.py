@@ -9,14 +9,14 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-__all__ = ["is_unfinished", "whole_file"]
+__all__ = ["atomic_write", "is_unfinished"]
 
 _PREFIX = ".part-"
 _ABANDONED_AFTER = 3600.0  # seconds without a write: no other process is still at it
 
 
 @contextlib.contextmanager
-def whole_file(path: Path) -> Iterator[Path]:
+def atomic_write(path: Path) -> Iterator[Path]:
     """Give another name in the same folder to write to; at the end it becomes ``path``.
 
     Until then, and when something is raised, ``path`` is as it was; so it is after a

@@ -1,16 +1,14 @@
-"""Several devices, several processes: the tasks of a meta-step spread over them.
+"""The tasks of a meta-step spread over several devices.
 
-Every process runs the same program with the same arguments and takes the same steps.
 Meta-parameters and pools are copied to every device, tasks are split over the mesh's
-``"task"`` axis (`meta.training`), the coordinates of a task, where asked for, over
-its ``"coordinate"`` axis (`inner.coordinatewise`), and what one process knows (its
-clock, a signal, a file it cannot read) is agreed on before anybody acts on it. On one
-device, in one process, all of this does nothing.
+``"task"`` axis (`metalstm.tasks`), and the coordinates of a task, where asked for, over
+its ``"coordinate"`` axis (`inner.coordinatewise`). On one device none of this does
+anything. `runtime.processes` has what several processes need.
 """
 
 from __future__ import annotations
 
-import contextlib
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -20,144 +18,24 @@ from jax import lax
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from metalstm.base import Array, PyTree
+Array = jax.Array
+PyTree = Any
 
 __all__ = [
     "COORDINATE",
-    "any_process",
+    "axis_devices",
+    "block_on_cpu_collectives",
     "collect",
-    "coordinate_devices",
-    "from_main",
     "gather",
-    "initialize",
-    "is_main",
     "local",
-    "on_main",
     "place",
-    "settle",
-    "shared",
+    "psum_cotangent",
+    "shared_axis",
     "spread",
     "task_mesh",
 ]
 
-# Processes wait for each other when they end, and process 0 has figures to draw and
-# studies to make. A process that died is noticed by its heartbeat, not by this.
-_LAST_SECONDS = 7 * 24 * 3600
-_MAX_TEXT = 8192  # bytes
-
 COORDINATE = "coordinate"  # the mesh axis of devices that share a task
-
-
-def initialize(
-    coordinator: str | None = None,
-    num_processes: int | None = None,
-    process_id: int | None = None,
-    *,
-    heartbeat_timeout: int = 100,
-) -> None:
-    """Join the other processes; to be called before anything is computed.
-
-    Args:
-      coordinator: ``host:port`` where process 0 listens. Without it and the next two,
-        the cluster's environment says: a TPU pod, Slurm, Open MPI, Kubernetes.
-      num_processes, process_id: how many processes, and which one this is, from 0.
-      heartbeat_timeout: seconds. When a process was not heard of for this long, the
-        runtime ends the others; no exception can be caught then.
-
-    Raises:
-      ValueError: some of the three are missing, or there is no cluster's environment.
-    """
-    given = {
-        "coordinator": coordinator,
-        "num_processes": num_processes,
-        "process_id": process_id,
-    }
-    missing = [name for name, value in given.items() if value is None]
-    if 0 < len(missing) < len(given):
-        raise ValueError(
-            f"{', '.join(missing)} missing: give coordinator, num_processes and "
-            "process_id, or none of them on a cluster that JAX knows"
-        )
-    if not missing:
-        _check_given(str(coordinator), int(num_processes or 0), int(process_id or 0))
-    if heartbeat_timeout < 1:
-        raise ValueError(f"heartbeat_timeout={heartbeat_timeout}: choose 1 or more")
-    # SIGTERM stays the program's own
-    with contextlib.suppress(AttributeError):
-        jax.config.update("jax_enable_preemption_service", False)
-    try:
-        jax.distributed.initialize(
-            coordinator_address=coordinator,
-            num_processes=num_processes,
-            process_id=process_id,
-            heartbeat_timeout_seconds=heartbeat_timeout,
-            shutdown_timeout_seconds=_LAST_SECONDS,
-        )
-    except ValueError as error:
-        if not missing:
-            raise
-        raise ValueError(
-            "no cluster's environment that JAX knows was found (a TPU pod, Slurm, "
-            f"Open MPI, Kubernetes; {error}): give coordinator=host:port, "
-            "num_processes= and process_id="
-        ) from error
-
-
-def _check_given(coordinator: str, num_processes: int, process_id: int) -> None:
-    host, _, port = coordinator.rpartition(":")
-    if not host or not port.isdecimal():
-        raise ValueError(
-            f"coordinator={coordinator!r}: give host:port, such as 10.0.0.1:9876"
-        )
-    if not 0 <= process_id < num_processes:
-        raise ValueError(
-            f"process_id={process_id} of num_processes={num_processes}: processes "
-            "count from 0 to num_processes - 1"
-        )
-
-
-def is_main() -> bool:
-    """Whether this is process 0, which alone prints and writes logs."""
-    return jax.process_index() == 0
-
-
-def any_process(flag: bool) -> bool:
-    """Whether any process says so; all must ask, and all hear the same."""
-    if jax.process_count() == 1:
-        return flag
-    from jax.experimental import multihost_utils
-
-    return bool(multihost_utils.process_allgather(np.asarray(flag)).any())
-
-
-def from_main(text: str) -> str:
-    """The text of process 0; all must ask."""
-    if jax.process_count() == 1:
-        return text
-    from jax.experimental import multihost_utils
-
-    # a letter that is cut in two at the end is dropped
-    own = text.encode()[:_MAX_TEXT]
-    sent = np.zeros(_MAX_TEXT, np.uint8)
-    sent[: len(own)] = np.frombuffer(own, np.uint8)
-    heard = bytes(multihost_utils.broadcast_one_to_all(sent))
-    return heard.rstrip(b"\0").decode(errors="ignore")
-
-
-def on_main(act: Callable[[], Any]) -> None:
-    """Do it on process 0 alone; where it raises, the others raise ValueError."""
-    error: Exception | None = None
-    if is_main():
-        try:
-            act()
-        except Exception as raised:
-            error = raised
-    # what process 0 raises, the others hear
-    message = from_main("" if error is None else f"process 0: {error}")
-    if error is not None:
-        raise error
-    if message:
-        raise ValueError(message)
 
 
 def task_mesh(
@@ -223,31 +101,57 @@ def spread(fn: Callable, mesh: Mesh, in_specs: Any, out_specs: Any) -> Callable:
     )
 
 
-def coordinate_devices() -> int:
-    """How many devices share the coordinates of the task that is being traced."""
-    try:
-        return lax.axis_size(COORDINATE)
-    except NameError:
+def shared_axis(mesh: Mesh | None) -> str | None:
+    """Return the axis of `task_mesh` whose devices share a task, None without one.
+
+    It is the ``axis_name`` of the algorithms that are trained over the mesh.
+    """
+    has_axis = mesh is not None and COORDINATE in mesh.axis_names
+    return COORDINATE if has_axis else None
+
+
+def axis_devices(axis_name: str | None) -> int:
+    """How many devices lie along a mesh axis; 1 for None.
+
+    Raises:
+      ValueError: it is no axis of a mesh that this is traced over.
+    """
+    if axis_name is None:
         return 1
+    try:
+        return lax.axis_size(axis_name)
+    except NameError as error:
+        raise ValueError(
+            f"axis_name={axis_name!r} is no axis of the mesh at hand: call this over a "
+            "mesh that has it (task_mesh(devices_per_task=..)), or leave it out"
+        ) from error
 
 
-def gather(part: Array) -> Array:
-    """[..., n] of each device that shares a task -> [..., all of them], on each."""
-    return lax.all_gather(part, COORDINATE, axis=part.ndim - 1, tiled=True)
+def gather(part: Array, axis_name: str) -> Array:
+    """[..., n] of each device along the axis -> [..., all of them], on each."""
+    return lax.all_gather(part, axis_name, axis=part.ndim - 1, tiled=True)
 
 
-def collect(x: Array) -> Array:
-    """What each device that shares a task has -> [devices, ...], on each."""
-    return lax.all_gather(x, COORDINATE)
+def collect(x: Array, axis_name: str) -> Array:
+    """What each device along the axis has -> [devices, ...], on each."""
+    return lax.all_gather(x, axis_name)
 
 
-@jax.custom_vjp
-def shared(x: Array) -> Array:
-    """``x``, which every device that shares a task has; the derivative is their sum."""
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
+def psum_cotangent(x: Array, axis_name: str) -> Array:
+    """Return ``x``, which every device along the axis has.
+
+    Each device derives by its own part of what is made of ``x``; the derivative of the
+    whole is their sum.
+    """
+    del axis_name
     return x
 
 
-shared.defvjp(lambda x: (x, None), lambda _, ct: (lax.psum(ct, COORDINATE),))
+psum_cotangent.defvjp(
+    lambda x, axis_name: (x, None),
+    lambda axis_name, _, cotangent: (lax.psum(cotangent, axis_name),),
+)
 
 
 def place(tree: PyTree, mesh: Mesh | None, *, per_task: bool = False) -> PyTree:
@@ -275,8 +179,8 @@ def place(tree: PyTree, mesh: Mesh | None, *, per_task: bool = False) -> PyTree:
     return jax.tree.map(one, tree)
 
 
-def settle(tree: PyTree) -> None:
-    """Wait for what was computed on several devices of a CPU; elsewhere go on at once.
+def block_on_cpu_collectives(tree: PyTree) -> None:
+    """Wait for what was computed on several devices of a CPU; elsewhere do not wait.
 
     Such devices share threads, and in a collective each holds one until all have come.
     With two programs under way the second's can take the last of them: both then wait

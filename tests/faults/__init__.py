@@ -2,5 +2,5 @@
 
 Every fault is tried many times. A trial survives when what was saved before the fault
 is there bit for bit (or the newer version is, whole), what was refused was refused with
-words, and work goes on as if nothing had happened. Anything else is lost, and named.
+words, and work is resumed as if nothing had happened. Anything else is lost, and named.
 """

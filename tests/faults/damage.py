@@ -50,7 +50,7 @@ def damaged_checkpoints(folder: Path, flips: int, cuts: int) -> list[Outcome]:
                 back += _goes_back(folder)
             path.write_bytes(whole)
     require(_read_checkpoint(folder) == 2, "the trials changed the checkpoint")
-    outcome.note = f"{back} of them went back one"
+    outcome.note = f"{back} of them fell back to the one before"
     return [outcome]
 
 
@@ -62,7 +62,7 @@ def _goes_back(folder: Path) -> bool:
     require(version in (1, 2), f"step {version}")
     if version == 1:
         said = restored.message or ""
-        require("2 cannot be read" in said and "went back to step 1" in said, said)
+        require("2 cannot be read" in said and "fell back to step 1" in said, said)
     else:
         require(restored.message is None, "nothing was skipped, but it says so")
         require(restored.metadata["version"] == 2, "altered metadata")

@@ -1,4 +1,4 @@
-"""kill -9 of training at random moments: it goes on as if nothing had happened."""
+"""kill -9 of training at random moments: it resumes as if nothing had happened."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ def kill(
                 resumed += place.saved(workdir) > 0
         said = process.wait()
         try:
-            require(process.returncode == 0, f"it does not go on: {said[-500:]}")
+            require(process.returncode == 0, f"it does not resume: {said[-500:]}")
             # in a child: to compute here would be to fork no more
             in_child(lambda w=workdir: require_same(script, w, whole), workdir)
         except Exception as error:

@@ -40,7 +40,7 @@ def two_at_once(script: Script, folder: Path, *, tries: int) -> list[Outcome]:
     whole = place.whole()
     outcome = Outcome(
         f"two runs of {script.name} in one folder at once",
-        "one is refused, with the other's process, or goes on with what the other has "
+        "one is refused, with the other's process, or resumes from what the other has "
         "finished; the result is that of one run",
     )
     refused = 0
@@ -65,7 +65,7 @@ def two_at_once(script: Script, folder: Path, *, tries: int) -> list[Outcome]:
 
 
 def read_only(script: Script, folder: Path) -> list[Outcome]:
-    """A new run below a folder that cannot be written, and going on in one."""
+    """A new run below a folder that cannot be written, and resuming in one."""
     place = Place(script, folder)
     whole = place.whole()
     outcome = Outcome(
@@ -78,7 +78,7 @@ def read_only(script: Script, folder: Path) -> list[Outcome]:
         path.chmod(0o555 if path.is_dir() else 0o444)
     for name, line in (
         ("a new run", place.new(closed / "new")),
-        ("going on", ["--resume", str(closed / "run")]),
+        ("resuming", ["--resume", str(closed / "run")]),
     ):
         before = listing(closed)
         with outcome.trial(name):
@@ -149,7 +149,7 @@ def disk_full(script: Script, folder: Path, *, limits: int) -> list[Outcome]:
     whole = place.whole()
     outcome = Outcome(
         f"disk full during {script.name}",
-        "it stops and names the file and what to do; with space again it goes on to "
+        "it stops and names the file and what to do; with space again it resumes to "
         "the undisturbed run's result",
     )
     sizes = {
@@ -167,19 +167,19 @@ def disk_full(script: Script, folder: Path, *, limits: int) -> list[Outcome]:
                 require(code == 2, f"status {code}: {said}")
                 require("cannot be written" in said, said)
                 code, said = place.finish(*place.go_on(workdir))
-            require(code == 0, f"it does not go on: {said[-500:]}")
+            require(code == 0, f"it does not resume: {said[-500:]}")
             require_same(script, workdir, whole)
         shutil.rmtree(workdir, ignore_errors=True)
     return [outcome]
 
 
 def damaged_run(script: Script, folder: Path, *, tries: int) -> list[Outcome]:
-    """Damage a finished run's newest checkpoint and its best, and go on."""
+    """Damage a finished run's newest checkpoint and its best, and resume."""
     place, rng = Place(script, folder), random.Random(0)
     whole = place.whole()
     outcome = Outcome(
         f"newest checkpoint of {script.name} damaged, then --resume",
-        "it goes back one, says so, and ends as the undisturbed run",
+        "it falls back to the one before, says so, and ends as the undisturbed run",
     )
     for n in range(tries):
         workdir = folder / f"damaged-{n}"
@@ -190,14 +190,14 @@ def damaged_run(script: Script, folder: Path, *, tries: int) -> list[Outcome]:
         victims = [p for p in newest.rglob("*") if p.is_file()]
         victim = max(victims, key=lambda p: (p.stat().st_size, p.name))
         if n >= 2:
-            victim = newest / "metadata.json"
+            victim = newest / "_CHECKPOINT_METADATA"
         how, data = rng.choice(list(damages(victim.read_bytes(), 4, 4))[:4])
         victim.write_bytes(data)
         with outcome.trial(f"{which}: {victim.name} {how}"):
             code, said = place.finish("--resume", str(workdir))
-            require(code == 0, f"it does not go on: {said[-500:]}")
+            require(code == 0, f"it does not resume: {said[-500:]}")
             if which == "state":
-                require("cannot be read" in said and "went back" in said, said)
+                require("cannot be read" in said and "fell back" in said, said)
             require_same(script, workdir, whole)
         shutil.rmtree(workdir, ignore_errors=True)
     return [outcome]

@@ -28,7 +28,7 @@ class _Count:
         name = self.fault_of.get(report.nodeid)
         if name is None or not (report.when == "call" or report.failed):
             return
-        means = "refused and named, or counted and left out on request (tests)"
+        means = "refused and named, or counted and omitted on request (tests)"
         outcome = self.outcomes.setdefault(name, Outcome(name, means))
         outcome.tried += 1
         if report.failed:

@@ -1,0 +1,198 @@
+"""The figures of a run: learning curves, what the gates did, one episode, bars."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+import metalstm
+from experiments.common import report
+from experiments.common.run_folder import Metrics
+from experiments.few_shot.data import Source
+from experiments.few_shot.methods import Spec
+from experiments.few_shot.options import Data
+from experiments.few_shot.train import Found, Trainer
+from metalstm import plots
+from metalstm.base import MetaParams, PyTree
+from metalstm.data import episode_key
+from metalstm.plots import layer_groups
+from metalstm.runtime import sharding
+from metalstm.specs import build_learner, learner_spec
+
+
+def draw(
+    run: Trainer, found: Mapping[str, Found], methods: dict[str, Any]
+) -> list[str]:
+    """Draw what applies, add what the gates did to the results; return file names."""
+    files, folder, data = [], run.folder, run.options.data
+    if any(one.trained for one in found.values()):
+        files.append(draw_learning_curves(data, [folder], folder))
+    if "meta-lstm" in found:
+        algorithm = run.programs["meta-lstm"].algorithm
+        gates = observe_gates(algorithm, found["meta-lstm"].params, run.source)
+        if gates is not None:
+            summary = gates.summary()
+            methods["meta-lstm"]["gates"] = summary
+            print(gate_line(summary), flush=True)
+            figure = plots.gate_curves(gates.forget, gates.input, gates.layers)
+            files.append(report.save_figure(figure, folder / "gates.png"))
+    name, spec = next(iter(run.specs.items()))
+    algorithm, params = run.programs[name].algorithm, found[name].params
+    picture = one_episode(spec, algorithm, params, run.source)
+    if picture is not None:
+        figure = plots.episode_picture(*picture)
+        files.append(report.save_figure(figure, folder / "episode.png"))
+    bars = {name: (row["accuracy"], row["ci95"]) for name, row in methods.items()}
+    figure = plots.accuracy_bars(bars, chance=1 / data.way, title=folder.name)
+    return [*files, report.save_figure(figure, folder / "accuracy.png")]
+
+
+def draw_learning_curves(data: Data, runs: Sequence[Path], folder: Path) -> str:
+    rows = [Metrics(run).read() for run in runs]
+    names = dict.fromkeys(row["method"] for of_seed in rows for row in of_seed)
+
+    def by_method(kind: str, value: str) -> dict[str, list[plots.Curve]]:
+        return {n: [_curve(r, n, kind, value) for r in rows] for n in names}
+
+    figure = plots.learning_curves(
+        by_method("train", "loss"),
+        by_method("train", "accuracy"),
+        by_method("validation", "accuracy"),
+        title=f"{data.dataset}, {data.way}-way {data.shot}-shot",
+        chance=1 / data.way,
+    )
+    return report.save_figure(figure, folder / "learning_curve.png")
+
+
+def _curve(
+    rows: Sequence[Mapping[str, Any]], method: str, kind: str, name: str
+) -> plots.Curve:
+    mine = [r for r in rows if (r["method"], r["kind"]) == (method, kind) and name in r]
+    episodes = np.array([row["episode"] for row in mine])
+    values = np.array([row[name] for row in mine])
+    ci95 = np.array([row.get("ci95", np.nan) for row in mine])
+    return plots.Curve(episodes, values, None if kind == "train" else ci95)
+
+
+def gate_line(summary: Mapping[str, float]) -> str:
+    return (
+        f"gates: mean f {summary['mean_f']:.4f}, mean i {summary['mean_i']:.4f}; "
+        "i's std over tasks {std_i_over_tasks:.2g}, layers {std_i_over_layers:.2g}, "
+        "steps {std_i_over_steps:.2g}".format(**summary)
+    )
+
+
+class Gates(NamedTuple):
+    forget: np.ndarray  # [tasks, T, N]
+    input: np.ndarray  # [tasks, T, N]
+    layers: list[tuple[str, np.ndarray]]
+
+    def summary(self) -> dict[str, float]:
+        """Mean f and i, and how far i's means differ over tasks, layers and steps."""
+        spread = {
+            "tasks": self.input.mean((1, 2)),
+            "steps": self.input.mean((0, 2)),
+            "layers": np.array([self.input[:, :, c].mean() for _, c in self.layers]),
+        }
+        return {
+            "mean_f": float(self.forget.mean()),
+            "mean_i": float(self.input.mean()),
+            **{f"std_i_over_{name}": float(v.std()) for name, v in spread.items()},
+        }
+
+
+def observe_gates(
+    algorithm: metalstm.MetaAlgorithm,
+    params: PyTree,
+    source: Source,
+    *,
+    num_tasks: int = 10,
+) -> Gates | None:
+    """Adapt to some test episodes and record the gates; None when there are none."""
+    adapt = algorithm.adapt
+    if adapt is None:
+        return None
+
+    @jax.jit
+    def observe(params: PyTree, pool: Any, task: jax.Array) -> Any:
+        key = episode_key(0, "test", 0, task)
+        episode = source.test.sample(key, pool)
+        inner, trace = adapt(params, key, episode.support, num_classes=source.test.way)
+        return inner.params, trace.observed
+
+    observed, theta = [], None
+    pool = sharding.local(source.dataset.test)
+    for task in range(num_tasks):
+        theta, gates = observe(params, pool, jnp.int32(task))
+        if not gates:
+            return None
+        observed.append(jax.device_get(gates))
+    return Gates(
+        np.stack([gates["forget"] for gates in observed]),
+        np.stack([gates["input"] for gates in observed]),
+        layer_groups(theta),
+    )
+
+
+class Picture(NamedTuple):
+    support: tuple[np.ndarray, np.ndarray]
+    query: tuple[np.ndarray, np.ndarray]
+    before: np.ndarray  # [M] labels at theta_0
+    after: np.ndarray  # [M] labels at theta_T
+
+
+def one_episode(
+    spec: Spec,
+    algorithm: metalstm.MetaAlgorithm,
+    params: PyTree,
+    source: Source,
+) -> Picture | None:
+    """The first test episode and its predictions before and after adaptation.
+
+    Before: the start of the learner, normalised by the support set. None for a method
+    that does not adapt a learner.
+    """
+    if algorithm.adapt is None or not isinstance(params, MetaParams):
+        return None
+    of = learner_spec(spec)
+    assert of is not None
+    learner = build_learner(of)
+    key = episode_key(0, "test", 0, 0)
+    pool = sharding.local(source.dataset.test)
+    episode = jax.jit(source.test.sample)(key, pool)
+    way = source.test.way
+
+    @jax.jit
+    def before(params: MetaParams, support_x: jax.Array, query_x: jax.Array) -> Any:
+        state = params.learner
+        if not jax.tree.leaves(state.params):  # drawn afresh for every episode
+            state = learner.init(key, support_x)
+        if learner.at_way is not None:
+            state = state._replace(params=learner.at_way(state.params, way))
+        _, gathered = learner.apply(state, support_x, norm="gather")
+        return learner.apply(gathered, query_x, norm="stored")[0].argmax(-1)
+
+    @jax.jit
+    def after(params: MetaParams, support: Any, query_x: jax.Array) -> jax.Array:
+        scores = algorithm.predict(params, key, support, query_x, num_classes=way)
+        return scores.argmax(-1)
+
+    support, query = jax.device_get((episode.support, episode.query))
+    return Picture(
+        (_displayable(support.x, source), support.y),
+        (_displayable(query.x, source), query.y),
+        np.asarray(before(params, episode.support.x, episode.query.x)),
+        np.asarray(after(params, episode.support, episode.query.x)),
+    )
+
+
+def _displayable(x: np.ndarray, source: Source) -> np.ndarray:
+    if source.test.normalise is None:
+        return x
+    mean, std = (np.asarray(a) for a in source.test.normalise)
+    return x * std + mean

@@ -1,0 +1,129 @@
+"""The methods of finished run folders, to be tested again in one table."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from experiments.common.saved_options import read_config
+from experiments.few_shot.command_line import options_of
+from experiments.few_shot.data import Source
+from experiments.few_shot.methods import METHODS, Spec, pretrainings, specs_of
+from experiments.few_shot.options import Options
+from metalstm.runtime import checkpoints
+
+
+class SavedMethod(NamedTuple):
+    label: str  # its name, and of which run where several have it
+    name: str
+    folder: Path
+    spec: Spec
+    options: Any  # its own
+    meta_training: Mapping[str, Any]  # from the run's results; may be empty
+
+
+class SavedRun(NamedTuple):
+    folder: Path
+    options: Options
+    specs: dict[str, Spec]
+    data: dict[str, Any]
+    results: dict[str, Any]  # by method; empty while it has not been tested
+
+
+def read_runs(folders: Sequence[Path]) -> list[SavedRun]:
+    """Read what the folders hold.
+
+    Raises:
+      FileNotFoundError: one is no run folder, or holds a run for each of several seeds.
+      ValueError: one is named twice, or damaged.
+    """
+    runs: list[SavedRun] = []
+    for folder in folders:
+        if folder.resolve() in [run.folder.resolve() for run in runs]:
+            raise ValueError(f"--evaluate names {folder} twice: drop one")
+        saved, options = read_config(folder), options_of(folder)
+        seeds = sorted(path.name for path in folder.glob("seed-*"))
+        if seeds:
+            raise FileNotFoundError(
+                f"{folder} holds a run for each of several seeds: give "
+                + " or ".join(str(folder / seed) for seed in seeds)
+            )
+        tested = folder / "results.json"
+        results = json.loads(tested.read_text())["methods"] if tested.exists() else {}
+        specs = specs_of(options, saved["data"]["classes"]["train"])
+        runs.append(SavedRun(folder, options, specs, saved["data"], results))
+    return runs
+
+
+def choose_methods(runs: Sequence[SavedRun], names: Sequence[str]) -> list[SavedMethod]:
+    """The named methods of the runs, run by run.
+
+    A method that several runs have is labelled with the run's folder.
+
+    Raises:
+      ValueError: no run has any of them.
+    """
+    short = short_names([run.folder for run in runs])
+    in_runs = [name for run in runs for name in run.specs]
+    found = []
+    for run, folder in zip(runs, short, strict=True):
+        for name in (n for n in run.specs if n in names):
+            label = name if in_runs.count(name) == 1 else f"{name} ({folder})"
+            own, trained = run.options.methods[name], _meta_training(run, name)
+            found.append(
+                SavedMethod(label, name, run.folder, run.specs[name], own, trained)
+            )
+    if not found:
+        have = ", ".join(dict.fromkeys(in_runs))
+        raise ValueError(f"--algorithms {', '.join(names)}: the runs have {have}")
+    return found
+
+
+def _meta_training(run: SavedRun, name: str) -> Mapping[str, Any]:
+    """What was spent on a method: by its results, or before them by its checkpoint."""
+    if name in run.results:
+        return run.results[name]["meta_training"] or {}
+    _, uses = pretrainings(run.options, run.specs)
+    state = run.folder / "checkpoints" / uses.get(name, name) / "state"
+    step = checkpoints.latest(state)
+    if step is None:
+        return {}
+    seconds = checkpoints.read_metadata(state)["seconds"]
+    training = run.options.methods[name].training
+    return {"episodes": step * training.meta_batch, "wall_seconds": seconds}
+
+
+def names_in(runs: Sequence[SavedRun]) -> tuple[str, ...]:
+    """The methods that any of the runs has and that still exist."""
+    names = dict.fromkeys(name for run in runs for name in run.specs)
+    return tuple(name for name in names if name in METHODS)
+
+
+def short_names(folders: Sequence[Path]) -> list[str]:
+    """As many of each path's last parts as tell the folders apart."""
+    parts = [folder.resolve().parts for folder in folders]
+    for depth in range(1, max(map(len, parts))):
+        names = ["/".join(of_one[-depth:]) for of_one in parts]
+        if len(set(names)) == len(names):
+            return names
+    return [str(folder) for folder in folders]
+
+
+def refuse_other_images(runs: Sequence[SavedRun], source: Source) -> None:
+    """Check that one source can serve all runs.
+
+    Raises:
+      ValueError: a run was trained on images of another shape or normalisation.
+    """
+    now = source.describe()
+    for run in runs:
+        for name in ("image_shape", "normalise"):
+            if run.data.get(name) != now[name]:
+                raise ValueError(
+                    f"{run.folder} was trained with {name} {run.data.get(name)}, and "
+                    f"the test has {now[name]}: evaluate it apart"
+                )
+        if run.data["checksum"] != now["checksum"]:
+            print(f"note: the data differ from those of {run.folder} (checksum)")

@@ -1,0 +1,312 @@
+"""Meta-test: the same episodes for every method, of this run or of finished ones."""
+
+from __future__ import annotations
+
+import copy
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+
+import metalstm
+from experiments.common import report
+from experiments.common.devices import describe
+from experiments.common.run_folder import write_json
+from experiments.common.tables import Table
+from experiments.few_shot import results
+from experiments.few_shot.data import Source, load_source
+from experiments.few_shot.header import header
+from experiments.few_shot.methods import Spec
+from experiments.few_shot.options import Options, Retest
+from experiments.few_shot.results import Tested
+from experiments.few_shot.saved_runs import (
+    SavedMethod,
+    choose_methods,
+    read_runs,
+    refuse_other_images,
+)
+from experiments.few_shot.train import Found, Trainer, checkpoint_of
+from metalstm.base import MetaParams, PyTree
+from metalstm.predictor import load_params
+from metalstm.runtime import processes, sharding
+from metalstm.runtime.files import atomic_write
+from metalstm.specs import COMPARING, build_algorithm, fixed_way
+
+Results = dict[str, Any]
+
+
+def meta_test(run: Trainer, found: Mapping[str, Found]) -> tuple[Results, Table]:
+    """Test every method of a run, print the table, keep the accuracies."""
+    options, tested, methods = run.options, [], {}
+    test = options.test
+    for name in options.methods:
+        begun = time.monotonic()
+        evaluation = run.programs[name].evaluate(
+            found[name].params,
+            run.source.dataset.test,
+            num_episodes=test.test_episodes,
+            seed=test.test_seed,
+        )
+        seconds = time.monotonic() - begun
+        spec = run.specs[name]
+        one = Tested(
+            name,
+            name,
+            evaluation,
+            results.batch_norm_of(spec, evaluation.query_norm),
+            count_parameters(found[name].params, spec),
+            found[name].meta_training(),
+        )
+        tested.append(one)
+        methods[name] = _result(one, options.run.seed, seconds)
+    reference = results.compared_with(list(options.methods))
+    rows = results.rows_of(tested, options.data, lambda _: reference)
+    for row in rows:
+        marked = row.published
+        methods[row.name] |= {
+            "paired_difference": row.difference,
+            "published": marked and marked.number._asdict(),
+            "published_marks": marked and results.marks_of(marked),
+        }
+    what = f"meta-test, the same {test.test_episodes} episodes for every method"
+    table = results.table_of(what, reference, rows)
+    print(table, flush=True)
+    _save_accuracies(run.folder / "accuracies.npz", tested)
+    return {
+        "dataset": run.source.describe(),
+        "way": options.data.way,
+        "shot": options.data.shot,
+        "versions": report.versions(),
+        "device": jax.devices()[0].device_kind,
+        "paired_difference_to": reference,
+        "methods": methods,
+    }, table
+
+
+def _result(one: Tested, seed: int, seconds: float) -> Results:
+    """What results.json has of a method on its own."""
+    evaluation = one.evaluation
+    return {
+        "accuracy": evaluation.mean,
+        "ci95": evaluation.ci95,
+        "episodes": len(evaluation.accuracies),
+        "batch_norm": one.batch_norm,
+        "split": evaluation.split,
+        "seed": seed,
+        "test_seed": evaluation.seed,
+        "learned_parameters": one.learned,
+        "wall_seconds": round(seconds, 3),
+        "episodes_per_second": round(len(evaluation.accuracies) / seconds, 3),
+        "meta_training": one.meta_training or None,
+    }
+
+
+def _save_accuracies(path: Any, tested: Sequence[Tested]) -> None:
+    if processes.is_main():
+        arrays: dict[str, Any] = {one.name: one.evaluation.accuracies for one in tested}
+        with atomic_write(path) as part:
+            np.savez(part, **arrays)
+
+
+def over_seeds(
+    options: Options, per_seed: Mapping[int, Results]
+) -> tuple[Results, Table]:
+    """Means over seeds of meta-training, their CI and that of paired differences."""
+    names = list(options.methods)
+    reference = results.compared_with(names)
+    methods, rows = {}, []
+    for name in names:
+        of_seeds = [found["methods"][name] for found in per_seed.values()]
+        means = [row["accuracy"] for row in of_seeds]
+        mean, ci95 = mean_over_seeds(means)
+        difference = None
+        if name != reference:
+            others = [f["methods"][reference]["accuracy"] for f in per_seed.values()]
+            difference = mean_over_seeds(np.subtract(means, others).tolist())
+        trained = [row["meta_training"] or {} for row in of_seeds]
+        episodes, seconds = (
+            float(np.mean([t[key] for t in trained])) if key in trained[0] else None
+            for key in ("episodes", "wall_seconds")
+        )
+        methods[name] = {
+            "accuracy": mean,
+            "ci95": ci95,
+            "accuracies": means,
+            "paired_difference": difference,
+        }
+        norm = of_seeds[0]["batch_norm"]
+        rows.append(
+            results.Row(
+                name,
+                mean,
+                ci95,
+                difference,
+                norm,
+                of_seeds[0]["learned_parameters"],
+                None if episodes is None else round(episodes),
+                seconds,
+                results.reference_for(name, options.data, norm),
+            )
+        )
+    what = f"mean over {len(per_seed)} meta-training seeds, the CI over seeds"
+    found = {
+        "seeds": list(per_seed),
+        "ci95_over": "seeds",
+        "paired_difference_to": reference,
+        "methods": methods,
+    }
+    return found, results.table_of(what, reference, rows)
+
+
+def mean_over_seeds(means: Sequence[float]) -> tuple[float, float]:
+    """Mean and half the 95% confidence interval over meta-training seeds."""
+    values = np.asarray(means)
+    half = 1.96 * values.std(ddof=1) / len(values) ** 0.5 if len(values) > 1 else 0
+    return float(values.mean()), float(half)
+
+
+def count_parameters(params: PyTree, spec: Spec) -> int:
+    """How many numbers were learned: theta_0 and the rule's."""
+    if spec["algorithm"] in ("from_scratch", "nearest_neighbour"):
+        return 0
+    if isinstance(params, MetaParams):
+        learned = (params.learner.params, params.rule)
+        if spec["algorithm"] == "fine_tuning" or not spec.get("trainable", True):
+            learned = (params.learner.params, ())
+    else:
+        learned = params.params
+    return sum(int(np.size(leaf)) for leaf in jax.tree.leaves(learned))
+
+
+# -- finished runs ---------------------------------------------------------------------
+
+
+def evaluate_again(options: Options, anew: Retest) -> Table:
+    """Print and save one row for each method and mode; all share their episodes.
+
+    The paired difference is to Meta-LSTM, or else the first row; with
+    ``--query-norm all`` to the method's first mode.
+
+    Raises:
+      ValueError: a run cannot serve the way, or was trained on other images.
+      FileNotFoundError: a method has no checkpoint yet.
+    """
+    runs = read_runs(options.run.evaluate)
+    wanted = choose_methods(runs, options.run.algorithms)
+    for method in wanted:
+        _check_way(method, options.data.way)
+    # no meta-training here, so its episodes need not be possible
+    mesh = sharding.task_mesh(num_devices=options.devices.devices)
+    source = load_source(options.data, {}).placed(mesh, options.devices.devices)
+    refuse_other_images(runs, source)
+    print(header(options, source, describe(mesh), anew.query_norm), flush=True)
+
+    tested = list(_test_again(wanted, source, options, anew))
+    methods = [one.method for one in tested]
+    first: dict[str, str] = {}
+    for one in tested:
+        first.setdefault(_without_mode(one), one.name)
+    by_mode = anew.query_norm == "all"
+    reference = tested[methods.index(results.compared_with(methods))].name
+    rows = results.rows_of(
+        tested,
+        options.data,
+        lambda one: first[_without_mode(one)] if by_mode else reference,
+    )
+    what = f"meta-test, the same {options.test.test_episodes} episodes for every row"
+    to = "the method's first mode" if by_mode else reference
+    table = results.table_of(what, to, rows)
+    print(table)
+    if not processes.is_main():
+        return table
+    folder = options.run.workdir or options.run.evaluate[0]
+    folder.mkdir(parents=True, exist_ok=True)
+    data, test = options.data, options.test
+    mode = anew.query_norm or "saved"
+    stem = f"evaluation-{data.way}w{data.shot}s-{mode}-{test.test_seed}"
+    which = {"seed": test.test_seed, "episodes": test.test_episodes}
+    write_json(folder / f"{stem}.json", [row.record() | which for row in rows])
+    _save_accuracies(folder / f"{stem}.npz", tested)
+    files = [f"{stem}.json", *table.write(folder, stem)]
+    print(f"{', '.join(files)} in {folder}", flush=True)
+    return table
+
+
+def _test_again(
+    wanted: Sequence[SavedMethod], source: Source, options: Options, anew: Retest
+) -> Iterator[Tested]:
+    """Test each method, in each mode that is asked for and makes sense."""
+    mesh = sharding.task_mesh(num_devices=options.devices.devices)
+    for method in wanted:
+        params, message = load_saved(method, source)
+        if message:
+            print(f"note: {message}")
+        learned = count_parameters(params, method.spec)
+        for mode in modes(method, anew.query_norm):
+            evaluation = metalstm.evaluate(
+                build_algorithm(spec_for_test(method.spec, mode, anew.num_test_steps)),
+                params,
+                source.dataset.test,
+                source.test,
+                num_episodes=options.test.test_episodes,
+                seed=options.test.test_seed,
+                batch_size=options.test.test_batch,
+                mesh=mesh,
+            )
+            several = anew.query_norm == "all" and mode is not None
+            yield Tested(
+                f"{method.label} [{mode}]" if several else method.label,
+                method.name,
+                evaluation,
+                mode,
+                learned,
+                method.meta_training,
+            )
+
+
+def load_saved(method: SavedMethod, source: Source) -> tuple[PyTree, str | None]:
+    """The best parameters of a saved method, and what had to be skipped."""
+    shape = source.dataset.image_shape
+    return load_params(method.folder / checkpoint_of(method.name), method.spec, shape)
+
+
+def _without_mode(one: Tested) -> str:
+    return one.name.removesuffix(f" [{one.batch_norm}]")
+
+
+def spec_for_test(
+    spec: Spec, mode: str | None, num_test_steps: int | None = None
+) -> Spec:
+    """The spec for a test in a batch-norm mode, by so many updates if given."""
+    spec = copy.deepcopy(spec)
+    adapting = spec.get("of", spec)
+    if mode is not None and "query_norm" in adapting:
+        adapting["query_norm"] = mode
+    if num_test_steps is not None and "num_test_steps" in adapting:
+        adapting["num_test_steps"] = num_test_steps
+    return spec
+
+
+def modes(method: SavedMethod, query_norm: str | None) -> list[str | None]:
+    """The batch-norm modes that make sense for a method, of those asked for."""
+    spec = method.spec
+    query_norm = query_norm or getattr(method.options.method, "query_norm", "frozen")
+    if results.batch_norm_of(spec, query_norm) is None:
+        return [None]
+    if spec["algorithm"] in (*COMPARING, "mann"):
+        return ["frozen"]
+    frozen = spec.get("of", spec).get("train_query_norm") == "frozen"
+    if query_norm != "all":
+        return [query_norm]
+    return ["support", "support+1", "transductive", *(["frozen"] if frozen else [])]
+
+
+def _check_way(method: SavedMethod, way: int) -> None:
+    fixed = fixed_way(method.spec)
+    if fixed not in (None, way):
+        raise ValueError(
+            f"--way {way}: {method.label} was trained with a head of {fixed} classes; "
+            f"choose --way {fixed}, or train with --tied-head"
+        )

@@ -1,0 +1,384 @@
+"""Meta-train the methods of a run, tune what has a rate, and keep what is found."""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import Mesh
+
+import metalstm
+from experiments.common.devices import MAY_CHANGE, mesh_for
+from experiments.common.loop import Loop, Setup
+from experiments.common.run_folder import Metrics
+from experiments.common.tuning import bracketed_best
+from experiments.few_shot.arguments import Arguments, GradientAgreement, Reptile
+from experiments.few_shot.data import Source
+from experiments.few_shot.methods import (
+    HAND_MADE,
+    METHODS,
+    Spec,
+    init_source,
+    pretrainings,
+)
+from experiments.few_shot.options import Common, Data, Learner, Options, Training
+from metalstm.base import MetaParams, PyTree
+from metalstm.predictor import example_episode
+from metalstm.runtime import checkpoints, sharding
+from metalstm.specs import build_algorithm
+
+_STEP_SHARES = (0.05, 0.2, 0.5)  # of a method's num_steps, tried next to all of them
+
+
+class Programs(NamedTuple):
+    """What is compiled once for each method and serves every seed."""
+
+    algorithm: metalstm.MetaAlgorithm
+    optimizer: optax.GradientTransformation
+    train_loop: Callable[..., Any]
+    evaluate: Callable[..., metalstm.Evaluation]
+    mesh: Mesh | None  # of a meta-step
+
+
+class Trained(NamedTuple):
+    params: PyTree  # the best on validation
+    episodes: int
+    seconds: float  # of meta-training and validation
+    episodes_per_second: float  # of meta-training, without compilation; nan if none
+    best_episode: int
+    best_mean: float
+    best_ci95: float
+
+
+class Tuned(NamedTuple):
+    params: PyTree
+    rate: float
+    tried: dict[float, float]  # rate -> validation accuracy
+    steps: int | None = None  # of fine-tuning
+    tried_steps: dict[int, float] | None = None
+
+
+class Found(NamedTuple):
+    """What a method is tested with, and how it was found."""
+
+    params: PyTree
+    trained: Trained | None = None
+    tuned: Tuned | None = None
+
+    def meta_training(self) -> dict[str, Any]:
+        """What results.json has of it; empty for what was neither trained nor tuned."""
+        found: dict[str, Any] = {}
+        if self.tuned is not None:
+            found |= {"rate": self.tuned.rate, "tried": _keys(self.tuned.tried)}
+            if self.tuned.tried_steps is not None:
+                found["steps"] = self.tuned.steps
+                found["tried_steps"] = _keys(self.tuned.tried_steps)
+        if self.trained is not None:
+            speed = self.trained.episodes_per_second
+            found |= {
+                "episodes": self.trained.episodes,
+                "wall_seconds": round(self.trained.seconds, 3),
+                "episodes_per_second": round(speed, 3)
+                if math.isfinite(speed)
+                else None,
+                "best_episode": self.trained.best_episode,
+                "validation_accuracy": self.trained.best_mean,
+            }
+        return found
+
+
+def _keys(tried: Mapping[Any, float]) -> dict[str, float]:
+    return {str(value): score for value, score in tried.items()}
+
+
+def make_all_programs(
+    options: Options, specs: Mapping[str, Spec], source: Source
+) -> dict[str, Programs]:
+    """The compile-once parts of every method, and of pre-training that several share.
+
+    Raises:
+      ValueError: arguments that a constructor refuses.
+    """
+    programs = {}
+    for name, spec in specs.items():
+        try:
+            programs[name] = make_programs(spec, options, options.methods[name], source)
+        except ValueError as error:
+            raise ValueError(f"{name}: {error}") from error
+    for name, shared in pretrainings(options, specs)[0].items():
+        programs[name] = make_programs(shared.spec, options, shared.options, source)
+    return programs
+
+
+def make_programs(spec: Spec, common: Common, own: Any, source: Source) -> Programs:
+    """The compile-once parts of a method; ``own`` are its options."""
+    training: Training = own.training
+    mesh = mesh_for(common.devices, training.meta_batch, "--meta-batch")
+    trained = build_algorithm(spec, axis_name=sharding.shared_axis(mesh))
+    algorithm = build_algorithm(spec)  # evaluation shares no task between devices
+    optimizer = _optimizer(own.method, training)
+    train_loop = metalstm.make_train_loop(
+        trained,
+        optimizer,
+        source.train(training),
+        num_tasks=training.meta_batch,
+        steps_per_call=training.steps_per_call,
+        mesh=mesh,
+        accumulate_tasks=training.accumulate_tasks,
+    )
+    evaluate = metalstm.make_evaluate(
+        algorithm,
+        source.test,
+        batch_size=common.test.test_batch,
+        mesh=sharding.task_mesh(num_devices=common.devices.devices),
+    )
+    return Programs(algorithm, optimizer, train_loop, evaluate, mesh)
+
+
+def _optimizer(method: Arguments, training: Training) -> optax.GradientTransformation:
+    """Adam, clipped; for reptile SGD, whose step is the outer one."""
+    moves = isinstance(method, Reptile) or (
+        isinstance(method, GradientAgreement) and method.of == "reptile"
+    )
+    first_rate = method.outer_step if moves else training.learning_rate  # type: ignore[attr-defined]
+    rate: optax.ScalarOrSchedule = first_rate
+    if training.schedule == "cosine":
+        rate = optax.cosine_decay_schedule(first_rate, _num_steps(training))
+    elif training.schedule == "linear":
+        rate = optax.linear_schedule(first_rate, 0.0, _num_steps(training))
+    if moves:
+        return optax.sgd(rate)
+    if training.clip:
+        return metalstm.adam_clipped(rate, training.clip)
+    return optax.adam(rate)
+
+
+# -- meta-training ---------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What a checkpoint belongs to."""
+
+    data: Data
+    seed: int
+    method: Arguments
+    learner: Learner
+    training: Training
+
+
+def may_change(options: Options) -> tuple[str, ...]:
+    """What may differ when a run is resumed. A schedule's end is part of the recipe."""
+    names: tuple[str, ...] = (
+        "run.preset", "run.workdir", "run.resume", "run.evaluate", "run.tensorboard",
+        "run.debug", "data.data_dir", *MAY_CHANGE,
+    )  # fmt: skip
+    for method, own in options.methods.items():
+        prefix = f"methods.{method}.training"
+        names += tuple(f"{prefix}.{name}" for name in _movable(own.training))
+    return names
+
+
+def _movable(training: Training) -> tuple[str, ...]:
+    return ("minutes", "episodes") if training.schedule == "constant" else ("minutes",)
+
+
+def _describe(means: dict[str, float]) -> str:
+    text = f"loss {means['loss']:.3f}"
+    if "accuracy" in means:
+        text += f"  acc {means['accuracy']:.1%}"
+    return text
+
+
+def _num_steps(training: Training) -> int:
+    # with minutes: far enough that time decides
+    return _in_steps(training.episodes if training.minutes is None else 10**9, training)
+
+
+def _in_steps(episodes: int, training: Training) -> int:
+    """Meta-steps for that many episodes, up to a whole jitted call."""
+    calls = math.ceil(episodes / (training.meta_batch * training.steps_per_call))
+    return calls * training.steps_per_call
+
+
+class Trainer(NamedTuple):
+    """A seed of a run, and where it goes."""
+
+    options: Options
+    specs: Mapping[str, Spec]
+    programs: Mapping[str, Programs]
+    source: Source
+    folder: Path
+    metrics: Metrics
+
+    def learn(self) -> dict[str, Found]:
+        """Train, or resume training, every method until its budget is spent.
+
+        Raises:
+          Interrupted: after Ctrl-C; the state is saved.
+          NonFiniteLossError: the state before the bad step is saved.
+        """
+        found: dict[str, Found] = {}
+        classifiers, uses = pretrainings(self.options, self.specs)
+        shared: dict[str, Trained] = {}
+        names = list(self.options.methods)
+        for name in (n for n in names if self.programs[n].algorithm.trainable):
+            own = self.options.methods[name]
+            if name not in uses:
+                trained = self._train(name, own)
+                found[name] = Found(trained.params, trained)
+                continue
+            classifier = uses[name]
+            if classifier not in shared:
+                options = classifiers[classifier].options
+                shared[classifier] = self._train(classifier, options)
+            found[name] = self._transfer(name, own, shared[classifier])
+        for name in (n for n in names if not self.programs[n].algorithm.trainable):
+            params = self._untrained(name)
+            if METHODS[name].family == HAND_MADE:
+                init = init_source(names)
+                assert init is not None, "refused by command_line.check"
+                params = MetaParams(found[init].params.learner, params.rule)
+            found[name] = Found(params)
+            if METHODS[name].rates:
+                tuned = self._tune(name, params)
+                found[name] = Found(tuned.params, tuned=tuned)
+                print(f"{name}, best rate on validation: {tuned.rate:.3g}", flush=True)
+                self._save_best(name, tuned.params, rate=tuned.rate)
+        return found
+
+    def _train(self, name: str, own: Any) -> Trained:
+        programs, data, seed = (
+            self.programs[name],
+            self.options.data,
+            self.options.run.seed,
+        )
+        training: Training = own.training
+
+        def score(params: PyTree) -> tuple[float, dict[str, float]]:
+            result = self._validate(name, params, training.validation_episodes)
+            return result.mean, {"accuracy": result.mean, "ci95": result.ci95}
+
+        setup = Setup(
+            name=name,
+            config=Recipe(data, seed, own.method, own.learner, training),
+            may_change=(
+                "data.data_dir",
+                *(f"training.{option}" for option in _movable(training)),
+            ),
+            num_steps=_num_steps(training),
+            minutes=training.minutes,
+            steps_per_call=training.steps_per_call,
+            validate_every=_in_steps(training.validate_every, training),
+            report_every=_in_steps(max(20, training.episodes // 2_000), training),
+            save_every=_in_steps(training.save_every, training),
+            score=score,
+            describe=_describe,
+            unit="episode",
+            per_step=training.meta_batch,
+            mesh=programs.mesh,
+        )
+        make_state = functools.partial(
+            metalstm.init_train_state,
+            programs.algorithm,
+            programs.optimizer,
+            seed,
+            self._example(),
+        )
+        loop = Loop(setup, self.folder, self.metrics, programs.algorithm, make_state)
+        with loop.running():
+            loop.fit(programs.train_loop, self.source.dataset.train)
+        best = int(loop.state.best_step) * training.meta_batch
+        ci95 = {row["episode"]: row["ci95"] for row in loop.history}
+        trained = Trained(
+            loop.state.best_params,
+            int(loop.state.train.step) * training.meta_batch,
+            loop.saved.seconds(),
+            loop.stopwatch.speed(),
+            best,
+            float(loop.state.best_score),
+            ci95.get(best, math.nan),
+        )
+        print(
+            f"{name}, best on validation: episode {trained.best_episode:,} "
+            f"({100 * trained.best_mean:.1f} ± {100 * trained.best_ci95:.1f}%)",
+            flush=True,
+        )
+        return trained
+
+    def _validate(
+        self, name: str, params: PyTree, num_episodes: int
+    ) -> metalstm.Evaluation:
+        return self.programs[name].evaluate(
+            params,
+            self.source.dataset.validation,
+            num_episodes=num_episodes,
+            split="validation",
+        )
+
+    def _example(self) -> metalstm.Episode:
+        data, shape = self.options.data, self.source.dataset.image_shape
+        return example_episode(shape, data.way, data.shot)
+
+    def _transfer(self, name: str, own: Any, trained: Trained) -> Found:
+        """Put a method's own rule next to the shared features, tuned on validation."""
+        params = self._untrained(name)._replace(learner=trained.params.learner)
+        if not METHODS[name].rates:
+            self._save_best(name, params)
+            return Found(params, trained)
+        tuned = self._tune(name, params, own.method.num_steps)
+        print(
+            f"{name}, best on validation: rate {tuned.rate:.3g}, {tuned.steps} steps",
+            flush=True,
+        )
+        self._save_best(name, tuned.params, rate=tuned.rate, steps=tuned.steps)
+        return Found(tuned.params, trained, tuned)
+
+    def _untrained(self, name: str) -> PyTree:
+        """What a method starts from, its rate not yet tuned."""
+        key = jax.random.key(self.options.run.seed)
+        return self.programs[name].algorithm.init(key, self._example())
+
+    def _tune(self, name: str, params: MetaParams, most_steps: int = 0) -> Tuned:
+        """Choose the learning rate on meta-validation, from a grid that brackets it.
+
+        Where the rule knows a number of steps, that is chosen next, at the best rate.
+        """
+        episodes = self.options.methods[name].training.validation_episodes
+
+        def score(rate: float, steps: int | None = None) -> float:
+            return self._validate(name, with_rate(params, rate, steps), episodes).mean
+
+        rate, tried = bracketed_best(METHODS[name].rates, score)
+        if "num_steps" not in params.rule:
+            return Tuned(with_rate(params, rate), rate, tried)
+        fewer = {max(1, round(share * most_steps)) for share in _STEP_SHARES}
+        tried_steps = {n: score(rate, n) for n in sorted(fewer - {most_steps})}
+        tried_steps[most_steps] = tried[rate]
+        steps = max(tried_steps, key=lambda steps: tried_steps[steps])
+        return Tuned(with_rate(params, rate, steps), rate, tried, steps, tried_steps)
+
+    def _save_best(self, name: str, params: PyTree, **metadata: Any) -> None:
+        """Keep what was not meta-trained too: every method can be loaded again."""
+        if jax.tree.leaves(params):
+            path = self.folder / checkpoint_of(name)
+            checkpoints.save(path, params, step=0, metadata=metadata, keep=1)
+
+
+def checkpoint_of(method: str) -> str:
+    """Where the best parameters of a method are in its run folder."""
+    return f"checkpoints/{method}/best"
+
+
+def with_rate(params: MetaParams, rate: float, steps: int | None = None) -> MetaParams:
+    rule = params.rule | {"learning_rate": jnp.float32(rate)}
+    if steps is not None:
+        rule["num_steps"] = jnp.float32(steps)
+    return params._replace(rule=rule)

@@ -1,0 +1,156 @@
+"""Hallucination and the memory-augmented network, against numpy in float64."""
+
+from __future__ import annotations
+
+import jax
+import numpy as np
+import pytest
+import tiny
+from reference import sigmoid
+from test_algorithms import EPISODE, FEATURES, KEY, compiled_predict, meta_params
+
+from metalstm import algorithms
+from metalstm.base import Batch, Learner
+
+SUPPORT, QUERY = EPISODE
+labels = np.asarray(SUPPORT.y)
+
+
+def as_float64(tree):
+    return jax.tree.map(lambda leaf: np.asarray(leaf, np.float64), tree)
+
+
+def features(name: str) -> tuple[np.ndarray, np.ndarray]:
+    """Support and query as the learner inside a case embeds them."""
+    state = algorithms.embedding_state(meta_params(name))
+    embed = lambda x: as_float64(FEATURES.apply(state, x, norm="stored")[0])  # noqa: E731
+    return embed(SUPPORT.x), embed(QUERY.x)
+
+
+def maps() -> Learner:
+    return Learner(
+        FEATURES.init,
+        lambda s, x, **options: (FEATURES.apply(s, x, **options)[0][:, None], s),
+    )
+
+
+# -- hallucination ---------------------------------------------------------------------
+
+
+def test_prototypes_are_means_of_real_and_imagined_examples():
+    params = meta_params("hallucination")
+    support, query = features("hallucination")
+    noise_key, _ = jax.random.split(KEY)
+    noise = as_float64(jax.random.normal(noise_key, (2, *support.shape)))
+    layers = as_float64(params.params["generator"])["layers"]
+    examples, classes = [support], [labels]
+    for z in noise:
+        hidden = np.concatenate([support, z], 1)
+        for layer in layers[:2]:
+            hidden = np.maximum(hidden @ layer["kernel"] + layer["bias"], 0)
+        examples.append(support + hidden @ layers[2]["kernel"] + layers[2]["bias"])
+        classes.append(labels)
+    examples, classes = np.concatenate(examples), np.concatenate(classes)
+    means = np.stack([examples[classes == c].mean(0) for c in range(tiny.WAY)])
+    expected = -np.sum((query[:, None] - means) ** 2, -1)
+    scores = compiled_predict("hallucination")(params, SUPPORT, QUERY.x)
+    np.testing.assert_allclose(scores, expected, rtol=1e-4, atol=1e-5)
+    real = np.stack([support[labels == c].mean(0) for c in range(tiny.WAY)])
+    assert np.abs(real - means).max() > 1e-3  # imagination moves them
+
+
+def test_imagination_follows_the_key():
+    algorithm, params = HALLUCINATION, meta_params("hallucination")
+    fn = tiny.quick_jit(
+        jax.vmap(
+            lambda seed: algorithm.predict(
+                params, jax.random.key(seed), SUPPORT, QUERY.x, num_classes=tiny.WAY
+            )
+        )
+    )
+    first, again, other = fn(np.array([1, 1, 2]))
+    np.testing.assert_array_equal(first, again)
+    assert np.abs(first - other).max() > 1e-4
+
+
+def test_what_hallucination_refuses():
+    with pytest.raises(ValueError, match=r"num_generated=0: choose 1 or more"):
+        algorithms.hallucination(FEATURES, num_generated=0)
+    with pytest.raises(ValueError, match=r"generator needs features \[N, d\]"):
+        algorithms.hallucination(maps()).init(KEY, EPISODE)
+
+
+HALLUCINATION = algorithms.hallucination(FEATURES, num_generated=2)
+
+
+# -- the memory-augmented network ------------------------------------------------------
+
+
+def memory_scores(net, sequence, late, *, num_slots, slot_size, num_reads):
+    """Santoro et al. (2016), equations 2 to 8, a step and a head at a time."""
+    hidden = net["keys"]["kernel"].shape[0]
+    h, c = np.zeros(hidden), np.zeros(hidden)
+    memory, usage = np.zeros((num_slots, slot_size)), np.zeros(num_slots)
+    previous = [np.zeros(num_slots) for _ in range(num_reads)]
+    reads = np.zeros(num_reads * slot_size)
+    linear = lambda name, x: x @ net[name]["kernel"] + net[name]["bias"]  # noqa: E731
+    for x, y in zip(sequence, late, strict=True):
+        i, f, o, g = np.split(linear("controller", np.concatenate([x, y, reads, h])), 4)
+        c = sigmoid(f + 1) * c + sigmoid(i) * np.tanh(g)
+        h = sigmoid(o) * np.tanh(c)
+        keys = np.split(np.tanh(linear("keys", h)), num_reads)
+        gates = sigmoid(linear("interpolation", h))
+        free = np.argsort(usage, kind="stable")[:num_reads]
+        lengths = np.sqrt(np.sum(memory**2, 1) + 1e-6)
+        written, parts, now = memory.copy(), [], []
+        written[free] = 0
+        usage = 0.95 * usage
+        for head, key in enumerate(keys):
+            cosine = memory @ key / (lengths * np.sqrt(np.sum(key**2) + 1e-6))
+            read = np.exp(cosine) / np.exp(cosine).sum()
+            least = np.eye(num_slots)[free[head]]
+            write = gates[head] * previous[head] + (1 - gates[head]) * least
+            written += np.outer(write, key)
+            usage = usage + read + write
+            parts.append(read @ memory)
+            now.append(read)
+        memory, previous, reads = written, now, np.concatenate(parts)
+    return linear("outputs", np.concatenate([h, reads]))
+
+
+def test_a_query_reads_the_memory_of_the_support_sequence():
+    params = meta_params("mann")
+    support, query = features("mann")
+    late = np.concatenate([np.zeros((1, tiny.WAY)), np.eye(tiny.WAY)[labels]])
+    net = as_float64(params.params["memory_net"])
+    expected = [
+        memory_scores(
+            net,
+            np.concatenate([support, one[None]]),
+            late,
+            num_slots=5,
+            slot_size=3,
+            num_reads=2,
+        )
+        for one in query
+    ]
+    scores = compiled_predict("mann")(params, SUPPORT, QUERY.x)
+    np.testing.assert_allclose(scores, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_labels_come_one_step_late_and_order_matters():
+    params, fn = meta_params("mann"), compiled_predict("mann")
+    before = fn(params, SUPPORT, QUERY.x)
+    reverse = Batch(SUPPORT.x[::-1], SUPPORT.y[::-1])
+    assert np.abs(fn(params, reverse, QUERY.x) - before).max() > 1e-4
+
+
+def test_what_the_memory_network_refuses():
+    with pytest.raises(ValueError, match=r"num_reads=9: choose at least 1 and at most"):
+        algorithms.mann(FEATURES, 3, num_slots=8, num_reads=9)
+    with pytest.raises(ValueError, match=r"controller needs features \[N, d\]"):
+        algorithms.mann(maps(), 3).init(KEY, EPISODE)
+    three, five = algorithms.mann(FEATURES, 3), tiny.episode(way=5)
+    params = three.init(KEY, five)
+    with pytest.raises(ValueError, match=r"5 classes but the network was made for way"):
+        three.predict(params, KEY, five.support, five.query.x, num_classes=5)
