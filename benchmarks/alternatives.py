@@ -23,8 +23,8 @@ import numpy as np
 
 from metalstm import adam_clipped, algorithms, nn, rules
 from metalstm.data import ClassPool, EpisodeSpec
-from metalstm.inner import loop
-from metalstm.meta.training import init_train_state, make_train_step
+from metalstm.inner import first_order, unroll
+from metalstm.meta.step import init_train_state, make_train_step
 
 __all__ = ["main"]
 
@@ -62,15 +62,15 @@ def through_the_rule(coordinates: int = 32_901, updates: int = 8) -> dict:
         return jnp.vdot(batch, params["w"]) + 1.6, stats
 
     def objective(rule_params, theta, blocked: bool):
-        state = loop.InnerState(theta, {}, None)
-        final, _ = loop.unroll(
+        traits = rule.traits._replace(coordinatewise=blocked)
+        final, _ = unroll(
             loss_fn,
-            rule.bind(rule_params),
-            state,
+            rule._replace(traits=traits),
+            rule_params,
+            theta,
             grads,
             num_steps=updates,
-            second_order=False,
-            coordinatewise=blocked,
+            differentiation=first_order(),
         )
         return jnp.vdot(final.params["w"], direction)
 

@@ -85,7 +85,7 @@ def measure(name: str, seconds: float) -> dict:
     import jax.numpy as jnp
     import numpy as np
 
-    from metalstm import adam_clipped, algorithms, nn, rules
+    from metalstm import adam_clipped, algorithms, first_order, nn, rules, second_order
     from metalstm.data import ClassPool, EpisodeSpec
     from metalstm.meta.evaluation import make_evaluate
     from metalstm.runtime.sharding import place
@@ -107,7 +107,7 @@ def measure(name: str, seconds: float) -> dict:
     )
     options = {
         "num_steps": row["steps"],
-        "second_order": row.get("second_order", False),
+        "differentiation": second_order() if row.get("second_order") else first_order(),
     }
     if row.get("rule") == "sgd":
         algorithm = algorithms.maml(learner, 0.1, **options)

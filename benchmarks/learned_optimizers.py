@@ -68,7 +68,7 @@ def measure(name: str, seconds: float) -> dict:
     from metalstm import adam_clipped, learned_optimizers, rules
     from metalstm.data.sources.labelled import ImageData
     from metalstm.learned_optimizers import problems
-    from metalstm.runtime.sharding import place
+    from metalstm.runtime.sharding import place, shared_axis
 
     row = ROWS[name]
     tasks, seeds = 1 if row["problem"] == "mlp" else 128, row.get("seeds", 1)
@@ -88,6 +88,7 @@ def measure(name: str, seconds: float) -> dict:
         unroll_steps=UNROLL,
         horizon=5 * UNROLL,
         estimator=row["estimator"],
+        axis_name=shared_axis(mesh),
     )
     sampler = problems.ProblemSampler(family, UNROLL + 1)
     optimizer = adam_clipped(1e-3, 1.0)

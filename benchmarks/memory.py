@@ -1,4 +1,4 @@
-"""Memory and time of second-order unrolls, for each choice of `unroll`'s ``memory=``.
+"""Memory and time of second-order unrolls, for each choice of what is kept.
 
     python -m benchmarks.memory                       # every row
     python -m benchmarks.memory --quick               # learned rates, 10 and 100 steps
@@ -13,7 +13,7 @@ images, the loss of 75), conv4 with 32 filters on 28x28.
 
 "stored" is what XLA sets aside for the compiled program next to arguments and results.
 Each problem and length has a process of its own, in which the choices take turns, so
-that "of plain" holds on a machine whose speed comes and goes. "resident" is how far a
+that "of all" holds on a machine whose speed comes and goes. "resident" is how far a
 fresh process, which loads the compiled program, grows at most in running it (Linux
 only). A program that would store more than --limit GiB is compiled and not run.
 """
@@ -35,7 +35,7 @@ from typing import Any
 
 __all__ = ["main"]
 
-CHOICES = ("plain", "remat", "mixed", "segments")
+CHOICES = ("all", "remat", "mixed", "segments")
 TRUNCATED, WINDOW = "truncated", 10
 STEPS = {"rates": (10, 30, 100, 300), "l2l": (100,), "maml": (5,)}
 QUICK = {"rates": (10, 100)}
@@ -52,7 +52,7 @@ def mlp_gradients(rule_name: str, steps: int) -> tuple[dict[str, Callable], tupl
 
     from metalstm import rules
     from metalstm.data.sources.labelled import ImageData
-    from metalstm.inner.loop import InnerState, unroll
+    from metalstm.inner import second_order, unroll
     from metalstm.learned_optimizers import problems
 
     rng = np.random.default_rng(0)
@@ -68,40 +68,42 @@ def mlp_gradients(rule_name: str, steps: int) -> tuple[dict[str, Callable], tupl
     ]
     weights = rule.init(jax.random.key(1), draw.params)
 
-    def window(weights, state, batches, memory):
+    def window(weights, theta, rule_state, batches, keep):
         def objective(weights):
             final, trace = unroll(
                 lambda params, stats, batch, key: (
                     family.loss(params, draw.task, batch),
                     stats,
                 ),
-                rule.bind(weights),
-                state,
+                rule,
+                weights,
+                theta,
                 batches,
                 num_steps=len(jax.tree.leaves(batches)[0]),
-                second_order=True,
-                memory=memory,
+                differentiation=second_order(keep),
+                rule_state=rule_state,
             )
             return trace.losses.sum() / steps, final
 
         return jax.grad(objective, has_aux=True)(weights)
 
-    def whole(memory):
+    def whole(keep):
         def gradient(weights, theta, batches):
-            return window(weights, InnerState(theta, (), None), batches, memory)[0]
+            return window(weights, theta, None, batches, keep)[0]
 
         return gradient
 
     def truncated(weights, theta, batches):
         def one(carry, batches):
-            total, state = carry
-            grads, state = window(weights, state, batches, "plain")
-            return (jax.tree.map(jnp.add, total, grads), state), None
+            total, theta, state = carry
+            grads, end = window(weights, theta, state, batches, "all")
+            total = jax.tree.map(jnp.add, total, grads)
+            return (total, end.params, end.rule_state), None
 
         zeros = jax.tree.map(jnp.zeros_like, weights)
-        start = InnerState(theta, (), rule.bind(weights).init(theta))
+        start = (zeros, theta, rule.bind(weights).init(theta))
         windows = jax.tree.map(lambda x: x.reshape(-1, WINDOW, *x.shape[1:]), batches)
-        return lax.scan(one, (zeros, start), windows)[0][0]
+        return lax.scan(one, start, windows)[0][0]
 
     gradients = {choice: whole(choice) for choice in CHOICES} | {TRUNCATED: truncated}
     return gradients, (weights, draw.params, draw.batches)
@@ -115,6 +117,7 @@ def maml_gradients(steps: int) -> tuple[dict[str, Callable], tuple]:
 
     from metalstm import algorithms, nn
     from metalstm.base import Batch, Episode
+    from metalstm.inner import second_order
 
     rng = np.random.default_rng(0)
 
@@ -125,9 +128,9 @@ def maml_gradients(steps: int) -> tuple[dict[str, Callable], tuple]:
     episode = Episode(images(5), images(75))
     key = jax.random.key(0)
 
-    def choose(memory):
+    def choose(keep):
         algorithm = algorithms.maml(
-            nn.conv4(5, 32), 0.1, num_steps=steps, memory=memory
+            nn.conv4(5, 32), 0.1, num_steps=steps, differentiation=second_order(keep)
         )
 
         def gradient(meta_params, episode):
@@ -136,7 +139,7 @@ def maml_gradients(steps: int) -> tuple[dict[str, Callable], tuple]:
 
         return gradient, algorithm
 
-    start = choose("plain")[1].init(key, episode)
+    start = choose("all")[1].init(key, episode)
     return {choice: choose(choice)[0] for choice in CHOICES}, (start, episode)
 
 
@@ -177,9 +180,9 @@ def measure(problem: str, steps: int, rounds: int, limit: float) -> list[dict]:
             times[name].append(time.perf_counter() - begun)
     for name, seconds in times.items():
         rows[name]["seconds"] = float(np.median(seconds))
-        if "plain" in results:
-            plain = results["plain"]
-            off = np.abs(results[name] - plain).max() / np.abs(plain).max()
+        if "all" in results:
+            everything = results["all"]
+            off = np.abs(results[name] - everything).max() / np.abs(everything).max()
             rows[name]["off"] = float(off)
     return list(rows.values())
 
@@ -250,8 +253,8 @@ def main() -> None:
         if steps < 1 or (steps % WINDOW and set(arguments.problems) != {"maml"}):
             parser.error(f"--steps {steps}: give a multiple of {WINDOW}, the window")
     print(
-        f"{'memory':14}{'stored MiB':>10}{'of plain':>10}{'resident':>11}{'ms':>10}"
-        f"{'of plain':>10}{'off by':>10}{'compile':>9}"
+        f"{'memory':14}{'stored MiB':>10}{'of all':>10}{'resident':>11}{'ms':>10}"
+        f"{'of all':>10}{'off by':>10}{'compile':>9}"
     )
     wanted = QUICK if arguments.quick else STEPS
     options = ["--rounds", str(arguments.rounds), "--limit", str(arguments.limit)]

@@ -79,7 +79,7 @@ def started(
 
     from metalstm import init_train_state, make_train_loop
     from metalstm.meta.seeds import init_seeds, map_seeds
-    from metalstm.meta.training import place_state
+    from metalstm.meta.step import place_state
     from metalstm.runtime.sharding import place
 
     if seeds == 1:

@@ -120,7 +120,7 @@ def measure_task(name: str, steps: int) -> float:
     import jax
 
     from metalstm import adam_clipped, init_train_state
-    from metalstm.meta.training import make_train_loop
+    from metalstm.meta.step import make_train_loop
 
     algorithm, spec, pool = build(name)
     optimizer = adam_clipped()

@@ -12,24 +12,34 @@ from metalstm.base import (
     LearnerState,
     MetaAlgorithm,
     MetaParams,
+    RuleTraits,
     UpdateRule,
     make_algorithm,
 )
-from metalstm.inner import InnerState, Trace, unroll
+from metalstm.inner import (
+    Differentiation,
+    InnerState,
+    Trace,
+    first_order,
+    second_order,
+    unroll,
+)
 from metalstm.meta.evaluation import (
     Evaluation,
     evaluate,
     make_evaluate,
     paired_difference,
 )
-from metalstm.meta.seeds import init_seeds, map_seeds
-from metalstm.meta.training import (
+from metalstm.meta.fitting import (
     FitState,
     NonFiniteLossError,
-    TrainState,
-    adam_clipped,
     fit,
     init_fit_state,
+)
+from metalstm.meta.seeds import init_seeds, map_seeds
+from metalstm.meta.step import (
+    TrainState,
+    adam_clipped,
     init_train_state,
     make_train_loop,
     make_train_step,
@@ -41,6 +51,7 @@ from metalstm.rules.pretrained import RuleCard, pretrained_optimizer
 
 __all__ = [
     "Batch",
+    "Differentiation",
     "Episode",
     "Evaluation",
     "FitState",
@@ -52,6 +63,7 @@ __all__ = [
     "NonFiniteLossError",
     "Predictor",
     "RuleCard",
+    "RuleTraits",
     "Trace",
     "TrainState",
     "UpdateRule",
@@ -59,6 +71,7 @@ __all__ = [
     "algorithms",
     "data",
     "evaluate",
+    "first_order",
     "fit",
     "from_flax",
     "init_fit_state",
@@ -77,6 +90,7 @@ __all__ = [
     "pretrained_optimizer",
     "rules",
     "save_rule",
+    "second_order",
     "unroll",
 ]
 __version__ = "0.1.0"

@@ -10,14 +10,17 @@ from collections.abc import Callable
 from typing import Any, Literal, NamedTuple, Protocol
 
 import jax
-import jax.numpy as jnp
 import optax
+
+from metalstm.tasks import TaskMapping, mean_over_tasks
 
 __all__ = [
     "Array",
     "Aux",
     "Batch",
+    "BindRule",
     "Episode",
+    "InitRule",
     "Learner",
     "LearnerState",
     "MetaAlgorithm",
@@ -25,12 +28,9 @@ __all__ = [
     "Norm",
     "PyTree",
     "QueryNorm",
-    "TaskMapping",
+    "RuleTraits",
     "UpdateRule",
-    "default_task_mapping",
     "make_algorithm",
-    "map_tasks",
-    "mean_over_tasks",
 ]
 
 Array = jax.Array
@@ -92,21 +92,78 @@ class Learner(NamedTuple):
     whose classes share their start. None: the head has a fixed number of outputs."""
 
 
-class UpdateRule(NamedTuple):
-    """A function from meta-parameters to an optax transform."""
+class InitRule(Protocol):
+    def __call__(self, key: Array, params: PyTree) -> PyTree:
+        """Draw the rule's parameters.
 
-    init: Callable[[Array, PyTree], PyTree]  # (key, params) -> rule params, () if none
-    bind: Callable[[PyTree], optax.GradientTransformationExtraArgs]
+        Args:
+          key: a PRNG key.
+          params: parameters of a learner that the rule will update. A rule that fits
+            learners of any size reads nothing of them.
+
+        Returns:
+          Any pytree of float arrays, the same structure for the same ``params``; ``()``
+          when there is nothing to learn.
+        """
+
+
+class BindRule(Protocol):
+    def __call__(self, rule_params: PyTree) -> optax.GradientTransformationExtraArgs:
+        """Turn the rule's parameters into an optax transform.
+
+        Everything that is learned comes in through ``rule_params``: the inner loop
+        binds a rule several times, also to parts of them that are constants.
+
+        Returns:
+          A transform whose ``init(params)`` is a state of arrays of fixed shape, and
+          whose ``update(grads, state, params, *, value, **extra)`` returns ``(delta,
+          state)`` with ``delta`` to be *added* to the parameters. ``value`` is the loss
+          before the update. Further keywords are ignored.
+
+        Raises:
+          ValueError: from ``update``, when ``params`` or ``value`` is needed and is not
+            given.
+        """
+
+
+class RuleTraits(NamedTuple):
+    """Promises by the author of a rule. All are safe to leave at their defaults."""
+
     coordinatewise: bool = False
     """Each coordinate's update reads only its own gradient, parameter and state, and
-    the shared loss. Promised by the author of the rule; lets the backward pass be
-    replayed in blocks of coordinates."""
+    the loss, by the same rule parameters for every coordinate (a rate for each tensor
+    is not that). The backward pass is then replayed in blocks of coordinates."""
     smooth: bool = False
-    """Its derivative is finite at a zero gradient too. Promised by the author; without
-    the promise it is checked before anything differentiates through the rule."""
+    """Its derivative is finite at a zero gradient too. Without the promise it is
+    checked before anything differentiates through the rule."""
     reads_loss: bool = True
-    """False: ``value=`` changes nothing. Promised by the author; a coordinate-wise rule
-    that keeps it may run many tasks as one, which share no loss."""
+    """False: ``value=`` changes nothing. A coordinate-wise rule that promises it may
+    run many tasks as one, which share no loss."""
+
+
+class UpdateRule(NamedTuple):
+    """A function from meta-parameters to an optax transform.
+
+    SGD with a learned rate, theta_t = theta_{t-1} - alpha g_t, is
+
+    >>> def init(key, params):
+    ...     return jnp.float32(0.1)  # alpha
+    >>> def bind(alpha):
+    ...     def update(grads, state, params=None, **extra):
+    ...         return jax.tree.map(lambda g: -alpha * g, grads), state
+    ...     return optax.GradientTransformationExtraArgs(lambda params: (), update)
+    >>> promises = RuleTraits(coordinatewise=True, smooth=True, reads_loss=False)
+    >>> rule = UpdateRule(init, bind, promises)
+    >>> tx = rule.bind(0.5)
+    >>> tx.update(jnp.ones(2), tx.init(jnp.ones(2)))[0]
+    Array([-0.5, -0.5], dtype=float32)
+
+    An optax transform is accepted wherever a rule is (`metalstm.rules.as_rule`).
+    """
+
+    init: InitRule  # (key, params) -> rule_params
+    bind: BindRule  # (rule_params) -> optax transform
+    traits: RuleTraits = RuleTraits()
 
 
 class MetaParams(NamedTuple):
@@ -130,7 +187,8 @@ class MetaAlgorithm(NamedTuple):
     """
 
     init: Callable[[Array, Any], PyTree]  # (key, one episode) -> meta-parameters
-    loss: Callable[[PyTree, Array, Episode], tuple[Array, dict[str, Array]]]
+    # (meta_params, key, episode) -> (scalar, Aux)
+    loss: Callable[[PyTree, Array, Any], tuple[Array, Aux]]
     # (meta_params, key, support, query_x, *, num_classes) -> scores [M, way], higher is
     # better, or values [M, d]
     predict: Callable[..., Array]
@@ -152,69 +210,6 @@ class MetaAlgorithm(NamedTuple):
     # True: every leaf of the carry has a leading [T], each task's own; chunks of tasks
     # and devices then get their part of it. False: one carry for all tasks.
     per_task_carry: bool
-
-
-TaskMapping = Literal["vmap", "scan", "unroll"]
-"""How tasks of a meta-batch are laid out: all at once, one after another in a
-`lax.scan`, or one after another in the traced program."""
-
-
-def default_task_mapping() -> TaskMapping:
-    """One task at a time on a CPU, where it stays in cache; else all at once.
-
-    Second-order MAML, Conv4-64 on 28x28, 4 tasks: "vmap" and "unroll" took 1.05 and
-    1.06 times as long as "scan" on two cores (benchmarks/alternatives.py).
-    """
-    return "scan" if jax.default_backend() == "cpu" else "vmap"
-
-
-def map_tasks(fn: Callable, *args: PyTree, how: TaskMapping | None = None) -> PyTree:
-    """Apply ``fn`` to each task, the leading axis [T] of every leaf of ``args``.
-
-    ``how=None`` asks `default_task_mapping`.
-    """
-    how = default_task_mapping() if how is None else how
-    if how == "vmap":
-        return jax.vmap(fn)(*args)
-    if how == "scan":
-        return jax.lax.map(lambda xs: fn(*xs), args)
-    if how == "unroll":
-        num_tasks = jax.tree.leaves(args)[0].shape[0]
-        outs = [
-            fn(*jax.tree.map(lambda leaf: leaf[i], args))  # noqa: B023 (used at once)
-            for i in range(num_tasks)
-        ]
-        return jax.tree.map(lambda *leaves: jnp.stack(leaves), *outs)
-    raise ValueError(f"how={how!r}: choose 'vmap', 'scan' or 'unroll'")
-
-
-def mean_over_tasks(
-    fn: Callable, *args: PyTree, how: TaskMapping | None = None
-) -> PyTree:
-    """The mean over tasks of what `map_tasks` gives.
-
-    One task after another is added to a sum, which the results of all of them never
-    stand beside.
-    """
-    how = default_task_mapping() if how is None else how
-    if how != "scan":
-        outs = map_tasks(fn, *args, how=how)
-        return jax.tree.map(lambda leaf: leaf.mean(0), outs)
-    num_tasks = jax.tree.leaves(args)[0].shape[0]
-    fn = jax.jit(fn)  # traced once, for its shapes and for the loop
-    like = jax.eval_shape(fn, *jax.tree.map(lambda leaf: leaf[0], args))
-    zeros = jax.tree.map(
-        lambda out: jnp.zeros(out.shape, jnp.promote_types(out.dtype, jnp.float32)),
-        like,
-    )
-
-    def add(total: PyTree, xs: tuple) -> tuple[PyTree, None]:
-        return jax.tree.map(jnp.add, total, fn(*xs)), None
-
-    total, _ = jax.lax.scan(add, zeros, args)
-    return jax.tree.map(
-        lambda x, out: (x / num_tasks).astype(jnp.result_type(out, 1.0)), total, like
-    )
 
 
 def make_algorithm(
@@ -247,10 +242,11 @@ def make_algorithm(
 
     def mean_gradient(meta_params, carry, keys, episodes):
         def one(key, episode):
-            grads, metrics = jax.grad(
-                lambda p: _with_loss(loss_fn(p, key, episode)), has_aux=True
-            )(meta_params)
-            return grads, metrics
+            def objective(meta_params):
+                value, aux = loss_fn(meta_params, key, episode)
+                return value, {"loss": value, **aux.metrics}
+
+            return jax.grad(objective, has_aux=True)(meta_params)
 
         grads, metrics = mean_over_tasks(one, keys, episodes, how=task_mapping)
         return grads, carry, metrics
@@ -268,8 +264,3 @@ def make_algorithm(
         trainable=trainable,
         per_task_carry=per_task_carry,
     )
-
-
-def _with_loss(loss_and_metrics):
-    loss, metrics = loss_and_metrics
-    return loss, {"loss": loss, **metrics}

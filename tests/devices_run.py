@@ -24,7 +24,8 @@ from metalstm import algorithms, learned_optimizers, rules
 from metalstm.data import ClusterSpec
 from metalstm.inner import coordinatewise
 from metalstm.learned_optimizers import problems
-from metalstm.meta import training
+from metalstm.meta import fitting
+from metalstm.meta import step as meta_step
 from metalstm.meta.evaluation import make_evaluate
 from metalstm.runtime import checkpoints, processes, sharding
 
@@ -32,7 +33,7 @@ TASKS, STEPS, HALF = 8, 20, 10
 CASES = ("maml", "l2l")
 SHARED = ("meta-lstm", "l2l-vmap", "l2l-stacked", "pes")
 # with its first part's state, which is the gradient: Adam would hide a factor
-OPTIMIZER = optax.chain(optax.trace(0.0), training.adam_clipped(0.01))
+OPTIMIZER = optax.chain(optax.trace(0.0), meta_step.adam_clipped(0.01))
 
 
 @functools.cache
@@ -51,16 +52,16 @@ def build(case: str):
     return algorithm, problems.ProblemSampler(family, 3)
 
 
-def start(case: str) -> training.TrainState:
+def start(case: str) -> meta_step.TrainState:
     algorithm, sampler = build(case)
     episode = sampler.sample(jax.random.key(0))
-    return training.init_train_state(algorithm, OPTIMIZER, 0, episode)
+    return meta_step.init_train_state(algorithm, OPTIMIZER, 0, episode)
 
 
 @functools.cache
 def make_loop(case: str, mesh):
     algorithm, sampler = build(case)
-    return training.make_train_loop(
+    return meta_step.make_train_loop(
         algorithm, OPTIMIZER, sampler, num_tasks=TASKS, mesh=mesh
     )
 
@@ -92,7 +93,7 @@ def steps(case: str, mesh, folder: Path, restored_from: str | None = None):
         assert state.step == HALF
     if mesh is None:  # what was restored is committed to its device: one program
         state = jax.device_put(state, jax.devices()[0])
-    state = training.place_state(algorithm, state, mesh)
+    state = meta_step.place_state(algorithm, state, mesh)
     loop = make_loop(case, mesh)
     found = {}
     for step in range(int(state.step), STEPS):
@@ -142,19 +143,20 @@ def go_on(folder: Path, mesh, other: str) -> None:
 def many_at_once(mesh) -> None:
     """Steps that nobody waits for: too many under way, and a CPU's devices hang."""
     algorithm, _ = build("maml")
-    state = training.place_state(algorithm, start("maml"), mesh)
-    state = training.init_fit_state(state)
+    state = meta_step.place_state(algorithm, start("maml"), mesh)
+    state = fitting.init_fit_state(state)
     loop = make_loop("maml", mesh)
-    end = training.fit(loop, state, None, num_steps=200, report_every=0)
+    end = fitting.fit(loop, state, None, num_steps=200, report_every=0)
     assert end.train.step == 200
 
 
-def build_shared(case: str):
+def build_shared(case: str, axis_name: str | None):
     """An algorithm of two tasks, whose coordinates several devices may share."""
     if case == "meta-lstm":
         spec = ClusterSpec(way=tiny.WAY, shot=1, queries=2, dim=tiny.FEATURES)
         rule = rules.lstm_gates(hidden_size=3, init_scale=0.3)
-        return algorithms.meta_lstm(tiny.tanh_net(), rule, num_steps=3), spec
+        net = tiny.tanh_net()
+        return algorithms.meta_lstm(net, rule, num_steps=3, axis_name=axis_name), spec
     family = problems.quadratics(47)
     algorithm = learned_optimizers.learned_optimizer(
         family,
@@ -164,6 +166,7 @@ def build_shared(case: str):
         horizon=6,
         estimator="pes" if case == "pes" else "backprop",
         task_mapping="vmap" if case == "l2l-vmap" else None,
+        axis_name=axis_name,
     )
     return algorithm, problems.ProblemSampler(family, 4)
 
@@ -173,17 +176,17 @@ def share(folder: Path) -> None:
     # several blocks of coordinates
     coordinatewise._BLOCK = dict.fromkeys(coordinatewise._BLOCK, 16)
     for case in SHARED:
-        algorithm, sampler = build_shared(case)
         for each in (1, 2, 3):
             mesh = None
             if each > 1:
                 mesh = sharding.task_mesh(
                     2, num_devices=2 * each, devices_per_task=each
                 )
+            algorithm, sampler = build_shared(case, sharding.shared_axis(mesh))
             draw = sampler.sample(jax.random.key(0))
-            state = training.init_train_state(algorithm, OPTIMIZER, 0, draw)
-            state = training.place_state(algorithm, state, mesh)
-            loop = training.make_train_loop(
+            state = meta_step.init_train_state(algorithm, OPTIMIZER, 0, draw)
+            state = meta_step.place_state(algorithm, state, mesh)
+            loop = meta_step.make_train_loop(
                 algorithm, OPTIMIZER, sampler, num_tasks=2, mesh=mesh
             )
             if (case, each) == ("l2l-vmap", 2):
@@ -201,7 +204,7 @@ def share(folder: Path) -> None:
 def programs(folder: Path, mesh) -> None:
     """Write the compiled steps."""
     for case in CASES:
-        state = training.place_state(build(case)[0], start(case), mesh)
+        state = meta_step.place_state(build(case)[0], start(case), mesh)
         compiled = make_loop(case, mesh).lower(state, None).compile()
         (folder / f"{case}.hlo").write_text(compiled.as_text())
 

@@ -163,7 +163,7 @@ def rule_bytes(rng: random.Random, folder: Path) -> None:
 
 
 def _random_spec(rng: random.Random, depth: int = 0) -> Any:
-    from metalstm.rules.export import _FACTORIES
+    from metalstm.rules.spec import FACTORIES
 
     kind = rng.random()
     if kind < 0.1:
@@ -176,8 +176,8 @@ def _random_spec(rng: random.Random, depth: int = 0) -> Any:
         names = labels.split("_or_")
         groups = {name: _random_spec(rng, depth + 1) for name in names}
         return {"rule": "by_group", "labels": labels, "groups": groups}
-    name = rng.choice(list(_FACTORIES))
-    known = list(inspect.signature(_FACTORIES[name]).parameters)
+    name = rng.choice(list(FACTORIES))
+    known = list(inspect.signature(FACTORIES[name]).parameters)
     options = {rng.choice(known): value(rng) for _ in range(rng.randrange(4))}
     if rng.random() < 0.1:
         options["unknown"] = value(rng)
@@ -187,7 +187,7 @@ def _random_spec(rng: random.Random, depth: int = 0) -> Any:
 def rule_spec(rng: random.Random, folder: Path) -> None:
     """A file that is whole, signed rightly, with any header and any arrays."""
     from metalstm import rules
-    from metalstm.rules.export import _digest
+    from metalstm.rules.io import _digest
 
     spec, _ = rng.choice(list(_good_rules().values()))
     with np.load(io.BytesIO(_good_file(rng.choice(list(_good_rules()))))) as data:

@@ -23,16 +23,16 @@ from metalstm.base import (
     MetaAlgorithm,
     MetaParams,
     make_algorithm,
-    map_tasks,
-    mean_over_tasks,
 )
+from metalstm.inner import first_order, second_order
 from metalstm.nn.flax_modules import relation_net, tied_head
+from metalstm.tasks import map_tasks, mean_over_tasks
 
 NET = tiny.norm_net()
 GATES = rules.lstm_gates(hidden_size=2, input_bias=(-1.0, 0.0))
 STEPS = {"num_steps": 2}
 FEATURES = tiny.norm_net(5)
-SGD = rules.from_optax(optax.sgd(0.3))
+SGD = rules.as_rule(optax.sgd(0.3))
 EPISODE = tiny.episode(queries=2)
 
 
@@ -49,7 +49,11 @@ CASES = {
     ),
     "meta_lstm_second_order": Case(
         algorithms.meta_lstm(
-            NET, GATES, **STEPS, second_order=True, train_query_norm="support"
+            NET,
+            GATES,
+            **STEPS,
+            differentiation=second_order(),
+            train_query_norm="support",
         ),
         learns_rule=True,
     ),
@@ -112,7 +116,7 @@ CASES = {
     ),
     "nearest_neighbour": Case(algorithms.nearest_neighbour()),
     "from_scratch": Case(
-        algorithms.from_scratch(NET, rules.from_optax(optax.sgd(0.3)), **STEPS)
+        algorithms.from_scratch(NET, rules.as_rule(optax.sgd(0.3)), **STEPS)
     ),
 }
 COMPARING = (
@@ -392,10 +396,11 @@ def test_nearest_neighbour_is_the_closest_support_image():
 
 def test_the_gradient_is_scaled_by_what_is_asked_for():
     def scale(value, batch_size=None):
-        state = meta_params("maml").learner
-        return adaptation._gradient_scale(
-            value, NET, state, EPISODE.support, batch_size
+        how = adaptation.Adaptation(
+            NET, SGD, first_order(), "final", True, batch_size, value, 1, None
         )
+        state = meta_params("maml").learner
+        return adaptation._gradient_scale(how, state, EPISODE.support)
 
     assert scale("1/batch") == 1 / 6
     assert scale("1/batch", batch_size=2) == 1 / 2
@@ -541,12 +546,12 @@ def test_a_batch_size_that_does_not_divide_is_refused():
 
 
 def test_second_order_through_a_rule_with_a_corner_at_zero_is_refused():
-    adam = rules.from_optax(optax.adam(0.1))
-    with pytest.raises(ValueError, match=r"second_order=True, but the rule's deriv"):
-        algorithms.learned_init(NET, adam, num_steps=1, second_order=True)
-    algorithms.learned_init(NET, adam, num_steps=1, second_order=False)
-    smooth = rules.from_optax(optax.adam(0.1, eps_root=1e-8))
-    algorithms.learned_init(NET, smooth, num_steps=1, second_order=True)
+    adam = rules.as_rule(optax.adam(0.1))
+    with pytest.raises(ValueError, match=r"second_order\(\), but the rule's deriv"):
+        algorithms.learned_init(NET, adam, num_steps=1, differentiation=second_order())
+    algorithms.learned_init(NET, adam, num_steps=1, differentiation=first_order())
+    smooth = rules.as_rule(optax.adam(0.1, eps_root=1e-8))
+    algorithms.learned_init(NET, smooth, num_steps=1, differentiation=second_order())
 
 
 def test_what_make_algorithm_refuses():

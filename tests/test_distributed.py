@@ -22,7 +22,8 @@ from test_training import EPISODE, SPEC, toy
 
 from benchmarks import scaling
 from experiments.common import devices, launch
-from metalstm.meta import training
+from metalstm.meta import fitting
+from metalstm.meta import step as meta_step
 from metalstm.runtime import checkpoints, processes, sharding
 
 TESTS = Path(__file__).parent
@@ -586,10 +587,9 @@ def test_a_step_says_that_its_tasks_do_not_divide(monkeypatch):
         devices = np.array(jax.devices())
 
     # the mesh of three devices that this machine lacks
-    monkeypatch.setattr(training, "Mesh", lambda *_: Three())
     monkeypatch.setattr(jax, "shard_map", lambda fn, **_: fn)
-    step = training.make_train_step(toy(), optax.sgd(1.0), mesh=Three())
-    state = training.init_train_state(toy(), optax.sgd(1.0), 0, tiny.episode())
+    step = meta_step.make_train_step(toy(), optax.sgd(1.0), mesh=Three())
+    state = meta_step.init_train_state(toy(), optax.sgd(1.0), 0, tiny.episode())
     with pytest.raises(
         ValueError, match=r"the 4 tasks .* mesh's 3 devices: choose 3, 6"
     ):
@@ -601,17 +601,17 @@ def two_processes(monkeypatch) -> list[bool]:
     asked: list[bool] = []
     monkeypatch.setattr(jax, "process_count", lambda: 2)
     monkeypatch.setattr(
-        sharding, "any_process", lambda flag: asked.append(flag) or flag
+        processes, "any_process", lambda flag: asked.append(flag) or flag
     )
     return asked
 
 
 def test_processes_agree_on_the_time_when_they_report(monkeypatch):
-    loop = training.make_train_loop(toy(), optax.sgd(1.0), SPEC, num_tasks=2)
-    state = training.init_train_state(toy(), optax.sgd(1.0), 0, EPISODE)
+    loop = meta_step.make_train_loop(toy(), optax.sgd(1.0), SPEC, num_tasks=2)
+    state = meta_step.init_train_state(toy(), optax.sgd(1.0), 0, EPISODE)
     asked = two_processes(monkeypatch)
     options = {"num_steps": 9, "report_every": 3, "max_seconds": 0}
-    end = training.fit(loop, training.init_fit_state(state), None, **options)
+    end = fitting.fit(loop, fitting.init_fit_state(state), None, **options)
     assert int(end.train.step) == 3
     assert asked == [True]
 

@@ -20,7 +20,7 @@ import tiny
 
 from metalstm import algorithms, rules
 from metalstm.base import Batch, Episode, LearnerState, MetaParams
-from metalstm.inner.loop import InnerState, unroll
+from metalstm.inner import first_order, second_order, unroll
 
 NET = reference.TanhNet()
 STEPS, HIDDEN, SUPPORT = 4, 3, 6
@@ -82,21 +82,23 @@ def cross_entropy(params, x, y):
     return optax.softmax_cross_entropy_with_integer_labels(outputs, y).mean()
 
 
-def library(rule, weights, task: Task, second_order: bool, coordinatewise: bool):
+def library(rule, weights, task: Task, differentiation, blocked: bool = False):
     """Query loss at theta_T, its gradient by (rule, theta_0), and the trajectory."""
 
+    traits = rule.traits._replace(coordinatewise=blocked)
+
     def objective(weights, theta):
-        tx = optax.chain(optax.scale(1 / SUPPORT), rule.bind(weights))
         final, trace = unroll(
             lambda params, stats, batch, key: (
                 cross_entropy(params, *task.support),
                 stats,
             ),
-            optax.with_extra_args_support(tx),
-            InnerState(theta, {}, None),
+            rule._replace(traits=traits),
+            weights,
+            theta,
             num_steps=STEPS,
-            second_order=second_order,
-            coordinatewise=coordinatewise,
+            differentiation=differentiation,
+            gradient_scale=1 / SUPPORT,
             observe=lambda s: (s.params, rules.find_gates(s.rule_state)),
         )
         return cross_entropy(final.params, *task.query), (final.params, trace)
@@ -155,12 +157,12 @@ def test_the_transcriptions_gradient_is_the_derivative_of_its_loss(task):
 
 
 @pytest.mark.parametrize(
-    ("variant", "hidden", "coordinatewise"),
+    ("variant", "hidden", "blocked"),
     [(*case, False) for case in CASES] + [(*CASES[0], True), (*CASES[-1], True)],
 )
-def test_first_order(task, variant, hidden, coordinatewise):
+def test_first_order(task, variant, hidden, blocked):
     rule, weights = make_rule(variant, hidden)
-    (loss, (final, trace)), grads = library(rule, weights, task, False, coordinatewise)
+    (loss, (final, trace)), grads = library(rule, weights, task, first_order(), blocked)
     run, numpy_loss = numpy_unroll(weights, task.theta, task, variant)
     thetas, gates = trace.observed
 
@@ -184,7 +186,7 @@ def test_first_order(task, variant, hidden, coordinatewise):
 )
 def test_second_order(task, variant, hidden, features):
     rule, weights = make_rule(variant, hidden, feature_gradient=features)
-    (loss, _), grads = library(rule, weights, task, True, False)
+    (loss, _), grads = library(rule, weights, task, second_order("all"))
     run, numpy_loss = numpy_unroll(weights, task.theta, task, variant)
     np.testing.assert_allclose(loss, numpy_loss, **TOLERANCE)
     # the features have a corner at |g| = e^-10: differences must stay on one side
@@ -197,15 +199,15 @@ def test_second_order(task, variant, hidden, features):
     np.testing.assert_allclose(flat(grads), numeric, **TOLERANCE)
 
 
-@pytest.mark.parametrize("second_order", [False, True])
-def test_meta_lstm_is_the_published_algorithm(task, second_order):
+@pytest.mark.parametrize("how", [first_order(), second_order()])
+def test_meta_lstm_is_the_published_algorithm(task, how):
     """The algorithm itself: gradient / batch size, then query loss at theta_T."""
     rule, weights = make_rule("code", HIDDEN)
     algorithm = algorithms.meta_lstm(
         tiny.tanh_net(NET.hidden, NET.classes, NET.inputs),
         rule,
         num_steps=STEPS,
-        second_order=second_order,
+        differentiation=how,
     )
     params = MetaParams(LearnerState(NET.unpack(task.theta), {}, {}), weights)
     episode = Episode(Batch(*task.support), Batch(*task.query))
@@ -214,7 +216,7 @@ def test_meta_lstm_is_the_published_algorithm(task, second_order):
     )
     run, numpy_loss = numpy_unroll(weights, task.theta, task, "code")
     np.testing.assert_allclose(loss, numpy_loss, **TOLERANCE)
-    held = {"held_features" if second_order else "held": run.records}
+    held = {"held_features" if how.order == "second" else "held": run.records}
     numeric = numpy_gradient(weights, task, "code", **held)
     np.testing.assert_allclose(
         np.concatenate([flat(grads.rule), flat(grads.learner)]), numeric, **TOLERANCE

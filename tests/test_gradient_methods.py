@@ -26,6 +26,7 @@ from metalstm import algorithms, rules
 from metalstm.algorithms.gradient.agreement import agreement_weights
 from metalstm.algorithms.gradient.proximal import proximal_pull
 from metalstm.base import Episode, LearnerState, MetaParams
+from metalstm.inner import first_order
 from metalstm.nn.flax_modules import tied_head
 
 RATE = 0.05
@@ -63,7 +64,7 @@ def test_reptile_on_parabolas_in_closed_form():
     ends = []
     for x, y in (task.support for task in tasks):
         ends.append(y / x + (1 - 2 * RATE * x**2) ** 4 * (W - y / x))
-    sgd = rules.from_optax(optax.sgd(RATE))
+    sgd = rules.as_rule(optax.sgd(RATE))
     reptile = algorithms.reptile(slope_learner(), sgd, num_steps=4)
     both = batch_of(*(task.episode() for task in tasks))
     grads, _ = meta_gradient(reptile, slope_params(), both)
@@ -88,10 +89,12 @@ def test_reptiles_own_rule_is_adam_without_momentum():
 def test_reptile_moves_a_tied_head_by_the_mean_of_its_classes():
     learner = tied_head(tiny.tanh_net(num_classes=4))
     # Adam, since the classes' steps of SGD add up to nothing
-    adam = rules.from_optax(optax.adam(0.3, b1=0.0))
+    adam = rules.as_rule(optax.adam(0.3, b1=0.0))
     options = {"num_steps": 2, "train_way": tiny.WAY}
     reptile = algorithms.reptile(learner, adam, **options)
-    plain = algorithms.learned_init(learner, adam, second_order=False, **options)
+    plain = algorithms.learned_init(
+        learner, adam, differentiation=first_order(), **options
+    )
     params = plain.init(jax.random.key(0), EPISODE)
     adapt = functools.partial(plain.adapt, num_classes=tiny.WAY)
     end, _ = tiny.quick_jit(adapt)(params, KEY, EPISODE.support)
@@ -105,7 +108,7 @@ def test_reptile_moves_a_tied_head_by_the_mean_of_its_classes():
 @pytest.fixture(scope="module")
 def combined():
     """The meta-gradient on two parabolas, of any weights; compiled once."""
-    sgd = rules.from_optax(optax.sgd(RATE))
+    sgd = rules.as_rule(optax.sgd(RATE))
     both = batch_of(*(task.episode() for task in PARABOLAS))
     keys = jax.random.split(KEY, 2)
 
@@ -164,7 +167,7 @@ def test_all_gradients_are_reptiles_displacement_over_the_rate(combined):
 def test_combined_gradients_of_minibatches_and_of_a_scaled_tied_head():
     """The same minibatches as Reptile's own inner loop, behind a chain, pulled back."""
     learner = tied_head(tiny.tanh_net(num_classes=4))
-    sgd = rules.from_optax(optax.chain(optax.scale(1.0), optax.sgd(RATE)))
+    sgd = rules.as_rule(optax.chain(optax.scale(1.0), optax.sgd(RATE)))
     options = {
         "num_steps": 3, "batch_size": 2, "train_way": tiny.WAY, "gradient_scale": "way",
     }  # fmt: skip

@@ -15,9 +15,15 @@ import tiny
 from jax.flatten_util import ravel_pytree
 
 from metalstm import nn, rules
-from metalstm.base import Batch, Learner, LearnerState, UpdateRule
-from metalstm.inner import coordinatewise, scanning
-from metalstm.inner.loop import InnerState, unroll
+from metalstm.base import Batch, Learner, LearnerState, RuleTraits, UpdateRule
+from metalstm.inner import (
+    Differentiation,
+    coordinatewise,
+    first_order,
+    scanning,
+    second_order,
+    unroll,
+)
 
 STEPS = 4
 SHAPES = {"a": (70, 61), "b": (33,)}  # 4,303 coordinates: blocks, and padding
@@ -35,6 +41,11 @@ RULES = {
     "gates": rules.lstm_gates(hidden_size=2),
     "sgd": rules.learned_sgd(0.3, num_steps=3),
 }
+
+
+def plain(rule: UpdateRule) -> UpdateRule:
+    """The rule without its promise, whose derivative is the scan's."""
+    return rule._replace(traits=rule.traits._replace(coordinatewise=False))
 
 
 def make_weights(name: str):
@@ -63,16 +74,21 @@ def loss_fn(params, stats, batch, key):
 
 
 @functools.cache
-def outer_gradient(name: str = "gates", **options):
+def outer_gradient(name: str = "gates", blocked: bool = False, **options):
     """(weights, theta, c, d) -> value of c.theta_T + d.losses and its gradients."""
+    rule = RULES[name] if blocked else plain(RULES[name])
+    how = first_order if options.pop("order") == "first" else second_order
+    differentiation = how(**{"keep": "all"} | options)
 
     def objective(weights, theta, c, d):
         final, trace = unroll(
             loss_fn,
-            RULES[name].bind(weights),
-            InnerState(theta, jnp.float32(0), None),
+            rule,
+            weights,
+            theta,
             num_steps=STEPS,
-            **options,
+            differentiation=differentiation,
+            stats=jnp.float32(0),
         )
         dots = jax.tree.map(jnp.vdot, c, final.params)
         value = sum(jax.tree.leaves(dots)) + d @ trace.losses
@@ -96,10 +112,10 @@ def largest(tree) -> float:
     return max(float(np.abs(leaf).max()) for leaf in jax.tree.leaves(tree))
 
 
-FIRST = {"second_order": False}
-SECOND = {"second_order": True}
-BLOCKED = {"second_order": False, "coordinatewise": True}
-MEMORIES = ("plain", "remat", "mixed", "segments")
+FIRST = {"order": "first"}
+SECOND = {"order": "second"}
+BLOCKED = {"order": "first", "blocked": True}
+KEEPS = ("all", "remat", "mixed", "segments")
 
 
 @pytest.mark.parametrize("name", RULES)
@@ -139,44 +155,48 @@ def test_blocked_replay_goes_on_from_a_given_state_as_from_a_constant(name):
     theta = theta_0()
     weights = make_weights(name) if name in RULES else ()
 
-    def bind(weights):
-        return RULES[name].bind(weights) if name in RULES else momentum(name == "flat")
+    rule = RULES.get(name) or rules.as_rule(
+        momentum(name == "flat"), RuleTraits(coordinatewise=True)
+    )
 
     def moved(leaf):  # away from where a fresh one is; a counter of 0 becomes 1
         wave = 0.3 + jnp.sin(1.0 + jnp.arange(leaf.size)).reshape(leaf.shape)
         return (leaf + wave).astype(leaf.dtype)
 
-    def objective(weights, theta, mean, start, coordinatewise):
+    def objective(weights, theta, mean, start, blocked):
         start = jax.tree.map(lambda leaf: leaf + mean.astype(leaf.dtype), start)
-        if not coordinatewise:
+        if not blocked:
             start = jax.lax.stop_gradient(start)
         final, trace = unroll(
             loss_fn,
-            bind(weights),
-            InnerState(theta, jnp.float32(0), start),
+            rule if blocked else plain(rule),
+            weights,
+            theta,
             num_steps=STEPS,
-            second_order=False,
-            coordinatewise=coordinatewise,
+            differentiation=first_order(),
+            stats=jnp.float32(0),
+            rule_state=start,
         )
         dots = jax.tree.map(lambda p: jnp.vdot(jnp.cos(p), p), final.params)
         value = sum(jax.tree.leaves(dots)) + trace.losses[2]
-        if coordinatewise:  # a constant too
+        if blocked:  # a constant too
             inexact = jax.tree.map(lambda x: x * 1.0, final.rule_state)
             value += sum(leaf.sum() for leaf in jax.tree.leaves(inexact))
         return value, final
 
-    start = jax.tree.map(moved, bind(weights).init(theta))
+    init = rule.bind(weights).init
+    start = jax.tree.map(moved, init(theta))
     fn = tiny.quick_jit(jax.grad(objective, (0, 1, 2), has_aux=True), static_argnums=4)
     args = (weights, theta, jnp.float32(0.1), start)
-    plain_grads, plain = fn(*args, False)
+    plain_grads, expected = fn(*args, False)
     grads, final = fn(*args, True)
     scans = [str(fn.trace(*args, way).jaxpr).count("scan[") for way in (True, False)]
     assert (scans[0] > scans[1]) == (name != "tree")
-    tiny.assert_close(final, plain)
+    tiny.assert_close(final, expected)
     tiny.assert_close(grads, plain_grads, rtol=2e-4, atol=1e-5)
     assert grads[2] == 0
     assert largest(grads[1]) > 1e-3
-    fresh = fn(weights, theta, jnp.float32(0), bind(weights).init(theta), True)[1]
+    fresh = fn(weights, theta, jnp.float32(0), init(theta), True)[1]
     assert tiny.max_difference(final.params, fresh.params) > 1e-3
 
 
@@ -187,7 +207,7 @@ def test_blocked_replay_is_in_the_program_only_where_it_may_be():
         return str(fn.trace(*args).jaxpr).count("scan[")
 
     assert primitives(**BLOCKED) > primitives(**FIRST)
-    assert primitives(second_order=True, coordinatewise=True) == primitives(**SECOND)
+    assert primitives(**SECOND, blocked=True) == primitives(**SECOND)
 
 
 def test_second_order_changes_the_gradient_and_not_the_values():
@@ -223,20 +243,20 @@ def test_truncation_cuts_exactly_the_gradient_across_segments(mode):
 
 
 @pytest.mark.parametrize(
-    ("mode", "memory"),
+    ("mode", "keep"),
     [(FIRST, "mixed"), (FIRST, "segments"), (BLOCKED, "segments")],
 )
-def test_memory_changes_no_first_order_gradient(mode, memory):
+def test_what_is_kept_changes_no_first_order_gradient(mode, keep):
     weights = {"d": [1, 0, 2, 1]}
-    plain = run("sgd", **mode, **weights)
-    tiny.assert_close(run("sgd", **mode, **weights, memory=memory), plain)
+    expected = run("sgd", **mode, **weights)
+    tiny.assert_close(run("sgd", **mode, **weights, keep=keep), expected)
     args = (make_weights("sgd"), theta_0(), theta_0(), jnp.zeros(STEPS))
 
     def checkpoints(**options):
         jaxpr = outer_gradient("sgd", **mode, **options).trace(*args).jaxpr
         return str(jaxpr).count("prevent_cse=False")
 
-    assert checkpoints(memory=memory) > checkpoints()
+    assert checkpoints(keep=keep) > checkpoints()
 
 
 def test_states_that_were_kept_are_not_computed_again(monkeypatch):
@@ -255,7 +275,7 @@ def test_states_that_were_kept_are_not_computed_again(monkeypatch):
 
 
 class Task(NamedTuple):
-    """A learner's problem for the tests of memory, in float64."""
+    """A learner's problem for the tests of what is kept, in float64."""
 
     learner: Learner
     batches: Batch  # x [T, N, ...]
@@ -284,7 +304,7 @@ SLOW_RULES = {  # name: rule, and where its parameters are to be
 }
 
 
-def memory_gradient(task: Task, rule: UpdateRule, **options):
+def gradient_of_everything(task: Task, rule: UpdateRule, **options):
     """Values, and gradients by rule, theta_0, images and what the loss closes over.
 
     The objective has all there is in it: theta_T, the losses, the statistics. Noise
@@ -305,13 +325,14 @@ def memory_gradient(task: Task, rule: UpdateRule, **options):
 
         final, trace = unroll(
             loss_fn,
-            rule.bind(weights),
-            InnerState(theta, task.theta.stats, None),
+            rule,
+            weights,
+            theta,
             Batch(x, task.batches.y),
             num_steps=task.steps,
-            second_order=True,
+            differentiation=second_order(**options),
+            stats=task.theta.stats,
             key=jax.random.key(5),
-            **options,
         )
         wave = lambda leaf: jnp.sin(1 + jnp.arange(leaf.size)).reshape(leaf.shape)  # noqa: E731
         ends = jax.tree.leaves((final.params, final.stats))
@@ -336,19 +357,19 @@ def memory_gradient(task: Task, rule: UpdateRule, **options):
         ("conv", "rates", ["segments"], {}),
     ],
 )
-def test_memory_changes_no_second_order_gradient(network, name, choices, options):
+def test_what_is_kept_changes_no_second_order_gradient(network, name, choices, options):
     """Batch norm, noise, learned rates, LSTMs: to 1e-6 in float64, and much better."""
     with jax.enable_x64(True):
         task, rule = make_task(network), SLOW_RULES[name]
-        fn, args = memory_gradient(task, rule, **options)
-        plain, final = fn(*args)
-        for part in plain:
+        fn, args = gradient_of_everything(task, rule, keep="all", **options)
+        expected, final = fn(*args)
+        for part in expected:
             assert largest(part) > 1e-3
-        for memory in choices:
-            fn, args = memory_gradient(task, rule, memory=memory, **options)
+        for keep in choices:
+            fn, args = gradient_of_everything(task, rule, keep=keep, **options)
             grads, end = fn(*args)
             tiny.assert_close(end, final, rtol=1e-12)
-            tiny.assert_close(grads, plain, rtol=1e-9, atol=1e-11)
+            tiny.assert_close(grads, expected, rtol=1e-9, atol=1e-11)
 
 
 def test_stored_memory_shrinks_from_choice_to_choice():
@@ -360,21 +381,20 @@ def test_stored_memory_shrinks_from_choice_to_choice():
         hidden = jnp.tanh(jnp.sin(x @ params["w"]) ** 2)
         return jnp.mean(jnp.tanh(hidden @ params["v"]) ** 2), stats
 
-    def objective(weights, theta, memory):
-        state = InnerState(theta, (), None)
-        tx, options = rule.bind(weights), {"num_steps": 36, "second_order": True}
-        return unroll(loss_fn, tx, state, memory=memory, **options)[1].losses.sum()
+    def objective(weights, theta, keep):
+        options = {"num_steps": 36, "differentiation": second_order(keep)}
+        return unroll(loss_fn, rule, weights, theta, **options)[1].losses.sum()
 
     theta = {"w": jnp.full((30, 20), 0.1), "v": jnp.full(20, 0.1)}
     args = (rule.init(jax.random.key(0), theta), theta)
 
-    def stored(memory):
-        fn = tiny.quick_jit(jax.grad(functools.partial(objective, memory=memory)))
+    def stored(keep):
+        fn = tiny.quick_jit(jax.grad(functools.partial(objective, keep=keep)))
         return fn.lower(*args).compile().memory_analysis().temp_size_in_bytes
 
-    plain, remat, mixed, segments = map(stored, MEMORIES)
-    assert remat < 0.5 * plain
-    assert remat < mixed < 0.5 * plain  # the gradients are kept
+    everything, remat, mixed, segments = map(stored, KEEPS)
+    assert remat < 0.5 * everything
+    assert remat < mixed < 0.5 * everything  # the gradients are kept
     assert segments < 0.5 * remat
 
 
@@ -384,37 +404,39 @@ def test_mixed_derivatives_map_over_tasks_and_can_be_differentiated_again():
     thetas = jnp.linspace(-1, 1, 6).reshape(2, 3)
     weights = rule.init(jax.random.key(0), thetas[0])
 
-    def gradient(weights, theta, memory):
+    def gradient(weights, theta, keep):
         def objective(weights):
             final, trace = unroll(
                 loss_fn,
-                rule.bind(weights),
-                InnerState(theta, jnp.float32(0), None),
+                rule,
+                weights,
+                theta,
                 num_steps=3,
-                second_order=True,
-                memory=memory,
+                differentiation=second_order(keep),
+                stats=jnp.float32(0),
             )
             return jnp.sum(jnp.sin(final.params)) + trace.losses[1]
 
         return jax.grad(objective)(weights)
 
-    def both(theta, memory):
-        fn = functools.partial(gradient, theta=theta, memory=memory)
+    def both(theta, keep):
+        fn = functools.partial(gradient, theta=theta, keep=keep)
         again = jax.grad(lambda w: _dot(fn(w), weights))(weights)
         return *jax.jvp(fn, (weights,), (weights,)), again
 
     @tiny.quick_jit
     def everything(thetas):
         return (
-            jax.vmap(functools.partial(both, memory="mixed"))(thetas),
-            jax.lax.map(functools.partial(both, memory="plain"), thetas),
+            jax.vmap(functools.partial(both, keep="mixed"))(thetas),
+            jax.lax.map(functools.partial(both, keep="all"), thetas),
             both(thetas[1], "segments"),
         )
 
-    mixed, plain, segments = everything(thetas)
-    tiny.assert_close(mixed, plain, rtol=1e-4)
+    mixed, expected, segments = everything(thetas)
+    tiny.assert_close(mixed, expected, rtol=1e-4)
     tiny.assert_close(mixed[1], mixed[2], rtol=1e-4)
-    tiny.assert_close(segments, jax.tree.map(lambda leaf: leaf[1], plain), rtol=1e-4)
+    second_task = jax.tree.map(lambda leaf: leaf[1], expected)
+    tiny.assert_close(segments, second_task, rtol=1e-4)
     assert largest(mixed[1]) > 1e-3
 
 
@@ -425,29 +447,27 @@ def test_mixed_derivatives_of_stacked_problems_are_those_of_each():
     def losses_fn(params, stats, batch, key):
         return jnp.cosh(params * jnp.array([1.0, 2.0])).sum(-1), stats
 
-    def objective(rate, thetas, memory):
-        tx = rules.learned_sgd().bind(rate)
-        state = InnerState(thetas, (), None)
-        options = {"num_steps": 3, "second_order": True, "memory": memory}
-        final, trace = unroll(losses_fn, tx, state, **options)
+    def objective(rate, thetas, keep):
+        options = {"num_steps": 3, "differentiation": second_order(keep)}
+        final, trace = unroll(losses_fn, rules.learned_sgd(), rate, thetas, **options)
         return _dot(trace.losses, jnp.arange(6.0).reshape(3, 2)) + final.params[0, 1]
 
-    plain, mixed = (
-        jax.grad(objective, (0, 1))(jnp.float32(0.1), thetas, memory)
-        for memory in ("plain", "mixed")
+    everything, mixed = (
+        jax.grad(objective, (0, 1))(jnp.float32(0.1), thetas, keep)
+        for keep in ("all", "mixed")
     )
-    tiny.assert_close(mixed, plain)
+    tiny.assert_close(mixed, everything)
 
 
 def test_mixed_has_no_forward_derivative_and_says_so():
-    def losses(rate, memory):
-        tx = rules.learned_sgd().bind(rate)
-        state = InnerState(jnp.ones(2), 0, None)
-        options = {"num_steps": 2, "second_order": True, "memory": memory}
-        return unroll(loss_fn, tx, state, **options)[1].losses
+    def losses(rate, keep):
+        options = {"num_steps": 2, "differentiation": second_order(keep), "stats": 0}
+        return unroll(loss_fn, rules.learned_sgd(), rate, jnp.ones(2), **options)[
+            1
+        ].losses
 
-    for memory in ("plain", "remat"):
-        assert largest(jax.jacfwd(losses)(0.1, memory)) > 1e-3
+    for keep in ("all", "remat"):
+        assert largest(jax.jacfwd(losses)(0.1, keep)) > 1e-3
     with pytest.raises(TypeError, match="custom_vjp"):
         jax.jacfwd(losses)(0.1, "mixed")
 
@@ -460,15 +480,16 @@ def test_segments_are_about_as_long_as_there_are_many():
     assert lengths == [1, 3, 5, 6, 10, 20]
 
 
-def sgd_losses(rate, theta, **options):
+def sgd_losses(rate, theta, differentiation, rule=None):
     """Losses of SGD on a quadratic of curvature 3 in x and 1 in y."""
 
     def quadratic(params, stats, batch, key):
         return 0.5 * jnp.sum(jnp.array([3.0, 1.0]) * params**2), stats
 
-    tx = optax.with_extra_args_support(optax.sgd(rate))
-    state = InnerState(theta, (), None)
-    final, trace = unroll(quadratic, tx, state, num_steps=3, **options)
+    rule = rules.learned_sgd() if rule is None else rule
+    final, trace = unroll(
+        quadratic, rule, rate, theta, num_steps=3, differentiation=differentiation
+    )
     return trace.losses, final.params
 
 
@@ -479,14 +500,18 @@ def test_derivatives_of_the_losses_in_closed_form():
     thetas = [theta * (1 - rate * curvature) ** t for t in range(4)]
     gradients = [curvature * thetas[t] for t in range(3)]
 
-    jacobian = jax.jacrev(functools.partial(sgd_losses, second_order=False), (0, 1))
+    jacobian = jax.jacrev(
+        functools.partial(sgd_losses, differentiation=first_order()), (0, 1)
+    )
     (by_rate, by_theta), final_by = tiny.quick_jit(jacobian)(rate, theta)
     np.testing.assert_allclose(by_theta, gradients, rtol=1e-6)
     expected = [-gradients[t] @ sum(gradients[:t], 0 * theta) for t in range(3)]
     np.testing.assert_allclose(by_rate, expected, rtol=1e-5, atol=1e-6)
     np.testing.assert_allclose(final_by[1], np.eye(2), atol=1e-7)
 
-    jacobian = jax.jacrev(functools.partial(sgd_losses, second_order=True), (0, 1))
+    jacobian = jax.jacrev(
+        functools.partial(sgd_losses, differentiation=second_order("all")), (0, 1)
+    )
     (_, by_theta), final_by = tiny.quick_jit(jacobian)(rate, theta)
     shrink = [(1 - rate * curvature) ** t for t in range(4)]
     expected = [gradients[t] * shrink[t] for t in range(3)]
@@ -494,10 +519,14 @@ def test_derivatives_of_the_losses_in_closed_form():
     np.testing.assert_allclose(final_by[1], np.diag(shrink[3]), atol=1e-6)
 
 
-@pytest.mark.parametrize("mode", [FIRST, BLOCKED], ids=["plain", "blocked"])
-def test_the_second_derivative_of_what_theta_becomes_in_closed_form(mode):
+@pytest.mark.parametrize("blocked", [False, True], ids=["plain", "blocked"])
+def test_the_second_derivative_of_what_theta_becomes_in_closed_form(blocked):
     """theta_T = theta_0 + constant, so that of |theta_T|^2 is 2."""
-    objective = lambda theta: jnp.sum(sgd_losses(0.1, theta, **mode)[1] ** 2)  # noqa: E731
+    rule = rules.learned_sgd() if blocked else plain(rules.learned_sgd())
+
+    def objective(theta):
+        return jnp.sum(sgd_losses(0.1, theta, first_order(), rule)[1] ** 2)
+
     hessian = jax.jacfwd(jax.grad(objective))
     by_theta = tiny.quick_jit(hessian)(jnp.array([1.0, -2.0]))
     np.testing.assert_allclose(by_theta, 2 * np.eye(2), rtol=1e-6)
@@ -510,14 +539,15 @@ def test_statistics_minibatches_keys_and_what_is_observed():
     def noisy(params, stats, batch, key):
         return params * batch + jax.random.uniform(key), stats + batch
 
-    tx = optax.with_extra_args_support(optax.sgd(0.5))
     final, trace = unroll(
         noisy,
-        tx,
-        InnerState(jnp.float32(1), jnp.float32(0), tx.init(0.0)),
+        optax.sgd(0.5),
+        (),
+        jnp.float32(1),
         batches,
         num_steps=3,
-        second_order=False,
+        differentiation=first_order(),
+        stats=jnp.float32(0),
         key=key,
         observe=lambda state: (state.params, state.stats),
     )
@@ -537,22 +567,32 @@ def test_without_key_and_batches_the_loss_gets_none():
         seen.append((batch, key))
         return params**2, stats
 
-    tx = optax.with_extra_args_support(optax.sgd(0.5))
-    unroll(watching, tx, InnerState(1.0, (), None), num_steps=1, second_order=False)
+    options = {"num_steps": 1, "differentiation": first_order()}
+    unroll(watching, optax.sgd(0.5), (), 1.0, **options)
     assert seen == [(None, None)]
 
 
 @pytest.mark.parametrize("mode", [FIRST, SECOND, BLOCKED], ids=["1", "2", "blocked"])
-def test_a_given_rule_state_is_gone_on_with(mode):
+def test_a_given_rule_state_is_continued(mode):
     """Two windows are one unroll, for a rule that remembers."""
     rule, weights = RULES["gates"], make_weights("gates")
-    tx = rule.bind(weights)
+    rule = rule if "blocked" in mode else plain(rule)
 
     def window(state, num_steps):
-        return unroll(loss_fn, tx, state, num_steps=num_steps, **mode)[0]
+        params, stats, rule_state = state
+        return unroll(
+            loss_fn,
+            rule,
+            weights,
+            params,
+            num_steps=num_steps,
+            differentiation=Differentiation(mode["order"], "all"),
+            stats=stats,
+            rule_state=rule_state,
+        )[0]
 
     window = tiny.quick_jit(window, static_argnums=1)
-    start = InnerState(theta_0(), jnp.float32(0), tx.init(theta_0()))
+    start = (theta_0(), jnp.float32(0), rule.bind(weights).init(theta_0()))
     halfway = window(start, 2)
     tiny.assert_close(window(halfway, 2), window(start, 4))
     fresh = window(halfway._replace(rule_state=None), 2)
@@ -563,20 +603,20 @@ def test_mixed_precision_leaves_round_alike_in_blocks():
     theta = {"half": jnp.ones(5, jnp.bfloat16), "single": jnp.ones(3)}
     weights = make_weights("gates")
 
-    def final_params(coordinatewise):
-        state = InnerState(theta, jnp.float32(0), None)
+    def final_params(rule):
         return unroll(
             loss_fn,
-            RULES["gates"].bind(weights),
-            state,
+            rule,
+            weights,
+            theta,
             num_steps=3,
-            second_order=False,
-            coordinatewise=coordinatewise,
+            differentiation=first_order(),
+            stats=jnp.float32(0),
         )[0].params
 
-    plain, blocked = final_params(False), final_params(True)
+    blocked = final_params(RULES["gates"])
     assert blocked["half"].dtype == jnp.bfloat16
-    tiny.assert_equal(blocked, plain)
+    tiny.assert_equal(blocked, final_params(plain(RULES["gates"])))
 
 
 def test_the_blocked_gradient_maps_over_tasks_and_can_be_differentiated_again():
@@ -587,35 +627,34 @@ def test_the_blocked_gradient_maps_over_tasks_and_can_be_differentiated_again():
         lambda leaf: 20 * leaf, rule.init(jax.random.key(0), {"w": thetas["w"][0]})
     )
 
-    def gradient(weights, theta, options):
+    def gradient(weights, theta, rule):
         def objective(weights):
-            state = InnerState(theta, jnp.float32(0), None)
-            final, _ = unroll(
-                loss_fn, rule.bind(weights), state, num_steps=2, **options
-            )
+            options = {"num_steps": 2, "differentiation": first_order()}
+            options["stats"] = jnp.float32(0)
+            final, _ = unroll(loss_fn, rule, weights, theta, **options)
             return jnp.sum(jnp.sin(final.params["w"]))
 
         return jax.grad(objective)(weights)
 
-    def forward(theta, options):
-        fn = functools.partial(gradient, theta=theta, options=options)
+    def forward(theta, rule):
+        fn = functools.partial(gradient, theta=theta, rule=rule)
         return jax.jvp(fn, (weights,), (weights,))
 
-    def reverse(theta, options):
-        return jax.grad(lambda w: _dot(gradient(w, theta, options), weights))(weights)
+    def reverse(theta, rule):
+        return jax.grad(lambda w: _dot(gradient(w, theta, rule), weights))(weights)
 
     @tiny.quick_jit
     def everything(thetas):
         return (
-            jax.vmap(lambda theta: forward(theta, BLOCKED))(thetas),
-            jax.vmap(lambda theta: reverse(theta, BLOCKED))(thetas),
-            forward({"w": thetas["w"][1]}, FIRST),
+            jax.vmap(lambda theta: forward(theta, rule))(thetas),
+            jax.vmap(lambda theta: reverse(theta, rule))(thetas),
+            forward({"w": thetas["w"][1]}, plain(rule)),
         )
 
-    blocked, blocked_reverse, plain = everything(thetas)
+    blocked, blocked_reverse, expected = everything(thetas)
     second_task = jax.tree.map(lambda leaf: leaf[1], blocked)
     tiny.assert_close(blocked[1], blocked_reverse, rtol=1e-3, atol=1e-6)
-    tiny.assert_close(second_task, plain, rtol=1e-3, atol=1e-6)
+    tiny.assert_close(second_task, expected, rtol=1e-3, atol=1e-6)
 
 
 def _dot(a, b):
@@ -623,26 +662,122 @@ def _dot(a, b):
 
 
 @pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: first_order("sqrt"), r"keep='sqrt': choose one of all, remat, mixed,"),
+        (lambda: first_order(truncate_every=0), r"truncate_every=0: choose 1 or more"),
+        (lambda: second_order(last=0), r"last=0: choose 1 or more or None"),
+        (
+            lambda: Differentiation("third", "all"),
+            r"order='third': choose one of first",
+        ),
+        (lambda: Differentiation("first", "all", 2), r"last=2 needs second order"),
+    ],
+)
+def test_wrong_ways_to_differentiate_are_refused(make, message):
+    with pytest.raises(ValueError, match=message):
+        make()
+
+
+@pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"num_steps": 0}, r"num_steps=0: choose at least 1"),
-        ({"num_steps": 2, "truncate_every": 0}, r"truncate_every=0: choose at least 1"),
-        (
-            {"num_steps": 2, "memory": "sqrt"},
-            r"memory='sqrt': choose one of plain, remat, mixed, segments",
-        ),
+        ({"num_steps": 0}, r"num_steps=0: choose 1 or more"),
         (
             {"num_steps": 2, "batches": jnp.zeros((3, 1))},
             r"shape \(3, 1\) but num_steps=2: stack one batch for each step",
         ),
+        ({"num_steps": 1, "axis_name": "rows"}, r"axis_name='rows' is no axis of the"),
     ],
 )
 def test_wrong_arguments_are_refused(options, message):
-    tx = optax.with_extra_args_support(optax.sgd(0.1))
+    options["differentiation"] = first_order()
     with pytest.raises(ValueError, match=message):
-        unroll(loss_fn, tx, InnerState(1.0, 0, None), second_order=False, **options)
+        unroll(loss_fn, rules.learned_sgd(), 0.1, jnp.ones(1), stats=0, **options)
 
 
-def test_second_order_has_no_default():
-    with pytest.raises(TypeError, match="second_order"):
-        unroll(loss_fn, optax.sgd(0.1), InnerState(1.0, 0, None), num_steps=1)
+def test_what_is_no_rule_is_refused():
+    with pytest.raises(TypeError, match=r"neither an UpdateRule nor an optax transfor"):
+        rules.as_rule(0.1)
+
+
+def test_how_to_differentiate_has_no_default():
+    with pytest.raises(TypeError, match="differentiation"):
+        unroll(loss_fn, optax.sgd(0.1), (), 1.0, num_steps=1)
+
+
+def test_second_order_in_the_last_steps_is_that_of_one_unroll_after_another():
+    """The first steps in first order, then the last in second; all of them is all."""
+    values, grads = run(**SECOND, last=2)
+    first_values, first = run(**FIRST)
+    _, second = run(**SECOND)
+    tiny.assert_close(values, first_values)
+    for other in (first, second):
+        assert tiny.max_difference(grads[1], other[1]) > 1e-4
+        assert tiny.max_difference(grads[0], other[0]) > 1e-4
+    tiny.assert_equal(run(**SECOND, last=STEPS)[1], second)
+    tiny.assert_equal(run(**SECOND, last=STEPS + 1)[1], second)
+
+    rule, weights = plain(RULES["gates"]), make_weights("gates")
+
+    def in_two(weights, theta, c):
+        options = {"num_steps": 2, "stats": jnp.float32(0)}
+        state = rule.bind(weights).init(theta)
+        for differentiation in (first_order(), second_order("all")):
+            end, _ = unroll(
+                loss_fn,
+                rule,
+                weights,
+                theta,
+                rule_state=state,
+                differentiation=differentiation,
+                **options,
+            )
+            theta, state = end.params, end.rule_state
+        return sum(jax.tree.leaves(jax.tree.map(jnp.vdot, c, theta)))
+
+    draw = lambda p: jnp.cos(jnp.arange(p.size)).reshape(p.shape) / 50  # noqa: E731
+    c = jax.tree.map(draw, theta_0())
+    expected = tiny.quick_jit(jax.grad(in_two, (0, 1)))(weights, theta_0(), c)
+    tiny.assert_close(grads, expected, rtol=1e-4)
+
+
+def test_second_order_in_the_last_step_in_closed_form():
+    """Of theta_T by theta_0: earlier steps have the slope 1, the last 1 - rate c."""
+    rate, theta = 0.1, jnp.array([1.0, -2.0])
+    curvature = np.array([3.0, 1.0])
+    for keep in KEEPS:
+        how = second_order(keep, last=1)
+        fn = lambda theta: sgd_losses(rate, theta, how)  # noqa: B023, E731
+        by_losses, by_end = tiny.quick_jit(jax.jacrev(fn))(theta)
+        np.testing.assert_allclose(by_end, np.diag(1 - rate * curvature), atol=1e-6)
+        thetas = [theta * (1 - rate * curvature) ** t for t in range(3)]
+        np.testing.assert_allclose(
+            by_losses, [curvature * theta for theta in thetas], rtol=1e-5
+        )
+
+
+@pytest.mark.parametrize("blocked", [False, True], ids=["plain", "blocked"])
+def test_a_scaled_gradient_is_scaled_for_the_rule_alone(blocked):
+    """The losses keep their own derivative, and the rule its state and parameters."""
+    rule = rules.learned_sgd() if blocked else plain(rules.learned_sgd())
+    theta = jnp.array([1.0, -2.0])
+
+    def losses(theta, rate, scale):
+        final, trace = unroll(
+            lambda params, stats, batch, key: (jnp.sum(jnp.cosh(params)), stats),
+            rule,
+            rate,
+            theta,
+            num_steps=3,
+            differentiation=first_order(),
+            gradient_scale=scale,
+        )
+        return trace.losses, final
+
+    (by_scale, scaled), (by_rate, expected) = (
+        tiny.quick_jit(jax.jacrev(losses, has_aux=True))(theta, *pair)
+        for pair in ((0.1, 0.5), (0.05, 1.0))
+    )
+    tiny.assert_close((by_scale, scaled), (by_rate, expected))
+    assert scaled.rule_state == 3

@@ -14,7 +14,7 @@ import reference_optimizers
 import tiny
 
 from metalstm import rules
-from metalstm.inner.loop import InnerState, unroll
+from metalstm.inner import first_order, unroll
 
 NET = reference.TanhNet()
 STEPS, HIDDEN = 5, 3
@@ -84,10 +84,11 @@ def test_a_full_unroll_and_its_meta_gradient_are_the_papers(case):
     def objective(weights):
         final, trace = unroll(
             lambda params, stats, batch, key: (cross_entropy(params, x, y), stats),
-            rule.bind(weights),
-            InnerState(NET.unpack(theta), {}, None),
+            rule,
+            weights,
+            NET.unpack(theta),
             num_steps=STEPS,
-            second_order=False,
+            differentiation=first_order(),
             observe=lambda state: state.params,
         )
         return cross_entropy(final.params, x, y), trace
@@ -175,7 +176,7 @@ def test_one_rule_serves_any_number_of_parameters():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"hidden_size": 0}, r"hidden_size=0: choose at least 1"),
+        ({"hidden_size": 0}, r"hidden_size=0: choose 1 or more"),
         ({"num_layers": 0}, r"num_layers=0: choose 1 to 16"),
         ({"num_layers": 17}, r"num_layers=17: choose 1 to 16"),
         ({"features": "sign"}, r"features='sign': choose one of log_sign, raw"),

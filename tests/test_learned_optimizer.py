@@ -10,11 +10,11 @@ import pytest
 import tiny
 from jax import lax
 
-from metalstm import rules
+from metalstm import inner, rules
 from metalstm.algorithms import learned_init
 from metalstm.learned_optimizers import learned_optimizer, problems
 from metalstm.learned_optimizers.problems import Draw, ProblemFamily, ProblemSampler
-from metalstm.meta import training
+from metalstm.meta import step as meta_step
 
 TASKS = 3
 RULE = rules.l2l(hidden_size=2, num_layers=1, features="raw")
@@ -138,8 +138,9 @@ def test_a_segment_of_the_whole_horizon_is_full_backpropagation(
     options = {"weights": lambda t: t**2} if kind == "weights" else {}
     if kind in ("log", "relative"):
         options = {"loss_transform": kind}
+    how = inner.second_order() if second_order else inner.first_order("mixed")
     fn, meta_params, carry = build(
-        unroll_steps=4, horizon=4, second_order=second_order, **options
+        unroll_steps=4, horizon=4, differentiation=how, **options
     )
     result = fn(meta_params, carry, keys_of(0), draw_many(4))
     assert_gradient(result, expected[kind, second_order])
@@ -148,12 +149,12 @@ def test_a_segment_of_the_whole_horizon_is_full_backpropagation(
 
 
 @pytest.mark.parametrize("layout", ["vmap", "scan", "unroll"])
-def test_layouts_and_memory_change_no_gradient(expected, layout):
+def test_layouts_and_what_is_kept_change_no_gradient(expected, layout):
     fn, meta_params, carry = build(
         unroll_steps=4,
         horizon=4,
         task_mapping=layout,
-        memory="segments" if layout == "scan" else "plain",
+        differentiation=inner.first_order("segments" if layout == "scan" else "all"),
     )
     result = fn(meta_params, carry, keys_of(0), draw_many(4))
     assert_gradient(result, expected["none", False])
@@ -178,7 +179,10 @@ def test_stacked_tasks_are_the_tasks_one_by_one():
 def test_what_is_stacked_is_one_matrix_product_for_all_tasks():
     def widest_dot(layout):
         fn, meta_params, carry = build(
-            unroll_steps=2, horizon=2, task_mapping=layout, memory="plain"
+            unroll_steps=2,
+            horizon=2,
+            task_mapping=layout,
+            differentiation=inner.first_order(),
         )
         text = str(fn.trace(meta_params, carry, keys_of(0), draw_many(2)).jaxpr)
         return "f32[9,8] = dot_general" in text  # [T N, 4 H], so few are they
@@ -343,7 +347,9 @@ def test_evolution_is_unbiased_where_truncation_is_not():
     estimates = np.asarray(evolved(keys, rate), np.float64)
     mean, error = estimates.mean(), estimates.std(ddof=1) / repeats**0.5
     exact = float(jax.grad(truth)(rate))
-    truncated = summed(1, unroll_steps=1, horizon=4, second_order=True)
+    truncated = summed(
+        1, unroll_steps=1, horizon=4, differentiation=inner.second_order()
+    )
     cut = float(tiny.quick_jit(truncated)(keys[0], rate))
     assert abs(mean - exact) < 3 * error, (mean, error, exact, cut)
     assert error < 0.03 * abs(exact)
@@ -383,10 +389,10 @@ def test_the_trainer_learns_to_optimize():
         family, rule, num_tasks=8, unroll_steps=5, horizon=10, loss_transform="log"
     )
     sampler, adam = ProblemSampler(family, 1), optax.adam(0.01)
-    loop = training.make_train_loop(
+    loop = meta_step.make_train_loop(
         algorithm, adam, sampler, num_tasks=8, steps_per_call=30
     )
-    state = training.init_train_state(
+    state = meta_step.init_train_state(
         algorithm, adam, 0, sampler.sample(jax.random.key(0))
     )
     losses = []
@@ -406,8 +412,8 @@ def test_a_carry_is_split_with_its_tasks():
     one = jax.tree.map(lambda leaf: leaf[0], draw_many(1))
     results = []
     for chunk in (None, 2):
-        step = training.make_train_step(algorithm, sgd, accumulate_tasks=chunk)
-        state = training.init_train_state(algorithm, sgd, 0, one)
+        step = meta_step.make_train_step(algorithm, sgd, accumulate_tasks=chunk)
+        state = meta_step.init_train_state(algorithm, sgd, 0, one)
         for seed in range(2):
             state, metrics = step(state, draw_many(1, seed, num_tasks=4))
         results.append((state, metrics))
@@ -418,13 +424,13 @@ def test_a_carry_is_split_with_its_tasks():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"num_tasks": 0}, r"num_tasks=0: choose at least 1"),
-        ({"unroll_steps": 0}, r"unroll_steps=0: choose at least 1"),
+        ({"num_tasks": 0}, r"num_tasks=0: choose 1 or more"),
+        ({"unroll_steps": 0}, r"unroll_steps=0: choose 1 or more"),
         ({"horizon": 30}, r"horizon=30 is not a multiple of unroll_steps=20"),
         ({"horizon": 0}, r"horizon=0 is not a multiple of unroll_steps=20"),
         ({"loss_transform": "x"}, r"loss_transform='x': choose one of none, log"),
         ({"estimator": "x"}, r"estimator='x': choose one of backprop, pes"),
-        ({"pes_std": 0.0}, r"pes_std=0.0: choose a standard deviation above 0"),
+        ({"pes_std": 0.0}, r"pes_std=0.0: choose a number above 0"),
         (
             {"estimator": "pes", "task_mapping": "stacked"},
             r"task_mapping='stacked' needs a coordinate-wise rule that does not read",
@@ -438,8 +444,10 @@ def test_wrong_arguments_are_refused(options, message):
 
 def test_rules_that_cannot_be_differentiated_twice_or_stacked_are_refused():
     adam = rules.tunable(optax.adam, learning_rate=0.1)
-    with pytest.raises(ValueError, match=r"second_order=True, but the rule's deriv"):
-        learned_optimizer(FAMILY, adam, num_tasks=1, second_order=True)
+    with pytest.raises(ValueError, match=r"second_order\(\), but the rule's deriv"):
+        learned_optimizer(
+            FAMILY, adam, num_tasks=1, differentiation=inner.second_order()
+        )
     gates = rules.lstm_gates(hidden_size=1)
     with pytest.raises(ValueError, match=r"needs a coordinate-wise rule that does"):
         learned_optimizer(FAMILY, gates, num_tasks=1, task_mapping="stacked")
@@ -461,5 +469,5 @@ def test_an_optimizer_predicts_nothing():
         algorithm.predict((), None, None, None, num_classes=2)
     assert algorithm.per_task_carry
     assert not learned_init(
-        tiny.tanh_net(), RULE, num_steps=1, second_order=False
+        tiny.tanh_net(), RULE, num_steps=1, differentiation=inner.first_order()
     ).per_task_carry

@@ -62,10 +62,10 @@ def test_the_published_margins_and_scales_are_the_defaults(loss, margin, scale):
         np.asarray(batch.x, np.float64), weights, labels, loss, margin, scale
     )
     shares = [reference.softmax(row)[y] for row, y in zip(logits, labels, strict=True)]
-    value, metrics = algorithm.loss(params, KEY, batch)
+    value, aux = algorithm.loss(params, KEY, batch)
     np.testing.assert_allclose(value, -np.mean(np.log(shares)), rtol=1e-4)
     plain = np.array([[reference.cosine(x, w) for w in weights] for x in batch.x])
-    assert metrics["accuracy"] == pytest.approx((plain.argmax(1) == labels).mean())
+    assert aux.metrics["accuracy"] == pytest.approx((plain.argmax(1) == labels).mean())
 
 
 @pytest.mark.parametrize(("loss", "margin", "scale"), PUBLISHED)

@@ -14,7 +14,7 @@ import reference_optimizers
 import tiny
 
 from metalstm import rules
-from metalstm.inner.loop import InnerState, unroll
+from metalstm.inner import first_order, unroll
 
 NET = reference.TanhNet()
 STEPS, HIDDEN = 4, 3
@@ -169,10 +169,11 @@ def test_a_full_unroll_of_v2_and_its_meta_gradient_are_the_equations(gates_hidde
     def objective(weights):
         final, trace = unroll(
             lambda params, stats, batch, key: (cross_entropy(params, x, y), stats),
-            rule.bind(weights),
-            InnerState(NET.unpack(theta), {}, None),
+            rule,
+            weights,
+            NET.unpack(theta),
             num_steps=STEPS,
-            second_order=False,
+            differentiation=first_order(),
             observe=lambda state: state.params,
         )
         return cross_entropy(final.params, x, y), trace
@@ -224,8 +225,9 @@ def test_two_layer_is_the_chain_and_has_no_second_lstm_unless_asked():
     np.testing.assert_array_equal(updates, expected)
     assert "lstm" not in weights[1]
     assert "lstm" in make_rule(2)[1][1]
-    assert rules.two_layer().reads_loss
-    assert not rules.two_layer(gates={"loss_input": False}).reads_loss
+    assert rules.two_layer().traits.reads_loss
+    blind = rules.two_layer(gates={"loss_input": False})
+    assert not blind.traits.reads_loss
 
 
 def test_the_memory_learns_through_the_features_of_the_gates():
@@ -250,8 +252,8 @@ def test_the_memory_learns_through_the_features_of_the_gates():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"hidden_size": 0}, r"hidden_size=0: choose at least 1"),
-        ({"eps": 0.0}, r"eps=0.0: choose a positive number"),
+        ({"hidden_size": 0}, r"hidden_size=0: choose 1 or more"),
+        ({"eps": 0.0}, r"eps=0.0: choose a number above 0"),
     ],
 )
 def test_wrong_arguments_are_refused(options, message):

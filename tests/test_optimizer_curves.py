@@ -135,9 +135,9 @@ def test_differences_are_taken_instance_by_instance():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"num_instances": 0}, r"num_instances=0: choose at least 1"),
-        ({"num_steps": 0}, r"num_steps=0: choose at least 1"),
-        ({"record_every": 0}, r"record_every=0: choose at least 1"),
+        ({"num_instances": 0}, r"num_instances=0: choose 1 or more"),
+        ({"num_steps": 0}, r"num_steps=0: choose 1 or more"),
+        ({"record_every": 0}, r"record_every=0: choose 1 or more"),
         ({"record_every": 3}, r"num_steps=4 is not a multiple of record_every=3"),
     ],
 )

@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 
 import metalstm
 from metalstm import rules
-from metalstm.rules.export import _digest as rule_digest
+from metalstm.rules.io import _digest as rule_digest
 
 SPECS = {
     "l2l": {"rule": "l2l", "hidden_size": 2},
@@ -105,7 +105,7 @@ def test_a_spec_is_the_call_it_says():
         ({"rule": "adam"}, r"no rule 'adam': choose one of by_group, chain, gradient_"),
         ({"rule": "l2l", "hiden_size": 3}, r"l2l takes no 'hiden_size': it takes feat"),
         ({"rule": "l2l", "hidden_size": "3"}, r"l2l cannot be built of .*hidden_size"),
-        ({"rule": "l2l", "hidden_size": 0}, r"hidden_size=0: choose at least 1"),
+        ({"rule": "l2l", "hidden_size": 0}, r"hidden_size=0: choose 1 or more"),
         ({"rule": "two_layer", "gates": {"x": 1}}, r"two_layer cannot be built .*'x'"),
         ({"rule": "chain"}, r"chain takes parts=\[spec, ..\], not None"),
         ({"rule": "chain", "parts": []}, r"chain needs at least one rule"),
@@ -136,15 +136,15 @@ def test_a_spec_may_not_nest_without_end():
 # -- groups ----------------------------------------------------------------------------
 
 
-def test_groups_have_rules_of_their_own():
+def test_each_group_has_its_own_rule():
     rule = rules.build_rule(SPECS["by_group"])
     weights = rule.init(jax.random.key(0), PARAMS)
     assert set(weights) == {"matrix", "vector"}
-    assert not rule.coordinatewise
-    assert rule.smooth
-    assert not rule.reads_loss
+    assert not rule.traits.coordinatewise
+    assert rule.traits.smooth
+    assert not rule.traits.reads_loss
     one_reads = {"matrix": rules.lstm_gates(), "vector": rules.learned_sgd()}
-    assert rules.by_group(one_reads, rules.matrix_or_vector).reads_loss
+    assert rules.by_group(one_reads, rules.matrix_or_vector).traits.reads_loss
     updates = one_update(rule.bind(weights))
     np.testing.assert_allclose(updates["b"], -0.3 * 0.3 * np.ones(3), rtol=1e-6)
     alone = rules.build_rule(SPECS["l2l"]).bind(weights["matrix"])

@@ -48,7 +48,7 @@ RULES: dict[str, UpdateRule] = {
     "sgd_tensor": rules.learned_sgd(0.1, per="tensor", num_steps=2),
     "sgd_parameter": rules.learned_sgd((0.05, 0.2), per="parameter"),
     "tunable": rules.tunable(SMOOTH_ADAM, learning_rate=0.1, b1=0.8),
-    "from_optax": rules.from_optax(optax.sgd(0.1, momentum=0.9)),
+    "as_rule": rules.as_rule(optax.sgd(0.1, momentum=0.9)),
     "chain": rules.chain(optax.clip_by_global_norm(1.0), rules.learned_sgd(0.1)),
 }
 PER_TENSOR = {"gates_per_step", "sgd_tensor", "sgd_parameter"}
@@ -97,7 +97,7 @@ def test_state_is_a_scan_carry_of_float32_and_updates_look_like_gradients(name):
     updates, state = compiled(name)(rule.weights, GRADS, rule.state, PARAMS)
     assert shapes(updates) == shapes(GRADS)
     assert shapes(state) == shapes(rule.state)
-    if name not in ("tunable", "from_optax"):  # optax keeps moments in the leaf's type
+    if name not in ("tunable", "as_rule"):  # optax keeps moments in the leaf's type
         assert not any(
             leaf.dtype == jnp.bfloat16 for leaf in jax.tree.leaves(rule.state)
         )
@@ -323,7 +323,7 @@ def test_a_bias_for_each_tensor_and_step():
         bias_per="tensor_and_step",
         num_bias_steps=2,
     )
-    assert not rule.coordinatewise
+    assert not rule.traits.coordinatewise
     weights = rule.init(jax.random.key(0), params)
     assert weights["input"]["bias"].shape == (2, 2)
     logits = np.array([[0.0, -1.0], [-2.0, -3.0]])
@@ -396,10 +396,13 @@ def test_tunable_rules_are_their_optax_transform():
 
 def test_a_chain_is_coordinatewise_only_when_all_of_it_is():
     gates, sgd = RULES["gates"], RULES["sgd_rule"]
-    assert rules.chain(gates, sgd).coordinatewise
-    assert not rules.chain(optax.clip_by_global_norm(1.0), gates).coordinatewise
-    assert not rules.chain(gates, RULES["sgd_parameter"]).coordinatewise
-    assert not RULES["from_optax"].coordinatewise
+    assert rules.chain(gates, sgd).traits.coordinatewise
+    clipped = rules.chain(optax.clip_by_global_norm(1.0), gates)
+    assert not clipped.traits.coordinatewise
+    assert not rules.chain(gates, RULES["sgd_parameter"]).traits.coordinatewise
+    assert not RULES["as_rule"].traits.coordinatewise
+    scale = rules.as_rule(optax.scale(-0.1), sgd.traits)  # as its user promises
+    assert rules.chain(gates, scale).traits.coordinatewise
     weights = rules.chain(sgd, optax.scale(2.0), sgd).init(jax.random.key(0), PARAMS)
     assert [np.shape(part) for part in weights] == [(), (0,), ()]
     tx = rules.chain(sgd, optax.scale(2.0), sgd).bind((0.5, (), 0.25))
@@ -407,7 +410,7 @@ def test_a_chain_is_coordinatewise_only_when_all_of_it_is():
     np.testing.assert_allclose(updates, 0.5 * 2 * 0.25)
 
 
-@pytest.mark.parametrize("name", [n for n in RULES if RULES[n].coordinatewise])
+@pytest.mark.parametrize("name", [n for n in RULES if RULES[n].traits.coordinatewise])
 def test_a_coordinatewise_rule_reads_each_coordinate_alone(name):
     """What the blocked backward pass of the inner loop relies on."""
     rule = bound(name)
@@ -428,7 +431,7 @@ def test_a_coordinatewise_rule_reads_each_coordinate_alone(name):
 
 def test_rules_say_whether_they_read_the_loss():
     """What running many tasks as one relies on."""
-    assert {name for name in RULES if not RULES[name].reads_loss} == BLIND
+    assert {name for name in RULES if not RULES[name].traits.reads_loss} == BLIND
     for name in BLIND:
         rule = bound(name)
         with_loss = rule.tx.update(GRADS, rule.state, PARAMS, value=9.0)
@@ -447,9 +450,9 @@ def test_rules_say_whether_they_read_the_loss():
             r"feature_gradient='half': choose one of stopped, full",
         ),
         (lambda: rules.lstm_gates(bias_per="x"), r"bias_per='x': choose one of rule"),
-        (lambda: rules.lstm_gates(num_bias_steps=0), r"num_bias_steps=0: choose at"),
+        (lambda: rules.lstm_gates(num_bias_steps=0), r"num_bias_steps=0: choose 1"),
         (lambda: rules.learned_sgd(per="layer"), r"per='layer': choose one of rule"),
-        (lambda: rules.learned_sgd(num_steps=0), r"num_steps=0: choose at least 1"),
+        (lambda: rules.learned_sgd(num_steps=0), r"num_steps=0: choose 1 or more"),
         (rules.chain, r"chain needs at least one rule"),
     ],
 )

@@ -14,10 +14,10 @@ import optax
 import pytest
 import tiny
 
-from metalstm import algorithms, base, rules
-from metalstm.base import make_algorithm
+from metalstm import algorithms, rules, tasks
+from metalstm.base import Aux, make_algorithm
 from metalstm.data import ClusterSpec
-from metalstm.meta import training
+from metalstm.meta import step as meta_step
 from metalstm.meta.seeds import init_seeds, map_seeds
 from metalstm.runtime.sharding import place
 
@@ -26,7 +26,7 @@ EPISODE = SPEC.sample(jax.random.key(0))
 SEEDS = np.array([3, 0, 8, 5], np.uint32)
 CALLS, STEPS = 2, 3
 # the gradient is in the state: Adam would hide a factor
-OPTIMIZER = optax.chain(optax.trace(0.0), training.adam_clipped(0.05))
+OPTIMIZER = optax.chain(optax.trace(0.0), meta_step.adam_clipped(0.05))
 
 
 def meta_lstm():
@@ -37,13 +37,14 @@ def meta_lstm():
 def toy(**slots):
     return make_algorithm(
         init=lambda key, episode: {"w": jax.random.normal(key, (2,))},
-        **{"loss": lambda params, key, episode: (0.0, {}), "predict": None} | slots,
+        **{"loss": lambda params, key, episode: (0.0, Aux({})), "predict": None}
+        | slots,
     )
 
 
 def breaking(seed: int):
     """Its loss is NaN from the second step on, for that seed alone."""
-    start_of_bad = training.init_train_state(toy(), OPTIMIZER, seed, EPISODE).params
+    start_of_bad = meta_step.init_train_state(toy(), OPTIMIZER, seed, EPISODE).params
 
     def init_carry(key, params, episode):
         return (jnp.int32(0), jnp.all(params["w"] == start_of_bad["w"]))
@@ -57,7 +58,7 @@ def breaking(seed: int):
 
 
 def make_loop(algorithm):
-    return training.make_train_loop(
+    return meta_step.make_train_loop(
         algorithm, OPTIMIZER, SPEC, num_tasks=2, steps_per_call=STEPS
     )
 
@@ -81,7 +82,7 @@ def check(algorithm, mesh=None):
     states, metrics = together(algorithm, loop, mesh)
     assert states.step.tolist() == [CALLS * STEPS] * len(SEEDS)
     for i, seed in enumerate(SEEDS):
-        alone = training.init_train_state(algorithm, OPTIMIZER, seed, EPISODE)
+        alone = meta_step.init_train_state(algorithm, OPTIMIZER, seed, EPISODE)
         own = jax.tree.map(lambda leaf, i=i: leaf[i], (states, metrics))
         tiny.assert_close(own, calls(loop, alone), rtol=1e-4, atol=1e-6)
     first = jax.tree.leaves(states.params)[0]
@@ -91,7 +92,7 @@ def check(algorithm, mesh=None):
 @pytest.mark.parametrize("how", ["scan", "vmap"])
 def test_each_seed_goes_where_it_goes_alone(how, monkeypatch):
     """Also as on an accelerator, where the seeds are an axis of every operation."""
-    monkeypatch.setattr(base, "default_task_mapping", lambda: how)
+    monkeypatch.setattr(tasks, "default_task_mapping", lambda: how)
     check(meta_lstm())
 
 

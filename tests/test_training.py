@@ -15,9 +15,10 @@ import pytest
 import tiny
 
 from metalstm import algorithms, rules
-from metalstm.base import LearnerState, make_algorithm
+from metalstm.base import Aux, LearnerState, make_algorithm
 from metalstm.data import ClusterSpec
-from metalstm.meta import training
+from metalstm.meta import fitting
+from metalstm.meta import step as meta_step
 from metalstm.meta.evaluation import make_evaluate
 
 TASKS = 4
@@ -31,7 +32,7 @@ FROZEN = algorithms.fomaml(
 def scalar_loss(params, key, episode):
     """As small as a meta-loss can be that uses its key and its episode."""
     noise = jax.random.uniform(key)
-    return jnp.mean((params["w"] * episode.query.x - noise) ** 2), {"noise": noise}
+    return jnp.mean((params["w"] * episode.query.x - noise) ** 2), Aux({"noise": noise})
 
 
 def toy(**slots):
@@ -43,16 +44,16 @@ def toy(**slots):
 
 
 def start(algorithm, optimizer=None, seed=0):
-    optimizer = optimizer or training.adam_clipped()
-    return training.init_fit_state(
-        training.init_train_state(algorithm, optimizer, seed, EPISODE)
+    optimizer = optimizer or meta_step.adam_clipped()
+    return fitting.init_fit_state(
+        meta_step.init_train_state(algorithm, optimizer, seed, EPISODE)
     )
 
 
 def make_loop(algorithm, optimizer=None, **options):
-    return training.make_train_loop(
+    return meta_step.make_train_loop(
         algorithm,
-        optimizer or training.adam_clipped(),
+        optimizer or meta_step.adam_clipped(),
         SPEC,
         **{"num_tasks": TASKS} | options,
     )
@@ -80,9 +81,9 @@ def test_a_resumed_run_is_the_uninterrupted_one_to_the_bit(frozen_loop):
         return float(params.learner.params["Dense_1"]["kernel"].sum())
 
     options = {"validate": validate, "validate_every": 2}
-    whole = training.fit(frozen_loop, start(FROZEN), None, num_steps=5, **options)
+    whole = fitting.fit(frozen_loop, start(FROZEN), None, num_steps=5, **options)
     saved = []
-    part = training.fit(
+    part = fitting.fit(
         frozen_loop,
         start(FROZEN),
         None,
@@ -93,11 +94,11 @@ def test_a_resumed_run_is_the_uninterrupted_one_to_the_bit(frozen_loop):
         validate_every=2,
     )
     assert part.train.step == 3
-    resumed = training.fit(frozen_loop, saved[-1], None, num_steps=5, **options)
+    resumed = fitting.fit(frozen_loop, saved[-1], None, num_steps=5, **options)
     tiny.assert_equal(resumed.train, whole.train)
     moved = whole.train.params.learner.params, start(FROZEN).train.params.learner.params
     assert tiny.max_difference(*moved) > 1e-3
-    again = training.fit(frozen_loop, start(FROZEN, seed=1), None, num_steps=5)
+    again = fitting.fit(frozen_loop, start(FROZEN, seed=1), None, num_steps=5)
     assert tiny.max_difference(again.train.params, whole.train.params) > 1e-3
 
 
@@ -110,7 +111,7 @@ def test_running_statistics_are_the_mean_over_tasks_and_steps(frozen_loop):
     def gathered(params, step):
         def one(task):
             episode = FROZEN.train_sampler(SPEC).sample(
-                training.episode_key(0, "train", step, task)
+                meta_step.episode_key(0, "train", step, task)
             )
             inner, _ = FROZEN_BATCH.adapt(params, jax.random.key(0), episode.support)
             state = LearnerState(inner.params, params.learner.stats, {})
@@ -121,7 +122,7 @@ def test_running_statistics_are_the_mean_over_tasks_and_steps(frozen_loop):
     state = start(FROZEN)
     for step in range(2):
         seen.append(gathered(state.train.params, step))
-        state = training.fit(frozen_loop, state, None, num_steps=step + 1)
+        state = fitting.fit(frozen_loop, state, None, num_steps=step + 1)
     expected = jax.tree.map(lambda *leaves: np.mean(leaves, axis=0), *seen)
     tiny.assert_close(state.train.carry.stats, expected, rtol=1e-4)
     tiny.assert_equal(state.train.params.learner.stats, state.train.carry.stats)
@@ -133,8 +134,8 @@ FROZEN_BATCH = algorithms.fomaml(tiny.norm_net(), 0.1, num_steps=1)
 
 
 def test_several_steps_a_call_are_the_same_steps(toy_loop):
-    one = training.fit(toy_loop, start(toy()), None, num_steps=4)
-    three = training.fit(
+    one = fitting.fit(toy_loop, start(toy()), None, num_steps=4)
+    three = fitting.fit(
         make_loop(toy(), steps_per_call=2),
         start(toy()),
         None,
@@ -150,7 +151,7 @@ def test_chunks_of_tasks_give_the_gradient_of_the_whole():
     episodes = tiny.episodes(TASKS)
     results = []
     for chunk in (None, 2, 1):
-        step = training.make_train_step(toy(), optax.sgd(1.0), accumulate_tasks=chunk)
+        step = meta_step.make_train_step(toy(), optax.sgd(1.0), accumulate_tasks=chunk)
         state = start(toy(), optax.sgd(1.0)).train
         results.append(step(state, episodes))
     for result in results[1:]:
@@ -161,7 +162,7 @@ def test_chunks_of_tasks_give_the_gradient_of_the_whole():
 MESH_SCRIPT = """
 import jax, optax, tiny
 import test_training as t
-from metalstm import training
+from metalstm.meta import step as meta_step
 assert jax.device_count() == 2
 mesh = jax.make_mesh((2,), ("task",))
 episodes = tiny.episodes(4)
@@ -174,8 +175,8 @@ for algorithm, chunks in (
 ):
     results = []
     for options in ({}, {"mesh": mesh, "accumulate_tasks": chunks}):
-        step = training.make_train_step(algorithm, sgd, **options)
-        state = training.init_train_state(algorithm, sgd, 0, t.EPISODE)
+        step = meta_step.make_train_step(algorithm, sgd, **options)
+        state = meta_step.init_train_state(algorithm, sgd, 0, t.EPISODE)
         results.append(jax.device_get(step(state, episodes)))
     one, two = results
     if algorithm is t.FROZEN and chunks:  # the running average takes a step a chunk
@@ -183,7 +184,7 @@ for algorithm, chunks in (
     else:
         assert one[1]["grad_norm"] > 0.01
     tiny.assert_close(two, one, rtol=1e-4, atol=1e-6)
-state = training.init_train_state(algorithm, sgd, 0, t.EPISODE)
+state = meta_step.init_train_state(algorithm, sgd, 0, t.EPISODE)
 program = step.lower(state, episodes).compile().as_text()
 assert "all-reduce" in program
 assert "all-gather" not in program
@@ -216,8 +217,8 @@ def test_chunks_get_the_carry_of_their_own_tasks(chunk):
     sgd, results = optax.sgd(1.0), []
     for option in (None, chunk):
         algorithm = per_task_algorithm()
-        step = training.make_train_step(algorithm, sgd, accumulate_tasks=option)
-        state = training.init_train_state(algorithm, sgd, 0, EPISODE)
+        step = meta_step.make_train_step(algorithm, sgd, accumulate_tasks=option)
+        state = meta_step.init_train_state(algorithm, sgd, 0, EPISODE)
         for seed in range(2):
             state, metrics = step(state, tiny.episodes(TASKS, queries=1 + seed))
         results.append((state, metrics))
@@ -253,11 +254,11 @@ def breaking_at(step: int):
 def test_a_loss_that_is_not_finite_stops_at_its_step_and_keeps_the_state(report_every):
     algorithm = breaking_at(3)
     loop, saved = make_loop(algorithm), []
-    good = training.fit(loop, start(algorithm), None, num_steps=2)
+    good = fitting.fit(loop, start(algorithm), None, num_steps=2)
     with pytest.raises(
-        training.NonFiniteLossError, match=r"not finite at step 3 \(loss nan\).*lower"
+        fitting.NonFiniteLossError, match=r"not finite at step 3 \(loss nan\).*lower"
     ) as error:
-        training.fit(
+        fitting.fit(
             loop,
             start(algorithm),
             None,
@@ -276,8 +277,8 @@ def test_a_gradient_that_is_not_finite_stops_too():
         return grads, carry, {"loss": jnp.float32(1)}
 
     algorithm = toy(meta_gradient=meta_gradient)
-    with pytest.raises(training.NonFiniteLossError, match="step 1"):
-        training.fit(make_loop(algorithm), start(algorithm), None, num_steps=1)
+    with pytest.raises(fitting.NonFiniteLossError, match="step 1"):
+        fitting.fit(make_loop(algorithm), start(algorithm), None, num_steps=1)
 
 
 def test_the_best_on_validation_is_kept(toy_loop):
@@ -288,7 +289,7 @@ def test_the_best_on_validation_is_kept(toy_loop):
         seen.append(copied(params))
         return next(scores)
 
-    end = training.fit(
+    end = fitting.fit(
         toy_loop, start(toy()), None, num_steps=8, validate=validate, validate_every=2
     )
     assert end.best_step == 4
@@ -301,15 +302,15 @@ def test_the_best_on_validation_is_kept(toy_loop):
 def test_reports_are_means_since_the_last_and_cadences_count_absolute_steps(toy_loop):
     reports, singles, saves = [], [], []
     common = {"num_steps": 5}
-    training.fit(
+    fitting.fit(
         toy_loop,
         start(toy()),
         None,
         report=lambda step, means: singles.append(means["loss"]),
         **common,
     )
-    part = training.fit(toy_loop, start(toy()), None, num_steps=1, report_every=0)
-    training.fit(
+    part = fitting.fit(toy_loop, start(toy()), None, num_steps=1, report_every=0)
+    fitting.fit(
         toy_loop,
         part,
         None,
@@ -327,7 +328,7 @@ def test_reports_are_means_since_the_last_and_cadences_count_absolute_steps(toy_
 
 def test_time_runs_out_after_a_step_that_is_validated_and_saved(toy_loop):
     saves = []
-    end = training.fit(
+    end = fitting.fit(
         toy_loop,
         start(toy()),
         None,
@@ -363,7 +364,7 @@ def test_what_an_algorithm_overrides_is_what_the_trainer_uses():
     w = np.array(before.train.params["w"])
     loop = make_loop(algorithm, optimizer)
     reports = []
-    end = training.fit(
+    end = fitting.fit(
         loop,
         before,
         None,
@@ -394,7 +395,7 @@ def test_training_validating_and_training_again_compiles_each_program_once():
                     compiled.append(event) if "backend_compile" in event else None
                 )
             )
-        state = training.fit(
+        state = fitting.fit(
             loop,
             state,
             None,
@@ -414,7 +415,7 @@ def test_cadences_that_do_not_divide_are_refused(cadence):
     with pytest.raises(
         ValueError, match=rf"{cadence}=3 is not a multiple of steps_per"
     ):
-        training.fit(None, None, None, steps_per_call=2, **options)
+        fitting.fit(None, None, None, steps_per_call=2, **options)
 
 
 @pytest.mark.fault("NaN, Inf and values that are no bytes")
@@ -422,7 +423,7 @@ def test_cadences_that_do_not_divide_are_refused(cadence):
 def test_data_that_are_not_finite_are_refused_before_training(value):
     pool = {"x": np.array([0.0, value, 1.0], np.float32), "y": np.array([0, 1, 2])}
     with pytest.raises(ValueError, match=r"pool\['x'\] holds 1 values that are NaN or"):
-        training.fit(None, None, pool, num_steps=1)
+        fitting.fit(None, None, pool, num_steps=1)
 
 
 @pytest.mark.parametrize("options", [{"num_tasks": 0}, {"steps_per_call": 0}])
@@ -434,10 +435,10 @@ def test_loops_of_nothing_are_refused(options):
 def test_wrong_chunks_and_meshes_are_refused():
     sgd = optax.sgd(1.0)
     with pytest.raises(ValueError, match=r"accumulate_tasks=0: choose at least 1"):
-        training.make_train_step(toy(), sgd, accumulate_tasks=0)
-    step = training.make_train_step(toy(), sgd, accumulate_tasks=3)
+        meta_step.make_train_step(toy(), sgd, accumulate_tasks=0)
+    step = meta_step.make_train_step(toy(), sgd, accumulate_tasks=3)
     with pytest.raises(ValueError, match=r"accumulate_tasks=3 does not divide the 4 t"):
         step(start(toy(), sgd).train, tiny.episodes(4))
     mesh = jax.make_mesh((1,), ("data",))
     with pytest.raises(ValueError, match=r"mesh has axes \('data',\): one must be"):
-        training.make_train_step(toy(), sgd, mesh=mesh)
+        meta_step.make_train_step(toy(), sgd, mesh=mesh)

@@ -16,7 +16,7 @@ from metalstm.base import Batch, Learner, LearnerState, MetaParams
 
 SUPPORT, QUERY = EPISODE
 labels = np.asarray(SUPPORT.y)
-SGD = rules.from_optax(optax.sgd(0.3))
+SGD = rules.as_rule(optax.sgd(0.3))
 
 
 def body() -> Learner:
@@ -100,10 +100,10 @@ def test_pretraining_is_the_cross_entropy_of_one_head_over_all_classes(classifie
         scores = 10 * unit(features) @ unit(head["kernel"].T).T
     log_norm = np.log(np.exp(scores).sum(1))
     expected = np.mean(log_norm - scores[np.arange(6), labels + 1])
-    loss, metrics = tiny.quick_jit(floor.loss)(params, KEY, batch)
+    loss, aux = tiny.quick_jit(floor.loss)(params, KEY, batch)
     np.testing.assert_allclose(loss, expected, rtol=1e-4)
     np.testing.assert_allclose(
-        metrics["accuracy"], np.mean(scores.argmax(1) == labels + 1)
+        aux.metrics["accuracy"], np.mean(scores.argmax(1) == labels + 1)
     )
 
 
@@ -159,7 +159,7 @@ def test_rate_and_steps_are_parameters_of_the_rule():
     params = algorithm.init(jax.random.key(3), EPISODE)
     assert params.rule == {"learning_rate": np.float32(0.01), "num_steps": 4.0}
     tuned = {"learning_rate": jnp.float32(0.2), "num_steps": jnp.float32(2)}
-    momentum = rules.from_optax(optax.sgd(0.2, momentum=0.9))
+    momentum = rules.as_rule(optax.sgd(0.2, momentum=0.9))
     short = algorithms.fine_tuning(body(), 4, momentum, tune="head", num_steps=2)
     np.testing.assert_allclose(
         predict(algorithm, params._replace(rule=tuned)),
@@ -169,7 +169,7 @@ def test_rate_and_steps_are_parameters_of_the_rule():
 
 
 def test_a_cosine_head_starts_at_the_classes_means():
-    still = rules.from_optax(optax.sgd(0.0))
+    still = rules.as_rule(optax.sgd(0.0))
     algorithm = algorithms.fine_tuning(
         body(), 4, still, tune="head", classifier="cosine", num_steps=1
     )

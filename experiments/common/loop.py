@@ -27,7 +27,8 @@ from experiments.common.run_folder import Metrics
 from experiments.common.saved_training import SavedTraining
 from experiments.common.stopping import Interrupted, stops_on_ctrl_c
 from metalstm.base import PyTree
-from metalstm.meta.training import FitState, TrainState, place_state
+from metalstm.meta.fitting import FitState
+from metalstm.meta.step import TrainState, place_state
 from metalstm.runtime import processes, sharding
 
 __all__ = ["Interrupted", "Loop", "Setup"]

@@ -12,7 +12,8 @@ import jax
 
 import metalstm
 from experiments.common.saved_options import to_json
-from metalstm.meta.training import FitState, TrainState
+from metalstm.meta.fitting import FitState
+from metalstm.meta.step import TrainState
 from metalstm.runtime import checkpoints, processes
 
 

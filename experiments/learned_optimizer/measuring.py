@@ -22,10 +22,10 @@ from experiments.learned_optimizer.baselines import baseline
 from experiments.learned_optimizer.options import Problem, Test
 from experiments.learned_optimizer.problems import NEED_NO_DATA, Source, load_source
 from metalstm import rules
-from metalstm.base import TaskMapping
 from metalstm.data.cache import cached
 from metalstm.learned_optimizers import curves
 from metalstm.plots import Losses, Sweep
+from metalstm.tasks import TaskMapping
 
 _TUNING_SEED = 2_000_003  # far from the seeds of training, validation and test
 _WIDENINGS = 4  # how often a grid may grow at the end where its best lies

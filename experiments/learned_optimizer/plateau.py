@@ -9,7 +9,7 @@ import jax
 import numpy as np
 
 from experiments.learned_optimizer.measuring import Bench, Optimizer
-from metalstm.inner.loop import InnerState, unroll
+from metalstm.inner import first_order, unroll
 from metalstm.plots import Losses
 from metalstm.rules import find_gates
 
@@ -34,9 +34,10 @@ def forget_gates(bench: Bench, rule: Optimizer, steps: int) -> np.ndarray | None
         _, trace = unroll(
             lambda params, stats, batch, key: (family.loss(params, task, ()), stats),
             rule.tx,
-            InnerState(family.init(init_key, task), {}, None),
+            (),
+            family.init(init_key, task),
             num_steps=steps,
-            second_order=False,
+            differentiation=first_order(),
             observe=lambda state: find_gates(state.rule_state),
         )
         return trace.observed

@@ -22,7 +22,7 @@ from experiments.learned_optimizer.tables import capped_logs
 from metalstm import learned_optimizers
 from metalstm.base import PyTree, UpdateRule
 from metalstm.learned_optimizers import curves, problems
-from metalstm.meta.training import place_state
+from metalstm.meta.step import place_state
 from metalstm.runtime import sharding
 
 _VALIDATION_SEED = 1_000_003  # far from the seeds of training, tuning and test
@@ -182,14 +182,20 @@ def _algorithm(
         num_tasks=budget.tasks,
         unroll_steps=stage.unroll,
         horizon=_horizon(config, stage),
-        second_order=budget.second_order,
+        differentiation=_differentiation(config),
         weights=weights,
         loss_transform=budget.loss_transform,
         estimator=budget.estimator,
         pes_std=budget.pes_std,
         stagger=budget.stagger,
-        memory=budget.memory,
+        axis_name=sharding.COORDINATE if config.devices.devices_per_task > 1 else None,
     )
+
+
+def _differentiation(config: Config) -> metalstm.Differentiation:
+    budget = config.budget
+    how = metalstm.second_order if budget.second_order else metalstm.first_order
+    return how(keep="all" if budget.memory == "plain" else budget.memory)
 
 
 def _optimizer(config: Config) -> optax.GradientTransformation:

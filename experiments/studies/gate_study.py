@@ -72,15 +72,11 @@ def main(config: Config) -> None:
     import jax
     import numpy as np
 
-    from metalstm import adam_clipped, algorithms, data, nn, rules
+    from metalstm import adam_clipped, algorithms, data, first_order, nn, rules
     from metalstm.base import MetaParams
     from metalstm.meta import evaluation
-    from metalstm.meta.training import (
-        fit,
-        init_fit_state,
-        init_train_state,
-        make_train_loop,
-    )
+    from metalstm.meta.fitting import fit, init_fit_state
+    from metalstm.meta.step import init_train_state, make_train_loop
 
     if config.dataset == "omniglot":
         dataset = data.load_omniglot(config.data_dir)
@@ -102,7 +98,7 @@ def main(config: Config) -> None:
     trained_on = next(iter(targets))
     options: dict[str, Any] = {
         "num_steps": config.steps,
-        "second_order": False,
+        "differentiation": first_order(),
         "learn_init": False,
         "scan_unroll": config.steps,
     }

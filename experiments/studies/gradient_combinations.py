@@ -19,7 +19,7 @@ from experiments.common.run_folder import write_json
 from experiments.common.small_study import recipe
 from experiments.studies.reptile_gradients import Config, combinations
 from metalstm import algorithms, data, nn
-from metalstm.algorithms.gradient.adaptation import fixed_sgd
+from metalstm.algorithms.gradient.published import fixed_sgd
 from metalstm.data import Dataset, EpisodeSpec
 from metalstm.meta.evaluation import Evaluation, paired_difference
 from metalstm.runtime.files import atomic_write

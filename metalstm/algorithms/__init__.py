@@ -1,17 +1,17 @@
 """Meta-learners: functions from a support set to a predictor."""
 
-from metalstm.algorithms.gradient.adaptation import (
+from metalstm.algorithms.gradient.adaptation import learned_init
+from metalstm.algorithms.gradient.agreement import gradient_agreement
+from metalstm.algorithms.gradient.displacement import reptile
+from metalstm.algorithms.gradient.proximal import implicit_maml
+from metalstm.algorithms.gradient.published import (
     anil,
     fomaml,
     from_scratch,
-    learned_init,
     maml,
     meta_lstm,
     meta_sgd,
 )
-from metalstm.algorithms.gradient.agreement import gradient_agreement
-from metalstm.algorithms.gradient.displacement import reptile
-from metalstm.algorithms.gradient.proximal import implicit_maml
 from metalstm.algorithms.memory_augmented.external_memory import mann
 from metalstm.algorithms.metric.engine import embedding_state
 from metalstm.algorithms.metric.imagination import hallucination

@@ -9,12 +9,12 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from metalstm.base import Array, PyTree, TaskMapping, UpdateRule, mean_over_tasks
+from metalstm.base import Array, Aux, PyTree
+from metalstm.tasks import TaskMapping, mean_over_tasks
 
 __all__ = [
     "RunningStatistics",
     "accuracy",
-    "check_differentiable",
     "task_loss",
     "with_running_statistics",
 ]
@@ -39,25 +39,6 @@ def accuracy(scores: Array, targets: Array) -> Array:
     return -jnp.square(scores - targets).mean()
 
 
-def check_differentiable(rule: UpdateRule) -> None:
-    """Refuse a rule whose second order is NaN at g = 0, where dead ReLUs put it."""
-    params = {"w": jnp.zeros(2)}
-
-    def total(g):
-        tx = rule.bind(rule.init(jax.random.key(0), params))
-        updates, _ = tx.update({"w": g}, tx.init(params), params, value=jnp.float32(1))
-        return updates["w"].sum()
-
-    with jax.ensure_compile_time_eval():
-        derivative = jax.grad(total)(jnp.zeros(2))
-    if not bool(jnp.isfinite(derivative).all()):
-        raise ValueError(
-            "second_order=True, but the rule's derivative at a zero gradient is not "
-            "finite, and a dead ReLU gives zero gradients: choose second_order=False, "
-            "or make it smooth (optax.adam has eps_root=1e-8)"
-        )
-
-
 class RunningStatistics(NamedTuple):
     """The carry of algorithms that normalise by averages over meta-training."""
 
@@ -69,7 +50,7 @@ _HORIZON = 100.0  # meta-steps the average reaches back: a momentum of 0.99
 
 
 def with_running_statistics(
-    loss_and_stats: Callable[..., tuple[Array, tuple[dict[str, Array], PyTree]]],
+    loss: Callable[..., tuple[Array, Aux]],
     *,
     read: Callable[[PyTree], PyTree],
     write: Callable[[PyTree, PyTree], PyTree],
@@ -78,8 +59,7 @@ def with_running_statistics(
     """The slots of `make_algorithm` that keep batch statistics over meta-training.
 
     Args:
-      loss_and_stats: ``(meta_params, key, episode) -> (loss, (metrics, stats))``, the
-        statistics of one task.
+      loss: of `MetaAlgorithm`, whose ``Aux.gathered`` are one task's statistics.
       read, write: where the averages live in the meta-parameters, for `predict`. No
         gradient may touch them.
       task_mapping: as in `make_algorithm`.
@@ -92,8 +72,8 @@ def with_running_statistics(
     def meta_gradient(meta_params, carry: RunningStatistics, keys, episodes):
         def one(key, episode):
             def objective(meta_params):
-                loss, (metrics, stats) = loss_and_stats(meta_params, key, episode)
-                return loss, ({"loss": loss, **metrics}, stats)
+                value, aux = loss(meta_params, key, episode)
+                return value, ({"loss": value, **aux.metrics}, aux.gathered)
 
             return jax.grad(objective, has_aux=True)(meta_params)
 

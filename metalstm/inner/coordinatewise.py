@@ -1,43 +1,48 @@
 """The first-order derivative of a coordinate-wise rule, block by block of coordinates.
 
-With gradients and losses held constant such a rule separates over coordinates. So the
-inner loop runs without a derivative and keeps what went in; here the rule alone runs
-over it again, and is differentiated, on a block of coordinates at a time, which stays
-in cache.
+With gradients and losses constant, such a rule separates over coordinates. So the inner
+loop runs without a derivative and records what went into the rule; here the rule alone
+runs over the record again, and is differentiated, on one block of coordinates at a
+time, which stays in cache.
 
-Over a mesh with a ``"coordinate"`` axis (`runtime.sharding.task_mesh`) each device
-has the rule's part of the work for its share of the coordinates: theta is gathered
-before each gradient, and on the way back only the sums for the rule's parameters and
-theta_0 travel.
+Devices may share a task, along the axis ``axis_name`` of a mesh: each then has the
+rule's part of the work for its share of the coordinates. theta is gathered before each
+gradient, and in the backward pass only the sums for the rule's parameters and theta_0
+travel.
 
-Letters: N coordinates, this device's share of them, padded to whole blocks, T steps.
+Notation: N coordinates, this device's share of them padded to whole blocks; T steps.
 """
 
 from __future__ import annotations
 
 import functools
-import math
 from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 from jax import lax
 
-from metalstm.base import Array, PyTree
-from metalstm.inner.scanning import Memory, cut, scan, with_gradient
+from metalstm.base import Array, PyTree, UpdateRule
+from metalstm.inner.differentiation import Keep
+from metalstm.inner.scanning import (
+    scaled,
+    scan,
+    stop_gradient_where,
+    with_gradient,
+)
+from metalstm.rules import flat
 from metalstm.runtime import sharding
 from metalstm.runtime.compilation import cores_to_spare
 
-__all__ = ["Coordinates", "Recorded", "keeps_states", "per_coordinate", "replay_rule"]
+__all__ = ["Coordinates", "Recorded", "keeps_states", "replay_rule"]
 
 # Coordinates, by whether a device has several cores: smaller blocks stay in cache but
 # leave a second core idle (MNIST MLP on a core each: 6.4 meta-steps/s for 5.5).
 _BLOCK = {False: 1024, True: 8192}
 _LANES = 16  # a block is a multiple of the vector registers' float32s
-_MOST_BYTES = 2**28  # of states that are kept: larger ones are computed again
+_MOST_BYTES = 2**28  # of states that are kept: larger ones are recomputed
 
 
 class Coordinates:
@@ -45,44 +50,45 @@ class Coordinates:
 
     Args:
       params: the parameters.
-      own: for each leaf of the rule's state whether its last axis is the coordinates'.
+      per_coordinate: of the rule's state, from `rules.flat.per_coordinate_leaves`.
+      axis_name: the mesh axis of the devices that share a task, or None.
     """
 
-    def __init__(self, params: PyTree, own: PyTree):
-        leaves, self._treedef = jax.tree.flatten(params)
-        self._shapes = [jnp.shape(leaf) for leaf in leaves]
-        self._own = own
-        self._total = sum(map(math.prod, self._shapes))
-        self._shares = sharding.coordinate_devices()
-        share = -(-self._total // self._shares)
+    def __init__(self, params: PyTree, per_coordinate: PyTree, axis_name: str | None):
+        leaves = jax.tree.leaves(params)
+        self._template = params
+        self._dtype = jnp.result_type(leaves[0])
+        self._per_coordinate = per_coordinate
+        self._axis_name = axis_name
+        self._total = sum(flat.leaf_sizes(params))
+        self._num_devices = sharding.axis_devices(axis_name)
+        share = -(-self._total // self._num_devices)
         on_one_core = jax.default_backend() == "cpu" and not cores_to_spare()
         self.num_blocks = -(-share // _BLOCK[not on_one_core])
         self._block = -(-share // self.num_blocks)
-        if share >= _LANES**2:  # then what is added is little
+        if share >= _LANES**2:  # then the padding is small
             self._block = _LANES * -(-self._block // _LANES)
         self._size = self.num_blocks * self._block
 
     def flatten(self, params: PyTree) -> Array:
         """Leaves that every device has -> [N]."""
-        leaves = [leaf.reshape(-1) for leaf in jax.tree.leaves(params)]
-        flat = jnp.concatenate(leaves)
-        return self._part_of(sharding.shared(flat) if self._shares > 1 else flat)
+        vector = flat.flatten(params, self._dtype)
+        if self._axis_name is not None:
+            # each device differentiates its own share: the whole is the sum of them
+            vector = sharding.psum_cotangent(vector, self._axis_name)
+        return self._share_of(vector)
 
-    def unflatten(self, flat: Array) -> PyTree:
+    def unflatten(self, vector: Array) -> PyTree:
         """[..., N] -> leaves [..., *shape], on every device."""
-        ends = np.cumsum([math.prod(shape) for shape in self._shapes])
-        parts = jnp.split(self._whole(flat), ends[:-1], axis=-1)
-        pairs = zip(parts, self._shapes, strict=True)
-        leaves = [part.reshape(*flat.shape[:-1], *shape) for part, shape in pairs]
-        return jax.tree.unflatten(self._treedef, leaves)
+        return flat.unflatten(self._all_of(vector), self._template)
 
     def flatten_state(self, rule_state: PyTree) -> PyTree:
         """The rule's state for the parameters -> that for the vector."""
-        return self._of_state(self._part_of, rule_state)
+        return self._map_state(self._share_of, rule_state)
 
     def unflatten_state(self, rule_state: PyTree) -> PyTree:
         """The inverse of `flatten_state`."""
-        return self._of_state(self._whole, rule_state)
+        return self._map_state(self._all_of, rule_state)
 
     def block_of(self, index: Array, x: Array) -> Array:
         """[..., N] -> [..., N / blocks]."""
@@ -92,104 +98,77 @@ class Coordinates:
         return lax.dynamic_slice_in_dim(x, start, self._block, x.ndim - 1)
 
     def block_of_state(self, index: Array, rule_state: PyTree) -> PyTree:
-        """A block's state; what is no coordinate's own belongs to every block."""
-        take = functools.partial(self.block_of, index)
-        return self._of_state(take, rule_state)
+        """A block's state; leaves shared by all coordinates belong to every block."""
+        return self._map_state(functools.partial(self.block_of, index), rule_state)
 
-    def _of_state(self, fn: Callable, rule_state: PyTree) -> PyTree:
-        pick = lambda own, leaf: fn(leaf) if own else leaf  # noqa: E731
-        return jax.tree.map(pick, self._own, rule_state)
+    def _map_state(self, fn: Callable, rule_state: PyTree) -> PyTree:
+        pick = lambda per_coordinate, leaf: fn(leaf) if per_coordinate else leaf  # noqa: E731
+        return jax.tree.map(pick, self._per_coordinate, rule_state)
 
-    def _part_of(self, x: Array) -> Array:
-        """[..., of all] -> [..., N]"""
-        padding = self._shares * self._size - self._total
+    def _share_of(self, x: Array) -> Array:
+        """[..., all coordinates] -> [..., N]."""
+        padding = self._num_devices * self._size - self._total
         x = jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, padding)])
-        if self._shares == 1:
+        if self._axis_name is None:
             return x
         return lax.dynamic_slice_in_dim(x, self._start(), self._size, x.ndim - 1)
 
-    def _whole(self, x: Array) -> Array:
-        """[..., N] -> [..., of all], with the derivative of this device's part."""
-        if self._shares > 1:
-            placed = jnp.zeros((*x.shape[:-1], self._shares * self._size), x.dtype)
+    def _all_of(self, x: Array) -> Array:
+        """[..., N] -> [..., all coordinates], with the derivative of this share."""
+        if self._axis_name is not None:
+            shape = (*x.shape[:-1], self._num_devices * self._size)
+            placed = jnp.zeros(shape, x.dtype)
             placed = lax.dynamic_update_slice_in_dim(placed, x, self._start(), -1)
-            x = with_gradient(sharding.gather(lax.stop_gradient(x)), placed)
+            gathered = sharding.gather(lax.stop_gradient(x), self._axis_name)
+            x = with_gradient(gathered, placed)
         return x[..., : self._total]
 
     def _start(self) -> Array:
-        return lax.axis_index(sharding.COORDINATE) * self._size
+        return lax.axis_index(self._axis_name) * self._size
 
 
 class Recorded(NamedTuple):
-    """What the loop kept of its steps: what each began with."""
+    """What the inner loop recorded of its steps, for the backward pass."""
 
-    grads: Array  # [T, N]
+    grads: Array  # [T, N], as the learner gave them
     losses: Array  # [T], or [T, K] of K stacked problems
-    cut: Array  # bool [T], whether the derivative is cut before this step
-    carry: PyTree | None  # (theta [T, N], the rule's states), where they are kept
+    truncates: Array  # bool [T], whether the derivative is cut before this step
+    states: PyTree | None  # (theta [T, N], rule states) before each step, where kept
 
 
-def keeps_states(rule_state: PyTree, num_steps: int, memory: Memory) -> bool:
-    """Whether the loop should keep theta and the rule's states of all its steps."""
+def keeps_states(rule_state: PyTree, num_steps: int, keep: Keep) -> bool:
+    """Whether the loop should record theta and the rule's states of all its steps."""
     size = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(rule_state))
-    return memory != "segments" and num_steps * size <= _MOST_BYTES
-
-
-def per_coordinate(tx, params: PyTree, rule_state: PyTree) -> PyTree | None:
-    """For each leaf of a rule's state, whether its last axis is the coordinates'.
-
-    None where they cannot be cut into blocks: the parameters differ in dtype, or the
-    state for the vector of all of them would not look like ``rule_state``.
-    """
-    leaves, treedef = jax.tree.flatten(rule_state)
-    dtypes = {leaf.dtype for leaf in jax.tree.leaves(params)}
-    if len(dtypes) != 1:
-        return None
-    total = sum(leaf.size for leaf in jax.tree.leaves(params))
-    flat, longer = (
-        jax.eval_shape(tx.init, jax.ShapeDtypeStruct((n,), *dtypes))
-        for n in (total, total + 1)
-    )
-    if {treedef} != {jax.tree.structure(flat), jax.tree.structure(longer)}:
-        return None
-    shapes = [jnp.shape(leaf) for leaf in leaves]
-    same, other = ([x.shape for x in jax.tree.leaves(tree)] for tree in (flat, longer))
-    separates = shapes == same and all(
-        a[:-1] == b[:-1] for a, b in zip(same, other, strict=True)
-    )
-    if not separates:
-        return None
-    own = [a != b for a, b in zip(same, other, strict=True)]
-    return jax.tree.unflatten(treedef, own)
+    return keep != "segments" and num_steps * size <= _MOST_BYTES
 
 
 def replay_rule(
-    tx: optax.GradientTransformationExtraArgs,
+    rule: UpdateRule,
+    rule_params: PyTree,
     coordinates: Coordinates,
     theta: Array,
-    given: PyTree,
+    rule_state: PyTree,
     recorded: Recorded,
-    memory: Memory,
+    *,
+    gradient_scale: Array | float,
+    keep: Keep,
+    axis_name: str | None,
 ) -> tuple[Array, Array]:
     """Return what has the derivatives of theta_T [N], and of g_t . theta_t [T, N].
 
     Args:
       theta: [N], theta_0.
-      given: the rule's state at the start, a constant; None: a fresh one.
-      memory: what a block's scan keeps, where ``recorded`` has not the states.
+      rule_state: the rule's state at the start, a constant; None: a fresh one.
+      gradient_scale: what the rule saw the gradients multiplied by.
+      keep: what a block's scan stores, where ``recorded`` has not the states.
     """
-
-    def whole(theta, given, recorded):
-        return _replay(tx, coordinates, theta, given, recorded, memory)
-
-    if sharding.coordinate_devices() == 1:
-        return whole(theta, given, recorded)
-    # every device has the rule's parameters, and its own coordinates' part of theirs
-    pure, weights = jax.closure_convert(whole, theta, given, recorded)
-    return pure(theta, given, recorded, *map(sharding.shared, weights))
-
-
-def _replay(tx, coordinates, theta, given, recorded, memory):
+    if axis_name is not None:
+        # every device has the rule's parameters, and a derivative from its own
+        # coordinates alone: the whole is the sum of them
+        rule_params = jax.tree.map(
+            lambda leaf: sharding.psum_cotangent(leaf, axis_name), rule_params
+        )
+    tx = rule.bind(rule_params)
     steps = jnp.arange(recorded.losses.shape[0])
 
     def one_block(block, theta_block):
@@ -197,28 +176,36 @@ def _replay(tx, coordinates, theta, given, recorded, memory):
         take_state = functools.partial(coordinates.block_of_state, block)
 
         def step(carry, xs):
-            t, loss, here = xs
-            grads, began = jax.tree.map(
+            t, loss, truncates = xs
+            # the record stays whole, and is indexed: slices of it for each block would
+            # be copies
+            grads, states = jax.tree.map(
                 lambda x: lax.dynamic_index_in_dim(x, t, keepdims=False),
-                (recorded.grads, recorded.carry),
+                (recorded.grads, recorded.states),
             )
-            if began is not None:
-                began = (take(began[0]), take_state(began[1]))
-                carry = with_gradient(began, carry)
-            theta, rule_state = cut(carry, here)
+            if states is not None:
+                # the value of the carry was recorded, so that nothing computes it
+                # again; its derivative is that of the update before
+                states = (take(states[0]), take_state(states[1]))
+                carry = with_gradient(states, carry)
+            theta, rule_state = stop_gradient_where(truncates, carry)
             g = take(grads)
-            updates, rule_state = tx.update(g, rule_state, theta, value=loss)
+            updates, rule_state = tx.update(
+                scaled(g, gradient_scale), rule_state, theta, value=loss
+            )
             return (optax.apply_updates(theta, updates), rule_state), g * theta
 
-        start = tx.init(theta_block) if given is None else take_state(given)
-        xs = (steps, recorded.losses, recorded.cut)
-        (theta_block, _), products = scan(step, (theta_block, start), xs, kept)
+        start = tx.init(theta_block) if rule_state is None else take_state(rule_state)
+        xs = (steps, recorded.losses, recorded.truncates)
+        (theta_block, _), products = scan(step, (theta_block, start), xs, keep_in_block)
         return theta_block, products
 
-    kept: Memory = memory if recorded.carry is None else "remat"
-    of_block = jax.checkpoint(one_block) if recorded.carry is None else one_block
-    blocks = jnp.arange(coordinates.num_blocks)
+    # a recorded state is where each step's recomputation starts
+    keep_in_block: Keep = keep if recorded.states is None else "remat"
+    if recorded.states is None:
+        one_block = jax.checkpoint(one_block)
     theta = theta.reshape(coordinates.num_blocks, -1)
-    theta, products = lax.map(lambda xs: of_block(*xs), (blocks, theta))
+    blocks = jnp.arange(coordinates.num_blocks)
+    theta, products = lax.map(lambda xs: one_block(*xs), (blocks, theta))
     products = jnp.moveaxis(products, 0, 1)
     return theta.reshape(-1), products.reshape(len(steps), -1)

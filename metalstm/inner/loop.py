@@ -1,4 +1,4 @@
-"""The one inner loop: T updates of a learner by a bound rule, on one task.
+"""The one inner loop: T updates of a learner by a rule, on one task.
 
 How to differentiate is an argument of the loop, never a line inside a rule.
 """
@@ -6,7 +6,7 @@ How to differentiate is an argument of the loop, never a line inside a rule.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple, get_args
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -14,18 +14,28 @@ import optax
 from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 
-from metalstm.base import Array, PyTree
+from metalstm.base import Array, PyTree, UpdateRule
+from metalstm.checks import check_at_least
 from metalstm.inner import mixed_mode
 from metalstm.inner.coordinatewise import (
     Coordinates,
     Recorded,
     keeps_states,
-    per_coordinate,
     replay_rule,
 )
-from metalstm.inner.scanning import KEPT, Memory, cut, scan, with_gradient
+from metalstm.inner.differentiation import Differentiation
+from metalstm.inner.scanning import (
+    INNER_GRADIENT,
+    concatenate,
+    scaled,
+    scan,
+    stop_gradient_where,
+    with_gradient,
+)
+from metalstm.rules.classic import as_rule
+from metalstm.rules.flat import per_coordinate_leaves
 
-__all__ = ["InnerState", "Memory", "Trace", "unroll"]
+__all__ = ["InnerState", "Trace", "unroll"]
 
 
 class InnerState(NamedTuple):
@@ -39,171 +49,263 @@ class Trace(NamedTuple):
     observed: PyTree  # what observe= returned, stacked: leading [num_steps]
 
 
+class _Steps(NamedTuple):
+    """What a scan over the updates reads; every leaf leads with [num_steps]."""
+
+    t: Array  # int32
+    truncates: Array  # bool, whether the derivative is cut before this step
+    batch: PyTree
+
+
 def unroll(
     loss_fn: Callable[..., tuple[Array, PyTree]],
-    tx: optax.GradientTransformationExtraArgs,
-    state: InnerState,
+    rule: UpdateRule | optax.GradientTransformation,
+    rule_params: PyTree,
+    params: PyTree,
     batches: PyTree | None = None,
     *,
     num_steps: int,
-    second_order: bool,
-    truncate_every: int | None = None,
-    memory: Memory = "plain",
-    coordinatewise: bool = False,
+    differentiation: Differentiation,
+    stats: PyTree = (),
+    rule_state: PyTree | None = None,
+    gradient_scale: Array | float = 1.0,
     observe: Callable[[InnerState], PyTree] | None = None,
     key: Array | None = None,
+    axis_name: str | None = None,
     scan_unroll: int = 1,
 ) -> tuple[InnerState, Trace]:
-    """Apply ``num_steps`` updates of the transform ``tx`` to one task.
+    """Apply ``num_steps`` updates of a rule to one task.
 
-    theta_{t+1} = theta_t + tx(grad loss(theta_t)). The caller vmaps over tasks.
+    theta_{t+1} = theta_t + rule(grad loss(theta_t)). The caller vmaps over tasks.
+
+    In first order a rule that promises to be coordinate-wise is differentiated alone,
+    in blocks of coordinates, which stays in cache (`coordinatewise`): values change by
+    rounding alone, and its state, given or returned, is a constant.
 
     Args:
       loss_fn: ``(params, stats, batch, key) -> (loss, stats)``. The loss is a scalar;
-        or the losses [K] of K problems that are stacked along the leading axis of every
-        leaf of ``params``, for a rule that is coordinate-wise and reads no loss.
-      tx: a bound rule; it is given ``params`` and the keyword ``value`` (the loss).
-      state: where to start; ``rule_state=None`` stands for ``tx.init(params)``.
+        or the losses [K] of K problems, the k-th being the k-th of K equal parts of
+        every leaf of ``params``, for a rule that is coordinate-wise and reads no loss.
+      rule: an `UpdateRule`, or an optax transform (then ``rule_params`` is ``()``).
+      rule_params: the rule's parameters, as ``rule.init`` gives them.
+      params: theta_0.
       batches: leading [num_steps], or None when ``loss_fn`` closes over its data (then
         it is called with ``batch=None``).
       num_steps: T, the number of updates.
-      second_order: differentiate through the inner gradients. When False the gradient,
-        ``value`` and the statistics are constants to the outer derivative; theta and
-        the rule's state are not, and ``Trace.losses`` keeps its exact first derivative
-        with respect to theta_t.
-      truncate_every: cut params, statistics and rule state from the outer derivative
-        before every k-th update (truncated back-propagation through time).
-      memory: how much to keep for the backward pass, and how much to compute again;
-        see `Memory`. It changes no value. In second order ``mixed`` and ``segments``
-        have no `jax.jvp` (but one of their gradient).
-      coordinatewise: the promise of `UpdateRule.coordinatewise`. Together with
-        ``second_order=False`` the derivative of theta_T is taken through the rule
-        alone, over blocks of coordinates, which stays in cache (`coordinatewise`);
-        values change by rounding alone. A given and the final rule state are then
-        constants.
+      differentiation: `first_order` or `second_order`: what the outer derivative goes
+        through, and what is stored for it. It changes no value.
+      stats: what ``loss_fn`` carries from step to step, such as batch statistics.
+      rule_state: where the rule goes on from; None: ``init`` of the bound rule.
+      gradient_scale: what the gradient is multiplied by before the rule sees it.
       observe: diagnostics of the state after each update, for ``Trace.observed``.
       key: a PRNG key; step t gets ``fold_in(key, t)``. None: ``loss_fn`` gets None.
+      axis_name: a mesh axis (inside `jax.shard_map`) whose devices share the work of a
+        coordinate-wise rule in first order; each computes the learner's gradients.
       scan_unroll: iterations per trip of the `lax.scan`; on CPU a few steps run faster
         as straight-line code.
 
+    Returns:
+      The state after the last update, and the `Trace` of all of them.
+
     Raises:
-      ValueError: ``num_steps`` or ``truncate_every`` is not positive, ``memory`` is not
-        a choice, or ``batches`` does not lead with ``num_steps``.
+      ValueError: ``num_steps`` is below 1, or ``batches`` does not lead with it.
     """
-    if num_steps < 1:
-        raise ValueError(f"num_steps={num_steps}: choose at least 1")
-    if truncate_every is not None and truncate_every < 1:
-        raise ValueError(f"truncate_every={truncate_every}: choose at least 1, or None")
-    if memory not in get_args(Memory):
-        choices = ", ".join(get_args(Memory))
-        raise ValueError(f"memory={memory!r}: choose one of {choices}")
-    for leaf in jax.tree.leaves(batches):
-        if leaf.shape[:1] != (num_steps,):
-            raise ValueError(
-                f"batches has a leaf of shape {leaf.shape} but num_steps={num_steps}: "
-                "stack one batch for each step along the leading axis"
+    check_at_least("num_steps", num_steps, 1)
+    _check_batches(batches, num_steps)
+    rule = as_rule(rule)
+    gradient = _gradient_fn(loss_fn, differentiation, key)
+    steps = _Steps(
+        jnp.arange(num_steps),
+        _truncation_points(num_steps, differentiation.truncate_every),
+        batches,
+    )
+    constant_state = rule.traits.coordinatewise and differentiation.order == "first"
+    if constant_state:
+        rule_state = lax.stop_gradient(rule_state)
+        tx = rule.bind(lax.stop_gradient(rule_params))
+        per_coordinate = per_coordinate_leaves(tx.init, params)
+        if per_coordinate is not None:
+            final, trace = _in_blocks(
+                gradient,
+                rule,
+                rule_params,
+                InnerState(params, stats, rule_state),
+                steps,
+                Coordinates(params, per_coordinate, axis_name),
+                gradient_scale=gradient_scale,
+                keep=differentiation.keep,
+                observe=observe,
+                axis_name=axis_name,
+                scan_unroll=scan_unroll,
             )
+            return final, trace
 
-    mixed = second_order and memory in ("mixed", "segments")
-    derivative = mixed_mode.value_and_gradient if mixed else _value_and_gradient
-
-    def gradient(t: Array, params: PyTree, stats: PyTree, batch: PyTree):
-        step_key = None if key is None else jax.random.fold_in(key, t)
-        if second_order:
-            return derivative(loss_fn, params, stats, batch, step_key)
-        params, stats = lax.stop_gradient((params, stats))
-        return lax.stop_gradient(derivative(loss_fn, params, stats, batch, step_key))
-
-    fresh = state.rule_state is None
-    if fresh:
-        state = state._replace(rule_state=tx.init(state.params))
-    elif coordinatewise and not second_order:
-        state = state._replace(rule_state=lax.stop_gradient(state.rule_state))
-    xs = (jnp.arange(num_steps), _cut_steps(num_steps, truncate_every), batches)
-    if coordinatewise and not second_order:
-        own = per_coordinate(tx, state.params, state.rule_state)
-        if own is not None:
-            return _in_blocks(
-                gradient, tx, state, fresh, xs, own, memory, observe, scan_unroll
-            )
-
-    def step(carry: InnerState, xs):
-        t, here, batch = xs
-        if truncate_every is not None:
-            carry = cut(carry, here)
-        loss, stats, grads = gradient(t, carry.params, carry.stats, batch)
-        loss, grads = checkpoint_name((loss, grads), KEPT)
-        updates, rule_state = tx.update(
-            grads, carry.rule_state, carry.params, value=loss
-        )
-        new = InnerState(optax.apply_updates(carry.params, updates), stats, rule_state)
-        if not second_order:
-            first_order = _products(grads, carry.params, jnp.shape(loss))
-            loss = with_gradient(loss, first_order)
-        return new, (loss, () if observe is None else observe(new))
-
-    final, (losses, observed) = scan(step, state, xs, memory, scan_unroll)
-    if coordinatewise and not second_order:
+    tx = rule.bind(rule_params)
+    if rule_state is None:
+        rule_state = tx.init(params)
+    final, trace = _plain(
+        gradient,
+        tx,
+        InnerState(params, stats, rule_state),
+        steps,
+        differentiation,
+        gradient_scale=gradient_scale,
+        observe=observe,
+        scan_unroll=scan_unroll,
+    )
+    if constant_state:  # like that of the blocks, whatever the parameters are
         final = final._replace(rule_state=lax.stop_gradient(final.rule_state))
-    return final, Trace(losses, observed)
+    return final, trace
+
+
+def _plain(
+    gradient: Callable,
+    tx: optax.GradientTransformationExtraArgs,
+    start: InnerState,
+    steps: _Steps,
+    differentiation: Differentiation,
+    *,
+    gradient_scale: Array | float,
+    observe: Callable[[InnerState], PyTree] | None,
+    scan_unroll: int,
+) -> tuple[InnerState, Trace]:
+    """Differentiate the scan as JAX does."""
+
+    def make_step(is_second: bool):
+        def step(carry: InnerState, xs: _Steps):
+            if differentiation.truncate_every is not None:
+                carry = stop_gradient_where(xs.truncates, carry)
+            loss, stats, grads = gradient(
+                xs.t, carry.params, carry.stats, xs.batch, is_second=is_second
+            )
+            loss, grads = checkpoint_name((loss, grads), INNER_GRADIENT)
+            updates, rule_state = tx.update(
+                scaled(grads, gradient_scale),
+                carry.rule_state,
+                carry.params,
+                value=loss,
+            )
+            params = optax.apply_updates(carry.params, updates)
+            new = InnerState(params, stats, rule_state)
+            if not is_second:
+                product = _products(grads, carry.params, jnp.shape(loss))
+                loss = with_gradient(loss, product)
+            return new, (loss, () if observe is None else observe(new))
+
+        return step
+
+    num_steps = len(steps.t)
+    # in the first of these steps the gradient is a constant, in the others it is not
+    num_first = num_steps if differentiation.order == "first" else 0
+    if differentiation.last is not None:
+        num_first = max(num_steps - differentiation.last, 0)
+    outs = []
+    for is_second, part in ((False, slice(num_first)), (True, slice(num_first, None))):
+        length = len(range(num_steps)[part])
+        if length:
+            xs = steps
+            if length < num_steps:
+                xs = jax.tree.map(lambda x: x[part], steps)  # noqa: B023 (used at once)
+            start, out = scan(
+                make_step(is_second), start, xs, differentiation.keep, scan_unroll
+            )
+            outs.append(out)
+    losses, observed = outs[0] if len(outs) == 1 else concatenate(*outs)
+    return start, Trace(losses, observed)
 
 
 def _in_blocks(
     gradient: Callable,
-    tx: optax.GradientTransformationExtraArgs,
-    state: InnerState,
-    fresh: bool,
-    xs: PyTree,
-    own: PyTree,
-    memory: Memory,
+    rule: UpdateRule,
+    rule_params: PyTree,
+    start: InnerState,
+    steps: _Steps,
+    coordinates: Coordinates,
+    *,
+    gradient_scale: Array | float,
+    keep: str,
     observe: Callable[[InnerState], PyTree] | None,
+    axis_name: str | None,
     scan_unroll: int,
 ) -> tuple[InnerState, Trace]:
-    """`unroll` of a coordinate-wise rule in first order: see `coordinatewise.py`.
+    """Unroll a coordinate-wise rule in first order: see `coordinatewise.py`.
 
-    The loop works on the vector of all coordinates, and has no way back itself.
+    The scan works on the vector of all coordinates and has no derivative. What it gives
+    out gets the derivative of the rule's replay over what it recorded.
     """
-    coordinates = Coordinates(state.params, own)
-    update = _without_derivative(tx)
+    # the replay binds the rule to its parameters, the scan to constants
+    tx = rule.bind(lax.stop_gradient(rule_params))
 
-    def whole(carry: InnerState) -> InnerState:
-        params = coordinates.unflatten(carry.params)
+    def as_trees(state: InnerState) -> InnerState:
         return InnerState(
-            params, carry.stats, coordinates.unflatten_state(carry.rule_state)
+            coordinates.unflatten(state.params),
+            state.stats,
+            coordinates.unflatten_state(state.rule_state),
         )
 
-    def step(carry: InnerState, xs):
-        t, _, batch = xs
+    def step(carry: InnerState, xs: _Steps):
         params = coordinates.unflatten(carry.params)
-        loss, stats, grads = gradient(t, params, carry.stats, batch)
+        loss, stats, grads = gradient(
+            xs.t, params, carry.stats, xs.batch, is_second=False
+        )
         grads = coordinates.flatten(grads)
-        updates, rule_state = update(grads, carry.rule_state, carry.params, loss)
+        updates, rule_state = tx.update(
+            scaled(grads, gradient_scale), carry.rule_state, carry.params, value=loss
+        )
         new = InnerState(optax.apply_updates(carry.params, updates), stats, rule_state)
-        began = (carry.params, carry.rule_state) if keeps else None
-        observed = () if observe is None else observe(whole(new))
-        return new, (loss, observed, grads, began)
+        before = (carry.params, carry.rule_state) if records_states else None
+        observed = () if observe is None else observe(as_trees(new))
+        return new, (loss, observed, grads, before)
 
-    theta = coordinates.flatten(state.params)
-    given = None if fresh else coordinates.flatten_state(state.rule_state)
-    start = InnerState(theta, state.stats, tx.init(theta) if fresh else given)
-    num_steps = jax.tree.leaves(xs)[0].shape[0]
-    keeps = keeps_states(start.rule_state, num_steps, memory)
-    start = lax.stop_gradient(start)
-    final, (losses, observed, grads, began) = lax.scan(
-        step, start, xs, unroll=scan_unroll
+    theta = coordinates.flatten(start.params)
+    state = start.rule_state
+    if state is not None:
+        state = coordinates.flatten_state(state)
+    carry = InnerState(theta, start.stats, tx.init(theta) if state is None else state)
+    records_states = keeps_states(carry.rule_state, len(steps.t), keep)
+    final, (losses, observed, grads, before) = lax.scan(
+        step, lax.stop_gradient(carry), steps, unroll=scan_unroll
     )
-    final = whole(final)
-    recorded = Recorded(grads, losses, xs[1], began)
-    theta, products = replay_rule(tx, coordinates, theta, given, recorded, memory)
-    # g . theta, for the loss's shape: its derivative by theta is that of the loss
-    first_order = sum(
-        part.reshape(*losses.shape, -1).sum(-1)
-        for part in jax.tree.leaves(coordinates.unflatten(products))
+    final = as_trees(final)
+    theta, products = replay_rule(
+        rule,
+        rule_params,
+        coordinates,
+        theta,
+        state,
+        Recorded(grads, losses, steps.truncates, before),
+        gradient_scale=gradient_scale,
+        keep=keep,
+        axis_name=axis_name,
     )
-    params = with_gradient(final.params, coordinates.unflatten(theta))
-    return final._replace(params=params), Trace(
-        with_gradient(losses, first_order), observed
+    # the derivative of g . theta by theta is that of the loss
+    products = jax.tree.leaves(coordinates.unflatten(products))
+    of_losses = sum(part.reshape(*losses.shape, -1).sum(-1) for part in products)
+    final = InnerState(
+        with_gradient(final.params, coordinates.unflatten(theta)),
+        final.stats,
+        lax.stop_gradient(final.rule_state),
     )
+    return final, Trace(with_gradient(losses, of_losses), observed)
+
+
+def _gradient_fn(
+    loss_fn: Callable, differentiation: Differentiation, key: Array | None
+) -> Callable:
+    """``(t, params, stats, batch, is_second) -> (loss, stats, gradient)``."""
+    mixed = differentiation.keep in ("mixed", "segments")
+    through = mixed_mode.value_and_gradient if mixed else _value_and_gradient
+
+    def gradient(t: Array, params, stats, batch, *, is_second: bool):
+        step_key = None if key is None else jax.random.fold_in(key, t)
+        if is_second:
+            return through(loss_fn, params, stats, batch, step_key)
+        params, stats = lax.stop_gradient((params, stats))
+        return lax.stop_gradient(
+            _value_and_gradient(loss_fn, params, stats, batch, step_key)
+        )
+
+    return gradient
 
 
 def _value_and_gradient(loss_fn: Callable, *args):
@@ -215,36 +317,25 @@ def _value_and_gradient(loss_fn: Callable, *args):
     return loss, stats, grads
 
 
-def _cut_steps(num_steps: int, truncate_every: int | None) -> Array:
-    steps = jnp.arange(num_steps)
-    if truncate_every is None:
-        return jnp.zeros(num_steps, bool)
-    return (steps % truncate_every == 0) & (steps > 0)
-
-
 def _products(grads: PyTree, params: PyTree, shape: tuple[int, ...]) -> Array:
-    """g . theta, for the loss's ``shape``: its derivative by theta is that of the loss.
-
-    () is one sum over everything, [K] one for each problem.
-    """
+    """g . theta, whose derivative by theta is that of the loss, in the loss's shape."""
     terms = jax.tree.map(
         lambda g, p: (g * p.astype(g.dtype)).reshape(*shape, -1).sum(-1), grads, params
     )
     return sum(jax.tree.leaves(terms), jnp.float32(0))
 
 
-def _without_derivative(tx) -> Callable:
-    """``tx.update`` with the arrays it closes over (the rule's parameters) constant."""
+def _truncation_points(num_steps: int, truncate_every: int | None) -> Array:
+    steps = jnp.arange(num_steps)
+    if truncate_every is None:
+        return jnp.zeros(num_steps, bool)
+    return (steps % truncate_every == 0) & (steps > 0)
 
-    def update(grads, rule_state, params, value):
-        pure, closed_over = jax.closure_convert(
-            lambda g, s, p, v: tx.update(g, s, p, value=v),
-            grads,
-            rule_state,
-            params,
-            value,
-        )
-        constants = [lax.stop_gradient(x) for x in closed_over]
-        return pure(grads, rule_state, params, value, *constants)
 
-    return update
+def _check_batches(batches: PyTree, num_steps: int) -> None:
+    for leaf in jax.tree.leaves(batches):
+        if leaf.shape[:1] != (num_steps,):
+            raise ValueError(
+                f"batches has a leaf of shape {leaf.shape} but num_steps={num_steps}: "
+                "stack one batch for each step along the leading axis"
+            )

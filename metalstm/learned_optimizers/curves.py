@@ -1,6 +1,6 @@
 """Compare optimizers on equal terms: the same instances, starts and minibatches.
 
-Letters: I instances, S + 1 recorded losses, G points of a grid of hyper-parameters.
+Notation: I instances, S + 1 recorded losses, G points of a grid of hyper-parameters.
 """
 
 from __future__ import annotations
@@ -15,10 +15,13 @@ import numpy as np
 import optax
 from jax import lax
 
-from metalstm.base import Array, PyTree, TaskMapping, UpdateRule, map_tasks
+from metalstm.base import Array, PyTree, UpdateRule
+from metalstm.checks import check_at_least, check_choice
+from metalstm.inner import second_order, unroll
 from metalstm.learned_optimizers.problems import ProblemFamily
-from metalstm.rules import from_optax
+from metalstm.rules import as_rule
 from metalstm.statistics import mean_and_ci95
+from metalstm.tasks import TaskMapping, map_tasks
 
 __all__ = [
     "Summary",
@@ -35,7 +38,7 @@ _START, _BATCH, _EVAL = 0, 1, 2  # folded into an instance's key
 
 def loss_curves(
     family: ProblemFamily,
-    tx: optax.GradientTransformation,
+    tx: UpdateRule | optax.GradientTransformation,
     data: Any = None,
     *,
     num_instances: int,
@@ -51,7 +54,7 @@ def loss_curves(
     """
     run = make_loss_curves(
         family,
-        from_optax(tx),
+        tx,
         num_instances=num_instances,
         num_steps=num_steps,
         **options,
@@ -61,7 +64,7 @@ def loss_curves(
 
 def make_loss_curves(
     family: ProblemFamily,
-    rule: UpdateRule,
+    rule: UpdateRule | optax.GradientTransformation,
     *,
     num_instances: int,
     num_steps: int,
@@ -78,8 +81,8 @@ def make_loss_curves(
       eval_batch: examples that a recorded loss is the mean over, others at every
         record but the same for every optimizer (1,000 or more for a claim). None: the
         minibatch that the next update is made on, as published curves have it.
-      task_mapping: how instances are laid out; see `metalstm.base.map_tasks`. "vmap" is
-        much the fastest for small problems.
+      task_mapping: how instances are laid out; see `metalstm.tasks.map_tasks`. "vmap"
+        is much the fastest for small problems.
 
     Raises:
       ValueError: ``num_steps`` is no multiple of ``record_every``, or either or
@@ -88,7 +91,7 @@ def make_loss_curves(
     curves = jax.jit(
         _curves(
             family,
-            rule,
+            as_rule(rule),
             num_instances,
             num_steps,
             record_every,
@@ -117,15 +120,13 @@ def _curves(
         ("num_steps", num_steps),
         ("record_every", record_every),
     ):
-        if value < 1:
-            raise ValueError(f"{name}={value}: choose at least 1")
+        check_at_least(name, value, 1)
     if num_steps % record_every:
         raise ValueError(
             f"num_steps={num_steps} is not a multiple of record_every={record_every}"
         )
 
     def one(rule_params: PyTree, data: Any, key: Array) -> Array:
-        tx = rule.bind(rule_params)
         task_key, init_key = jax.random.split(jax.random.fold_in(key, _START))
         task = family.sample(task_key, data)
         params = family.init(init_key, task)
@@ -134,11 +135,9 @@ def _curves(
             step_key = jax.random.fold_in(jax.random.fold_in(key, _BATCH), t)
             return family.batch(step_key, data)
 
-        def update(carry, t: Array):
-            params, state = carry
-            loss, grads = jax.value_and_grad(family.loss)(params, task, batch_at(t))
-            updates, state = tx.update(grads, state, params, value=loss)
-            return (optax.apply_updates(params, updates), state), None
+        def loss_at(params, stats, t, key):
+            del key
+            return family.loss(params, task, batch_at(t)), stats
 
         def measure(params: PyTree, t: Array) -> Array:
             batch = batch_at(t)
@@ -148,12 +147,24 @@ def _curves(
             return family.loss(params, task, batch).astype(jnp.float32)
 
         def record(carry, start: Array):
-            loss = measure(carry[0], start)
-            carry, _ = lax.scan(update, carry, start + jnp.arange(record_every))
-            return carry, loss
+            params, rule_state = carry
+            loss = measure(params, start)
+            end, _ = unroll(
+                loss_at,
+                rule,
+                rule_params,
+                params,
+                start + jnp.arange(record_every),
+                num_steps=record_every,
+                # nothing is differentiated: the plain loop, which keeps nothing
+                differentiation=second_order("all"),
+                rule_state=rule_state,
+            )
+            return (end.params, end.rule_state), loss
 
+        start = (params, rule.bind(rule_params).init(params))
         (params, _), losses = lax.scan(
-            record, (params, tx.init(params)), jnp.arange(0, num_steps, record_every)
+            record, start, jnp.arange(0, num_steps, record_every)
         )
         return jnp.append(losses, measure(params, jnp.int32(num_steps)))
 
@@ -208,8 +219,7 @@ def sweep(
     Raises:
       ValueError: an empty axis, or names that are not the rule's.
     """
-    if score not in ("mean", "mean_log"):
-        raise ValueError(f"score={score!r}: choose mean or mean_log")
+    check_choice("score", score, ("mean", "mean_log"))
     if not grid or not all(len(axis) for axis in grid.values()):
         raise ValueError(f"grid={dict(grid)}: give every hyper-parameter its values")
     expected = rule.init(jax.random.key(0), {})

@@ -13,11 +13,12 @@ from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
 from metalstm.algorithms.common import accuracy
-from metalstm.base import Episode, MetaAlgorithm, PyTree, TaskMapping, map_tasks
+from metalstm.base import Episode, MetaAlgorithm, PyTree
 from metalstm.data.episodes import Sampler, episode_key
 from metalstm.runtime import sharding
 from metalstm.runtime.compilation import Jitted
 from metalstm.statistics import mean_and_ci95
+from metalstm.tasks import TaskMapping, map_tasks
 
 __all__ = [
     "Evaluation",
@@ -59,7 +60,7 @@ def make_evaluate(
 
     Args:
       batch_size: episodes in one jitted call.
-      task_mapping: how they are laid out; see `metalstm.base.map_tasks`.
+      task_mapping: how they are laid out; see `metalstm.tasks.map_tasks`.
       mesh: spreads the episodes of a batch over its ``"task"`` axis, of which the batch
         becomes a multiple: the same accuracies. See `runtime.sharding.task_mesh`.
     """

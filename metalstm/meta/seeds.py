@@ -15,10 +15,11 @@ import optax
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
-from metalstm.base import Array, MetaAlgorithm, PyTree, map_tasks
-from metalstm.meta.training import TrainState, init_train_state
+from metalstm.base import Array, MetaAlgorithm, PyTree
+from metalstm.meta.step import TrainState, init_train_state
 from metalstm.runtime import sharding
 from metalstm.runtime.compilation import Jitted
+from metalstm.tasks import map_tasks
 
 __all__ = ["init_seeds", "map_seeds"]
 

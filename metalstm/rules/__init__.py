@@ -1,13 +1,14 @@
 """Update rules: functions from meta-parameters to an optax transform."""
 
-from metalstm.rules.classic import chain, from_optax, learned_sgd, tunable
-from metalstm.rules.export import SavedRule, build_rule, load_rule, save_rule
+from metalstm.rules.classic import as_rule, chain, learned_sgd, tunable
 from metalstm.rules.features import FEATURES_VERSION, log_sign
-from metalstm.rules.gates import GatesState, find_gates, lstm_gates
+from metalstm.rules.gates import GatesState, find_gates, gate_update, lstm_gates
 from metalstm.rules.groups import by_group, conv_or_dense, matrix_or_vector, only
+from metalstm.rules.io import SavedRule, load_rule, save_rule
 from metalstm.rules.l2l_lstm import L2LState, l2l
 from metalstm.rules.memory import MemoryState, gradient_memory, two_layer
 from metalstm.rules.precision import FloatCopyState, with_float_copy
+from metalstm.rules.spec import build_rule
 
 __all__ = [
     "FEATURES_VERSION",
@@ -16,12 +17,13 @@ __all__ = [
     "L2LState",
     "MemoryState",
     "SavedRule",
+    "as_rule",
     "build_rule",
     "by_group",
     "chain",
     "conv_or_dense",
     "find_gates",
-    "from_optax",
+    "gate_update",
     "gradient_memory",
     "l2l",
     "learned_sgd",

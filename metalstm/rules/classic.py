@@ -1,4 +1,4 @@
-"""Hand-made rules: any optax transform, and SGD whose rates are learned."""
+"""Rules made of optax transforms, chains, and SGD whose rates are learned."""
 
 from __future__ import annotations
 
@@ -9,21 +9,55 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from metalstm.base import Array, PyTree, UpdateRule
+from metalstm.base import Array, PyTree, RuleTraits, UpdateRule
+from metalstm.checks import check_at_least, check_choice
 
-__all__ = ["chain", "from_optax", "learned_sgd", "tunable"]
+__all__ = [
+    "as_rule",
+    "chain",
+    "check_differentiable",
+    "common_traits",
+    "learned_sgd",
+    "tunable",
+]
 
 
-def from_optax(tx: optax.GradientTransformation) -> UpdateRule:
-    """Any optax transform is a rule with nothing to learn."""
-    bound = optax.with_extra_args_support(tx)
-    return UpdateRule(lambda key, params: (), lambda rule_params: bound)
+def as_rule(
+    rule: UpdateRule | optax.GradientTransformation, traits: RuleTraits | None = None
+) -> UpdateRule:
+    """Return ``rule`` as an `UpdateRule`: an optax transform has nothing to learn.
+
+    Every function of the library that takes a rule calls this, so that a transform may
+    stand wherever a rule may.
+
+    Args:
+      rule: an `UpdateRule`, or any optax transform.
+      traits: what you promise about it. None: what the rule says itself; of a transform
+        nothing is known.
+
+    Raises:
+      TypeError: it is neither.
+
+    >>> as_rule(optax.sgd(0.1)).init(jax.random.key(0), {})
+    ()
+    """
+    if isinstance(rule, UpdateRule):
+        return rule if traits is None else rule._replace(traits=traits)
+    if not isinstance(rule, optax.GradientTransformation):
+        raise TypeError(
+            f"rule={rule!r} is neither an UpdateRule nor an optax transform: build one "
+            "with metalstm.rules or optax"
+        )
+    transform = optax.with_extra_args_support(rule)
+    return UpdateRule(
+        lambda key, params: (), lambda rule_params: transform, traits or RuleTraits()
+    )
 
 
 def tunable(
     factory: Callable[..., optax.GradientTransformation], **hyperparameters: float
 ) -> UpdateRule:
-    """An optax factory whose keyword arguments are the rule's parameters.
+    """Make an optax factory's keyword arguments the rule's parameters.
 
     They may be meta-learned, or set from a grid without compiling anything twice::
 
@@ -48,8 +82,8 @@ def tunable(
     return UpdateRule(init, bind)
 
 
-def _cast(tree: PyTree, like: PyTree) -> PyTree:
-    return jax.tree.map(lambda x, ref: x.astype(jnp.result_type(ref)), tree, like)
+def _cast(tree: PyTree, template: PyTree) -> PyTree:
+    return jax.tree.map(lambda x, ref: x.astype(jnp.result_type(ref)), tree, template)
 
 
 def learned_sgd(
@@ -66,13 +100,19 @@ def learned_sgd(
     Args:
       rate: where alpha starts, or a range (low, high) to draw it from.
       per: one rate for all, for each tensor, or for each parameter.
-      num_steps: a rate of its own for each of this many updates; later updates use the
+      num_steps: a separate rate for each of this many updates; later updates use the
         last one. None: the same rate at every step.
+
+    Raises:
+      ValueError: an argument outside these choices.
+
+    >>> tx = learned_sgd().bind(0.1)
+    >>> tx.update(jnp.ones(2), tx.init(jnp.ones(2)))[0]
+    Array([-0.1, -0.1], dtype=float32)
     """
-    if per not in ("rule", "tensor", "parameter"):
-        raise ValueError(f"per={per!r}: choose one of rule, tensor, parameter")
-    if num_steps is not None and num_steps < 1:
-        raise ValueError(f"num_steps={num_steps}: choose at least 1, or None")
+    check_choice("per", per, ("rule", "tensor", "parameter"))
+    if num_steps is not None:
+        check_at_least("num_steps", num_steps, 1, "or None")
     low, high = rate if isinstance(rate, tuple) else (rate, rate)
     lead = () if num_steps is None else (num_steps,)
 
@@ -120,18 +160,21 @@ def learned_sgd(
 
         return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 
-    return UpdateRule(
-        init, bind, coordinatewise=per == "rule", smooth=True, reads_loss=False
-    )
+    traits = RuleTraits(coordinatewise=per == "rule", smooth=True, reads_loss=False)
+    return UpdateRule(init, bind, traits)
 
 
 def chain(*rules: UpdateRule | optax.GradientTransformation) -> UpdateRule:
     """Apply rules (or optax transforms) one after another, as `optax.chain` does.
 
-    The chain is coordinate-wise when all of it is; an optax transform is taken not to
-    be, since global-norm clipping mixes coordinates.
+    Its parameters are the tuple of theirs. It promises what all of them promise; of an
+    optax transform nothing is known (global-norm clipping mixes coordinates), unless
+    `as_rule` is told.
+
+    Raises:
+      ValueError: there is no rule.
     """
-    parts = [r if isinstance(r, UpdateRule) else from_optax(r) for r in rules]
+    parts = [as_rule(rule) for rule in rules]
     if not parts:
         raise ValueError("chain needs at least one rule")
 
@@ -143,10 +186,39 @@ def chain(*rules: UpdateRule | optax.GradientTransformation) -> UpdateRule:
         bound = [r.bind(p) for r, p in zip(parts, rule_params, strict=True)]
         return optax.with_extra_args_support(optax.chain(*bound))
 
-    return UpdateRule(
-        init,
-        bind,
-        coordinatewise=all(r.coordinatewise for r in parts),
-        smooth=all(r.smooth for r in parts),
-        reads_loss=any(r.reads_loss for r in parts),
+    return UpdateRule(init, bind, common_traits(*parts))
+
+
+def common_traits(*rules: UpdateRule) -> RuleTraits:
+    """Return what a rule composed of ``rules`` may promise."""
+    return RuleTraits(
+        coordinatewise=all(rule.traits.coordinatewise for rule in rules),
+        smooth=all(rule.traits.smooth for rule in rules),
+        reads_loss=any(rule.traits.reads_loss for rule in rules),
     )
+
+
+def check_differentiable(rule: UpdateRule) -> None:
+    """Refuse a rule whose second order is NaN at g = 0, where dead ReLUs put it.
+
+    Raises:
+      ValueError: its derivative by a zero gradient is not finite, and it does not
+        promise to be smooth.
+    """
+    if rule.traits.smooth:
+        return
+    params = {"w": jnp.zeros(2)}
+
+    def total(g):
+        tx = rule.bind(rule.init(jax.random.key(0), params))
+        updates, _ = tx.update({"w": g}, tx.init(params), params, value=jnp.float32(1))
+        return updates["w"].sum()
+
+    with jax.ensure_compile_time_eval():
+        derivative = jax.grad(total)(jnp.zeros(2))
+    if not bool(jnp.isfinite(derivative).all()):
+        raise ValueError(
+            "differentiation=second_order(), but the rule's derivative at a zero "
+            "gradient is not finite, and a dead ReLU gives zero gradients: choose "
+            "first_order(), or make it smooth (optax.adam has eps_root=1e-8)"
+        )

@@ -22,6 +22,12 @@ def log_sign(x: Array, p: float = 10.0) -> tuple[Array, Array]:
     Args:
       x: any shape.
       p: how small a magnitude still counts; e^-10 = 4.5e-5.
+
+    >>> magnitude, sign = log_sign(jnp.array([-1.0, 0.0]))
+    >>> magnitude
+    Array([ 0., -1.], dtype=float32)
+    >>> sign
+    Array([-1.,  0.], dtype=float32)
     """
     large = jnp.abs(x) >= math.exp(-p)
     # Both branches are differentiated, so the unused one must stay finite.

@@ -1,15 +1,25 @@
-"""Any pytree of parameters as one float32 vector of coordinates, and back."""
+"""Any pytree of parameters as one vector of coordinates, and back.
+
+Notation: N coordinates, all parameters together.
+"""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 
 from metalstm.base import Array, PyTree
 
-__all__ = ["coordinate_dtype", "flatten", "leaf_sizes", "unflatten"]
+__all__ = [
+    "coordinate_dtype",
+    "flatten",
+    "leaf_sizes",
+    "per_coordinate_leaves",
+    "unflatten",
+]
 
 
 def leaf_sizes(tree: PyTree) -> list[int]:
@@ -22,21 +32,69 @@ def coordinate_dtype(tree: PyTree) -> jnp.dtype:
     return jnp.result_type(jnp.float32, *jax.tree.leaves(tree))
 
 
-def flatten(tree: PyTree) -> Array:
-    """All leaves, raveled and joined: [N] of `coordinate_dtype`."""
-    dtype = coordinate_dtype(tree)
+def flatten(tree: PyTree, dtype: jnp.dtype | None = None) -> Array:
+    """Ravel and join all leaves: [N] of ``dtype``, by default `coordinate_dtype`.
+
+    >>> flatten({"a": jnp.ones((1, 2)), "b": jnp.zeros(())})
+    Array([1., 1., 0.], dtype=float32)
+    """
+    dtype = coordinate_dtype(tree) if dtype is None else dtype
     leaves = [jnp.asarray(leaf).reshape(-1) for leaf in jax.tree.leaves(tree)]
     if not leaves:
         return jnp.zeros((0,), dtype)
     return jnp.concatenate([leaf.astype(dtype) for leaf in leaves])
 
 
-def unflatten(flat: Array, like: PyTree) -> PyTree:
-    """The inverse of `flatten`: shapes and dtypes of ``like``."""
-    leaves, treedef = jax.tree.flatten(like)
+def unflatten(flat: Array, template: PyTree) -> PyTree:
+    """Invert `flatten`: [..., N] -> leaves [..., *shape] of ``template``'s dtypes."""
+    leaves, treedef = jax.tree.flatten(template)
     out, offset = [], 0
-    for leaf, size in zip(leaves, leaf_sizes(like), strict=True):
-        part = flat[offset : offset + size]
-        out.append(part.reshape(jnp.shape(leaf)).astype(jnp.result_type(leaf)))
+    for leaf, size in zip(leaves, leaf_sizes(template), strict=True):
+        part = flat[..., offset : offset + size]
+        shape = (*flat.shape[:-1], *jnp.shape(leaf))
+        out.append(part.reshape(shape).astype(jnp.result_type(leaf)))
         offset += size
     return jax.tree.unflatten(treedef, out)
+
+
+def per_coordinate_leaves(
+    init: Callable[[PyTree], PyTree], params: PyTree
+) -> PyTree | None:
+    """Say for each leaf of a rule's state whether its last axis is the coordinates'.
+
+    A leaf is when it grows with the vector of parameters. The others are shared by all
+    coordinates.
+
+    Args:
+      init: of a bound rule, ``params -> state``.
+      params: the parameters, or their shapes.
+
+    Returns:
+      A bool for each leaf of the state; None where the state does not separate over
+      coordinates: the parameters differ in dtype, or the state of the vector of all of
+      them would not look like that of ``params``.
+    """
+    dtypes = {jnp.result_type(leaf) for leaf in jax.tree.leaves(params)}
+    if len(dtypes) != 1:
+        return None
+    (dtype,) = dtypes
+    size = sum(leaf_sizes(params))
+    of_tree, of_vector, of_longer = (
+        jax.eval_shape(init, p)
+        for p in (
+            params,
+            jax.ShapeDtypeStruct((size,), dtype),
+            jax.ShapeDtypeStruct((size + 1,), dtype),
+        )
+    )
+    treedef = jax.tree.structure(of_tree)
+    if {treedef} != {jax.tree.structure(of_vector), jax.tree.structure(of_longer)}:
+        return None
+    grows = []
+    for leaf, same, longer in zip(
+        *map(jax.tree.leaves, (of_tree, of_vector, of_longer)), strict=True
+    ):
+        if leaf.shape != same.shape or same.shape[:-1] != longer.shape[:-1]:
+            return None
+        grows.append(same.shape != longer.shape)
+    return jax.tree.unflatten(treedef, grows)

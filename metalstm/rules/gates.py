@@ -1,6 +1,6 @@
 """The Meta-LSTM's update rule (Ravi & Larochelle, ICLR 2017), one cell a coordinate.
 
-Letters: N coordinates (all the learner's parameters, flattened), H hidden units.
+Notation: N coordinates (all the learner's parameters, flattened), H hidden units.
 Coordinates are the last axis everywhere: they fill the vector lanes, H does not.
 """
 
@@ -14,12 +14,36 @@ import jax.numpy as jnp
 import optax
 from jax import lax
 
-from metalstm.base import Array, PyTree, UpdateRule
+from metalstm.base import Array, PyTree, RuleTraits, UpdateRule
+from metalstm.checks import check_at_least, check_choice
 from metalstm.rules.features import log_sign
 from metalstm.rules.flat import coordinate_dtype, flatten, leaf_sizes, unflatten
 from metalstm.rules.lstm_cell import lstm_step, tanh_sigmoid
 
-__all__ = ["GatesState", "find_gates", "lstm_gates"]
+__all__ = ["GatesState", "find_gates", "gate_update", "lstm_gates"]
+
+
+def gate_update(theta: Array, grad: Array, f: Array, i: Array) -> Array:
+    r"""Let a forget gate f and an input gate i move a parameter.
+
+    .. math:: \theta_t = f_t \theta_{t-1} + i_t (-\nabla_t)
+
+    (Ravi & Larochelle, 2017, equation 2: an LSTM's cell, whose candidate is the
+    negative gradient). f = 1 with a constant i is gradient descent.
+
+    Args:
+      theta, grad, f, i: of shapes that broadcast; f and i in (0, 1).
+
+    >>> gate_update(2.0, grad=0.5, f=0.75, i=0.5)
+    1.25
+    """
+    return theta + _gate_delta(theta, grad, 1 - f, i)
+
+
+def _gate_delta(theta: Array, grad: Array, forgotten: Array | None, i: Array) -> Array:
+    """`gate_update` - theta, with ``forgotten`` = 1 - f; None where f is 1."""
+    delta = -i * grad
+    return delta if forgotten is None else delta - forgotten * theta
 
 
 class GatesState(NamedTuple):
@@ -93,15 +117,13 @@ def lstm_gates(
     """
     if hidden_size is None:
         hidden_size = 20 if variant == "code" else 0
-    if hidden_size < 0:
-        raise ValueError(f"hidden_size={hidden_size}: choose 0 (no LSTM) or more")
-    _check_choice("variant", variant, ("code", "paper"))
-    _check_choice("forget", forget, ("gate", "one"))
-    _check_choice("input", input, ("gate", "constant"))
-    _check_choice("feature_gradient", feature_gradient, ("stopped", "full"))
-    _check_choice("bias_per", bias_per, ("rule", "tensor", "tensor_and_step"))
-    if num_bias_steps < 1:
-        raise ValueError(f"num_bias_steps={num_bias_steps}: choose at least 1")
+    check_at_least("hidden_size", hidden_size, 0)
+    check_choice("variant", variant, ("code", "paper"))
+    check_choice("forget", forget, ("gate", "one"))
+    check_choice("input", input, ("gate", "constant"))
+    check_choice("feature_gradient", feature_gradient, ("stopped", "full"))
+    check_choice("bias_per", bias_per, ("rule", "tensor", "tensor_and_step"))
+    check_at_least("num_bias_steps", num_bias_steps, 1)
     per_tensor = bias_per != "rule"
     if input_bias_of and not per_tensor:
         raise ValueError(
@@ -192,12 +214,12 @@ def lstm_gates(
                 return out
 
             input_logit = logit(rule["input"], state.input)
-            delta = -jax.nn.sigmoid(input_logit) * g
-            forget_logit = state.forget
+            forget_logit, forgotten = state.forget, None
             if forget == "gate":
                 forget_logit = logit(rule["forget"], state.forget)
-                # f - 1 = -sigmoid(-logit) keeps its digits where f is near 1
-                delta = delta - jax.nn.sigmoid(-forget_logit) * theta
+                # 1 - f = sigmoid(-logit) keeps its digits where f is near 1
+                forgotten = jax.nn.sigmoid(-forget_logit)
+            delta = _gate_delta(theta, g, forgotten, jax.nn.sigmoid(input_logit))
             new = GatesState(state.step + 1, hidden, cell, forget_logit, input_logit)
             return unflatten(delta, updates), new
 
@@ -206,9 +228,11 @@ def lstm_gates(
     return UpdateRule(
         init,
         bind,
-        coordinatewise=not per_tensor,
-        smooth=True,
-        reads_loss=loss_input and uses_features,
+        RuleTraits(
+            coordinatewise=not per_tensor,
+            smooth=True,
+            reads_loss=loss_input and uses_features,
+        ),
     )
 
 
@@ -262,8 +286,3 @@ def _paths_with(part: str, params: PyTree) -> list[bool]:
         names = ", ".join(jax.tree_util.keystr(path) for path in paths)
         raise ValueError(f"input_bias_of names {part!r}, but the tensors are {names}")
     return chosen
-
-
-def _check_choice(name: str, value, choices: tuple[str, ...]) -> None:
-    if value not in choices:
-        raise ValueError(f"{name}={value!r}: choose one of {', '.join(choices)}")

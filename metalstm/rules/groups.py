@@ -9,18 +9,20 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from metalstm.base import Array, PyTree, UpdateRule
+from metalstm.base import Array, PyTree, RuleTraits, UpdateRule
+from metalstm.rules.classic import as_rule, common_traits
 
 __all__ = ["by_group", "conv_or_dense", "matrix_or_vector", "only"]
 
 
 def by_group(
-    rules: Mapping[str, UpdateRule], label_fn: Callable[[Any, Array], str]
+    rules: Mapping[str, UpdateRule | optax.GradientTransformation],
+    label_fn: Callable[[Any, Array], str],
 ) -> UpdateRule:
-    """Give each group of tensors a rule of its own.
+    """Give each group of tensors its own rule.
 
     Args:
-      rules: {label: rule}.
+      rules: {label: rule or optax transform}.
       label_fn: (path, tensor) -> label, the path as in
         `jax.tree_util.tree_map_with_path`; `conv_or_dense` and `matrix_or_vector` are
         two.
@@ -36,15 +38,15 @@ def by_group(
         raise ValueError(
             "by_group needs at least one rule: by_group({label: rule}, ..)"
         )
-    rules = dict(rules)
+    parts = {name: as_rule(rule) for name, rule in rules.items()}
 
     def labels(params: PyTree) -> PyTree:
         def label(path, leaf):
             name = label_fn(path, leaf)
-            if name not in rules:
+            if name not in parts:
                 raise ValueError(
                     f"label_fn calls {jax.tree_util.keystr(path)} {name!r}, which has "
-                    f"no rule: there are rules for {', '.join(sorted(rules))}"
+                    f"no rule: there are rules for {', '.join(sorted(parts))}"
                 )
             return name
 
@@ -53,28 +55,24 @@ def by_group(
     def init(key: Array, params: PyTree) -> PyTree:
         names = labels(params)
         out = {}
-        for k, (group, rule) in enumerate(sorted(rules.items())):
-            own = jax.tree.map(
+        for k, (group, rule) in enumerate(sorted(parts.items())):
+            members = jax.tree.map(
                 lambda leaf, name: leaf if name == group else optax.MaskedNode(),  # noqa: B023
                 params,
                 names,
             )
-            out[group] = rule.init(jax.random.fold_in(key, k), own)
+            out[group] = rule.init(jax.random.fold_in(key, k), members)
         return out
 
     def bind(rule_params: PyTree) -> optax.GradientTransformationExtraArgs:
-        bound = {name: rule.bind(rule_params[name]) for name, rule in rules.items()}
+        bound = {name: rule.bind(rule_params[name]) for name, rule in parts.items()}
         return optax.with_extra_args_support(optax.multi_transform(bound, labels))
 
-    return UpdateRule(
-        init,
-        bind,
-        smooth=all(rule.smooth for rule in rules.values()),
-        reads_loss=any(rule.reads_loss for rule in rules.values()),
-    )
+    traits = common_traits(*parts.values())._replace(coordinatewise=False)
+    return UpdateRule(init, bind, traits)
 
 
-def only(rule: UpdateRule, part: str) -> UpdateRule:
+def only(rule: UpdateRule | optax.GradientTransformation, part: str) -> UpdateRule:
     """Apply ``rule`` to the tensors whose path has a ``part``; the others stay.
 
     ``only(rule, "head")`` updates the last layer of the networks that come with the
@@ -89,12 +87,7 @@ def only(rule: UpdateRule, part: str) -> UpdateRule:
         names = jax.tree_util.keystr(path, simple=True, separator="/").split("/")
         return "moves" if part in names else "stays"
 
-    nothing = UpdateRule(
-        lambda key, params: (),
-        lambda _: optax.with_extra_args_support(optax.set_to_zero()),
-        smooth=True,
-        reads_loss=False,
-    )
+    nothing = as_rule(optax.set_to_zero(), RuleTraits(smooth=True, reads_loss=False))
     both = by_group({"moves": rule, "stays": nothing}, label)
 
     def init(key: Array, params: PyTree) -> PyTree:
@@ -105,7 +98,7 @@ def only(rule: UpdateRule, part: str) -> UpdateRule:
         return both.init(key, params)["moves"]
 
     return both._replace(
-        init=init, bind=lambda own: both.bind({"moves": own, "stays": ()})
+        init=init, bind=lambda moving: both.bind({"moves": moving, "stays": ()})
     )
 
 

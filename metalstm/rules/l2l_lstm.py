@@ -1,6 +1,6 @@
 """The coordinate-wise LSTM optimizer (Andrychowicz et al., NeurIPS 2016).
 
-Letters: N coordinates (all the parameters, flattened), H hidden units, F features.
+Notation: N coordinates (all the parameters, flattened), H hidden units, F features.
 """
 
 from __future__ import annotations
@@ -12,7 +12,8 @@ import jax.numpy as jnp
 import optax
 from jax import lax
 
-from metalstm.base import Array, PyTree, UpdateRule
+from metalstm.base import Array, PyTree, RuleTraits, UpdateRule
+from metalstm.checks import check_at_least, check_choice
 from metalstm.rules.features import log_sign
 from metalstm.rules.flat import coordinate_dtype, flatten, leaf_sizes, unflatten
 from metalstm.rules.lstm_cell import init_lstm, lstm_step
@@ -61,7 +62,7 @@ def l2l(
 
     ``features="moments"`` lets the LSTM read what Adam reads: the gradient and its
     averages (decays 0.5, 0.9, 0.99), each over the root u of the average square (after
-    RNNProp, Lv et al., 2017), beside `log_sign`. Two options go with it:
+    RNNProp, Lv et al., 2017), next to `log_sign`. Two options go with it:
 
     .. math:: \theta_t = \theta_{t-1} + a \, u_t^{\rho} (w \cdot h_t + b + s \cdot x_t)
 
@@ -88,12 +89,10 @@ def l2l(
     Raises:
       ValueError: an argument outside these choices.
     """
-    if hidden_size < 1:
-        raise ValueError(f"hidden_size={hidden_size}: choose at least 1")
+    check_at_least("hidden_size", hidden_size, 1)
     if not 1 <= num_layers <= 16:
         raise ValueError(f"num_layers={num_layers}: choose 1 to 16")
-    if features not in ("log_sign", "raw", "moments"):
-        raise ValueError(f"features={features!r}: choose one of log_sign, raw, moments")
+    check_choice("features", features, ("log_sign", "raw", "moments"))
     if features != "moments" and (relative or shortcut is not None):
         raise ValueError(
             f"shortcut={shortcut}, relative={relative} need features='moments', not "
@@ -160,7 +159,8 @@ def l2l(
 
         return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 
-    return UpdateRule(init, bind, coordinatewise=True, smooth=True, reads_loss=False)
+    traits = RuleTraits(coordinatewise=True, smooth=True, reads_loss=False)
+    return UpdateRule(init, bind, traits)
 
 
 def _average(g: Array, old: Moments) -> tuple[Moments, Array, Array]:

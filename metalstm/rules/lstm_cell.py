@@ -1,6 +1,6 @@
 """One step of an LSTM with coordinates last, shared by the rules that have one.
 
-Letters: N coordinates, H hidden units, F features. Coordinates are the last axis: they
+Notation: N coordinates, H hidden units, F features. Coordinates are the last axis: they
 fill the vector lanes, H does not, and all of them go through one matrix product. Only
 inside a step, and only where they are few, do they change places with H.
 """
@@ -41,8 +41,8 @@ def lstm_step(
 ) -> tuple[Array, Array]:
     """Return the new (hidden, cell), [H, N] each.
 
-    Its derivative is written by hand below. JAX's own keeps fourteen arrays [H, N]
-    of a step for the way back, and XLA:CPU computes the gates once for each of their
+    Its derivative is written by hand below. JAX's own keeps fourteen arrays [H, N] of a
+    step for the backward pass, and XLA:CPU computes the gates once for each of their
     uses; this keeps six (back-propagation through 12 updates of `lstm_gates` was 1.3
     times faster, and a meta-step of the published 1-shot recipe 1.2 times).
 

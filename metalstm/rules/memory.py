@@ -1,6 +1,6 @@
 """A memory of past gradients, and the two-layer rule it makes with gates.
 
-Letters: N coordinates (all the parameters, flattened), H hidden units.
+Notation: N coordinates (all the parameters, flattened), H hidden units.
 """
 
 from __future__ import annotations
@@ -13,7 +13,8 @@ import jax.numpy as jnp
 import optax
 from jax import lax
 
-from metalstm.base import Array, PyTree, UpdateRule
+from metalstm.base import Array, PyTree, RuleTraits, UpdateRule
+from metalstm.checks import check_at_least, check_positive
 from metalstm.rules.classic import chain
 from metalstm.rules.features import log_sign
 from metalstm.rules.flat import coordinate_dtype, flatten, leaf_sizes, unflatten
@@ -76,10 +77,8 @@ def gradient_memory(
     Raises:
       ValueError: an argument that is not positive.
     """
-    if hidden_size < 1:
-        raise ValueError(f"hidden_size={hidden_size}: choose at least 1")
-    if not eps > 0:
-        raise ValueError(f"eps={eps}: choose a positive number")
+    check_at_least("hidden_size", hidden_size, 1)
+    check_positive("eps", eps)
 
     def init(key: Array, params: PyTree) -> PyTree:
         del params
@@ -123,7 +122,8 @@ def gradient_memory(
 
         return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 
-    return UpdateRule(init, bind, coordinatewise=True, smooth=True, reads_loss=False)
+    traits = RuleTraits(coordinatewise=True, smooth=True, reads_loss=False)
+    return UpdateRule(init, bind, traits)
 
 
 def two_layer(

@@ -7,7 +7,7 @@ from typing import NamedTuple, overload
 
 import optax
 
-from metalstm.rules.export import load_rule
+from metalstm.rules.io import load_rule
 
 __all__ = ["RuleCard", "pretrained_optimizer"]
 

@@ -1,13 +1,14 @@
 """The tasks of a meta-step spread over several devices.
 
 Meta-parameters and pools are copied to every device, tasks are split over the mesh's
-``"task"`` axis (`meta.training`), and the coordinates of a task, where asked for, over
+``"task"`` axis (`metalstm.tasks`), and the coordinates of a task, where asked for, over
 its ``"coordinate"`` axis (`inner.coordinatewise`). On one device none of this does
 anything. `runtime.processes` has what several processes need.
 """
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -17,17 +18,19 @@ from jax import lax
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from metalstm.base import Array, PyTree
+Array = jax.Array
+PyTree = Any
 
 __all__ = [
     "COORDINATE",
+    "axis_devices",
     "block_on_cpu_collectives",
     "collect",
-    "coordinate_devices",
     "gather",
     "local",
     "place",
-    "shared",
+    "psum_cotangent",
+    "shared_axis",
     "spread",
     "task_mesh",
 ]
@@ -98,31 +101,57 @@ def spread(fn: Callable, mesh: Mesh, in_specs: Any, out_specs: Any) -> Callable:
     )
 
 
-def coordinate_devices() -> int:
-    """How many devices share the coordinates of the task that is being traced."""
-    try:
-        return lax.axis_size(COORDINATE)
-    except NameError:
+def shared_axis(mesh: Mesh | None) -> str | None:
+    """Return the axis of `task_mesh` whose devices share a task, None without one.
+
+    It is the ``axis_name`` of the algorithms that are trained over the mesh.
+    """
+    has_axis = mesh is not None and COORDINATE in mesh.axis_names
+    return COORDINATE if has_axis else None
+
+
+def axis_devices(axis_name: str | None) -> int:
+    """How many devices lie along a mesh axis; 1 for None.
+
+    Raises:
+      ValueError: it is no axis of a mesh that this is traced over.
+    """
+    if axis_name is None:
         return 1
+    try:
+        return lax.axis_size(axis_name)
+    except NameError as error:
+        raise ValueError(
+            f"axis_name={axis_name!r} is no axis of the mesh at hand: call this over a "
+            "mesh that has it (task_mesh(devices_per_task=..)), or leave it out"
+        ) from error
 
 
-def gather(part: Array) -> Array:
-    """[..., n] of each device that shares a task -> [..., all of them], on each."""
-    return lax.all_gather(part, COORDINATE, axis=part.ndim - 1, tiled=True)
+def gather(part: Array, axis_name: str) -> Array:
+    """[..., n] of each device along the axis -> [..., all of them], on each."""
+    return lax.all_gather(part, axis_name, axis=part.ndim - 1, tiled=True)
 
 
-def collect(x: Array) -> Array:
-    """What each device that shares a task has -> [devices, ...], on each."""
-    return lax.all_gather(x, COORDINATE)
+def collect(x: Array, axis_name: str) -> Array:
+    """What each device along the axis has -> [devices, ...], on each."""
+    return lax.all_gather(x, axis_name)
 
 
-@jax.custom_vjp
-def shared(x: Array) -> Array:
-    """``x``, which every device that shares a task has; the derivative is their sum."""
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
+def psum_cotangent(x: Array, axis_name: str) -> Array:
+    """Return ``x``, which every device along the axis has.
+
+    Each device derives by its own part of what is made of ``x``; the derivative of the
+    whole is their sum.
+    """
+    del axis_name
     return x
 
 
-shared.defvjp(lambda x: (x, None), lambda _, ct: (lax.psum(ct, COORDINATE),))
+psum_cotangent.defvjp(
+    lambda x, axis_name: (x, None),
+    lambda axis_name, _, cotangent: (lax.psum(cotangent, axis_name),),
+)
 
 
 def place(tree: PyTree, mesh: Mesh | None, *, per_task: bool = False) -> PyTree:

@@ -10,8 +10,9 @@ import optax
 
 from experiments.studies.sinusoids import Config
 from metalstm import algorithms, nn, rules
-from metalstm.algorithms.gradient.adaptation import fixed_sgd
+from metalstm.algorithms.gradient.published import fixed_sgd
 from metalstm.base import Learner, MetaAlgorithm, UpdateRule
+from metalstm.inner import second_order
 
 # 0.02 and 0.03 won trials of joint training and Reptile, and exploded on a few tasks
 # when training went on
@@ -76,7 +77,7 @@ def make_methods(config: Config) -> dict[str, Method]:
 
     def of_rule(make: Callable[[Any], UpdateRule]):
         return lambda rate: algorithms.learned_init(
-            learner, make(rate), second_order=True, **options
+            learner, make(rate), differentiation=second_order(), **options
         )
 
     tuning = config.tuning_steps

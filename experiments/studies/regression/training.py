@@ -24,8 +24,8 @@ from metalstm.base import (
     UpdateRule,
 )
 from metalstm.data import SinusoidSpec, episode_key
-from metalstm.inner.loop import InnerState, unroll
-from metalstm.meta.training import TrainState
+from metalstm.inner import first_order, unroll
+from metalstm.meta.step import TrainState
 
 _TRAIN_SEED = 7_919  # apart from the seeds of initialisations, which start at --seed
 _CALL = 100  # meta-steps in one compiled call
@@ -106,9 +106,11 @@ def trajectory(
     _, trace = unroll(
         loss_fn,
         tx,
-        InnerState(theta.params, theta.stats, None),
+        (),
+        theta.params,
         num_steps=num_steps,
-        second_order=False,
+        differentiation=first_order(),
+        stats=theta.stats,
         observe=lambda state: state.params,
     )
     return jax.tree.map(

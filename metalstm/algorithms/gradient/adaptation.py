@@ -1,24 +1,24 @@
-"""Adapt by gradients: one engine, and the published algorithms as ways to fill it."""
+"""Adapt by gradients: the engine that the published algorithms fill in.
+
+Notation: T updates, theta_0 .. theta_T; N examples in a support set, M queries.
+"""
 
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable
-from typing import Any, Literal, get_args
+from typing import Any, Literal, NamedTuple, get_args
 
 import jax
 import jax.numpy as jnp
 import optax
 from jax import lax
 
-from metalstm.algorithms.common import (
-    accuracy,
-    check_differentiable,
-    task_loss,
-    with_running_statistics,
-)
+from metalstm.algorithms.common import accuracy, task_loss, with_running_statistics
 from metalstm.base import (
     Array,
+    Aux,
     Batch,
     Episode,
     Learner,
@@ -28,31 +28,47 @@ from metalstm.base import (
     Norm,
     PyTree,
     QueryNorm,
-    TaskMapping,
     UpdateRule,
     make_algorithm,
 )
-from metalstm.inner.loop import InnerState, Memory, Trace, unroll
-from metalstm.rules import find_gates, learned_sgd, lstm_gates, only
+from metalstm.checks import check_choice
+from metalstm.inner import Differentiation, InnerState, Trace, unroll
+from metalstm.rules import as_rule, find_gates
+from metalstm.rules.classic import check_differentiable
+from metalstm.tasks import TaskMapping
 
-__all__ = [
-    "anil",
-    "fixed_sgd",
-    "fomaml",
-    "from_scratch",
-    "learned_init",
-    "maml",
-    "meta_lstm",
-    "meta_sgd",
-]
+__all__ = ["Adaptation", "Adapted", "adapt_to", "gradient_of_init", "learned_init"]
+
+# folded into an episode's key, one for each use of randomness
+_INIT, _DROPOUT, _ORDER = 0, 1, 2
+
+
+class Adaptation(NamedTuple):
+    """How a learner adapts to a support set; fields as in `learned_init`."""
+
+    learner: Learner
+    rule: UpdateRule
+    differentiation: Differentiation
+    support_stats: Literal["final", "moving"]
+    learn_init: bool
+    batch_size: int | None
+    gradient_scale: float | Literal["1/batch", "way"]
+    scan_unroll: int
+    axis_name: str | None
+
+
+class Adapted(NamedTuple):
+    learner: LearnerState  # at theta_T
+    inner: InnerState
+    trace: Trace
 
 
 def learned_init(
     learner: Learner,
-    rule: UpdateRule,
+    rule: UpdateRule | optax.GradientTransformation,
     *,
     num_steps: int,
-    second_order: bool,
+    differentiation: Differentiation,
     query_norm: QueryNorm = "support",
     train_query_norm: QueryNorm = "transductive",
     support_stats: Literal["final", "moving"] = "final",
@@ -63,9 +79,9 @@ def learned_init(
     train_way: int | None = None,
     train_queries: int | None = None,
     trainable: bool = True,
-    memory: Memory | None = None,
     scan_unroll: int = 1,
     task_mapping: TaskMapping | None = None,
+    axis_name: str | None = None,
 ) -> MetaAlgorithm:
     """Adapt ``learner`` to the support set by ``num_steps`` updates of ``rule``.
 
@@ -74,9 +90,9 @@ def learned_init(
 
     Args:
       learner: a flax module made pure by `metalstm.nn.from_flax`.
-      rule: any `UpdateRule`; an optax transform by `metalstm.rules.from_optax`.
+      rule: any `UpdateRule`, or an optax transform.
       num_steps: T, updates on the support set.
-      second_order: see `metalstm.inner.unroll`.
+      differentiation: `metalstm.first_order` or `metalstm.second_order`.
       query_norm: which statistics normalise a query at meta-test; `base.QueryNorm`.
       train_query_norm: likewise in meta-training. Published: the query batch's own.
       support_stats: how ``support`` gathers: ``"final"``, one more pass over the
@@ -94,215 +110,79 @@ def learned_init(
       train_way: meta-train on tasks with this many classes; needs a learner with
         ``at_way``, that is, a head whose classes share their start.
       train_queries: queries a class in meta-training, when they differ from the test's.
-      trainable: False for a floor that is never meta-trained.
-      memory: see `metalstm.inner.Memory`. None: "mixed" in second order, which was the
-        fastest too (docs/memory.md), else "plain".
+      trainable: False for a baseline that is never meta-trained.
       scan_unroll: see `metalstm.inner.unroll`.
-      task_mapping: see `metalstm.base.map_tasks`.
+      task_mapping: see `metalstm.tasks.map_tasks`.
+      axis_name: a mesh axis whose devices share each task: see `metalstm.inner.unroll`.
 
     Raises:
-      ValueError: at construction for an argument outside its choices, or a rule that
-        cannot be differentiated at a zero gradient in second order (stock Adam);
-        from ``predict`` when the task's way is not the head's.
+      ValueError: at construction for an argument outside its choices, for
+        ``truncate_every`` (the query loss would not depend on theta_0), or a rule that
+        cannot be differentiated at a zero gradient in second order (stock Adam); from
+        ``predict`` when the task's way is not the head's.
     """
-    for name, value in (
-        ("query_norm", query_norm),
-        ("train_query_norm", train_query_norm),
-    ):
-        if value not in get_args(QueryNorm):
-            choices = ", ".join(get_args(QueryNorm))
-            raise ValueError(f"{name}={value!r}: choose one of {choices}")
-    if support_stats not in ("final", "moving"):
-        raise ValueError(f"support_stats={support_stats!r}: choose final or moving")
+    rule = as_rule(rule)
+    check_choice("query_norm", query_norm, get_args(QueryNorm))
+    check_choice("train_query_norm", train_query_norm, get_args(QueryNorm))
+    check_choice("support_stats", support_stats, ("final", "moving"))
+    if isinstance(gradient_scale, str) and gradient_scale not in ("1/batch", "way"):
+        raise ValueError(
+            f"gradient_scale={gradient_scale!r}: choose a number, '1/batch' or 'way'"
+        )
     if train_way is not None and learner.at_way is None:
         raise ValueError(
             f"train_way={train_way} needs a learner whose head fits any number of "
             "classes: wrap it in metalstm.nn.tied_head"
         )
-    if isinstance(gradient_scale, str) and gradient_scale not in ("1/batch", "way"):
+    if differentiation.truncate_every is not None:
         raise ValueError(
-            f"gradient_scale={gradient_scale!r}: choose a number, '1/batch' or 'way'"
+            f"truncate_every={differentiation.truncate_every}: the objective is the "
+            "query loss after the last update, which would not depend on theta_0; "
+            "leave it out, or choose second_order(last=..)"
         )
-    if second_order and trainable and not rule.smooth:
+    if differentiation.order == "second" and trainable:
         check_differentiable(rule)
-    if memory is None:
-        memory = "mixed" if second_order else "plain"
-    test_steps = num_steps if num_test_steps is None else num_test_steps
-    frozen = query_norm == "frozen" or train_query_norm == "frozen"
-
-    def init(key: Array, episode: Episode) -> MetaParams:
-        learner_key, rule_key = jax.random.split(key)
-        state = learner.init(learner_key, episode.support.x[:1])
-        _check_other(state.other)
-        rule_params = rule.init(rule_key, state.params)
-        if not learn_init:
-            # only the averages of `frozen` are kept of a learner drawn per episode
-            state = LearnerState((), state.stats, ())
-        return MetaParams(state, rule_params)
-
-    def start(meta_params: MetaParams, key: Array, x: Array, way: int | None):
-        state = meta_params.learner
-        if not learn_init:
-            state = learner.init(jax.random.fold_in(key, _INIT), x[:1])
-        if learner.at_way is not None:
-            if way is None:
-                raise ValueError(
-                    "the learner's head fits any number of classes, so it must be told "
-                    "how many: train_way= to meta-train, num_classes= to adapt and "
-                    "predict"
-                )
-            state = state._replace(params=learner.at_way(state.params, way))
-        return state
-
-    def run(
-        meta_params: MetaParams,
-        key: Array,
-        support: Batch,
-        *,
-        steps: int,
-        norm: Literal["batch", "stored"],
-        way: int | None,
-        observe: Callable | None = None,
-    ) -> tuple[InnerState, Trace, LearnerState]:
-        state = start(meta_params, key, support.x, way)
-        stats = meta_params.learner.stats if norm == "stored" else state.stats
-        batches = _minibatches(key, support, batch_size, steps)
-
-        def loss_fn(params, stats, batch, step_key):
-            batch = support if batch is None else batch
-            outputs, new = learner.apply(
-                LearnerState(params, stats, state.other),
-                batch.x,
-                norm=norm,
-                key=step_key,
-            )
-            return task_loss(outputs, batch.y), new.stats
-
-        tx = rule.bind(meta_params.rule)
-        scale = _gradient_scale(gradient_scale, learner, state, support, batch_size)
-        if scale != 1.0:
-            tx = optax.with_extra_args_support(optax.chain(optax.scale(scale), tx))
-        inner, trace = unroll(
-            loss_fn,
-            tx,
-            InnerState(state.params, stats, None),
-            batches,
-            num_steps=steps,
-            second_order=second_order,
-            memory=memory,
-            coordinatewise=rule.coordinatewise,
-            observe=observe,
-            key=jax.random.fold_in(key, _DROPOUT),
-            scan_unroll=scan_unroll,
-        )
-        return inner, trace, state
-
-    def query_outputs(
-        meta_params: MetaParams,
-        inner: InnerState,
-        state: LearnerState,
-        support: Batch,
-        query_x: Array,
-        norm: QueryNorm,
-    ) -> Array:
-        adapted = LearnerState(inner.params, inner.stats, state.other)
-        if norm == "frozen":
-            adapted = adapted._replace(stats=meta_params.learner.stats)
-        if norm == "support" and support_stats == "final":
-            _, adapted = learner.apply(adapted, support.x, norm="gather")
-        if norm == "support+1":
-            return _one_by_one(learner, adapted, support.x, query_x)
-        mode: Norm = "batch" if norm == "transductive" else "stored"
-        outputs, _ = learner.apply(adapted, query_x, norm=mode)
-        return outputs
-
-    def loss_and_stats(meta_params: MetaParams, key: Array, episode: Episode):
-        support, query = episode
-        # averages are gathered, never learned: a gradient step could make a variance
-        # negative
-        state = meta_params.learner
-        stats, other = lax.stop_gradient((state.stats, state.other))
-        meta_params = meta_params._replace(
-            learner=state._replace(stats=stats, other=other)
-        )
-        norm: Literal["batch", "stored"] = (
-            "stored" if train_query_norm == "frozen" else "batch"
-        )
-        inner, trace, state = run(
-            meta_params, key, support, steps=num_steps, norm=norm, way=train_way
-        )
-        outputs = query_outputs(
-            meta_params, inner, state, support, query.x, train_query_norm
-        )
-        loss = task_loss(outputs, query.y)
-        metrics = {
-            "accuracy": accuracy(outputs, query.y),
-            "support_loss": trace.losses[0],
-        }
-        gathered = {}
-        if frozen:
-            adapted = LearnerState(inner.params, inner.stats, state.other)
-            _, after = learner.apply(adapted, query.x, norm="gather")
-            gathered = lax.stop_gradient(after.stats)
-        return loss, (metrics, gathered)
-
-    def loss(meta_params: MetaParams, key: Array, episode: Episode):
-        value, (metrics, _) = loss_and_stats(meta_params, key, episode)
-        return value, metrics
-
-    test_norm: Literal["batch", "stored"] = (
-        "stored" if query_norm == "frozen" else "batch"
+    adaptation = Adaptation(
+        learner,
+        rule,
+        differentiation,
+        support_stats,
+        learn_init,
+        batch_size,
+        gradient_scale,
+        scan_unroll,
+        axis_name,
     )
-
-    def adapt(meta_params, key, support, *, num_classes: int | None = None):
-        inner, trace, _ = run(
-            meta_params,
-            key,
-            support,
-            steps=test_steps,
-            norm=test_norm,
-            way=num_classes,
-            observe=lambda inner: find_gates(inner.rule_state),
-        )
-        return inner, trace
-
-    def predict(meta_params, key, support, query_x, *, num_classes: int | None = None):
-        inner, _, state = run(
-            meta_params,
-            key,
-            support,
-            steps=test_steps,
-            norm=test_norm,
-            way=num_classes,
-        )
-        outputs = query_outputs(meta_params, inner, state, support, query_x, query_norm)
-        if num_classes is not None and outputs.shape[-1] != num_classes:
-            raise ValueError(
-                f"the task has {num_classes} classes but the learner's head has "
-                f"{outputs.shape[-1]} outputs: choose way={outputs.shape[-1]}, or a "
-                "learner wrapped in metalstm.nn.tied_head"
-            )
-        return outputs
-
-    def train_sampler(spec):
-        changes = {"way": train_way, "queries": train_queries}
-        changes = {name: n for name, n in changes.items() if n is not None}
-        return dataclasses.replace(spec, **changes) if changes else spec
-
+    test_steps = num_steps if num_test_steps is None else num_test_steps
+    gathers = "frozen" in (query_norm, train_query_norm)
+    loss = functools.partial(
+        _query_loss,
+        adaptation,
+        num_steps=num_steps,
+        norm=train_query_norm,
+        way=train_way,
+        gathers=gathers,
+    )
     slots: dict[str, Any] = {}
-    if frozen:
+    if gathers:
         slots = with_running_statistics(
-            loss_and_stats,
+            loss,
             read=lambda p: p.learner.stats,
             write=lambda p, stats: p._replace(learner=p.learner._replace(stats=stats)),
             task_mapping=task_mapping,
         )
     return make_algorithm(
-        init=init,
+        init=functools.partial(_init, adaptation),
         loss=loss,
-        predict=predict,
-        adapt=adapt,
-        train_sampler=train_sampler,
+        predict=functools.partial(
+            _predict, adaptation, num_steps=test_steps, norm=query_norm
+        ),
+        adapt=functools.partial(
+            _adapt, adaptation, num_steps=test_steps, norm=query_norm
+        ),
+        train_sampler=functools.partial(
+            _train_sampler, way=train_way, queries=train_queries
+        ),
         query_norm=query_norm,
         trainable=trainable,
         task_mapping=task_mapping,
@@ -310,30 +190,231 @@ def learned_init(
     )
 
 
-# constants folded into an episode's key, one for each use of randomness
-_INIT, _DROPOUT, _ORDER = 0, 1, 2
+def adapt_to(
+    adaptation: Adaptation,
+    meta_params: MetaParams,
+    key: Array,
+    support: Batch,
+    *,
+    num_steps: int,
+    norm: QueryNorm,
+    way: int | None,
+    observe: Callable[[InnerState], PyTree] | None = None,
+) -> Adapted:
+    """Run the inner loop on one support set.
+
+    Args:
+      norm: of the queries. ``frozen`` normalises the support set by the averages over
+        meta-training too, the others by its own statistics.
+      way: classes of the task, for a learner whose head fits any number of them.
+    """
+    learner = adaptation.learner
+    state = _start(adaptation, meta_params, key, support.x, way)
+    stats = meta_params.learner.stats if norm == "frozen" else state.stats
+    support_norm: Norm = "stored" if norm == "frozen" else "batch"
+
+    def loss_fn(params, stats, batch, step_key):
+        batch = support if batch is None else batch
+        outputs, new = learner.apply(
+            LearnerState(params, stats, state.other),
+            batch.x,
+            norm=support_norm,
+            key=step_key,
+        )
+        return task_loss(outputs, batch.y), new.stats
+
+    inner, trace = unroll(
+        loss_fn,
+        adaptation.rule,
+        meta_params.rule,
+        state.params,
+        _minibatches(key, support, adaptation.batch_size, num_steps),
+        num_steps=num_steps,
+        differentiation=adaptation.differentiation,
+        stats=stats,
+        gradient_scale=_gradient_scale(adaptation, state, support),
+        observe=observe,
+        key=jax.random.fold_in(key, _DROPOUT),
+        axis_name=adaptation.axis_name,
+        scan_unroll=adaptation.scan_unroll,
+    )
+    at_end = LearnerState(inner.params, inner.stats, state.other)
+    return Adapted(at_end, inner, trace)
 
 
-def _check_other(other: PyTree) -> None:
-    for path, leaf in jax.tree_util.tree_flatten_with_path(other)[0]:
-        if not jnp.issubdtype(leaf.dtype, jnp.floating):
-            raise ValueError(
-                f"the learner carries {jax.tree_util.keystr(path)} of type "
-                f"{leaf.dtype} beside its parameters, which cannot be part of "
-                "meta-parameters that are differentiated: make it a float, or compute "
-                "it in the call"
-            )
+def gradient_of_init(meta_params: MetaParams, gradient: PyTree) -> MetaParams:
+    """Return the meta-gradient that is ``gradient`` by theta_0 and zero elsewhere."""
+    zeros = jax.tree.map(jnp.zeros_like, meta_params)
+    return zeros._replace(learner=zeros.learner._replace(params=gradient))
+
+
+# -- the slots of a MetaAlgorithm ------------------------------------------------------
+
+
+def _init(adaptation: Adaptation, key: Array, episode: Episode) -> MetaParams:
+    learner_key, rule_key = jax.random.split(key)
+    state = adaptation.learner.init(learner_key, episode.support.x[:1])
+    _check_other(state.other)
+    rule_params = adaptation.rule.init(rule_key, state.params)
+    if not adaptation.learn_init:
+        # only the averages of `frozen` are kept of a learner drawn per episode
+        state = LearnerState((), state.stats, ())
+    return MetaParams(state, rule_params)
+
+
+def _query_loss(
+    adaptation: Adaptation,
+    meta_params: MetaParams,
+    key: Array,
+    episode: Episode,
+    *,
+    num_steps: int,
+    norm: QueryNorm,
+    way: int | None,
+    gathers: bool,
+) -> tuple[Array, Aux]:
+    support, query = episode
+    # averages are gathered, never learned: a gradient step could make a variance
+    # negative
+    state = meta_params.learner
+    stats, other = lax.stop_gradient((state.stats, state.other))
+    meta_params = meta_params._replace(learner=state._replace(stats=stats, other=other))
+    adapted = adapt_to(
+        adaptation, meta_params, key, support, num_steps=num_steps, norm=norm, way=way
+    )
+    outputs = _query_outputs(adaptation, meta_params, adapted, support, query.x, norm)
+    metrics = {
+        "accuracy": accuracy(outputs, query.y),
+        "support_loss": adapted.trace.losses[0],
+    }
+    gathered = {}
+    if gathers:
+        _, after = adaptation.learner.apply(adapted.learner, query.x, norm="gather")
+        gathered = lax.stop_gradient(after.stats)
+    return task_loss(outputs, query.y), Aux(metrics, gathered)
+
+
+def _adapt(
+    adaptation: Adaptation,
+    meta_params: MetaParams,
+    key: Array,
+    support: Batch,
+    *,
+    num_steps: int,
+    norm: QueryNorm,
+    num_classes: int | None = None,
+) -> tuple[InnerState, Trace]:
+    adapted = adapt_to(
+        adaptation,
+        meta_params,
+        key,
+        support,
+        num_steps=num_steps,
+        norm=norm,
+        way=num_classes,
+        observe=lambda inner: find_gates(inner.rule_state),
+    )
+    return adapted.inner, adapted.trace
+
+
+def _predict(
+    adaptation: Adaptation,
+    meta_params: MetaParams,
+    key: Array,
+    support: Batch,
+    query_x: Array,
+    *,
+    num_steps: int,
+    norm: QueryNorm,
+    num_classes: int | None = None,
+) -> Array:
+    adapted = adapt_to(
+        adaptation,
+        meta_params,
+        key,
+        support,
+        num_steps=num_steps,
+        norm=norm,
+        way=num_classes,
+    )
+    outputs = _query_outputs(adaptation, meta_params, adapted, support, query_x, norm)
+    if num_classes is not None and outputs.shape[-1] != num_classes:
+        raise ValueError(
+            f"the task has {num_classes} classes but the learner's head has "
+            f"{outputs.shape[-1]} outputs: choose way={outputs.shape[-1]}, or a "
+            "learner wrapped in metalstm.nn.tied_head"
+        )
+    return outputs
+
+
+def _train_sampler(spec: Any, *, way: int | None, queries: int | None) -> Any:
+    changes = {"way": way, "queries": queries}
+    changes = {name: n for name, n in changes.items() if n is not None}
+    return dataclasses.replace(spec, **changes) if changes else spec
+
+
+# -- parts of the inner loop and of the query pass -------------------------------------
+
+
+def _start(
+    adaptation: Adaptation,
+    meta_params: MetaParams,
+    key: Array,
+    x: Array,
+    way: int | None,
+) -> LearnerState:
+    """theta_0, learned or drawn, with a head for the task's classes."""
+    learner, state = adaptation.learner, meta_params.learner
+    if not adaptation.learn_init:
+        state = learner.init(jax.random.fold_in(key, _INIT), x[:1])
+    if learner.at_way is None:
+        return state
+    if way is None:
+        raise ValueError(
+            "the learner's head fits any number of classes, so it must be told how "
+            "many: train_way= to meta-train, num_classes= to adapt and predict"
+        )
+    return state._replace(params=learner.at_way(state.params, way))
+
+
+def _query_outputs(
+    adaptation: Adaptation,
+    meta_params: MetaParams,
+    adapted: Adapted,
+    support: Batch,
+    query_x: Array,
+    norm: QueryNorm,
+) -> Array:
+    learner, state = adaptation.learner, adapted.learner
+    if norm == "frozen":
+        state = state._replace(stats=meta_params.learner.stats)
+    if norm == "support" and adaptation.support_stats == "final":
+        _, state = learner.apply(state, support.x, norm="gather")
+    if norm == "support+1":
+        return _one_by_one(learner, state, support.x, query_x)
+    mode: Norm = "batch" if norm == "transductive" else "stored"
+    outputs, _ = learner.apply(state, query_x, norm=mode)
+    return outputs
+
+
+def _one_by_one(learner: Learner, state: LearnerState, support_x, query_x) -> Array:
+    """Normalise each query together with the support set alone (`support+1`)."""
+
+    def one(x):
+        outputs, _ = learner.apply(
+            state, jnp.concatenate([support_x, x[None]]), norm="batch"
+        )
+        return outputs[-1]
+
+    return lax.map(one, query_x)
 
 
 def _gradient_scale(
-    scale: float | str,
-    learner: Learner,
-    state: LearnerState,
-    support: Batch,
-    batch_size: int | None,
+    adaptation: Adaptation, state: LearnerState, support: Batch
 ) -> float:
+    scale, learner = adaptation.gradient_scale, adaptation.learner
     if scale == "1/batch":
-        return 1 / (support.x.shape[0] if batch_size is None else batch_size)
+        return 1 / (adaptation.batch_size or support.x.shape[0])
     if scale == "way":
         outputs, _ = jax.eval_shape(
             lambda: learner.apply(state, support.x[:1], norm="stored")
@@ -363,113 +444,12 @@ def _minibatches(key: Array, support: Batch, batch_size: int | None, num_steps: 
     return jax.tree.map(lambda leaf: leaf[rows], support)
 
 
-def _one_by_one(learner: Learner, state: LearnerState, support_x, query_x) -> Array:
-    """Each query normalised together with the support set alone (`support+1`)."""
-
-    def one(x):
-        outputs, _ = learner.apply(
-            state, jnp.concatenate([support_x, x[None]]), norm="batch"
-        )
-        return outputs[-1]
-
-    return lax.map(one, query_x)
-
-
-def meta_lstm(
-    learner: Learner, rule: UpdateRule | None = None, *, num_steps: int, **options
-) -> MetaAlgorithm:
-    """Meta-Learner LSTM (Ravi & Larochelle, 2017), by default as the authors' code.
-
-    `learned_init` with `rules.lstm_gates`, first order, the gradient divided by the
-    batch size, and test statistics gathered as a moving average over the support
-    passes. ``options`` are those of `learned_init`.
-    """
-    rule = lstm_gates() if rule is None else rule
-    published: dict[str, Any] = {
-        "second_order": False,
-        "gradient_scale": "1/batch",
-        "support_stats": "moving",
-    }
-    return learned_init(learner, rule, num_steps=num_steps, **(published | options))
-
-
-def maml(
-    learner: Learner, rate: float = 0.01, *, num_steps: int = 5, **options
-) -> MetaAlgorithm:
-    """MAML (Finn et al., 2017): SGD of a fixed rate, theta_0 learned, second order.
-
-    ``options`` are those of `learned_init`.
-    """
-    options = {"second_order": True} | options
-    rule = fixed_sgd(rate)
-    return learned_init(learner, rule, num_steps=num_steps, **options)
-
-
-def fomaml(learner: Learner, rate: float = 0.01, *, num_steps: int = 5, **options):
-    """First-order MAML: the meta-gradient is the query gradient at theta_T."""
-    return maml(
-        learner, rate, num_steps=num_steps, **({"second_order": False} | options)
-    )
-
-
-def anil(
-    learner: Learner,
-    rate: float = 0.01,
-    *,
-    num_steps: int = 5,
-    head: str = "head",
-    **options,
-) -> MetaAlgorithm:
-    """ANIL (Raghu et al., 2020): MAML whose inner loop adapts the head alone.
-
-    ``head`` is the name in the path of the parameters that adapt; the others are
-    learned by the meta-gradient. ``options`` are those of `learned_init`.
-    """
-    options = {"second_order": True} | options
-    rule = only(fixed_sgd(rate), head)
-    return learned_init(learner, rule, num_steps=num_steps, **options)
-
-
-def meta_sgd(
-    learner: Learner,
-    rate: tuple[float, float] = (0.005, 0.1),
-    *,
-    num_steps: int = 1,
-    **options,
-) -> MetaAlgorithm:
-    """Meta-SGD (Li et al., 2017): theta_0 and a rate for every parameter, learned."""
-    options = {"second_order": True} | options
-    rule = learned_sgd(rate, per="parameter")
-    return learned_init(learner, rule, num_steps=num_steps, **options)
-
-
-def fixed_sgd(rate: float) -> UpdateRule:
-    """SGD with nothing to learn."""
-    rule = learned_sgd()
-    return UpdateRule(
-        lambda key, params: (),
-        lambda _: rule.bind(rate),
-        coordinatewise=True,
-        smooth=True,
-    )
-
-
-def from_scratch(
-    learner: Learner,
-    rule: UpdateRule,
-    *,
-    num_steps: int = 100,
-    query_norm: QueryNorm = "support",
-    **options,
-) -> MetaAlgorithm:
-    """A floor: train a freshly drawn learner on the support set alone."""
-    return learned_init(
-        learner,
-        rule,
-        num_steps=num_steps,
-        second_order=False,
-        learn_init=False,
-        trainable=False,
-        query_norm=query_norm,
-        **options,
-    )
+def _check_other(other: PyTree) -> None:
+    for path, leaf in jax.tree_util.tree_flatten_with_path(other)[0]:
+        if not jnp.issubdtype(leaf.dtype, jnp.floating):
+            raise ValueError(
+                f"the learner carries {jax.tree_util.keystr(path)} of type "
+                f"{leaf.dtype} next to its parameters, which cannot be part of "
+                "meta-parameters that are differentiated: make it a float, or compute "
+                "it in the call"
+            )

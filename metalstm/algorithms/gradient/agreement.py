@@ -5,14 +5,8 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
-from metalstm.base import (
-    Array,
-    Episode,
-    MetaAlgorithm,
-    PyTree,
-    TaskMapping,
-    map_tasks,
-)
+from metalstm.base import Array, Episode, MetaAlgorithm, PyTree
+from metalstm.tasks import TaskMapping, map_tasks
 
 __all__ = ["gradient_agreement"]
 
@@ -33,7 +27,7 @@ def gradient_agreement(
     Args:
       algorithm: whose gradient of one task is g_i: `reptile` (the paper's), `maml` or
         any other that `meta_gradient` serves.
-      task_mapping: see `metalstm.base.map_tasks`.
+      task_mapping: see `metalstm.tasks.map_tasks`.
 
     Returns:
       ``algorithm`` with that ``meta_gradient``. The tasks of one chunk
@@ -67,7 +61,11 @@ def gradient_agreement(
 
 
 def agreement_weights(grads: PyTree) -> Array:
-    """Equation 5 for gradients with a leading [T]: weights [T]."""
+    """Weigh gradients with a leading [T] by equation 5: weights [T].
+
+    >>> agreement_weights(jnp.array([[1.0, 0.0], [1.0, 0.0], [-1.0, 0.0]]))
+    Array([ 0.33333334,  0.33333334, -0.33333334], dtype=float32)
+    """
     total = jax.tree.map(lambda g: g.sum(0), grads)
     products = sum(
         jnp.tensordot(g.reshape(g.shape[0], -1), s.ravel(), axes=1)

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import optax
 
 from metalstm.algorithms.common import accuracy
-from metalstm.algorithms.gradient.adaptation import learned_init
+from metalstm.algorithms.gradient.adaptation import gradient_of_init, learned_init
 from metalstm.base import (
     Array,
     Episode,
@@ -22,10 +22,10 @@ from metalstm.base import (
     PyTree,
     UpdateRule,
     make_algorithm,
-    mean_over_tasks,
 )
-from metalstm.inner.loop import InnerState
-from metalstm.rules import from_optax
+from metalstm.inner import InnerState, first_order
+from metalstm.rules import as_rule
+from metalstm.tasks import mean_over_tasks
 
 __all__ = ["reptile"]
 
@@ -34,7 +34,7 @@ _TEST_STEPS = 50
 
 def reptile(
     learner: Learner,
-    rule: UpdateRule | float = 1e-3,
+    rule: UpdateRule | optax.GradientTransformation | float = 1e-3,
     *,
     num_steps: int = 5,
     num_test_steps: int | None = None,
@@ -55,7 +55,7 @@ def reptile(
       learner: as in `learned_init`. A head whose classes share their start moves by
         their mean.
       rule: the inner rule; a number is Adam's rate with beta1 = 0. Its state starts
-        afresh with each task, where the authors' code lets Adam's go on. A rule's own
+        afresh with each task, where the authors' code continues Adam's. A rule's own
         parameters are not learned.
       num_steps, num_test_steps: T in meta-training and at meta-test. None: 50, as
         published.
@@ -78,10 +78,11 @@ def reptile(
             "reptile gathers no averages over meta-training for query_norm='frozen': "
             "choose support, support+1 or transductive"
         )
-    if not isinstance(rule, UpdateRule):
-        rule = from_optax(optax.adam(rule, b1=0.0))
+    if isinstance(rule, int | float):
+        rule = optax.adam(rule, b1=0.0)
+    rule = as_rule(rule)
     train_way: Any = options.get("train_way")
-    fixed = {"second_order": False, **options}
+    fixed: dict[str, Any] = {"differentiation": first_order(), **options}
     recorded = rule
     if gradient_weights is not None:
         weights = jnp.asarray(gradient_weights, jnp.float32)
@@ -136,9 +137,7 @@ def reptile(
             episodes,
             how=options.get("task_mapping"),
         )
-        zeros = jax.tree.map(jnp.zeros_like, meta_params)
-        grads = zeros._replace(learner=zeros.learner._replace(params=moves))
-        return grads, carry, metrics
+        return gradient_of_init(meta_params, moves), carry, metrics
 
     def train_sampler(spec):
         spec = dataclasses.replace(inner.train_sampler(spec), queries=1)
@@ -182,7 +181,8 @@ def _summing_gradients(rule: UpdateRule, weights: Array) -> UpdateRule:
 
         return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 
-    return UpdateRule(rule.init, bind, smooth=rule.smooth)
+    traits = rule.traits._replace(coordinatewise=False)  # its state is a tree
+    return UpdateRule(rule.init, bind, traits)
 
 
 def _summed_gradients(rule_state: PyTree) -> PyTree:

@@ -5,12 +5,12 @@ from __future__ import annotations
 from typing import Any, cast
 
 import jax
-import jax.numpy as jnp
 import optax
 from jax.scipy.sparse.linalg import cg
 
 from metalstm.algorithms.common import accuracy, task_loss
-from metalstm.algorithms.gradient.adaptation import fixed_sgd, learned_init
+from metalstm.algorithms.gradient.adaptation import gradient_of_init, learned_init
+from metalstm.algorithms.gradient.published import fixed_sgd
 from metalstm.base import (
     Array,
     Batch,
@@ -23,8 +23,11 @@ from metalstm.base import (
     QueryNorm,
     UpdateRule,
     make_algorithm,
-    mean_over_tasks,
 )
+from metalstm.checks import check_at_least, check_choice, check_positive
+from metalstm.inner import first_order
+from metalstm.rules import as_rule
+from metalstm.tasks import mean_over_tasks
 
 __all__ = ["implicit_maml", "proximal_pull"]
 
@@ -47,7 +50,7 @@ def proximal_pull(strength: float) -> optax.GradientTransformation:
 
 def implicit_maml(
     learner: Learner,
-    rule: UpdateRule | float = 0.1,
+    rule: UpdateRule | optax.GradientTransformation | float = 0.1,
     *,
     strength: float = 2.0,
     num_steps: int = 16,
@@ -79,35 +82,26 @@ def implicit_maml(
       ValueError: a strength that is not positive, no CG step, or a norm that
         meta-training does not know here.
     """
-    if not strength > 0 or cg_steps < 1:
-        raise ValueError(
-            f"strength={strength}, cg_steps={cg_steps}: choose a pull above 0 and at "
-            "least 1 step of conjugate gradient"
-        )
-    if train_query_norm not in ("transductive", "support"):
-        raise ValueError(
-            f"train_query_norm={train_query_norm!r}: implicit_maml knows transductive "
-            "and support"
-        )
+    check_positive("strength", strength)
+    check_at_least("cg_steps", cg_steps, 1)
+    check_choice("train_query_norm", train_query_norm, ("transductive", "support"))
     if options.get("query_norm") == "frozen":
         raise ValueError(
             "implicit_maml gathers no averages over meta-training for "
             "query_norm='frozen': choose support, support+1 or transductive"
         )
-    if not isinstance(rule, UpdateRule):
-        rule = fixed_sgd(rule)
+    rule = fixed_sgd(rule) if isinstance(rule, int | float) else as_rule(rule)
     train_way: Any = options.get("train_way")
     num_test_steps = options.pop("num_test_steps", None)
 
-    def bind(own: PyTree) -> optax.GradientTransformationExtraArgs:
-        tx = optax.chain(proximal_pull(strength), rule.bind(own))
+    def bind(rule_params: PyTree) -> optax.GradientTransformationExtraArgs:
+        tx = optax.chain(proximal_pull(strength), rule.bind(rule_params))
         return optax.with_extra_args_support(tx)
 
     pulled = UpdateRule(rule.init, bind)
-    fixed = {"second_order": False, **options}
+    fixed: dict[str, Any] = {"differentiation": first_order(), **options}
     inner = learned_init(learner, pulled, num_steps=num_steps, **fixed)
     at_way, adapt = learner.at_way, cast(Any, inner.adapt)
-    # = inner.adapt
     tested = learned_init(
         learner, pulled, num_steps=num_steps, num_test_steps=num_test_steps, **fixed
     )
@@ -155,9 +149,7 @@ def implicit_maml(
             episodes,
             how=options.get("task_mapping"),
         )
-        zeros = jax.tree.map(jnp.zeros_like, meta_params)
-        zeros = zeros._replace(learner=zeros.learner._replace(params=grads))
-        return zeros, carry, metrics
+        return gradient_of_init(meta_params, grads), carry, metrics
 
     return make_algorithm(
         init=tested.init,

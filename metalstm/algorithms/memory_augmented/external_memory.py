@@ -16,6 +16,7 @@ from metalstm.algorithms.common import accuracy, task_loss, with_running_statist
 from metalstm.algorithms.metric.engine import unit, with_train_options
 from metalstm.base import (
     Array,
+    Aux,
     Batch,
     Episode,
     Learner,
@@ -142,17 +143,13 @@ def mann(
         one = lambda x: memory_step(net, memory, x, late[-1])[1]  # noqa: E731
         return jax.vmap(one)(asked), after.stats
 
-    def loss_and_stats(state: LearnerState, key: Array, episode: Episode):
+    def loss(state: LearnerState, key: Array, episode: Episode):
         support, query = episode
         stats, other = lax.stop_gradient((state.stats, state.other))
         state = state._replace(stats=stats, other=other)
         scores, stats = run(state, support, query.x, norm="gather", key=key)
         metrics = {"accuracy": accuracy(scores, query.y)}
-        return task_loss(scores, query.y), (metrics, lax.stop_gradient(stats))
-
-    def loss(state: LearnerState, key: Array, episode: Episode):
-        value, (metrics, _) = loss_and_stats(state, key, episode)
-        return value, metrics
+        return task_loss(scores, query.y), Aux(metrics, lax.stop_gradient(stats))
 
     def predict(state, key, support: Batch, query_x: Array, *, num_classes: int):
         del key
@@ -164,7 +161,7 @@ def mann(
         return run(state, support, query_x, norm="stored")[0]
 
     slots = with_running_statistics(
-        loss_and_stats,
+        loss,
         read=lambda state: state.stats,
         write=lambda state, stats: state._replace(stats=stats),
     )

@@ -19,6 +19,7 @@ from jax import lax
 from metalstm.algorithms.common import accuracy, task_loss, with_running_statistics
 from metalstm.base import (
     Array,
+    Aux,
     Batch,
     Episode,
     Learner,
@@ -207,7 +208,7 @@ def compare_embeddings(
             embedding = _join(embedding, compared)
         return scores, embedded, embedding.stats
 
-    def loss_and_stats(state: LearnerState, key: Array, episode: Episode):
+    def loss(state: LearnerState, key: Array, episode: Episode):
         support, query = episode
         stats, other = lax.stop_gradient((state.stats, state.other))
         state = state._replace(stats=stats, other=other)
@@ -220,22 +221,18 @@ def compare_embeddings(
         scores = jnp.where(present, scores, -jnp.inf)
         labels = jnp.concatenate([support.y, query.y])
         if loss_fn is None:
-            loss = task_loss(scores, query.y)
+            value = task_loss(scores, query.y)
         else:
-            loss = loss_fn(Compared(embedded, labels, scores, query.y))
+            value = loss_fn(Compared(embedded, labels, scores, query.y))
         metrics = {"accuracy": accuracy(scores, query.y)}
-        return loss, (metrics, lax.stop_gradient(stats))
-
-    def loss(state, key, episode):
-        value, (metrics, _) = loss_and_stats(state, key, episode)
-        return value, metrics
+        return value, Aux(metrics, lax.stop_gradient(stats))
 
     def predict(state, key, support: Batch, query_x, *, num_classes: int):
         del key
         return run(state, support, query_x, way=num_classes, norm="stored")[0]
 
     slots: dict[str, Any] = with_running_statistics(
-        loss_and_stats,
+        loss,
         read=lambda state: state.stats,
         write=lambda state, stats: state._replace(stats=stats),
     )

@@ -17,6 +17,7 @@ from metalstm.algorithms.metric.engine import (
 )
 from metalstm.base import (
     Array,
+    Aux,
     Batch,
     Episode,
     Learner,
@@ -98,7 +99,7 @@ def hallucination(
         prototypes = class_means(examples, labels, way)
         return -squared_distances(query, prototypes), after.stats
 
-    def loss_and_stats(state: LearnerState, key: Array, episode: Episode):
+    def loss(state: LearnerState, key: Array, episode: Episode):
         support, query = episode
         stats, other = lax.stop_gradient((state.stats, state.other))
         state = state._replace(stats=stats, other=other)
@@ -108,17 +109,13 @@ def hallucination(
         present = jnp.arange(way)[None] <= support.y.max()
         scores = jnp.where(present, scores, -jnp.inf)
         metrics = {"accuracy": accuracy(scores, query.y)}
-        return task_loss(scores, query.y), (metrics, lax.stop_gradient(stats))
-
-    def loss(state: LearnerState, key: Array, episode: Episode):
-        value, (metrics, _) = loss_and_stats(state, key, episode)
-        return value, metrics
+        return task_loss(scores, query.y), Aux(metrics, lax.stop_gradient(stats))
 
     def predict(state, key: Array, support: Batch, query_x, *, num_classes: int):
         return run(state, key, support, query_x, way=num_classes, norm="stored")[0]
 
     slots = with_running_statistics(
-        loss_and_stats,
+        loss,
         read=lambda state: state.stats,
         write=lambda state, stats: state._replace(stats=stats),
     )

@@ -25,6 +25,7 @@ from metalstm.algorithms.metric.engine import (
 )
 from metalstm.base import (
     Array,
+    Aux,
     Batch,
     Episode,
     Learner,
@@ -37,7 +38,7 @@ from metalstm.base import (
     make_algorithm,
 )
 from metalstm.data.classification import ClassificationSpec
-from metalstm.inner.loop import InnerState, unroll
+from metalstm.inner import first_order, unroll
 from metalstm.rules import tunable
 
 __all__ = ["features_of", "fine_tuning", "pretrained_features", "pretraining_slots"]
@@ -158,11 +159,11 @@ def fine_tuning(
 
         tuned, _ = unroll(
             loss_fn,
-            rule.bind(meta_params.rule),
-            InnerState(start, (), None),
+            rule,
+            meta_params.rule,
+            start,
             num_steps=num_steps,
-            second_order=False,
-            coordinatewise=rule.coordinatewise,
+            differentiation=first_order(),
         )
         return outputs(tuned.params, query_x, None)
 
@@ -212,7 +213,7 @@ def pretraining_slots(
         own = () if rule is None else rule.init(rule_key, state.params)
         return MetaParams(state, own)
 
-    def loss_and_stats(meta_params: MetaParams, key: Array, batch: Batch):
+    def loss(meta_params: MetaParams, key: Array, batch: Batch):
         state = meta_params.learner
         stats, other = lax.stop_gradient((state.stats, state.other))
         body = LearnerState(state.params["body"], stats, other)
@@ -223,11 +224,7 @@ def pretraining_slots(
         else:
             value = loss_fn(state.params["head"], features, batch.y)
         metrics = {"accuracy": accuracy(outputs, batch.y)}
-        return value, (metrics, lax.stop_gradient(after.stats))
-
-    def loss(meta_params: MetaParams, key: Array, batch: Batch):
-        value, (metrics, _) = loss_and_stats(meta_params, key, batch)
-        return value, metrics
+        return value, Aux(metrics, lax.stop_gradient(after.stats))
 
     def train_sampler(spec: Any) -> ClassificationSpec:
         num_images = batch_size
@@ -236,7 +233,7 @@ def pretraining_slots(
         return ClassificationSpec(num_images, num_classes, spec)
 
     slots = with_running_statistics(
-        loss_and_stats,
+        loss,
         read=lambda p: p.learner.stats,
         write=lambda p, stats: p._replace(learner=p.learner._replace(stats=stats)),
     )

@@ -1,0 +1,122 @@
+"""Published algorithms that adapt by gradient steps, as ways to fill `learned_init`."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import optax
+
+from metalstm.algorithms.gradient.adaptation import learned_init
+from metalstm.base import Learner, MetaAlgorithm, QueryNorm, RuleTraits, UpdateRule
+from metalstm.inner import first_order, second_order
+from metalstm.rules import learned_sgd, lstm_gates, only
+
+__all__ = [
+    "anil",
+    "fixed_sgd",
+    "fomaml",
+    "from_scratch",
+    "maml",
+    "meta_lstm",
+    "meta_sgd",
+]
+
+
+def meta_lstm(
+    learner: Learner,
+    rule: UpdateRule | optax.GradientTransformation | None = None,
+    *,
+    num_steps: int,
+    **options: Any,
+) -> MetaAlgorithm:
+    """Meta-Learner LSTM (Ravi & Larochelle, 2017), by default as the authors' code.
+
+    `learned_init` with `rules.lstm_gates`, first order, the gradient divided by the
+    batch size, and test statistics gathered as a moving average over the support
+    passes. ``options`` are those of `learned_init`.
+    """
+    rule = lstm_gates() if rule is None else rule
+    published: dict[str, Any] = {
+        "differentiation": first_order(),
+        "gradient_scale": "1/batch",
+        "support_stats": "moving",
+    }
+    return learned_init(learner, rule, num_steps=num_steps, **(published | options))
+
+
+def maml(
+    learner: Learner, rate: float = 0.01, *, num_steps: int = 5, **options: Any
+) -> MetaAlgorithm:
+    """MAML (Finn et al., 2017): SGD of a fixed rate, theta_0 learned, second order.
+
+    ``options`` are those of `learned_init`.
+    """
+    options = {"differentiation": second_order()} | options
+    return learned_init(learner, fixed_sgd(rate), num_steps=num_steps, **options)
+
+
+def fomaml(
+    learner: Learner, rate: float = 0.01, *, num_steps: int = 5, **options: Any
+) -> MetaAlgorithm:
+    """First-order MAML: the meta-gradient is the query gradient at theta_T."""
+    options = {"differentiation": first_order()} | options
+    return maml(learner, rate, num_steps=num_steps, **options)
+
+
+def anil(
+    learner: Learner,
+    rate: float = 0.01,
+    *,
+    num_steps: int = 5,
+    head: str = "head",
+    **options: Any,
+) -> MetaAlgorithm:
+    """ANIL (Raghu et al., 2020): MAML whose inner loop adapts the head alone.
+
+    ``head`` is the name in the path of the parameters that adapt; the others are
+    learned by the meta-gradient. ``options`` are those of `learned_init`.
+    """
+    options = {"differentiation": second_order()} | options
+    rule = only(fixed_sgd(rate), head)
+    return learned_init(learner, rule, num_steps=num_steps, **options)
+
+
+def meta_sgd(
+    learner: Learner,
+    rate: tuple[float, float] = (0.005, 0.1),
+    *,
+    num_steps: int = 1,
+    **options: Any,
+) -> MetaAlgorithm:
+    """Meta-SGD (Li et al., 2017): theta_0 and a rate for every parameter, learned."""
+    options = {"differentiation": second_order()} | options
+    rule = learned_sgd(rate, per="parameter")
+    return learned_init(learner, rule, num_steps=num_steps, **options)
+
+
+def from_scratch(
+    learner: Learner,
+    rule: UpdateRule | optax.GradientTransformation,
+    *,
+    num_steps: int = 100,
+    query_norm: QueryNorm = "support",
+    **options: Any,
+) -> MetaAlgorithm:
+    """A baseline: train a freshly drawn learner on the support set alone."""
+    return learned_init(
+        learner,
+        rule,
+        num_steps=num_steps,
+        differentiation=first_order(),
+        learn_init=False,
+        trainable=False,
+        query_norm=query_norm,
+        **options,
+    )
+
+
+def fixed_sgd(rate: float) -> UpdateRule:
+    """SGD with nothing to learn."""
+    sgd = learned_sgd()
+    traits = RuleTraits(coordinatewise=True, smooth=True, reads_loss=False)
+    return UpdateRule(lambda key, params: (), lambda _: sgd.bind(rate), traits)

@@ -1,0 +1,181 @@
+"""The loop around meta-steps: reports, validation, the best so far, saving."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from metalstm.base import Array, PyTree
+from metalstm.meta.step import TrainState
+from metalstm.runtime import processes, sharding
+
+__all__ = ["FitState", "NonFiniteLossError", "fit", "init_fit_state"]
+
+
+class NonFiniteLossError(FloatingPointError):
+    """The meta-loss or its gradient became NaN or infinite; ``.step`` says when."""
+
+    def __init__(self, step: int, loss: float):
+        super().__init__(
+            f"the meta-loss or its gradient is not finite at step {step} (loss "
+            f"{loss}); the state before that step is kept: lower the "
+            "learning rate or the inner step size, or clip gradients more tightly"
+        )
+        self.step = step
+
+
+class FitState(NamedTuple):
+    """What a checkpoint holds: where training is, and the best of it so far."""
+
+    train: TrainState
+    best_params: PyTree
+    best_score: Array  # float32, -inf before the first validation
+    best_step: Array  # int32
+
+
+def init_fit_state(state: TrainState) -> FitState:
+    """Nothing validated yet. Parameters are copied: a train step donates its own."""
+    copy = jax.tree.map(jnp.array, state.params)
+    return FitState(state, copy, jnp.float32(-jnp.inf), jnp.int32(0))
+
+
+def fit(
+    train_loop: Callable[[TrainState, Any], tuple[TrainState, dict[str, Array]]],
+    state: FitState,
+    pool: Any,
+    *,
+    num_steps: int,
+    steps_per_call: int = 1,
+    validate: Callable[[PyTree], float] | None = None,
+    validate_every: int = 0,
+    report: Callable[[int, dict[str, float]], None] | None = None,
+    report_every: int = 1,
+    save: Callable[[FitState], None] | None = None,
+    save_every: int = 0,
+    max_seconds: float | None = None,
+) -> FitState:
+    """Run ``train_loop`` until ``num_steps`` meta-steps are done.
+
+    Cadences count absolute steps, so a resumed run validates and saves where the
+    uninterrupted one does.
+
+    Args:
+      train_loop: from `make_train_loop`, with the same ``steps_per_call``.
+      validate: meta-parameters -> score, higher is better; the best are kept.
+      validate_every, report_every, save_every: in meta-steps, multiples of
+        ``steps_per_call``; 0 is never (validation and saving also happen at the end).
+      report: (step, mean metrics since the last report).
+      save: gets the whole state.
+      max_seconds: stop after this long; the end is then validated and saved as usual.
+        Several processes agree on it when they report.
+
+    Raises:
+      NonFiniteLossError: names the step; the state before it has been saved.
+      ValueError: a cadence is not a multiple of ``steps_per_call``, or the pool holds
+        values that are NaN or infinite.
+    """
+    cadences = {
+        "num_steps": num_steps,
+        "validate_every": validate_every,
+        "report_every": report_every,
+        "save_every": save_every,
+    }
+    for name, value in cadences.items():
+        if value % steps_per_call:
+            raise ValueError(
+                f"{name}={value} is not a multiple of steps_per_call={steps_per_call}"
+            )
+    _refuse_not_finite(pool)
+    started = time.monotonic()
+    step = int(state.train.step)
+    pending: list[dict[str, Array]] = []
+
+    def flush() -> None:
+        if not pending:
+            return
+        means = _mean_metrics(pending, step)
+        pending.clear()
+        if report is not None:
+            report(step, means)
+
+    def time_is_over(step: int) -> bool:
+        if max_seconds is None:
+            return False
+        over = time.monotonic() - started > max_seconds
+        if jax.process_count() == 1:
+            return over
+        # clocks differ, and asking costs: at every report all do what one wants
+        every = report_every or steps_per_call
+        return step % every == 0 and processes.any_process(over)
+
+    def keep(validated: bool) -> None:
+        nonlocal state
+        if validated and validate is not None:
+            state = _validated(state, validate)
+        if save is not None:
+            save(state)
+
+    try:
+        while step < num_steps:
+            train, metrics = train_loop(state.train, pool)
+            state = state._replace(train=train)
+            sharding.block_on_cpu_collectives(metrics)
+            step += steps_per_call
+            pending.append(metrics)
+            done = step >= num_steps or time_is_over(step)
+            validates = done or (bool(validate_every) and step % validate_every == 0)
+            saves = done or (bool(save_every) and step % save_every == 0)
+            if validates or saves or (bool(report_every) and step % report_every == 0):
+                flush()
+            if validates or saves:
+                keep(validates)
+            if done:
+                break
+    except NonFiniteLossError:
+        keep(validated=False)
+        raise
+    return state
+
+
+def _refuse_not_finite(pool: Any) -> None:
+    """Name the data, before a loss that is NaN blames the learning rate."""
+    for path, leaf in jax.tree_util.tree_flatten_with_path(pool)[0]:
+        dtype = jnp.result_type(leaf)
+        if not jnp.issubdtype(dtype, jnp.inexact):
+            continue
+        bad = int(jnp.sum(~jnp.isfinite(leaf)))
+        if bad:
+            raise ValueError(
+                f"pool{jax.tree_util.keystr(path)} holds {bad} values that are NaN or "
+                "infinite: remove or replace them"
+            )
+
+
+def _validated(state: FitState, validate: Callable[[PyTree], float]) -> FitState:
+    score = float(validate(state.train.params))
+    if not score > float(state.best_score):
+        return state
+    copy = jax.tree.map(jnp.array, sharding.local(state.train.params))
+    return state._replace(
+        best_params=copy,
+        best_score=jnp.float32(score),
+        best_step=jnp.int32(int(state.train.step)),
+    )
+
+
+def _mean_metrics(pending: list[dict[str, Array]], step: int) -> dict[str, float]:
+    """The means over pending steps; raises at the first that is not finite."""
+    stacked = jax.tree.map(lambda *leaves: jnp.concatenate(leaves), *pending)
+    host = jax.device_get(stacked)
+    finite = host.pop("finite")
+    if not finite.all():
+        first = int(finite.argmin())
+        bad = step - len(finite) + first + 1
+        raise NonFiniteLossError(bad, float(host["loss"][first]))
+    means = {name: float(values.mean()) for name, values in host.items()}
+    return {name: value for name, value in means.items() if not math.isnan(value)}
