@@ -271,7 +271,7 @@ def test_spec_builders_refuse_unknown_names():
     with pytest.raises(ValueError, match="algorithm='magic'"):
         build_algorithm({"algorithm": "magic", "learner": {"learner": "mlp"}})
     spec = {"algorithm": "maml", "learner": {"learner": "mlp", "num_classes": 2}}
-    with pytest.raises(ValueError, match="maml cannot be built of its spec: .*rates"):
+    with pytest.raises(ValueError, match=r"maml cannot be built of its spec: .*rates"):
         build_algorithm(spec | {"rates": 0.1})
 
 

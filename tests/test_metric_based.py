@@ -16,9 +16,10 @@ from reference import Lstm
 
 from experiments.few_shot import methods
 from experiments.few_shot.command_line import parse
-from metalstm import algorithms, runs
+from metalstm import algorithms, specs
 from metalstm.base import Batch, Episode, Learner, LearnerState
 from metalstm.nn.flax_modules import conv4, relation_net
+from metalstm.predictor import example_episode
 
 KEY = jax.random.key(5)
 # noise, so that no loss is near zero
@@ -332,12 +333,13 @@ def test_features_of_zero_have_a_finite_derivative():
 )
 @pytest.mark.parametrize("learner", ["conv4", "mlp"])
 def test_the_command_line_builds_every_method_for_any_way(name, learner):
-    line = f"--algorithms {name} --way 3 --train-way 4 --filters 2 --learner {learner}"
-    spec = json.loads(json.dumps(methods.method_specs(parse(line.split()))[name]))
-    algorithm = runs.build_algorithm(spec)
-    assert runs.any_way(spec)
-    four = runs.example_episode((28, 28, 1), 4)
-    five = runs.example_episode((28, 28, 1), 5)
+    line = f"--algorithms {name} --way 3 --train-way 4 --learner {learner}"
+    line += " --filters 2" if learner == "conv4" else ""
+    spec = json.loads(json.dumps(methods.specs_of(parse(line.split()))[name]))
+    algorithm = specs.build_algorithm(spec)
+    assert specs.fixed_way(spec) is None
+    four = example_episode((28, 28, 1), 4)
+    five = example_episode((28, 28, 1), 5)
 
     def run():
         params = algorithm.init(KEY, four)

@@ -39,13 +39,14 @@ class Script(NamedTuple):
         return [sys.executable, "-m", f"experiments.{self.name}", *extra]
 
 
+_META_LSTM = "methods.meta-lstm"
 FEW_SHOT = Script(
     "few_shot",
     "meta-lstm",
     tuple(
         "--dataset folders --image-size 8 --algorithms meta-lstm "
-        "--learner mlp --widths 6 --hidden 2 --steps 2 --way 3 --queries 2 "
-        "--meta-batch 2 --input-bias -1 -0.5 --gradient-scale one --episodes 400 "
+        "--learner mlp --widths 6 --hidden-size 2 --num-steps 2 --way 3 --queries 2 "
+        "--meta-batch 2 --input-bias -1 -0.5 --gradient-scale 1 --episodes 400 "
         "--validate-every 80 --validation-episodes 6 --save-every 40 "
         "--test-episodes 10 --test-batch 5 --learning-rate 0.02".split()
     ),
@@ -54,14 +55,14 @@ FEW_SHOT = Script(
     (
         ("--way", "data.way", "4"),
         ("--seed", "run.seed", "1"),
-        ("--hidden", "rule.hidden", "3"),
-        ("--learning-rate", "budget.learning_rate", "0.01"),
-        ("--widths", "learner.widths", "5"),
-        ("--meta-batch", "budget.meta_batch", "4"),
-        ("--order", "methods.order", "second"),
-        ("--algorithms", "methods.algorithms", "maml"),
+        ("--hidden-size", f"{_META_LSTM}.method.rule.hidden_size", "3"),
+        ("--learning-rate", f"{_META_LSTM}.training.learning_rate", "0.01"),
+        ("--widths", f"{_META_LSTM}.learner.widths", "5"),
+        ("--meta-batch", f"{_META_LSTM}.training.meta_batch", "4"),
+        ("--order", f"{_META_LSTM}.method.order", "second"),
+        ("--seeds", "run.seeds", "2"),
         ("--image-size", "data.image_size", "9"),
-        ("--validate-every", "budget.validate_every", "40"),
+        ("--validate-every", f"{_META_LSTM}.training.validate_every", "40"),
     ),
 )
 LEARNED_OPTIMIZER = Script(
@@ -229,7 +230,8 @@ def preload(script: Script) -> Callable[[list[str]], int]:
     """Import all that the script will; returns its main."""
     import PIL.Image  # noqa: F401
 
-    import experiments.few_shot.comparison
+    import experiments.few_shot.figures
+    import experiments.few_shot.test
     import experiments.learned_optimizer.running
     import experiments.learned_optimizer.studies  # noqa: F401
 
