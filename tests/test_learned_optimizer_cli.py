@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import shutil
 import signal
@@ -9,34 +10,43 @@ from pathlib import Path
 
 import jax
 import jax.numpy as jnp
+import msgspec
 import numpy as np
 import pytest
 
+import metalstm.learned_optimizers
 from experiments.common.loop import Loop
 from experiments.common.run_folder import Metrics
-from experiments.few_shot.options import with_flags
-from experiments.learned_optimizer import __main__ as learned_optimizer
+from experiments.common.saved_options import to_json
+from experiments.learned_optimizer import (
+    __main__ as learned_optimizer,
+)
 from experiments.learned_optimizer import (
     measuring,
+    options,
     presets,
     problems,
-    specs,
+    rule_options,
     studies,
     tables,
     training,
 )
-from experiments.learned_optimizer.options import RULES, Config, Problem, parse, stages
+from experiments.learned_optimizer.command_line import parse, stages
+from experiments.learned_optimizer.options import Mlp, Problem, Training, rule_spec
+from experiments.learned_optimizer.rule_options import RULES
 from metalstm import data, rules
 from metalstm.learned_optimizers import curves
 from metalstm.plots import Losses
 from metalstm.runtime import checkpoints
 
 TINY = (
-    "--dim 2 --hidden 3 --lstm-layers 1 --tasks 2 --unroll 2 --horizon 4 "
+    "--num-tasks 2 --unroll-steps 2 --horizon 4 "
     "--meta-steps 6 --validate-every 3 --save-every 2 --validation-instances 4 "
     "--steps 4 --instances 6 --tune-instances 2 --long-steps 8 --long-instances 3 "
     "--baselines sgd,momentum --few-baselines sgd"
 ).split()
+DIM = ["--dim", "2"]
+L2L = "--l2l.hidden-size 3 --l2l.num-layers 1".split()
 
 
 @pytest.fixture(autouse=True)
@@ -53,7 +63,8 @@ def finished(tmp_path_factory) -> Path:
     with pytest.MonkeyPatch.context() as patch:
         # one variant: every one compiles each optimizer again
         patch.setattr(studies, "variants", lambda p: dict(list(real(p).items())[:1]))
-        assert learned_optimizer.main([*TINY, *line, "--workdir", str(folder)]) == 0
+        given = [*TINY, *DIM, *L2L, *line, "--workdir", str(folder)]
+        assert learned_optimizer.main(given) == 0
     return folder
 
 
@@ -105,7 +116,7 @@ def test_the_comparison_pairs_the_same_problems(finished):
     for path in (finished / "curves").glob("curve-*.npz"):
         with np.load(path) as saved:
             key = json.loads(str(saved["key"]))
-            if key["dim"] == 2 and key["steps"] == 4:
+            if key["family"]["dim"] == 2 and key["steps"] == 4:
                 curves[json.dumps(key["optimizer"])] = saved["values"]
     sgd = next(v for o, v in curves.items() if '"sgd"' in o)
     assert sgd.shape == (6, 5)
@@ -116,7 +127,7 @@ def test_the_comparison_pairs_the_same_problems(finished):
     for row in rows[2:]:
         assert isinstance(row["inside"], bool)
     table = (finished / "comparison.md").read_text()
-    assert "| momentum |" in table
+    assert "| momentum " in table
     assert f"--evaluate {finished} --study comparison" in table
 
 
@@ -165,7 +176,7 @@ def test_evaluate_measures_nothing_twice(finished, tmp_path, capsys, monkeypatch
 
 def test_a_trained_rule_is_compared_as_it_is(finished, capsys):
     path = finished / "rules" / "l2l.npz"
-    line = [*TINY, "--rules", f"mine={path}", "--study", "comparison"]
+    line = [*TINY, *DIM, "--rules", f"mine={path}", "--study", "comparison"]
     line += ["--baselines", "sgd", "--curves", str(finished / "curves")]
     assert learned_optimizer.main([*line, "--workdir", "other"]) == 0
     capsys.readouterr()
@@ -194,10 +205,11 @@ def test_the_six_panels(finished, tmp_path, monkeypatch, capsys):
     real = problems.variants
     monkeypatch.setattr(studies, "variants", lambda p: {"ReLU": real(p)["ReLU"]})
     folder = tmp_path / "run"
-    line = [*TINY, "--problem", "mlp", "--widths", "2", "--train-image-size", "3"]
+    line = [*TINY, *L2L, "--problem", "mlp", "--hidden", "2"]
+    line += ["--train-image-size", "3"]
     line += ["--rules", "l2l", "--study", "panels", "--eval-batch", "8"]
     line += ["--batch-size", "5", "--instances", "3", "--workdir", str(folder)]
-    assert learned_optimizer.main([*line, "--beside", str(finished)]) == 0
+    assert learned_optimizer.main([*line, "--quadratics-run", str(finished)]) == 0
     rows = json.loads((folder / "panels.json").read_text())
     assert list(dict.fromkeys(row["problem"] for row in rows)) == [
         "quadratics", "glyphs, 2 sigmoid units",
@@ -207,7 +219,7 @@ def test_the_six_panels(finished, tmp_path, monkeypatch, capsys):
     assert [r["instances"] for r in rows if r["optimizer"] == "l2l"] == [6, 3, 3, 3]
     assert (folder / "panels.png").read_bytes()[:4] == b"\x89PNG"
     table = (folder / "panels.md").read_text()
-    assert f"--study panels --beside {finished}" in table
+    assert f"--study panels --quadratics-run {finished}" in table
     about = json.loads((folder / "config.json").read_text())["data"]
     assert (about["classes"], about["checksum"]) == (3, "tiny-4")
     assert "quadratics" in capsys.readouterr().out
@@ -216,7 +228,15 @@ def test_the_six_panels(finished, tmp_path, monkeypatch, capsys):
 def test_who_leaves_a_plateau(finished, tmp_path):
     folder = tmp_path / "run"
     trained = f"gates={finished / 'rules' / 'gates.npz'}"
-    line = [*TINY, "--problem", "plateau", "--rules", f"{trained},gates-f1", "--study"]
+    line = [
+        *TINY,
+        *DIM,
+        "--problem",
+        "plateau",
+        "--rules",
+        f"{trained},gates-f1",
+        "--study",
+    ]
     line += ["plateau", "--escape-below", "0.9", "--workdir", str(folder)]
     assert learned_optimizer.main(line) == 0
     rows = {
@@ -245,7 +265,7 @@ def test_ctrl_c_saves_and_going_on_is_the_same_run(
 
     monkeypatch.setattr(Loop, "_report", report)
     signal.signal(signal.SIGINT, signal.default_int_handler)
-    line = [*TINY, "--rules", "l2l", "--study", "none", "--workdir", str(folder)]
+    line = [*TINY, *DIM, *L2L, "--study", "none", "--workdir", str(folder)]
     try:
         assert learned_optimizer.main(line) == 130
     finally:
@@ -263,7 +283,7 @@ def test_more_meta_steps_and_more_rules_go_on(finished, tmp_path):
     shutil.copytree(finished, folder)
     line = ["--resume", str(folder), "--meta-steps", "8", "--study", "none"]
     # how much is kept for a derivative changes none, so it may change too
-    line += ["--rules", "l2l,learned-sgd", "--memory", "segments"]
+    line += ["--rules", "l2l,learned-sgd", "--keep", "segments"]
     assert learned_optimizer.main(line) == 0
     results = json.loads((folder / "results.json").read_text())
     assert [r["meta_steps"] for r in results["rules"].values()] == [8, 8]
@@ -273,7 +293,7 @@ def test_a_staged_run_goes_on_as_if_never_stopped(tmp_path):
     def run(folder, *line):
         line = [*line, "--stages", "2:2,4:2", "--meta-steps", "6", "--study", "none"]
         line += ["--first-horizon", "2", "--stagger"]
-        given = [*TINY, "--rules", "l2l", "--workdir", str(folder)]
+        given = [*TINY, *DIM, *L2L, "--workdir", str(folder)]
         assert learned_optimizer.main([*given, *line]) == 0
 
     whole, stopped = tmp_path / "whole", tmp_path / "stopped"
@@ -294,7 +314,7 @@ def test_a_staged_run_goes_on_as_if_never_stopped(tmp_path):
 
 def test_minutes_stop_and_evaluate_says_what_is_missing(tmp_path, capsys):
     folder = tmp_path / "run"
-    line = [*TINY, "--minutes", "0.001", "--study", "none", "--rules", "l2l"]
+    line = [*TINY, *DIM, *L2L, "--minutes", "0.001", "--study", "none"]
     line += ["--workdir", str(folder)]
     assert learned_optimizer.main(line) == 0
     results = json.loads((folder / "results.json").read_text())
@@ -315,7 +335,7 @@ def test_a_loss_that_is_not_finite_stops_the_run(tmp_path, capsys, monkeypatch):
 
     monkeypatch.setattr(problems, "build_family", broken)
     folder = tmp_path / "run"
-    line = [*TINY, "--rules", "l2l", "--workdir", str(folder)]
+    line = [*TINY, *DIM, *L2L, "--workdir", str(folder)]
     assert learned_optimizer.main(line) == 2
     message = capsys.readouterr().err
     assert "not finite at step 1" in message
@@ -337,7 +357,7 @@ def test_a_loss_that_is_not_finite_stops_the_run(tmp_path, capsys, monkeypatch):
         ("--rules ,", "--rules is empty"),
         ("--baselines adan", "did you mean adam"),
         ("--study comparision", "did you mean comparison"),
-        ("--horizon 30", "is not a multiple of --unroll 20"),
+        ("--horizon 30", "is not a multiple of --unroll-steps 20"),
         ("--first-horizon 30", "--first-horizon 30: choose a multiple"),
         ("--minutes 1 --schedule cosine", "need --meta-steps"),
         ("--stages 20", "give UNROLL:META_STEPS"),
@@ -346,16 +366,14 @@ def test_a_loss_that_is_not_finite_stops_the_run(tmp_path, capsys, monkeypatch):
         ("--steps-per-call 7", "is not a multiple of --steps-per-call 7"),
         ("--record-every 7", "does not divide --steps"),
         ("--scaling 2 1", "choose 0 < low <= high"),
-        ("--tasks 0", "--tasks 0: choose 1 or more"),
+        ("--num-tasks 0", "--num-tasks 0: choose 1 or more"),
         ("--learning-rate 0", "choose a number above 0"),
-        ("--rule-options {", "give JSON by rule"),
-        ('--rule-options {"l3l":{}}', "did you mean l2l"),
-        ('--rule-options {"l2l":{"hiden":3}}', "l2l takes no 'hiden'"),
+        ("--l2l.hidden-size 0", "hidden_size=0"),
+        ("--l2l.shortcut 1", "features='moments'"),
         ("--resume nowhere", "is not a run folder"),
         ("--evaluate nowhere", "is not a run folder"),
         ("--resume a --workdir b", "is not a run folder"),
-        ("--problem mlp --train-image-size 14", "--train-image-size 14: glyphs are 28"),
-        ("--problem plateau --init-std 1", "has a start of its own"),
+        ("--problem mlp --train-image-size 14", "image_size=14: glyphs are 28"),
         ("--problem mlp --dataset omniglott --data-dir .", "omniglott"),
         ("--study panels", "the six panels are of an mlp"),
         ("--problem sinusoids --study plateau", "choose --problem plateau"),
@@ -370,39 +388,65 @@ def test_a_mistake_is_one_line_with_its_remedy(line, message, capsys, monkeypatc
     assert not list(Path().rglob("config.json")), "nothing was written"
 
 
+def test_a_flag_that_another_rule_or_problem_has_is_not_known(capsys):
+    for line in ("--v2.memory.p 5", "--problem plateau --init-std 1"):
+        with pytest.raises(SystemExit):
+            learned_optimizer.main(line.split())
+        assert line.split()[-2] in capsys.readouterr().err
+
+
 def test_every_preset_and_every_rule_can_be_built():
     for name in presets.PRESETS:
         assert parse(["--preset", name]).run.preset == name
     params = {"conv": jnp.zeros((3, 3, 1, 2)), "dense": jnp.zeros((2, 2))}
-    for name in RULES:
-        for separate in ("none", "conv-or-dense", "matrix-or-vector"):
-            config = with_flags(Config(), separate=separate, hidden=2)
-            rule = rules.build_rule(specs.rule_spec(name, config))
+    for separate in ("none", "conv-or-dense", "matrix-or-vector"):
+        config = parse(["--separate", separate, "--gradient-factor", "2"])
+        for name in RULES:
+            rule = rules.build_rule(rule_spec(name, config))
             learned = jax.eval_shape(rule.init, jax.random.key(0), params)
             assert jax.tree.leaves(learned)
 
 
-def test_rule_options_reach_into_a_spec():
-    config = with_flags(
-        Config(), rule_options='{"v2": {"memory": {"p": 5}, "gates": {"p": 7}}}'
+def test_options_are_the_constructors_arguments():
+    """Names and defaults, so that flags can be passed on as they are."""
+    kinds = [
+        (rule_options.L2L, rules.l2l, {}),
+        (rule_options.LstmGates, rules.lstm_gates, {"hidden_size": 20}),
+        (rule_options.Memory, rules.gradient_memory, {}),
+        (rule_options.LearnedSgd, rules.learned_sgd, {}),
+        (Training, metalstm.learned_optimizers.learned_optimizer, {"num_tasks": 16}),
+    ]
+    for one in options.FAMILIES.values():
+        make = getattr(metalstm.learned_optimizers.problems, to_json(one)["family"])
+        kinds.append((type(one), make, {}))
+    for kind, make, ours in kinds:
+        arguments = inspect.signature(make).parameters
+        for name, value in msgspec.structs.asdict(kind()).items():
+            expected = ours.get(name, arguments[name].default)
+            assert value == expected, f"{kind.__name__}.{name}"
+
+
+def test_options_reach_into_a_composed_rule():
+    config = parse(
+        "--rules v2,v2-f1 --v2.memory.p 5 --v2.gates.p 7 --v2-f1.memory.p 3".split()
     )
-    spec = specs.rule_spec("v2", config)
-    assert spec["memory"] == {"hidden_size": 20, "p": 5}
-    assert spec["gates"]["p"] == 7
+    spec = rule_spec("v2", config)
+    assert (spec["memory"]["hidden_size"], spec["memory"]["p"]) == (20, 5)
+    assert (spec["gates"]["p"], spec["gates"]["forget"]) == (7, "gate")
     assert spec["gates"]["forget_bias"] == [4.0, 5.0]
-    assert specs.rule_spec("v2-f1", config)["gates"]["forget"] == "one"
+    spec = rule_spec("v2-f1", config)
+    assert (spec["gates"]["forget"], spec["memory"]["p"]) == ("one", 3)
 
 
 def test_the_curriculum_doubles_in_the_first_half():
-    config = with_flags(
-        Config(), meta_steps=80, unroll=20, first_horizon=40, horizon=200
-    )
+    line = "--meta-steps 80 --unroll-steps 20 --first-horizon 40 --horizon 200".split()
+    config = parse(line)
     (stage,) = stages(config)
     horizon = training._horizon(config, stage)
     at = [int(horizon(step)) for step in (0, 9, 10, 19, 20, 29, 30, 79)]
     assert at == [40, 40, 80, 80, 160, 160, 200, 200]
-    assert training._horizon(with_flags(config, first_horizon=200), stage) == 200
-    staged = with_flags(config, stages=("20:30", "40:10"))
+    assert training._horizon(parse([*line, "--first-horizon", "200"]), stage) == 200
+    staged = parse([*line, "--stages", "20:30,40:10"])
     found = [tuple(stage) for stage in stages(staged)]
     assert found == [(20, 20, 0, 30), (40, 40, 30, 40), (20, 200, 40, 80)]
     first, _, last = stages(staged)
@@ -427,7 +471,7 @@ def test_a_divergence_is_never_free():
     logs = np.log([1e3, 1e3] + [1e-6] * 8)
     assert two["log_difference"][0] == pytest.approx((logs - np.log(0.1)).mean())
     assert "difference" not in two
-    text = tables.markdown([one, two], reference="good")
+    text = tables.table([one, two], reference="good").markdown()
     assert "20% diverge" in text
     assert tables.rows_of(measured, {}, at=0)[1]["mean"] == 1
     with pytest.raises(ValueError, match="no loss was recorded after 5 updates"):
@@ -435,7 +479,7 @@ def test_a_divergence_is_never_free():
 
 
 def test_a_grid_grows_until_it_brackets_the_best_rate(tmp_path, monkeypatch):
-    config = with_flags(Config(), tune_instances=3, tune_for="mean")
+    config = parse(["--tune-instances", "3", "--tune-for", "mean"])
     bench = measuring.Bench(config.problem, config.test, tmp_path)
     calls = []
 
@@ -451,12 +495,13 @@ def test_a_grid_grows_until_it_brackets_the_best_rate(tmp_path, monkeypatch):
     assert bench.tune("momentum", steps=4).beta == 0.8
     calls.clear()
     tuned = bench.tune("sgd", steps=4)
-    assert tuned.inside
+    assert tuned.tuned.inside == {"learning_rate": True}
     assert tuned.beta is None
     assert len(calls[0]) >= 15
     assert tuned.rate == pytest.approx(10**2.5)
-    assert (np.diff(tuned.sweep.rates) > 0).all()
-    assert len(tuned.sweep.rates) == sum(map(len, calls))
+    rates = tuned.tuned.grid["learning_rate"]
+    assert (np.diff(rates) > 0).all()
+    assert len(rates) == sum(map(len, calls))
     assert bench.tune("sgd", steps=4).rate == tuned.rate
     before = len(calls)
     bench.tune("sgd", steps=8)
@@ -464,5 +509,5 @@ def test_a_grid_grows_until_it_brackets_the_best_rate(tmp_path, monkeypatch):
 
 
 def test_letters_are_not_resized():
-    small = Problem(problem="mlp", dataset="mnist", train_image_size=14)
+    small = Problem("mlp", Mlp(), dataset="mnist", train_image_size=14)
     assert problems.variants(small)["letters"].train_image_size is None

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from experiments.studies import gradient_combinations, reptile_gradients
+from experiments.studies import reptile_gradients
 from experiments.studies.reptile_gradients import combinations
 from metalstm import data
 
@@ -95,7 +95,7 @@ def test_the_figure_draws_the_chosen_rate():
         "g2": {"curves": rows, "outer_rate": 0.2},
     }
     config = reptile_gradients.Config(outer_rates=(0.1, 0.2))
-    axes = gradient_combinations._figure(found, config).axes[0]
+    axes = reptile_gradients.figure(found, config).axes[0]
     first, second, chance = axes.lines
     np.testing.assert_allclose(first.get_ydata(), [20, 40])
     np.testing.assert_allclose(second.get_ydata(), [20, 90])

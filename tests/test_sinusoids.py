@@ -11,9 +11,8 @@ import numpy as np
 import pytest
 import tiny
 
-from experiments.studies import sinusoids
-from experiments.studies.regression import methods, study, training
-from experiments.studies.regression.training import Found
+from experiments.studies import regression, sinusoids
+from experiments.studies.regression import Found
 from metalstm import algorithms
 from metalstm.data import SinusoidSpec, episode_key
 
@@ -30,15 +29,15 @@ def in_an_empty_folder(monkeypatch, tmp_path):
 
 def test_a_trajectory_ends_where_prediction_does_and_starts_unadapted():
     config = sinusoids.Config(widths=(6,))
-    learner = methods.make_learner(config)
+    learner = regression.make_learner(config)
     episode = SinusoidSpec(4, queries=7).sample(jax.random.key(3))
     maml = algorithms.maml(learner, 0.02, num_steps=3)
     params = maml.init(jax.random.key(0), episode)
-    tx = methods.fixed_sgd(0.02).bind(())
+    tx = sinusoids.fixed_sgd(0.02).bind(())
 
     @tiny.quick_jit
     def both(params):
-        path = training.trajectory(learner, tx, params.learner, episode, 3)
+        path = regression.trajectory(learner, tx, params.learner, episode.support, 3)
         state = params.learner._replace(params=jax.tree.map(lambda p: p[-1], path))
         outputs, _ = learner.apply(state, episode.query.x, norm="batch")
         key = jax.random.key(1)
@@ -83,21 +82,21 @@ def test_tasks_are_the_same_whatever_the_initialisation():
     config = sinusoids.Config(
         methods=("joint",), shot=3, widths=(4,), tuning_steps=1, meta_steps=1, tasks=2
     )
-    joint = methods.make_methods(config)["joint"]
+    joint = sinusoids.make_methods(config)["joint"]
     # an outer rate of 0: the loss of one meta-step is that of theta_0 on its tasks
-    trainer = training.Trainer(joint, config)
+    trainer = regression.Trainer(joint, config)
     params, (loss,) = trainer.train((0.01, 0.0), 5, 1)
     again, (same,) = trainer.train((0.01, 0.0), 5, 1)
     other, (different,) = trainer.train((0.01, 0.0), 6, 1)
     assert loss == same != different
     tiny.assert_equal(params, again)
     assert tiny.max_difference(params, other) > 0.01
-    spec = training.train_spec(config)
+    spec = regression.train_spec(config)
     total = 0.0
     for task in range(2):
-        key = episode_key(config.seed + training._TRAIN_SEED, "train", 0, task)
+        key = episode_key(config.seed + regression._TRAIN_SEED, "train", 0, task)
         support = joint.build(0.01).train_sampler(spec).sample(key).support
-        outputs, _ = methods.make_learner(config).apply(
+        outputs, _ = regression.make_learner(config).apply(
             other.learner, support.x, norm="batch"
         )
         total += float(jnp.square(outputs - support.y).mean()) / 2
@@ -110,8 +109,8 @@ def test_every_method_takes_a_meta_step_from_state_to_state():
         methods=names, shot=2, widths=(3,), inner_steps=1, reptile_steps=1, tasks=2
     )
     rate = jnp.float32(0.01)
-    for name, method in methods.make_methods(config).items():
-        trainer = training.Trainer(method, config)
+    for name, method in sinusoids.make_methods(config).items():
+        trainer = regression.Trainer(method, config)
         state = jax.eval_shape(trainer._start, rate, jnp.uint32(0))
         after, metrics = jax.eval_shape(trainer._advance, state, rate, rate, rate)
         assert after == state, name
@@ -120,54 +119,64 @@ def test_every_method_takes_a_meta_step_from_state_to_state():
         assert bool(jax.tree.leaves(state.params.rule)) == learns_rule, name
 
 
+def rows_of(tables) -> dict[str, list[list[str]]]:
+    """The cells of each method, table by table."""
+    found: dict[str, list[list[str]]] = {}
+    for name, *cells in (row for table in tables for row in table.cells):
+        found.setdefault(name, []).append(cells)
+    return found
+
+
 def test_tables_by_hand():
     joint = np.zeros((2, 3, 2)) + np.array([1.0, 0.8])
     maml = np.zeros((2, 3, 2)) + np.array([2.0, 0.5])
     maml[1, :, 1] += 0.2  # the second initialisation
     maml[:, 2, 0] += 0.3  # a hard task, before
-    text = study._tables(10, {"maml": maml, "joint": joint})
-    rows = [line for line in text.splitlines() if line.startswith("| maml")]
+    rows = rows_of(sinusoids.tables(10, {"maml": maml, "joint": joint}))
     spread = 1.96 * np.std([2.0, 2.0, 2.3], ddof=1) / np.sqrt(3)
-    assert rows[0] == f"| maml | 2.100 ± {spread:.3f} | 0.600 ± 0.000 |"
-    assert rows[1] == f"| maml | +1.100 ± {spread:.3f} | -0.200 ± 0.000 |"
-    assert rows[2].endswith(f"| 0.500 to 0.700 ({0.1 * np.sqrt(2):.3f}) |")
-    assert text.count("| joint") == 2, "no difference to itself"
+    assert rows["maml"] == [
+        [f"2.100 ± {spread:.3f}", "0.600 ± 0.000"],
+        [f"+1.100 ± {spread:.3f}", "-0.200 ± 0.000"],
+        ["2.100 to 2.100 (0.000)", f"0.500 to 0.700 ({0.1 * np.sqrt(2):.3f})"],
+    ]
+    assert len(rows["joint"]) == 2, "no difference to itself"
 
 
 def test_explosions_are_counted_and_have_no_mean():
     joint = np.ones((2, 3, 2))
     maml = np.full((2, 3, 2), 0.5)
     maml[0, 1, 1] = np.inf
-    text = study._tables(5, {"maml": maml, "joint": joint})
-    rows = [line for line in text.splitlines() if line.startswith("| maml")]
-    assert rows[0].endswith("| 0.500 ± 0.000 | median 0.500, 1 of 6 diverged |")
-    assert rows[1].endswith("| -0.500 ± 0.000 | diverged |")
-    assert rows[2].endswith("| diverged |")
+    rows = rows_of(sinusoids.tables(5, {"maml": maml, "joint": joint}))
+    assert rows["maml"][0] == ["0.500 ± 0.000", "median 0.500, 1 of 6 diverged"]
+    assert rows["maml"][1] == ["-0.500 ± 0.000", "diverged"]
+    assert rows["maml"][2][1] == "diverged"
 
 
 def test_what_is_read_back_marks_explosions(tmp_path):
     errors = np.array([[[1.0, np.nan], [2.0, 1e9]]])
     empty = np.array([])
-    found = Found(empty, empty, empty, {3: errors}, empty, 7, 1.5)
-    study._save(tmp_path / "methods" / "x.npz", found)
-    config = sinusoids.Config(test_shots=(3,))
-    again = study._load(tmp_path / "methods" / "x.npz", config)
+    found = Found(empty, empty, {3: errors}, empty, 7, 1.5)
+    regression.save(tmp_path / "methods" / "x.npz", found)
+    again = regression.load(tmp_path / "methods" / "x.npz", (3,))
     np.testing.assert_array_equal(again.errors[3], [[[1, np.inf], [2, np.inf]]])
     assert (again.meta_parameters, again.cpu_seconds) == (7, 1.5)
 
 
 def test_a_rate_at_the_edge_of_its_grid_is_marked():
     config = sinusoids.Config(methods=("fomaml",))
-    method = methods.make_methods(config)["fomaml"]
+    method = sinusoids.make_methods(config)["fomaml"]
     inner, outer = method.inner_rates, method.outer_rates
-    assert len(method.trials) == 12
+    assert len(inner) * len(outer) == 12
 
-    def marks(*rates):
-        found = Found(np.array([]), np.array(rates), *[None] * 5)
-        return study._at_the_edge(found, method)
+    def rates(*best):
+        scores = np.ones((len(inner), len(outer)))
+        scores[best] = 0
+        found = Found(scores, None, {}, None, 1, 1.0)
+        table = sinusoids.training_table({"fomaml": found}, {"fomaml": method})
+        return table.cells[0][1:3]
 
-    assert marks(inner[1], outer[1]) == ("", "")
-    assert marks(inner[0], outer[-1]) == ("*", "*")
+    assert rates(1, 1) == [f"{inner[1]:.3g}", f"{outer[1]:.3g}"]
+    assert rates(0, -1) == [f"{inner[0]:.3g}*", f"{outer[-1]:.3g}*"]
 
 
 @pytest.mark.parametrize(
@@ -186,5 +195,5 @@ def test_mistakes_are_named(line, message, capsys):
 
 
 def test_flags_override_a_preset():
-    config = sinusoids.parse_arguments("--preset demo --methods joint".split())
+    config = sinusoids.parse("--preset demo --methods joint".split())
     assert (config.methods, config.inits) == (("joint",), 2)

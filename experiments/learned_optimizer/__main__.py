@@ -8,25 +8,22 @@ al., 2016); a memory of gradients chained into gates joins it with the Meta-LSTM
     python -m experiments.learned_optimizer --preset mnist-mlp --data-dir DIR
     python -m experiments.learned_optimizer --rules l2l,v2,meta-lstm,gates
     python -m experiments.learned_optimizer --evaluate RUN --study generalisation
-    python -m experiments.learned_optimizer --evaluate RUN --study panels --beside RUN2
+    python -m experiments.learned_optimizer --evaluate RUN --study panels --quadratics-run RUN2
 
 docs/results/learned_optimizers.md has the tables, with the commands, the hardware and
 the time they took.
-"""
+"""  # noqa: E501
 
 from __future__ import annotations
 
-import re
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from experiments.common import devices
 from experiments.common.compiled_programs import keep_compiled_programs
 from experiments.common.script_end import exit_status, what_is_kept
-from experiments.learned_optimizer.options import Config, may_change, parse
-
-if TYPE_CHECKING:
-    from collections.abc import Sequence
+from experiments.learned_optimizer.command_line import may_change, parse
+from experiments.learned_optimizer.options import Config
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -38,57 +35,40 @@ def main(arguments: Sequence[str] | None = None) -> int:
         config = parse(arguments)
         keep_compiled_programs()
         devices.join(config.devices)
+        from experiments.learned_optimizer import running
+
         if config.run.evaluate is not None:
-            from experiments.learned_optimizer.running import evaluate
-
-            evaluate(config)
+            running.evaluate(config)
             return 0
-        from experiments.learned_optimizer.running import choose_folder
-
-        folder = choose_folder(config)
+        folder = running.choose_folder(config)
         return _run(config, folder)
 
-    def stopped() -> str:
-        return what_is_kept(folder, how_to_go_on)
-
-    return exit_status(body, arguments, stopped=stopped, in_flags=_as_flags)
+    return exit_status(body, arguments, stopped=lambda: what_is_kept(folder, _hint))
 
 
 def _run(config: Config, folder: Path) -> int:
     from experiments.common.run_folder import locked, refuse_other_runs
 
-    refuse_other_runs(folder, config, may_change(config))
+    changeable = may_change(config)
+    refuse_other_runs(folder, config, changeable)
     from experiments.common.stopping import Interrupted
     from experiments.learned_optimizer.running import run
 
     if devices.is_one_of_several():
-        print(how_to_go_on(folder), flush=True)  # a process may die
-    with locked(folder, config, may_change(config)):
+        print(_hint(folder), flush=True)  # a process may die
+    with locked(folder, config, changeable):
         try:
             run(config, folder)
         except Interrupted:
-            print(f"stopped and saved; {how_to_go_on(folder)}")
+            print(f"stopped and saved; {_hint(folder)}")
             return 130
     return 0
 
 
-def how_to_go_on(folder: Path) -> str:
-    return f"to resume: python -m experiments.learned_optimizer --resume {folder}"
+def _hint(folder: Path) -> str:
+    from experiments.common.report import resume_hint
 
-
-# the library's names for what the flags call otherwise
-_FLAGS = {
-    "hidden_size": "hidden",
-    "image_size": "train-image-size",
-    "num_tasks": "tasks",
-    "unroll_steps": "unroll",
-}
-
-
-def _as_flags(message: str) -> str:
-    """Say the library's arguments in flags: 'unroll_steps=0' as '--unroll 0'."""
-    names = "|".join(_FLAGS)
-    return re.sub(rf"\b({names})=", lambda m: f"--{_FLAGS[m[1]]} ", message)
+    return resume_hint(folder, "experiments.learned_optimizer")
 
 
 if __name__ == "__main__":

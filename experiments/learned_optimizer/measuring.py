@@ -11,24 +11,24 @@ import hashlib
 import json
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import optax
 
-from experiments.learned_optimizer.baselines import baseline
+from experiments.common.saved_options import to_json
+from experiments.common.tuning import Grid, Tuned, tune
 from experiments.learned_optimizer.options import Problem, Test
 from experiments.learned_optimizer.problems import NEED_NO_DATA, Source, load_source
 from metalstm import rules
 from metalstm.data.cache import cached
 from metalstm.learned_optimizers import curves
-from metalstm.plots import Losses, Sweep
-from metalstm.tasks import TaskMapping
+from metalstm.plots import Losses
 
 _TUNING_SEED = 2_000_003  # far from the seeds of training, validation and test
-_WIDENINGS = 4  # how often a grid may grow at the end where its best lies
+_GRID_POINTS = 16
+_BETAS = (0.5, 0.8, 0.9, 0.95, 0.99)
 
 
 class Optimizer(NamedTuple):
@@ -37,15 +37,50 @@ class Optimizer(NamedTuple):
     name: str
     tx: optax.GradientTransformationExtraArgs
     identity: dict[str, Any]  # JSON that two different optimizers never share
-    learned: bool
 
 
-class Tuned(NamedTuple):
+class Choice(NamedTuple):
+    """A baseline at the best point of its grid."""
+
     optimizer: Optimizer
-    rate: float
-    beta: float | None
-    inside: bool  # neither end of the grid of rates
-    sweep: Sweep  # at the best beta
+    tuned: Tuned
+
+    @property
+    def rate(self) -> float:
+        return self.tuned.best["learning_rate"]
+
+    @property
+    def beta(self) -> float | None:
+        return self.tuned.best.get("momentum")
+
+
+def baseline(
+    name: str, steps: int
+) -> tuple[Callable[..., optax.GradientTransformation], Grid]:
+    """Return ``(learning_rate[, momentum]) -> optimizer``, and the grid to tune it on.
+
+    Rates are four to a decade. ``adam-cosine`` has its rate decay to 0 over ``steps``.
+    """
+
+    def cosine(learning_rate):
+        return optax.adam(optax.cosine_decay_schedule(learning_rate, steps))
+
+    nesterov = functools.partial(optax.sgd, nesterov=True)
+    factory, first_exponent = {
+        "sgd": (optax.sgd, -2.75),
+        "momentum": (optax.sgd, -3.25),
+        "nesterov": (nesterov, -3.25),
+        "rmsprop": (optax.rmsprop, -3.5),
+        "adam": (optax.adam, -3.0),
+        "adamw": (optax.adamw, -3.0),
+        "adagrad": (optax.adagrad, -2.5),
+        "adadelta": (optax.adadelta, -1.0),
+        "adam-cosine": (cosine, -3.0),
+    }[name]
+    grid = {"learning_rate": 10 ** (first_exponent + np.arange(_GRID_POINTS) / 4)}
+    if name in ("momentum", "nesterov"):
+        grid["momentum"] = np.array(_BETAS)
+    return factory, grid
 
 
 class Bench:
@@ -53,15 +88,20 @@ class Bench:
 
     def __init__(self, problem: Problem, test: Test, folder: Path):
         self.problem, self.test, self.folder = problem, test, folder
-        what = asdict(problem)
-        for name in ("data_dir", "scaling", "scaling_per", "train_image_size"):
-            del what[name]
+        same_test = ("data_dir", "scaling", "scaling_per", "train_image_size")
+        what = {k: v for k, v in to_json(problem).items() if k not in same_test}
         self.identity = what | {"eval_batch": test.eval_batch}
 
     @functools.cached_property
     def source(self) -> Source:
         """Loaded when something must be measured."""
         return load_source(self.problem)
+
+    @property
+    def _options(self) -> dict[str, Any]:
+        # small problems all at the same time; networks one by one, which fit the cache
+        mapping = "vmap" if self.problem.name in NEED_NO_DATA else None
+        return {"eval_batch": self.test.eval_batch, "task_mapping": mapping}
 
     def losses(
         self, optimizer: Optimizer, *, steps: int, instances: int, every: int = 1
@@ -85,91 +125,59 @@ class Bench:
                 num_steps=steps,
                 seed=self.test.test_seed,
                 record_every=every,
-                eval_batch=self.test.eval_batch,
-                task_mapping=self.mapping,
+                **self._options,
             )
             return {"values": np.asarray(values, np.float32)}
 
         values = self._kept("curve", key, measure)["values"]
         return Losses(np.arange(values.shape[1]) * every, values)
 
-    def tune(self, name: str, *, steps: int) -> Tuned:
+    @property
+    def tune_for(self) -> Literal["mean", "mean-log"]:
+        by_log = self.problem.name == "quadratics"
+        return self.test.tune_for or ("mean-log" if by_log else "mean")
+
+    def tune(self, name: str, *, steps: int) -> Choice:
         """Choose rate (and momentum) by the last loss on other problems."""
-        settings = baseline(name, steps)
-        test = self.test
+        factory, grid = baseline(name, steps)
+        seed = _TUNING_SEED + self.test.test_seed
         key = self.identity | {
             "baseline": name,
             "steps": steps,
-            "instances": test.tune_instances,
-            "seed": _TUNING_SEED + test.test_seed,
+            "instances": self.test.tune_instances,
+            "seed": seed,
             "for": self.tune_for,
-            "grid": [settings.grid().tolist(), settings.betas],
+            "grid": {axis: values.tolist() for axis, values in grid.items()},
         }
-        found = self._kept("tuning", key, lambda: self._sweep(name, steps))
-        rates, scores = found["rates"], found["scores"]  # [R], [R, betas]
-        best, column = np.unravel_index(np.argmin(scores), scores.shape)
-        rate, options = float(rates[best]), {}
-        beta = settings.betas[column] if settings.betas else None
-        if beta is not None:
-            options["momentum"] = beta
-        tx = optax.with_extra_args_support(settings.factory(rate, **options))
-        identity = {"baseline": name, "rate": rate, "beta": beta}
+
+        def score(grid: Grid) -> np.ndarray:
+            tried = curves.sweep(
+                self.source.test,
+                rules.tunable(factory, **dict.fromkeys(grid, 0.1)),
+                {axis: values.tolist() for axis, values in grid.items()},
+                self.source.data,
+                num_instances=self.test.tune_instances,
+                num_steps=steps,
+                seed=seed,
+                score="mean_log" if self.tune_for == "mean-log" else "mean",
+                record_every=steps,
+                **self._options,
+            )
+            return tried.scores.reshape([len(values) for values in grid.values()])
+
+        def search() -> dict[str, np.ndarray]:
+            print(f"  tuning {name}", file=sys.stderr, flush=True)
+            tuned = tune(score, grid, grow="learning_rate", points=4)
+            return tuned.grid | {"scores": tuned.scores}
+
+        found = self._kept("tuning", key, search)
+        scores = found.pop("scores")
+        tuned = tune(lambda grid: scores, found)
+        identity: dict[str, Any] = {"baseline": name, **tuned.best}
         if name == "adam-cosine":
             identity["decay_steps"] = steps
-        return Tuned(
-            Optimizer(name, tx, identity, False),
-            rate,
-            beta,
-            inside=bool(0 < best < len(rates) - 1),
-            sweep=Sweep(rates, scores[:, column]),
-        )
-
-    @property
-    def tune_for(self) -> Literal["mean", "mean-log"]:
-        by_log = self.problem.problem == "quadratics"
-        return self.test.tune_for or ("mean-log" if by_log else "mean")
-
-    def _sweep(self, name: str, steps: int) -> dict[str, np.ndarray]:
-        """Rates [R] ascending, and scores [R, betas]."""
-        print(f"  tuning {name}", file=sys.stderr, flush=True)
-        rates = baseline(name, steps).grid()
-        scores = self._scores(name, rates, steps)
-        for _ in range(_WIDENINGS):
-            best = int(np.argmin(scores.min(1)))
-            if 0 < best < len(rates) - 1:
-                break
-            more = 10 ** (np.arange(1, 5) / 4)
-            more = rates[0] / more[::-1] if best == 0 else rates[-1] * more
-            at = 0 if best == 0 else len(rates)
-            rates = np.insert(rates, at, more)
-            scores = np.insert(scores, at, self._scores(name, more, steps), axis=0)
-        return {"rates": rates, "scores": scores}
-
-    def _scores(self, name: str, rates: np.ndarray, steps: int) -> np.ndarray:
-        settings = baseline(name, steps)
-        grid: dict[str, Sequence[float]] = {"learning_rate": rates.tolist()}
-        if settings.betas:
-            grid["momentum"] = settings.betas
-        tunable = rules.tunable(settings.factory, **dict.fromkeys(grid, 0.1))
-        tried = curves.sweep(
-            self.source.test,
-            tunable,
-            grid,
-            self.source.data,
-            num_instances=self.test.tune_instances,
-            num_steps=steps,
-            seed=_TUNING_SEED + self.test.test_seed,
-            score="mean_log" if self.tune_for == "mean-log" else "mean",
-            record_every=steps,
-            eval_batch=self.test.eval_batch,
-            task_mapping=self.mapping,
-        )
-        return tried.scores.reshape(len(rates), -1)
-
-    @property
-    def mapping(self) -> TaskMapping | None:
-        """Small problems all at once; networks one by one, where they stay in cache."""
-        return "vmap" if self.problem.problem in NEED_NO_DATA else None
+        tx = optax.with_extra_args_support(factory(**tuned.best))
+        return Choice(Optimizer(name, tx, identity), tuned)
 
     def _kept(
         self, kind: str, key: dict[str, Any], make: Callable[[], dict[str, np.ndarray]]
@@ -190,7 +198,7 @@ def load_optimizers(paths: dict[str, Path]) -> list[Optimizer]:
     for name, path in paths.items():
         saved = rules.load_rule(path)
         digest = hashlib.sha256(path.read_bytes()).hexdigest()
-        found.append(Optimizer(name, saved.transform(), {"rule": digest}, True))
+        found.append(Optimizer(name, saved.transform(), {"rule": digest}))
     return found
 
 
@@ -201,14 +209,14 @@ def compete(
     *,
     steps: int,
     instances: int,
-    every: int = 1,
+    every: int,
     tune_steps: int | None = None,
-) -> tuple[dict[str, Losses], dict[str, Tuned]]:
+) -> tuple[dict[str, Losses], dict[str, Choice]]:
     """Measure rules and tuned baselines on the same problems."""
-    tuned = {name: bench.tune(name, steps=tune_steps or steps) for name in names}
-    optimizers = [*learned, *(t.optimizer for t in tuned.values())]
+    chosen = {name: bench.tune(name, steps=tune_steps or steps) for name in names}
+    optimizers = [*learned, *(choice.optimizer for choice in chosen.values())]
     measured = {
         o.name: bench.losses(o, steps=steps, instances=instances, every=every)
         for o in optimizers
     }
-    return measured, tuned
+    return measured, chosen

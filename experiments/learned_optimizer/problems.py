@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import dataclasses
 from typing import Any, NamedTuple
 
+from experiments.common.cli import replace
+from experiments.common.saved_options import to_json
 from experiments.learned_optimizer.options import Problem
 from metalstm.data.sources.labelled import load_image_data
 from metalstm.learned_optimizers import problems
@@ -29,56 +30,29 @@ def load_source(problem: Problem) -> Source:
     """
     data, about = _load_data(problem)
     family = build_family(problem, data)
-    training = family
+    training, smaller = family, data
     if problem.scaling is not None:
         low, high = problem.scaling
-        training = problems.with_random_scaling(
-            family, low, high, per=problem.scaling_per
-        )
-    smaller = data
-    if problem.train_image_size is not None and problem.problem not in NEED_NO_DATA:
+        per = problem.scaling_per
+        training = problems.with_random_scaling(family, low, high, per=per)
+    if problem.train_image_size is not None and problem.name not in NEED_NO_DATA:
         size = problem.train_image_size
-        smaller = load_image_data(
-            problem.dataset, problem.data_dir, image_size=size
-        ).train
+        where = problem.dataset, problem.data_dir
+        smaller = load_image_data(*where, image_size=size).train
     return Source(training, family, smaller, data, about)
 
 
 def build_family(problem: Problem, data: Any) -> ProblemFamily:
-    """The problems of the test; meta-training may scale them at random.
-
-    Raises:
-      ValueError: ``--init-std`` for a family that takes none.
-    """
-    name = problem.problem
-    given: dict[str, Any] = {}
-    if problem.init_std is not None:
-        if name in ("plateau", "conv"):
-            raise ValueError(
-                f"--init-std {problem.init_std}: {name} has a start of its own; drop it"
-            )
-        given["init_std"] = problem.init_std
-    if name == "quadratics":
-        return problems.quadratics(
-            problem.dim, distribution=problem.distribution, **given
-        )
-    if name == "logistic":
-        return problems.logistic_regression(problem.dim, **given)
-    if name == "plateau":
-        return problems.plateau(problem.dim)
-    given["batch_size"] = problem.batch_size
-    if name == "sinusoids":
-        return problems.sinusoids(hidden=problem.widths, **given)
-    classes = int(data.y.max()) + 1
-    if name == "conv":
-        return problems.conv_classifier(num_classes=classes, **given)
-    return problems.mlp_classifier(
-        problem.widths, num_classes=classes, activation=problem.activation, **given
-    )
+    """The problems of the test; meta-training may scale them at random."""
+    options = to_json(problem.family)
+    make = getattr(problems, options.pop("family"))
+    if problem.name not in NEED_NO_DATA:
+        options["num_classes"] = int(data.y.max()) + 1
+    return make(**options)
 
 
 def _load_data(problem: Problem) -> tuple[Any, dict[str, Any]]:
-    name = problem.problem
+    name = problem.name
     if name in NEED_NO_DATA:
         return (), {"name": name}
     images = load_image_data(problem.dataset, problem.data_dir)
@@ -94,42 +68,47 @@ def _load_data(problem: Problem) -> tuple[Any, dict[str, Any]]:
 
 def describe(problem: Problem) -> str:
     """One line: what is optimized and from where it starts."""
-    name = problem.problem
-    start = "" if problem.init_std is None else f", theta_0 std {problem.init_std:g}"
+    name, family = problem.name, problem.family
+    std = getattr(family, "init_std", None)
+    start = "" if std is None else f", theta_0 std {std:g}"
     if name in ("quadratics", "logistic", "plateau"):
-        entries = f", {problem.distribution} entries" if name == "quadratics" else ""
-        return f"{name}, {problem.dim} parameters{entries}{start}"
-    about = f"{name}, batches of {problem.batch_size}{start}"
-    if name == "sinusoids":
-        return about
+        entries = getattr(family, "distribution", None)
+        entries = f", {entries} entries" if entries else ""
+        return f"{name}, {family.dim} parameters{entries}{start}"
+    shape = ""
     if name == "mlp":
-        units = "-".join(map(str, problem.widths)) or "no hidden"
-        about = f"mlp, {units} {problem.activation}, batches of {problem.batch_size}"
-        about += start
-    return f"{problem.dataset}: {about}"
+        units = "-".join(map(str, family.hidden)) or "no hidden"
+        shape = f", {units} {family.activation}"
+    about = f"{name}{shape}, batches of {family.batch_size}{start}"
+    return about if name == "sinusoids" else f"{problem.dataset}: {about}"
 
 
 def variants(problem: Problem) -> dict[str, Problem]:
     """Other problems to apply a rule to, by what has changed."""
-    change = lambda **options: dataclasses.replace(problem, **options)  # noqa: E731
-    if problem.problem == "quadratics":
-        return {
-            f"{2 * problem.dim} parameters": change(dim=2 * problem.dim),
-            "uniform entries": change(distribution="uniform"),
-            "theta_0 std 0.01": change(init_std=0.01),
+    family = problem.family
+    if problem.name == "quadratics":
+        changes = {
+            f"{2 * family.dim} parameters": {"dim": 2 * family.dim},
+            "uniform entries": {"distribution": "uniform"},
+            "theta_0 std 0.01": {"init_std": 0.01},
         }
-    if problem.problem != "mlp":
+    elif problem.name == "mlp":
+        units = family.hidden[0] if family.hidden else 20
+        changes = {
+            f"{2 * units} units": {"hidden": (2 * units,)},
+            "2 layers": {"hidden": (units,) * 2},
+            "ReLU": {"activation": "relu"},
+            "tanh": {"activation": "tanh"},
+            "theta_0 std 0.1": {"init_std": 0.1},
+            "no hidden layer": {"hidden": ()},
+        }
+    else:
         return {}
     found = {
-        f"{2 * problem.widths[0]} units": change(widths=(2 * problem.widths[0],)),
-        "2 layers": change(widths=(problem.widths[0],) * 2),
-        "ReLU": change(activation="relu"),
-        "tanh": change(activation="tanh"),
-        "theta_0 std 0.1": change(init_std=0.1),
-        "no hidden layer": change(widths=()),
+        name: replace(problem, family=replace(family, **change))
+        for name, change in changes.items()
     }
-    if problem.dataset != "glyphs":
-        found["letters"] = change(
-            dataset="glyphs", data_dir=None, train_image_size=None
-        )
-    return {k: v for k, v in found.items() if v != problem}
+    if problem.name == "mlp" and problem.dataset != "glyphs":
+        data = {"dataset": "glyphs", "data_dir": None, "train_image_size": None}
+        found["letters"] = replace(problem, **data)
+    return {name: one for name, one in found.items() if one != problem}

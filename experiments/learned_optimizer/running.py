@@ -17,16 +17,11 @@ from experiments.common.run_folder import (
     refuse_other_data,
     write_json,
 )
-from experiments.few_shot.options import read_config, to_json
+from experiments.common.saved_options import read_config, to_json
+from experiments.learned_optimizer.command_line import rule_names, trained_rules
 from experiments.learned_optimizer.measuring import Optimizer, load_optimizers
-from experiments.learned_optimizer.options import (
-    Config,
-    may_change,
-    rule_names,
-    trained_rules,
-)
+from experiments.learned_optimizer.options import Config, rule_spec
 from experiments.learned_optimizer.problems import describe, load_source
-from experiments.learned_optimizer.specs import rule_spec
 from experiments.learned_optimizer.training import Trained, meta_train
 from metalstm import plots, rules
 from metalstm.runtime import processes
@@ -40,14 +35,14 @@ def choose_folder(config: Config) -> Path:
         return config.run.resume
     if config.run.workdir is not None:
         return config.run.workdir
-    name = config.run.preset or config.problem.problem
+    name = config.run.preset or config.problem.name
     return free_folder(ROOT / f"{name}-{config.run.seed}")
 
 
 def run(config: Config, folder: Path) -> None:
-    """Meta-train, or go on; then every study; then results.json."""
+    """Meta-train, or resume; then every study; then results.json."""
     source = load_source(config.problem)
-    mesh = devices.mesh_for(config.devices, config.budget.tasks, "--tasks")
+    mesh = devices.mesh_for(config.devices, config.training.num_tasks, "--num-tasks")
     print(_header(config, devices.describe(mesh)), flush=True)
     specs = {
         name: rule_spec(name, config)
@@ -83,8 +78,7 @@ def run(config: Config, folder: Path) -> None:
     }
     write_json(folder / "results.json", results)
     print(
-        f"{', '.join(files)} in {folder}\n"
-        f"to resume: python -m experiments.learned_optimizer --resume {folder}\n"
+        f"{report.ending(folder, files, 'experiments.learned_optimizer')}\n"
         "studies again, or others: python -m experiments.learned_optimizer --evaluate "
         f"{folder} --study ...",
         flush=True,
@@ -125,8 +119,8 @@ def saved_rules(config: Config, folder: Path) -> list[Optimizer]:
     for name, path in paths.items():
         if not path.exists():
             raise FileNotFoundError(
-                f"{folder} has no trained {name} yet ({path}): go on with --resume "
-                f"{folder}, or leave it out with --rules"
+                f"{folder} has no trained {name} yet ({path}): resume with --resume "
+                f"{folder}, or omit it with --rules"
             )
     return load_optimizers(paths)
 
@@ -145,7 +139,8 @@ def _export(
         "learned_parameters": learned,
         "seed": config.run.seed,
     }
-    info = about | {"budget": to_json(config)["budget"]}
+    said = to_json(config)
+    info = about | {name: said[name] for name in ("training", "budget")}
     path = folder / "rules" / f"{name}.npz"
     path.parent.mkdir(exist_ok=True)
     rules.save_rule(path, spec, trained.params, info=info)
@@ -164,18 +159,19 @@ def _export(
 def _header(config: Config, computing: str) -> str:
     have, device = report.versions(), jax.devices()[0]
     kind = device.platform if device.platform == "cpu" else device.device_kind
-    budget = config.budget
+    budget, training = config.budget, config.training
     how_long = f"{budget.meta_steps:,} meta-steps"
     if budget.minutes is not None:
         how_long = f"{budget.minutes:g} minutes"
-    how = f"truncated at {budget.unroll}" if budget.unroll < budget.horizon else "whole"
-    if budget.estimator == "pes":
-        how = f"in pieces of {budget.unroll}, by pes"
+    unroll = training.unroll_steps
+    how = f"truncated at {unroll}" if unroll < training.horizon else "complete"
+    if training.estimator == "pes":
+        how = f"in pieces of {unroll}, by pes"
     return (
         f"metalstm {have['metalstm']}  jax {have['jax']}  {kind}, {computing}, "
         f"{os.cpu_count()} cores  seed {config.run.seed}\n{describe(config.problem)}\n"
-        f"meta-training: {how_long} of {budget.tasks} problems, {budget.horizon} "
-        f"updates, {how}"
+        f"meta-training: {how_long} of {training.num_tasks} problems, "
+        f"{training.horizon} updates, {how}"
     )
 
 
@@ -196,8 +192,3 @@ def _learning_curves(metrics: Metrics, names: list[str]) -> Any:
         {name: curve(name, "train", "loss") for name in names},
         {name: curve(name, "validation", "log_loss") for name in names},
     )
-
-
-__all__ = [
-    "choose_folder", "evaluate", "make_all", "may_change", "run", "saved_rules",
-]  # fmt: skip

@@ -2,31 +2,41 @@
 
 from __future__ import annotations
 
-import dataclasses
 import shlex
-from collections.abc import Callable, Mapping, Sequence
+import time
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
+import optax
 
+from experiments.common.cli import replace
 from experiments.common.report import save_figure
 from experiments.common.run_folder import write_json
-from experiments.few_shot.options import from_json, groups, read_config
-from experiments.learned_optimizer import cost, plateau, tables
-from experiments.learned_optimizer.measuring import Bench, Optimizer, Tuned, compete
+from experiments.common.saved_options import from_json, read_config, to_json
+from experiments.common.tables import Table
+from experiments.learned_optimizer import tables
+from experiments.learned_optimizer.measuring import Bench, Choice, Optimizer, compete
 from experiments.learned_optimizer.options import Config, Problem
 from experiments.learned_optimizer.problems import describe, variants
 from metalstm import plots
+from metalstm.inner import first_order, unroll
 from metalstm.plots import Losses
+from metalstm.rules import find_gates
 from metalstm.runtime.files import atomic_write
 
 Rows = list[dict[str, Any]]
+Measured = tuple[dict[str, Losses], dict[str, Choice]]
+
+COST_REPEATS = 101
+_COST_SHAPES = {"w1": (784, 20), "b1": (20,), "w2": (20, 10), "b2": (10,)}
+_GATE_PROBLEMS = 16  # of the plateau study
 
 
-@dataclasses.dataclass(frozen=True)
-class Context:
+class Context(NamedTuple):
     """What every study gets."""
 
     config: Config
@@ -34,29 +44,81 @@ class Context:
     folder: Path
 
     @property
-    def curves(self) -> Path:
-        return self.config.test.curves or self.folder / "curves"
-
-    @property
     def reference(self) -> str:
         return self.rules[0].name
 
-    def bench(self, problem: Problem | None = None) -> Bench:
-        problem = self.config.problem if problem is None else problem
-        return Bench(problem, self.config.test, self.curves)
-
     @property
-    def few(self) -> list[str]:
-        """Baselines of the studies that tune them again on every problem."""
-        return list(self.config.test.few_baselines)
-
     def learned(self) -> list[str]:
         return [rule.name for rule in self.rules]
+
+    @property
+    def geometric(self) -> bool:
+        """Whether losses differ by orders of magnitude between problems."""
+        return self.config.problem.name == "quadratics"
+
+    def bench(self, problem: Problem | None = None) -> Bench:
+        test = self.config.test
+        folder = test.curves or self.folder / "curves"
+        return Bench(problem or self.config.problem, test, folder)
+
+    def compete(
+        self,
+        problem: Problem | None = None,
+        names: Sequence[str] | None = None,
+        **options: Any,
+    ) -> Measured:
+        """The rules and ``names`` (default the few baselines) on one problem."""
+        test = self.config.test
+        names = test.few_baselines if names is None else names
+        given = {"steps": test.steps, "instances": test.instances}
+        given |= {"every": test.record_every} | options
+        return compete(self.bench(problem), self.rules, names, **given)
+
+    def protocol(self) -> str:
+        test = self.config.test
+        return (
+            f"The same {test.instances} unseen problems for every optimizer, "
+            f"{test.steps} updates; rates tuned on {test.tune_instances} others, by "
+            f"the {self.bench().tune_for} of the last loss."
+        )
+
+    def write(self, study: str, *found: Table) -> str:
+        """STUDY.md: the tables, and the command that makes them again."""
+        text = "\n".join(table.markdown().strip() + "\n" for table in found)
+        with atomic_write(self.folder / f"{study}.md") as part:
+            part.write_text(f"{text}\n    {command(self, study)}\n")
+        return f"{study}.md"
+
+
+class _Panels:
+    """Rows and curves of several problems under their titles."""
+
+    def __init__(self, context: Context):
+        self.context = context
+        self.rows: Rows = []
+        self.curves: dict[str, dict[str, Losses]] = {}
+
+    def add(self, title: str, found: Measured, of: Context | None = None, **at) -> None:
+        reference = (of or self.context).reference
+        rows = tables.rows_of(*found, reference=reference, **at)
+        self.rows += [{"problem": title, **row} for row in rows]
+        self.curves[title] = found[0]
+
+    def write(self, study: str, caption: str, **style: Any) -> tuple[Rows, list[str]]:
+        context = self.context
+        grid = tables.grid(
+            self.rows, row="problem", column="optimizer", caption=caption
+        )
+        print(grid, flush=True)
+        full = tables.table(self.rows, reference=context.reference, first="problem")
+        figure = plots.loss_panels(self.curves, **style)
+        picture = save_figure(figure, context.folder / f"{study}.png")
+        return self.rows, [context.write(study, grid, full), picture]
 
 
 def make_studies(context: Context) -> dict[str, Rows]:
     """Make what ``--study`` names; returns the rows of each."""
-    makers: dict[str, Callable[[Context], tuple[Rows, list[str]]]] = {
+    makers = {
         "comparison": _comparison,
         "generalisation": _generalisation,
         "panels": _panels,
@@ -73,264 +135,277 @@ def make_studies(context: Context) -> dict[str, Rows]:
 
 
 def _comparison(context: Context) -> tuple[Rows, list[str]]:
-    config, bench = context.config, context.bench()
-    test, quadratic = config.test, config.problem.problem == "quadratics"
-    measured, tuned = compete(
-        bench,
-        context.rules,
-        test.baselines,
-        steps=test.steps,
-        instances=test.instances,
-        every=test.record_every,
-    )
-    rows = tables.rows_of(measured, tuned, reference=context.reference)
-    caption = _caption(context, bench)
-    print(tables.text(rows, caption=caption, reference=context.reference), flush=True)
-    files = [
-        _write(context, "comparison", caption, tables.markdown(
-            rows, reference=context.reference
-        ))
-    ]  # fmt: skip
+    title = describe(context.config.problem)
+    measured, chosen = context.compete(names=context.config.test.baselines)
+    rows = tables.rows_of(measured, chosen, reference=context.reference)
+    said = {
+        "caption": f"{title}. {context.protocol()}",
+        "reference": context.reference,
+    }
+    print(tables.short_table(rows, **said), flush=True)
+    files = [context.write("comparison", tables.table(rows, **said))]
     figure = plots.loss_panels(
-        {describe(config.problem): measured},
-        geometric=[describe(config.problem)] if quadratic else [],
-        learned=context.learned(),
+        {title: measured},
+        geometric=[title] if context.geometric else [],
+        learned=context.learned,
     )
     files.append(save_figure(figure, context.folder / "comparison.png"))
-    if tuned:
+    if chosen:
+        tune_for = context.bench().tune_for
         figure = plots.rate_sweeps(
-            {_with_beta(t): t.sweep for t in tuned.values()},
-            ylabel=f"{bench.tune_for} of the last loss",
-            log=bench.tune_for == "mean",
+            dict(_rate_sweep(choice) for choice in chosen.values()),
+            ylabel=f"{tune_for} of the last loss",
+            log=tune_for == "mean",
         )
         files.append(save_figure(figure, context.folder / "sweeps.png"))
     return rows, files
 
 
+def _rate_sweep(choice: Choice) -> tuple[str, plots.Sweep]:
+    name, tuned = choice.optimizer.name, choice.tuned
+    scores = tuned.scores
+    if choice.beta is not None:
+        name += f" (beta {choice.beta:g})"
+        scores = scores[:, list(tuned.grid["momentum"]).index(choice.beta)]
+    return name, plots.Sweep(tuned.grid["learning_rate"], scores)
+
+
 def _generalisation(context: Context) -> tuple[Rows, list[str]]:
     """Other widths, depths, activations, starts, data, and a longer horizon."""
-    test = context.config.test
-    rows: Rows = []
-    panels: dict[str, dict[str, Losses]] = {}
-
-    def add(title: str, measured, tuned, at: int | None = None) -> None:
-        found = tables.rows_of(measured, tuned, at=at, reference=context.reference)
-        rows.extend({"problem": title, **row} for row in found)
-        panels[title] = measured
-
-    def run(problem: Problem) -> tuple[dict[str, Losses], dict[str, Tuned]]:
-        return compete(
-            context.bench(problem),
-            context.rules,
-            context.few,
-            steps=test.steps,
-            instances=test.instances,
-            every=test.record_every,
-        )
-
-    add("as in meta-training", *run(context.config.problem))
-    for title, problem in variants(context.config.problem).items():
+    config, test = context.config, context.config.test
+    panels = _Panels(context)
+    panels.add("as in meta-training", context.compete())
+    for title, problem in variants(config.problem).items():
         print(title, flush=True)
-        add(title, *run(problem))
+        panels.add(title, context.compete(problem))
+    caption = (
+        f"Rules trained on: {describe(config.problem)}. {context.protocol()} Baselines "
+        "are tuned again on every problem."
+    )
     if test.long_steps > test.steps:
-        print(f"{test.long_steps:,} updates", flush=True)
-        measured, tuned = compete(
-            context.bench(),
-            context.rules,
-            [*context.few, "adam-cosine"],
+        title = f"{test.long_steps:,} updates"
+        print(title, flush=True)
+        found = context.compete(
+            names=[*test.few_baselines, "adam-cosine"],
             steps=test.long_steps,
             instances=test.long_instances,
             every=_divisor(test.steps, test.long_steps),
         )
-        title = f"{test.long_steps:,} updates"
-        add(f"{title}, after {test.steps:,}", measured, tuned, at=test.steps)
-        del panels[f"{title}, after {test.steps:,}"]
-        add(title, measured, tuned)
-    caption = (
-        f"Rules trained on: {describe(context.config.problem)}. "
-        + _protocol(context, context.bench())
-        + " Baselines are tuned again on every problem."
+        early = f"{title}, after {test.steps:,}"
+        panels.add(early, found, at=test.steps)
+        del panels.curves[early]
+        panels.add(title, found)
+        caption += f" {title}: {test.long_instances} problems."
+    geometric = list(panels.curves) if context.geometric else []
+    return panels.write(
+        "generalisation", caption, geometric=geometric, learned=context.learned
     )
-    if test.long_steps > test.steps:
-        caption += f" {test.long_steps:,} updates: {test.long_instances} problems."
-    table = tables.markdown(rows, reference=context.reference, first="problem")
-    grid = tables.grid(rows, row="problem", column="optimizer")
-    print(caption, grid, sep="\n", flush=True)
-    files = [_write(context, "generalisation", caption, f"{grid}\n\n{table}")]
-    quadratic = context.config.problem.problem == "quadratics"
-    figure = plots.loss_panels(
-        panels,
-        geometric=list(panels) if quadratic else [],
-        learned=context.learned(),
-    )
-    files.append(save_figure(figure, context.folder / "generalisation.png"))
-    return rows, files
 
 
 def _panels(context: Context) -> tuple[Rows, list[str]]:
     """Quadratics; 100 updates; the next 100; 40 units; two layers; ReLU."""
     config, test = context.config, context.config.test
-    rows: Rows = []
-    panels: dict[str, dict[str, Losses]] = {}
-
-    def add(title: str, measured, tuned, of: Context = context) -> None:
-        found = tables.rows_of(measured, tuned, reference=of.reference)
-        rows.extend({"problem": title, **row} for row in found)
-        panels[title] = measured
-
-    if config.run.beside is not None:
-        other = _beside(config.run.beside, context)
-        of = other.config.test
-        found = compete(
-            other.bench(), other.rules, context.few, steps=of.steps,
-            instances=of.instances, every=of.record_every,
-        )  # fmt: skip
-        add("quadratics", *found, of=other)
-    steps, every = test.steps, test.record_every
-
-    def run(problem: Problem, updates: int) -> Any:
-        return compete(
-            context.bench(problem), context.rules, context.few, steps=updates,
-            instances=test.instances, every=every, tune_steps=steps,
-        )  # fmt: skip
-
-    where, activation = config.problem.dataset, config.problem.activation
-    base = f"{where}, {config.problem.widths[0]} {activation} units"
-    twice, tuned = run(config.problem, 2 * steps)
-    first = {k: Losses(v.steps[: steps // every + 1], v.values[:, : steps // every + 1])
-             for k, v in twice.items()}  # fmt: skip
-    add(base, first, tuned)
+    panels, learned = _Panels(context), set(context.learned)
+    if config.run.quadratics_run is not None:
+        other = _other_run(config.run.quadratics_run, context)
+        names = test.few_baselines
+        panels.add("quadratics", other.compete(names=names), of=other)
+        learned |= set(other.learned)
+    steps, cut = test.steps, test.steps // test.record_every
+    twice, chosen = context.compete(steps=2 * steps, tune_steps=steps)
+    family = config.problem.family
+    base = f"{config.problem.dataset}, {family.hidden[0]} {family.activation} units"
+    panels.add(base, (_cut(twice, slice(cut + 1)), chosen))
     title = f"{base}, updates {steps} to {2 * steps}"
-    add(title, twice, tuned)
-    panels[title] = {
-        k: Losses(v.steps[steps // every :], v.values[:, steps // every :])
-        for k, v in twice.items()
-    }
+    panels.add(title, (twice, chosen))
+    panels.curves[title] = _cut(twice, slice(cut, None))
     named = variants(config.problem)
-    for name in (f"{2 * config.problem.widths[0]} units", "2 layers", "ReLU"):
+    for name in (f"{2 * family.hidden[0]} units", "2 layers", "ReLU"):
         if name in named:
             print(name, flush=True)
-            add(name, *run(named[name], steps))
+            panels.add(name, context.compete(named[name], tune_steps=steps))
     caption = (
         "As figures 4 and 5 of Andrychowicz et al. (2016). Rules trained on: "
-        f"{describe(config.problem)}. {_protocol(context, context.bench())} Baselines "
-        f"are tuned on every problem for {steps} updates."
+        f"{describe(config.problem)}. {context.protocol()} Baselines are tuned on "
+        f"every problem for {steps} updates."
     )
-    table = tables.markdown(rows, reference=context.reference, first="problem")
-    grid = tables.grid(rows, row="problem", column="optimizer")
-    print(caption, grid, sep="\n", flush=True)
-    files = [_write(context, "panels", caption, f"{grid}\n\n{table}")]
-    names = {rule.name for rule in context.rules}
-    if config.run.beside is not None:
-        names |= {rule.name for rule in other.rules}
-    figure = plots.loss_panels(panels, geometric=["quadratics"], learned=sorted(names))
-    files.append(save_figure(figure, context.folder / "panels.png"))
-    return rows, files
+    return panels.write(
+        "panels", caption, geometric=["quadratics"], learned=sorted(learned)
+    )
 
 
-def _beside(folder: Path, context: Context) -> Context:
+def _cut(measured: Mapping[str, Losses], part: slice) -> dict[str, Losses]:
+    return {
+        name: Losses(found.steps[part], found.values[:, part])
+        for name, found in measured.items()
+    }
+
+
+def _other_run(folder: Path, context: Context) -> Context:
     """The run on quadratics, evaluated under its own settings."""
-    config = from_json(read_config(folder)["config"], Config())
     from experiments.learned_optimizer.running import saved_rules
 
-    test = dataclasses.replace(config.test, curves=context.config.test.curves)
-    config = dataclasses.replace(config, test=test)
+    config = from_json(Config, read_config(folder)["config"])
+    test = replace(config.test, curves=context.config.test.curves)
+    config = replace(config, test=test)
     return Context(config, saved_rules(config, folder), folder)
 
 
 def _plateau(context: Context) -> tuple[Rows, list[str]]:
-    config, test = context.config, context.config.test
-    bench = context.bench()
-    measured, tuned = compete(
-        bench, context.rules, context.few, steps=test.steps,
-        instances=test.instances, every=test.record_every,
-    )  # fmt: skip
-    escaped = {
-        name: (losses.steps, plateau.share_escaped(losses, test.escape_below))
-        for name, losses in measured.items()
-    }
-    rows = tables.rows_of(measured, tuned, reference=context.reference)
+    """Who leaves a plateau, and what the forget gates do there."""
+    test = context.config.test
+    measured, chosen = context.compete()
+    rows = tables.rows_of(measured, chosen, reference=context.reference)
+    escaped, forget = {}, {}
     for row in rows:
-        steps, share = escaped[row["optimizer"]]
-        row["escaped"] = float(share[-1])
+        found = measured[row["optimizer"]]
+        left = found.values < test.escape_below * found.values[:, :1]
+        share = left.mean(0)
+        escaped[row["optimizer"]] = found.steps, share
         half = np.flatnonzero(share >= 0.5)
-        row["updates_to_half"] = int(steps[half[0]]) if len(half) else None
-    forget = {
-        rule.name: gates
-        for rule in context.rules
-        if (gates := plateau.forget_gates(bench, rule, test.steps)) is not None
-    }
-    for row in rows:
-        if row["optimizer"] in forget:
-            row["mean_forget"] = float(forget[row["optimizer"]].mean())
+        row["escaped"] = float(share[-1])
+        row["updates_to_half"] = int(found.steps[half[0]]) if len(half) else None
+    for row, rule in zip(rows, context.rules, strict=False):
+        gates = forget_gates(context.bench(), rule, test.steps)
+        if gates is not None:
+            forget[rule.name] = gates
+            row["mean_forget"] = float(gates.mean())
     caption = (
-        f"{describe(config.problem)}. {_protocol(context, bench)} Escaped: a loss "
+        f"{describe(context.config.problem)}. {context.protocol()} Escaped: a loss "
         f"below {test.escape_below:g} of the first."
     )
-    table = plateau.markdown(rows)
-    print(caption, table, sep="\n", flush=True)
-    table += "\n\n" + tables.markdown(rows, reference=context.reference)
-    files = [_write(context, "plateau", caption, table)]
-    figure = plots.escape_curves(escaped, forget, learned=context.learned())
-    files.append(save_figure(figure, context.folder / "plateau.png"))
-    return rows, files
+    shown = Table(
+        caption,
+        ["optimizer", "escaped", "updates until half have", "mean f"],
+        [
+            [
+                row["optimizer"],
+                f"{row['escaped']:.0%}",
+                _or(row["updates_to_half"], ",", "never"),
+                _or(row.get("mean_forget"), ".4f", ""),
+            ]
+            for row in rows
+        ],
+    )
+    print(shown, flush=True)
+    full = tables.table(rows, reference=context.reference)
+    figure = plots.escape_curves(escaped, forget, learned=context.learned)
+    picture = save_figure(figure, context.folder / "plateau.png")
+    return rows, [context.write("plateau", shown, full), picture]
+
+
+def forget_gates(bench: Bench, rule: Optimizer, steps: int) -> np.ndarray | None:
+    """f over the updates of a few problems, [problems, steps, N]; None without gates.
+
+    The problems must be without minibatches.
+    """
+    family, data = bench.source.test, bench.source.data
+
+    def one(key: jax.Array) -> Any:
+        task_key, init_key = jax.random.split(key)
+        task = family.sample(task_key, data)
+        _, trace = unroll(
+            lambda params, stats, batch, key: (family.loss(params, task, ()), stats),
+            rule.tx,
+            (),
+            family.init(init_key, task),
+            num_steps=steps,
+            differentiation=first_order(),
+            observe=lambda state: find_gates(state.rule_state),
+        )
+        return trace.observed
+
+    keys = jax.random.split(jax.random.key(bench.test.test_seed), _GATE_PROBLEMS)
+    gates = jax.jit(jax.vmap(one))(keys)
+    return np.asarray(gates["forget"]) if "forget" in gates else None
 
 
 def _cost(context: Context) -> tuple[Rows, list[str]]:
-    rows = cost.measure(context.rules)
+    """Time and memory of one update of an MLP's parameters, optimizers in turn."""
+    keys = jax.random.split(jax.random.key(0), len(_COST_SHAPES))
+    params = {
+        name: 0.01 * jax.random.normal(key, shape)
+        for key, (name, shape) in zip(keys, _COST_SHAPES.items(), strict=True)
+    }
+    adam = optax.with_extra_args_support(optax.adam(1e-3))
+    transforms = {"adam": adam} | {rule.name: rule.tx for rule in context.rules}
+    states = {name: tx.init(params) for name, tx in transforms.items()}
+    updates = {name: jax.jit(tx.update) for name, tx in transforms.items()}
+    grads = jax.tree.map(lambda p: 0.1 * p, params)
+    times: dict[str, list[float]] = {name: [] for name in transforms}
+    for _ in range(COST_REPEATS + 2):
+        for name, update in updates.items():
+            begun = time.perf_counter()
+            jax.block_until_ready(
+                update(grads, states[name], params, value=jnp.float32(1))
+            )
+            times[name].append(time.perf_counter() - begun)
+    # the first calls compile
+    medians = {name: float(np.median(t[2:])) for name, t in times.items()}
+    size = sum(p.size for p in params.values())
+    rows = [
+        {
+            "optimizer": name,
+            "milliseconds": 1e3 * medians[name],
+            "times_adam": medians[name] / medians["adam"],
+            "state_bytes_per_parameter": sum(
+                np.asarray(leaf).nbytes for leaf in jax.tree.leaves(state)
+            )
+            / size,
+        }
+        for name, state in states.items()
+    ]
     caption = (
-        "One jitted update of a 784-20-10 MLP's 15,910 parameters, median of "
-        f"{cost.REPEATS}, on {jax.devices()[0].device_kind}, in turn with Adam's."
+        f"One jitted update of a 784-20-10 MLP's {size:,} parameters, median of "
+        f"{COST_REPEATS}, on {jax.devices()[0].device_kind}, in turn with Adam's."
     )
-    table = cost.markdown(rows)
-    print(caption, table, sep="\n", flush=True)
-    return rows, [_write(context, "cost", caption, table)]
-
-
-def _caption(context: Context, bench: Bench) -> str:
-    return f"{describe(context.config.problem)}. {_protocol(context, bench)}"
-
-
-def _protocol(context: Context, bench: Bench) -> str:
-    test = context.config.test
-    return (
-        f"The same {test.instances} unseen problems for every optimizer, {test.steps} "
-        f"updates; rates tuned on {test.tune_instances} others, by the "
-        f"{bench.tune_for} of the last loss."
+    shown = Table(
+        caption,
+        [
+            "optimizer",
+            "one update, ms",
+            "times Adam's",
+            "state, bytes a parameter",
+        ],
+        [
+            [
+                row["optimizer"],
+                f"{row['milliseconds']:.3g}",
+                f"{row['times_adam']:.1f}",
+                f"{row['state_bytes_per_parameter']:.0f}",
+            ]
+            for row in rows
+        ],
     )
+    print(shown, flush=True)
+    return rows, [context.write("cost", shown)]
 
 
 def command(context: Context, study: str) -> str:
     """What makes a study again: the run, and the flags that it was not made with."""
     line = ["--evaluate", str(context.folder), "--study", study]
-    beside = context.config.run.beside
-    if beside and study == "panels":
-        line += ["--beside", str(beside)]
-    saved = from_json(read_config(context.folder)["config"], Config())
-    for group in sorted(groups(saved) - {"run"}):
-        for name, value in vars(getattr(context.config, group)).items():
-            if value == getattr(getattr(saved, group), name) or name == "study":
+    other = context.config.run.quadratics_run
+    if other and study == "panels":
+        line += ["--quadratics-run", str(other)]
+    saved = read_config(context.folder)["config"]
+    now = to_json(context.config)
+    both = [({"rules": saved["rules"]}, {"rules": now["rules"]})]
+    both += [(saved[group], now[group]) for group in ("problem", "test", "devices")]
+    for old, new in both:
+        for name, value in new.items():
+            if name in ("study", "family") or value == old.get(name):
                 continue
             flag = name.replace("_", "-")
             if isinstance(value, bool):
                 line.append(f"--{flag}" if value else f"--no-{flag}")
             else:
-                values = value if isinstance(value, tuple) else (value,)
-                line += [f"--{flag}", *map(str, values)]
+                values = value if isinstance(value, list) else [value]
+                line += [f"--{flag}", *map(str, values or ["none"])]
     return "python -m experiments.learned_optimizer " + shlex.join(line)
 
 
-def _write(context: Context, study: str, caption: str, table: str) -> str:
-    path = context.folder / f"{study}.md"
-    lines = [caption, "", table, "", f"    {command(context, study)}"]
-    with atomic_write(path) as part:
-        part.write_text("\n".join(lines) + "\n")
-    return path.name
-
-
-def _with_beta(tuned: Tuned) -> str:
-    name = tuned.optimizer.name
-    return name if tuned.beta is None else f"{name} (beta {tuned.beta:g})"
+def _or(value: Any, style: str, nothing: str) -> str:
+    return nothing if value is None else f"{value:{style}}"
 
 
 def _divisor(steps: int, long_steps: int) -> int:

@@ -1,4 +1,4 @@
-"""Rows of results from curves, as text and as Markdown."""
+"""Rows of results from curves, and their tables."""
 
 from __future__ import annotations
 
@@ -7,19 +7,20 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from experiments.common.tables import Table
 from metalstm.learned_optimizers import curves
 from metalstm.plots import Losses
 from metalstm.statistics import mean_and_ci95
 
 if TYPE_CHECKING:
-    from experiments.learned_optimizer.measuring import Tuned
+    from experiments.learned_optimizer.measuring import Choice
 
 Row = dict[str, Any]
 
 
 def rows_of(
     measured: Mapping[str, Losses],
-    tuned: Mapping[str, Tuned],
+    chosen: Mapping[str, Choice],
     *,
     at: int | None = None,
     reference: str | None = None,
@@ -46,53 +47,45 @@ def rows_of(
             if np.isfinite(values[:, k]).all() and np.isfinite(other[:, k]).all():
                 difference = curves.curve_difference(values, other, k)
                 row["difference"] = difference
-        if name in tuned:
-            choice = tuned[name]
-            row |= {"rate": choice.rate, "beta": choice.beta, "inside": choice.inside}
+        if name in chosen:
+            choice = chosen[name]
+            row |= {"rate": choice.rate, "beta": choice.beta}
+            row["inside"] = choice.tuned.inside["learning_rate"]
         rows.append(row)
     return rows
 
 
-def markdown(rows: Sequence[Row], *, reference: str, first: str = "") -> str:
-    """A table of rows; ``first`` names a column to put before the others."""
+def table(
+    rows: Sequence[Row], *, reference: str, caption: str = "", first: str = ""
+) -> Table:
+    """One line an optimizer; ``first`` names a column to put before the others."""
     names = [first] if first else []
     names += [
         "optimizer", "updates", "loss (95% CI)", "mean log", "median", "99%",
         "diverged", f"loss − {reference}", f"log-loss − {reference}", "tuned",
     ]  # fmt: skip
-    lines = ["| " + " | ".join(names) + " |", "|" + "---|" * len(names)]
-    for row in rows:
-        cells = [str(row[first])] if first else []
-        cells += _cells(row)
-        lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join(lines)
+    cells = [[str(row[first])] if first else [] for row in rows]
+    cells = [one + _cells(row) for one, row in zip(cells, rows, strict=True)]
+    return Table(caption, names, cells, left=(0, 1) if first else (0,))
 
 
-def grid(rows: Sequence[Row], *, row: str, column: str) -> str:
-    """Mean losses with their intervals, one row a problem, one column an optimizer."""
-    titles = list(dict.fromkeys(r[row] for r in rows))
-    names = list(dict.fromkeys(r[column] for r in rows))
-    cells = {(r[row], r[column]): _mean(r) for r in rows}
-    lines = [f"| {row} | " + " | ".join(names) + " |", "|---" * (len(names) + 1) + "|"]
-    for title in titles:
-        values = [cells.get((title, name), "") for name in names]
-        lines.append(f"| {title} | " + " | ".join(values) + " |")
-    return "\n".join(lines)
-
-
-def text(rows: Sequence[Row], *, caption: str, reference: str) -> str:
+def short_table(rows: Sequence[Row], *, reference: str, caption: str) -> Table:
     """The same for a terminal, with fewer columns."""
-    head = (
-        "optimizer", "loss (95% CI)", "median", "99%", "diverged",
-        f"log-loss − {reference}", "tuned",
-    )  # fmt: skip
-    body = [[cells[i] for i in (0, 2, 4, 5, 6, 8, 9)] for cells in map(_cells, rows)]
-    widths = [max(len(r[i]) for r in [head, *body]) for i in range(len(head))]
-    lines = [
-        "  " + "  ".join(c.ljust(w) for c, w in zip(r, widths, strict=True)).rstrip()
-        for r in [head, *body]
+    kept = (0, 2, 4, 5, 6, 8, 9)
+    full = table(rows, reference=reference, caption=caption)
+    cells = [[row[i] for i in kept] for row in full.cells]
+    return full._replace(headings=[full.headings[i] for i in kept], cells=cells)
+
+
+def grid(rows: Sequence[Row], *, row: str, column: str, caption: str) -> Table:
+    """Mean losses with their intervals, one row a problem, one column an optimizer."""
+    names = list(dict.fromkeys(r[column] for r in rows))
+    found = {(r[row], r[column]): _mean(r) for r in rows}
+    cells = [
+        [title, *(found.get((title, name), "") for name in names)]
+        for title in dict.fromkeys(r[row] for r in rows)
     ]
-    return "\n".join([caption, *lines])
+    return Table(caption, [row, *names], cells)
 
 
 def _cells(row: Row) -> list[str]:

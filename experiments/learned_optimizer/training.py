@@ -9,6 +9,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import msgspec
 import numpy as np
 import optax
 
@@ -16,11 +17,12 @@ import metalstm
 from experiments.common.devices import mesh_for
 from experiments.common.loop import Loop, Setup
 from experiments.common.run_folder import Metrics
-from experiments.learned_optimizer.options import Config, Stage, may_change, stages
+from experiments.learned_optimizer.command_line import Stage, may_change, stages
+from experiments.learned_optimizer.options import Budget, Config
 from experiments.learned_optimizer.problems import NEED_NO_DATA, Source
 from experiments.learned_optimizer.tables import capped_logs
 from metalstm import learned_optimizers
-from metalstm.base import PyTree, UpdateRule
+from metalstm.base import MetaAlgorithm, PyTree, UpdateRule
 from metalstm.learned_optimizers import curves, problems
 from metalstm.meta.step import place_state
 from metalstm.runtime import sharding
@@ -51,10 +53,10 @@ def meta_train(
       Interrupted: after Ctrl-C; the state is saved.
       NonFiniteLossError: the state before the bad step is saved.
     """
-    budget = config.budget
+    budget, num_tasks = config.budget, config.training.num_tasks
     planned = stages(config)
     if budget.minutes is not None:
-        planned = [Stage(budget.unroll, budget.horizon, 0, _FOREVER)]
+        planned = [planned[-1]._replace(end=_FOREVER)]
     every = budget.steps_per_call
     setup = Setup(
         name=name,
@@ -68,9 +70,9 @@ def meta_train(
         save_every=budget.save_every,
         score=_make_score(rule, config, source),
         describe=lambda means: f"loss {means['loss']:.4g}",
-        mesh=mesh_for(config.devices, budget.tasks, "--tasks"),
+        mesh=mesh_for(config.devices, num_tasks, "--num-tasks"),
     )
-    sampler = problems.ProblemSampler(source.training, budget.unroll + 1)
+    sampler = problems.ProblemSampler(source.training, config.training.unroll_steps + 1)
     optimizer = _optimizer(config)
     algorithm = _algorithm(rule, config, source, planned[0])
     make_state = functools.partial(
@@ -96,7 +98,7 @@ def meta_train(
                 algorithm,
                 optimizer,
                 sampler,
-                num_tasks=budget.tasks,
+                num_tasks=num_tasks,
                 steps_per_call=every,
                 mesh=setup.mesh,
             )
@@ -113,7 +115,7 @@ def meta_train(
 
 def _begin(
     train: metalstm.TrainState,
-    algorithm: metalstm.MetaAlgorithm,
+    algorithm: MetaAlgorithm,
     sampler: problems.ProblemSampler,
     config: Config,
     source: Source,
@@ -139,7 +141,7 @@ def _make_score(
         num_steps=test.steps,
         record_every=test.steps,
         eval_batch=test.eval_batch,
-        task_mapping="vmap" if config.problem.problem in NEED_NO_DATA else None,
+        task_mapping="vmap" if config.problem.name in NEED_NO_DATA else None,
     )
 
     def score(params: PyTree) -> tuple[float, dict[str, float]]:
@@ -154,13 +156,12 @@ def _make_score(
 
 def _horizon(config: Config, stage: Stage) -> int | Callable[[jax.Array], jax.Array]:
     """The horizon, or how it grows with the meta-step: doubling, in equal shares."""
-    budget = config.budget
-    if stage.end < budget.meta_steps or budget.first_horizon in (None, budget.horizon):
+    first, last = config.budget.first_horizon, config.training.horizon
+    if stage.end < config.budget.meta_steps or first in (None, last):
         return stage.horizon
-    horizons = [budget.first_horizon]
-    while horizons[-1] < budget.horizon:
-        doubled = min(2 * horizons[-1], budget.horizon)
-        horizons.append(doubled // budget.unroll * budget.unroll)
+    horizons, unroll = [first], config.training.unroll_steps
+    while horizons[-1] < last:
+        horizons.append(min(2 * horizons[-1], last) // unroll * unroll)
     lengths = np.array(horizons, np.int32)
     # the carry counts meta-steps from the start of the stage
     each = max((stage.end - stage.start) // (2 * len(horizons)), 1)
@@ -171,31 +172,24 @@ def _horizon(config: Config, stage: Stage) -> int | Callable[[jax.Array], jax.Ar
 
 def _algorithm(
     rule: UpdateRule, config: Config, source: Source, stage: Stage
-) -> metalstm.MetaAlgorithm:
+) -> MetaAlgorithm:
     budget = config.budget
-    weights = None
-    if budget.weights == "linear":
-        weights = lambda step: 2 * step / stage.horizon  # noqa: E731
+    linear = lambda step: 2 * step / stage.horizon  # noqa: E731
+    options = msgspec.structs.asdict(config.training)
+    options |= {"unroll_steps": stage.unroll_steps, "horizon": _horizon(config, stage)}
     return learned_optimizers.learned_optimizer(
         source.training,
         rule,
-        num_tasks=budget.tasks,
-        unroll_steps=stage.unroll,
-        horizon=_horizon(config, stage),
-        differentiation=_differentiation(config),
-        weights=weights,
-        loss_transform=budget.loss_transform,
-        estimator=budget.estimator,
-        pes_std=budget.pes_std,
-        stagger=budget.stagger,
+        differentiation=_differentiation(budget),
         axis_name=sharding.COORDINATE if config.devices.devices_per_task > 1 else None,
+        weights=linear if budget.weights == "linear" else None,
+        **options,
     )
 
 
-def _differentiation(config: Config) -> metalstm.Differentiation:
-    budget = config.budget
+def _differentiation(budget: Budget) -> metalstm.Differentiation:
     how = metalstm.second_order if budget.second_order else metalstm.first_order
-    return how(keep="all" if budget.memory == "plain" else budget.memory)
+    return how(keep=budget.keep)
 
 
 def _optimizer(config: Config) -> optax.GradientTransformation:

@@ -1,0 +1,136 @@
+"""The command line of a script: typed options, and the flags made of them.
+
+Options are dataclasses or `Options`, nested in one config. `parse` makes flags of
+their fields, `check` refuses what their types exclude. No jax is imported here, so that
+--help is quick.
+"""
+
+from __future__ import annotations
+
+import typing
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Annotated, Any, TypeVar
+
+import msgspec
+import tyro
+
+from experiments.common.saved_options import split_commas
+
+__all__ = [
+    "AT_LEAST_0",
+    "ByName",
+    "Count",
+    "Flat",
+    "Names",
+    "Natural",
+    "Options",
+    "Pair",
+    "Positive",
+    "check",
+    "parse",
+    "replace",
+    "split_names",
+]
+
+Config = TypeVar("Config")
+
+
+class Options(msgspec.Struct, frozen=True):
+    """A group of options; where it has a ``tag``, its JSON names its kind."""
+
+
+_FLAT = tyro.conf.OmitArgPrefixes
+_BY_NAME = tyro.conf.arg(name="")
+Flat = Annotated[Config, _FLAT]
+"""A group whose flags have no prefix."""
+ByName = Annotated[dict[str, Config], _BY_NAME]
+"""Groups whose flags have their names as prefix: --NAME.OPTION."""
+
+
+def split_names(words: Sequence[str]) -> tuple[str, ...]:
+    return tuple(name for name in split_commas(words) if name != "none")
+
+
+Names = Annotated[
+    tuple[str, ...],
+    tyro.constructors.PrimitiveConstructorSpec(
+        nargs="*",
+        metavar="NAME[,NAME ..]",
+        instance_from_str=split_names,
+        is_instance=lambda value: isinstance(value, tuple),
+        str_from_instance=lambda value: list(value) or ["none"],
+    ),
+]
+"""Names with commas or spaces between them; ``none`` is no name."""
+
+AT_LEAST_0 = msgspec.Meta(ge=0)
+Count = Annotated[int, msgspec.Meta(ge=1)]
+Natural = Annotated[int, AT_LEAST_0]
+Pair = Annotated[int, msgspec.Meta(ge=2)]  # what has an interval, or two classes
+Positive = Annotated[float, msgspec.Meta(gt=0)]
+
+
+def parse(
+    default: Config, arguments: Sequence[str], *, module: str, description: str | None
+) -> Config:
+    """Read the flags of ``python -m MODULE``; ``default`` says what others are.
+
+    Raises:
+      ValueError: an option outside its limits; names the flag and what would do.
+    """
+    config: Config = tyro.cli(
+        type(default),
+        args=list(arguments),
+        default=default,
+        description=description,
+        prog=f"python -m {module}",
+        config=(tyro.conf.AvoidSubcommands,),
+    )
+    check(config)
+    return config
+
+
+def check(options: Any, prefix: str = "--") -> None:
+    """Refuse numbers outside the limits of their types, and NaN.
+
+    Raises:
+      ValueError: names the flag, the value and what would do.
+    """
+    for name, hint in typing.get_type_hints(type(options), include_extras=True).items():
+        value = getattr(options, name)
+        flag = f"{prefix}{name.replace('_', '-')}"
+        if isinstance(value, Mapping):
+            for key, one in value.items():
+                check(one, f"{prefix}{key}.")
+        elif hasattr(type(value), "__annotations__"):
+            flat = _FLAT in getattr(hint, "__metadata__", ())
+            check(value, prefix if flat else f"{flag}.")
+        else:
+            _check_value(flag, value, tuple(_limits(hint)))
+
+
+def _check_value(flag: str, value: Any, limits: Sequence[msgspec.Meta]) -> None:
+    parts = value if isinstance(value, tuple) else (value,)
+    if limits and not parts:
+        raise ValueError(f"{flag} is empty: give at least one")
+    for part in parts:
+        if part != part:  # below and above nothing
+            raise ValueError(f"{flag} {value}: give a number")
+        for limit in limits if part is not None else ():
+            if limit.ge is not None and part < limit.ge:
+                raise ValueError(f"{flag} {part:g}: choose {limit.ge:g} or more")
+            if limit.gt is not None and not part > limit.gt:
+                raise ValueError(f"{flag} {part:g}: choose a number above {limit.gt:g}")
+
+
+def _limits(hint: Any) -> Iterator[msgspec.Meta]:
+    for part in getattr(hint, "__metadata__", ()):
+        if isinstance(part, msgspec.Meta):
+            yield part
+    for part in typing.get_args(hint)[: 1 if hasattr(hint, "__metadata__") else None]:
+        yield from _limits(part)
+
+
+def replace(options: Config, **changes: Any) -> Config:
+    """`options` with other values of some fields."""
+    return msgspec.structs.replace(options, **changes)  # type: ignore[type-var]
