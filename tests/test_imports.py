@@ -40,7 +40,7 @@ LAYERS = (
 
 RANK = {name: rank for rank, layer in enumerate(LAYERS) for name in layer}
 # likewise of the packages of experiments
-PACKAGES = ({"common"}, {"few_shot", "learned_optimizer"}, {"studies"})
+PACKAGES = ({"common"}, {"examples", "few_shot", "learned_optimizer"}, {"studies"})
 PACKAGE_RANK = {name: rank for rank, layer in enumerate(PACKAGES) for name in layer}
 HEAVY = {"matplotlib", "orbax", "tensorflow", "tensorflow_datasets"}
 # what flax brings to its NNX users, and what only the command line or decoding needs
@@ -187,6 +187,7 @@ SCRIPTS = [
     module_name(path)
     for path in sources()
     if path.is_relative_to(ROOT / "experiments")
+    and "examples" not in path.parts  # these show jax code first
     and 'if __name__ == "__main__":' in path.read_text()
 ]
 HELP = """
@@ -201,7 +202,7 @@ for name in {scripts}:
 
 def test_no_script_needs_more_than_its_flags_for_help():
     """Time differs between machines; what is imported does not."""
-    assert "experiments.few_shot" in SCRIPTS
+    assert "experiments.few_shot.__main__" in SCRIPTS
     loaded = in_fresh_python(HELP.format(scripts=SCRIPTS))
     assert not {"jax", "flax", "metalstm", "numpy", "optax"} & loaded
     packages = {name.split(".")[0] for name in loaded} - sys.stdlib_module_names
