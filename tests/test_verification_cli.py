@@ -49,7 +49,9 @@ def run(tmp_path_factory) -> Path:
         algorithm = build_algorithm(specs[name])
         episode = example_episode(source.dataset.image_shape, 5)
         params = jax.jit(algorithm.init)(jax.random.key(1), episode)
-        checkpoints.save(folder / checkpoint_of(name), params, step=0, metadata={}, keep=1)
+        checkpoints.save(
+            folder / checkpoint_of(name), params, step=0, metadata={}, keep=1
+        )
     about = {"config": to_json(options), "data": source.describe()}
     (folder / "config.json").write_text(json.dumps(about))
     return folder
@@ -160,14 +162,16 @@ def test_what_a_run_cannot_serve(run, tmp_path, capsys):
     flags = ("--dataset", "folders", "--data-dir", tmp_path)
     assert command(tmp_path, *flags) == 2
     assert "gives squares, and" in capsys.readouterr().err
-    about["methods"] = {"nearest-neighbour": about["methods"]["nearest-neighbour"]}
+    names = about["config"]["run"]["algorithms"] = ["nearest-neighbour"]
+    methods = about["config"]["methods"]
+    about["config"]["methods"] = {name: methods[name] for name in names}
     (tmp_path / "config.json").write_text(json.dumps(about))
     assert command(tmp_path) == 2
     assert "train prototypical, siamese or arcface" in capsys.readouterr().err
 
 
 def test_images_are_normalised_as_in_training():
-    from experiments.studies.verifying import _normalised
+    from experiments.studies.verification import _normalised
 
     x = np.full((2, 3, 3, 3), 51, np.uint8)
     found = _normalised(x, [[0.1, 0.2, 0.3], [0.5, 1.0, 2.0]])
