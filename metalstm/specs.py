@@ -17,6 +17,7 @@ import optax
 from metalstm import algorithms, nn, rules
 from metalstm.base import Learner, MetaAlgorithm, UpdateRule
 from metalstm.checks import check_choice
+from metalstm.inner import Differentiation, first_order, second_order
 
 __all__ = [
     "COMPARING",
@@ -117,7 +118,6 @@ def _call(kind: str, spec: Mapping[str, Any], table: Mapping[str, Any]) -> Any:
     check_choice(kind, name, sorted(table))
     options = _built(spec)
     del options[kind]
-    _to_second_order(name, options)
     first = [options.pop(key) for key in _POSITIONAL if key in options]
     if kind == "learner" and "num_classes" in options:
         first.append(options.pop("num_classes"))
@@ -144,20 +144,11 @@ def _value(value: Any) -> Any:
     return {key: _value(part) for key, part in value.items()}
 
 
-def _to_second_order(name: str, options: dict[str, Any]) -> None:  # TODO merge
-    found = options.pop("differentiation", None)
-    if found is not None and name in ("learned_init", "meta_lstm"):
-        options["second_order"] = found["order"] == "second"
-
-
-def _differentiation(spec: Mapping[str, Any]) -> Any:
-    return spec  # TODO merge
-    from metalstm import inner
-
+def _differentiation(spec: Mapping[str, Any]) -> Differentiation:
     options = {key: value for key, value in spec.items() if value is not None}
     order = options.pop("order")
     check_choice("order", order, ("first", "second"))
-    return (inner.first_order if order == "first" else inner.second_order)(**options)
+    return (first_order if order == "first" else second_order)(**options)
 
 
 _BUILDERS: dict[str, Callable[[Mapping[str, Any]], Any]] = {

@@ -18,7 +18,7 @@ def reference(method, batch_norm="support", *, dataset="omniglot", shot=1, **opt
 
 
 def test_published_numbers_carry_their_protocol():
-    for (dataset, way, shot), entries in published.published().items():
+    for (dataset, way, shot), entries in published.read_published().items():
         assert dataset in ("omniglot", "mini-imagenet")
         assert way in (5, 20)
         assert shot in (1, 5)
@@ -42,7 +42,9 @@ def test_the_nearest_protocol_is_next_to_ours():
     assert str(reference("finetune-all", "frozen")) == "82.0-86.0~?"
     mini = reference("meta-lstm", dataset="mini-imagenet")
     assert str(mini) == "43.44 ± 0.77"
-    assert str(reference("meta-lstm", "transductive", dataset="mini-imagenet"))[-1] == "*"
+    assert (
+        str(reference("meta-lstm", "transductive", dataset="mini-imagenet"))[-1] == "*"
+    )
     for absent in ({"shot": 3}, {"dataset": "glyphs"}, {"way": 7}):
         assert reference("maml", **absent) is None
     assert reference("sgd") is None

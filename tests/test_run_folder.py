@@ -14,7 +14,7 @@ import pytest
 
 from experiments.common import run_folder
 from experiments.common.saved_options import read_config, to_json
-from experiments.few_shot import header
+from experiments.few_shot import heading
 from experiments.few_shot.options import Common, Data
 from experiments.learned_optimizer.measuring import Bench
 from experiments.learned_optimizer.options import Config as OptimizerConfig
@@ -192,5 +192,5 @@ def test_what_is_omitted_is_said():
     info = {"skipped": 5, "skipped_files": list("abcde"), "unlabelled": 2}
     dataset = Dataset("mine", pool, pool, pool, {}, (2, 2, 1), "", info)
     source = type("Source", (), {"dataset": dataset})
-    said = header._about(source)
+    said = heading._about(source)
     assert "omitted: 5 corrupt files (a, b, c, ..), 2 images without a label" in said

@@ -17,7 +17,7 @@ from experiments.common.run_folder import write_json
 from experiments.common.tables import Table
 from experiments.few_shot import results
 from experiments.few_shot.data import Source, load_source
-from experiments.few_shot.header import header
+from experiments.few_shot.heading import header
 from experiments.few_shot.methods import Spec
 from experiments.few_shot.options import Options, Retest
 from experiments.few_shot.results import Tested
