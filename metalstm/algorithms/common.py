@@ -9,12 +9,13 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from metalstm.base import Array, Aux, PyTree
+from metalstm.base import Array, Aux, LearnerState, PyTree
 from metalstm.tasks import TaskMapping, mean_over_tasks
 
 __all__ = [
     "RunningStatistics",
     "accuracy",
+    "stop_statistics",
     "task_loss",
     "with_running_statistics",
 ]
@@ -37,6 +38,16 @@ def accuracy(scores: Array, targets: Array) -> Array:
         answered = ~jnp.isnan(scores).any(-1)
         return ((scores.argmax(-1) == targets) & answered).mean()
     return -jnp.square(scores - targets).mean()
+
+
+def stop_statistics(state: LearnerState) -> LearnerState:
+    """Stop gradients at everything but the parameters.
+
+    Averages are gathered, never learned: a gradient step could make a variance
+    negative.
+    """
+    stats, other = jax.lax.stop_gradient((state.stats, state.other))
+    return state._replace(stats=stats, other=other)
 
 
 class RunningStatistics(NamedTuple):

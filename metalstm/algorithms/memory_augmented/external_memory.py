@@ -12,22 +12,12 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from metalstm.algorithms.common import accuracy, task_loss, with_running_statistics
-from metalstm.algorithms.metric.engine import unit, with_train_options
-from metalstm.base import (
-    Array,
-    Aux,
-    Batch,
-    Episode,
-    Learner,
-    LearnerState,
-    MetaAlgorithm,
-    Norm,
-    PyTree,
-    make_algorithm,
-)
+from metalstm.algorithms.metric.distances import unit
+from metalstm.algorithms.metric.engine import Comparison, compare_embeddings
+from metalstm.base import Array, Learner, LearnerState, MetaAlgorithm, Norm, PyTree
+from metalstm.checks import check_features
 
-__all__ = ["MemoryNetState", "mann"]
+__all__ = ["MemoryNetState", "mann", "memory_step"]
 
 _USAGE_DECAY = 0.95  # gamma of equation 6
 
@@ -55,9 +45,9 @@ def mann(
 
     The support set is a sequence: at step t an LSTM controller sees the features x_t
     and the *previous* label y_{t-1}, so that a label meets its image only through
-    memory. Each query is then a step of its own from where the support set ended,
-    together with the last support label; one query knows nothing of the others. The
-    objective is the queries' cross-entropy.
+    memory. Each query is then one step from where the support set ended, together with
+    the last support label; no query sees another. The objective is the queries'
+    cross-entropy.
 
     With keys k_t = tanh(W_k h_t), one for each head (equations 2 to 8):
 
@@ -83,97 +73,58 @@ def mann(
     if not 1 <= num_reads <= num_slots:
         raise ValueError(
             f"num_reads={num_reads}: choose at least 1 and at most the {num_slots} "
-            "slots, since each head writes to a slot of its own"
+            "slots, since no two heads may write to one slot"
         )
+    network_way, reads_size = way, num_reads * slot_size
 
-    def init(key: Array, episode: Episode) -> LearnerState:
-        body_key, key = jax.random.split(key)
-        x = episode.support.x[:1]
-        state = learner.init(body_key, x)
-        features, _ = jax.eval_shape(
-            lambda s: learner.apply(s, x, norm="stored"), state
-        )
-        if len(features.shape) != 2:
-            raise ValueError(
-                f"the learner returned shape {features.shape}, but the controller "
-                "needs features [N, d]: flatten them"
-            )
-        read = num_reads * slot_size
+    def init(key: Array, embedded: Array) -> LearnerState:
+        check_features(embedded.shape, "the controller")
+        num_inputs = embedded.shape[-1] + way + reads_size + hidden_size
         sizes = {
-            "controller": (
-                features.shape[-1] + way + read + hidden_size,
-                4 * hidden_size,
-            ),
+            "controller": (num_inputs, 4 * hidden_size),
             "interpolation": (hidden_size, num_reads),
-            "keys": (hidden_size, read),
-            "outputs": (hidden_size + read, way),
+            "keys": (hidden_size, reads_size),
+            "outputs": (hidden_size + reads_size, way),
         }
-        memory_net = {
-            name: _dense(jax.random.fold_in(key, k), *shape)
+        layers = {
+            name: _init_layer(jax.random.fold_in(key, k), *shape)
             for k, (name, shape) in enumerate(sizes.items())
         }
-        return state._replace(
-            params={"embedding": state.params, "memory_net": memory_net}
-        )
+        return LearnerState(layers, {}, {})
 
-    def start(dtype) -> MemoryNetState:
+    def empty(dtype) -> MemoryNetState:
         return MemoryNetState(
             h=jnp.zeros(hidden_size, dtype),
             c=jnp.zeros(hidden_size, dtype),
             memory=jnp.zeros((num_slots, slot_size), dtype),
             read_weights=jnp.zeros((num_reads, num_slots), dtype),
             usage=jnp.zeros(num_slots, dtype),
-            reads=jnp.zeros(num_reads * slot_size, dtype),
+            reads=jnp.zeros(reads_size, dtype),
         )
 
-    def run(state, support: Batch, query_x, *, norm: Norm, key: Array | None = None):
-        images = jnp.concatenate([support.x, query_x])
-        embedded, after = learner.apply(
-            state._replace(params=state.params["embedding"]), images, norm=norm, key=key
-        )
-        net = state.params["memory_net"]
-        shown, asked = jnp.split(embedded, [support.x.shape[0]])
-        labels = jax.nn.one_hot(support.y, way, dtype=embedded.dtype)
-        late = jnp.concatenate([jnp.zeros((1, way), embedded.dtype), labels])
+    def apply(state, key, support, labels, query, *, way: int, norm: Norm):
+        del key, norm
+        if way != network_way:
+            raise ValueError(
+                f"the task has {way} classes but the network was made for "
+                f"way={network_way}: choose way={network_way}"
+            )
+        net = state.params
+        onehot = jax.nn.one_hot(labels, way, dtype=support.dtype)
+        late = jnp.concatenate([jnp.zeros((1, way), support.dtype), onehot])
         memory, _ = lax.scan(
             lambda memory, xs: (memory_step(net, memory, *xs)[0], ()),
-            start(embedded.dtype),
-            (shown, late[:-1]),
+            empty(support.dtype),
+            (support, late[:-1]),
         )
-        one = lambda x: memory_step(net, memory, x, late[-1])[1]  # noqa: E731
-        return jax.vmap(one)(asked), after.stats
+        answer = lambda x: memory_step(net, memory, x, late[-1])[1]  # noqa: E731
+        return jax.vmap(answer)(query), state
 
-    def loss(state: LearnerState, key: Array, episode: Episode):
-        support, query = episode
-        stats, other = lax.stop_gradient((state.stats, state.other))
-        state = state._replace(stats=stats, other=other)
-        scores, stats = run(state, support, query.x, norm="gather", key=key)
-        metrics = {"accuracy": accuracy(scores, query.y)}
-        return task_loss(scores, query.y), Aux(metrics, lax.stop_gradient(stats))
-
-    def predict(state, key, support: Batch, query_x: Array, *, num_classes: int):
-        del key
-        if num_classes != way:
-            raise ValueError(
-                f"the task has {num_classes} classes but the network was made for "
-                f"way={way}: choose way={way}"
-            )
-        return run(state, support, query_x, norm="stored")[0]
-
-    slots = with_running_statistics(
-        loss,
-        read=lambda state: state.stats,
-        write=lambda state, stats: state._replace(stats=stats),
-    )
-    return make_algorithm(
-        init=init,
-        loss=loss,
-        predict=predict,
-        init_carry=slots["init_carry"],
-        meta_gradient=slots["meta_gradient"],
-        absorb=slots["absorb"],
-        train_sampler=with_train_options(None, train_queries),
-        query_norm="frozen",
+    return compare_embeddings(
+        learner,
+        Comparison(apply, init, "memory_net", jax.random.split),
+        train_way=way,
+        train_queries=train_queries,
     )
 
 
@@ -206,6 +157,6 @@ def _linear(layer: PyTree, x: Array) -> Array:
     return x @ layer["kernel"] + layer["bias"]
 
 
-def _dense(key: Array, rows: int, columns: int) -> PyTree:
+def _init_layer(key: Array, rows: int, columns: int) -> PyTree:
     kernel = jax.random.normal(key, (rows, columns)) * rows**-0.5
     return {"kernel": kernel, "bias": jnp.zeros(columns)}
