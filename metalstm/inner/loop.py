@@ -95,7 +95,7 @@ def unroll(
       differentiation: `first_order` or `second_order`: what the outer derivative goes
         through, and what is stored for it. It changes no value.
       stats: what ``loss_fn`` carries from step to step, such as batch statistics.
-      rule_state: where the rule goes on from; None: ``init`` of the bound rule.
+      rule_state: where the rule continues from; None: ``init`` of the bound rule.
       gradient_scale: what the gradient is multiplied by before the rule sees it.
       observe: diagnostics of the state after each update, for ``Trace.observed``.
       key: a PRNG key; step t gets ``fold_in(key, t)``. None: ``loss_fn`` gets None.

@@ -94,7 +94,7 @@ def lstm_gates(
       input: ``"constant"`` makes i a learned constant (an ablation).
       loss_input: whether the LSTM sees the loss.
       theta_input: whether the gates see theta.
-      carry_input: whether the gates see their own previous value.
+      carry_input: whether the gates see their previous value.
       feature_gradient: in second-order mode, whether the derivative flows through the
         features too. ``"full"`` multiplies it by up to e^p = 22,026.
       p: of `log_sign`.
@@ -105,8 +105,8 @@ def lstm_gates(
       bias_per: one bias for all coordinates (published), one for each of the learner's
         tensors, or one for each tensor and step. The latter two tie the rule to the
         learner's structure.
-      num_bias_steps: with ``"tensor_and_step"``, how many steps have biases of their
-        own; later steps use the last.
+      num_bias_steps: with ``"tensor_and_step"``, how many steps have separate
+        biases; later steps use the last.
       init_scale: weights and the LSTM's bias are drawn from U(-scale, scale).
 
     Returns:
