@@ -331,13 +331,13 @@ def test_the_launcher_refuses(line, message, capsys, tmp_path, monkeypatch):
 
 def test_a_killed_host_stops_the_run_and_the_run_goes_on(tmp_path):
     """kill -9 of one of two processes; the same command line resumes on one."""
-    from test_few_shot import tiny_images
+    from few_shot_runs import tiny_images
 
     folder, logs = tmp_path / "run", tmp_path / "logs"
     write_images(tmp_path / "images", tiny_images)
     line = (
-        "--dataset folders --image-size 8 --learner mlp --widths 4 --steps 1 --way 3 "
-        "--queries 2 --meta-batch 4 --algorithms fomaml --validation-episodes 4 "
+        "--dataset folders --image-size 8 --learner mlp --widths 4 --num-steps 1 "
+        "--way 3 --queries 2 --meta-batch 4 --algorithms fomaml --validation-episodes 4 "
         "--test-episodes 4 --test-batch 4 --episodes 100000 --validate-every 100000 "
         f"--save-every 40 --workdir {folder} --data-dir {tmp_path / 'images'}"
     ).split()
@@ -483,8 +483,9 @@ def test_a_cpu_counts_as_several_devices(tmp_path):
     with pytest.raises(ValueError, match="--cpu-devices 2: JAX has started"):
         devices.join(devices.Devices(cpu_devices=2))
     line = (
-        "--dim 2 --hidden 3 --lstm-layers 1 --tasks 2 --unroll 2 --horizon 4 "
-        "--meta-steps 20 --steps 4 --instances 6 --tune-instances 2 --baselines sgd"
+        "--dim 2 --l2l.hidden-size 3 --l2l.num-layers 1 --num-tasks 2 "
+        "--unroll-steps 2 --horizon 4 --meta-steps 20 --steps 4 "
+        "--instances 6 --tune-instances 2 --baselines sgd"
     )
     losses = []
     both = (2, "cpu, 2 devices,")
@@ -515,15 +516,16 @@ def test_a_cpu_counts_as_several_devices(tmp_path):
     np.testing.assert_allclose(losses[2], losses[0], rtol=1e-4)
 
 
-def test_a_run_goes_on_where_its_command_line_says(tmp_path):
+def test_a_run_is_resumed_where_its_command_line_says(tmp_path):
     """Not in as many processes as before, of which there may be none."""
-    from experiments.few_shot import command_line
-    from experiments.few_shot.options import to_json, with_flags
-    from experiments.learned_optimizer import options as optimizers
+    from experiments.common.saved_options import to_json
+    from experiments.few_shot import command_line as few_shot
+    from experiments.learned_optimizer import command_line as optimizers
 
-    elsewhere = {"distributed": True, "coordinator": "a:1", "num_processes": 2}
-    for parse in (command_line.parse, optimizers.parse):
-        before = with_flags(parse([]), **elsewhere, process_id=1)
+    elsewhere = "--distributed --coordinator a:1 --num-processes 2 --process-id 1"
+    for parse in (few_shot.parse, optimizers.parse):
+        before = parse(elsewhere.split())
+        assert before.devices.process_id == 1
         document = {"config": to_json(before), "methods": {}}
         (tmp_path / "config.json").write_text(json.dumps(document))
         config = parse(["--resume", str(tmp_path)])
