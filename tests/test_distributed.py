@@ -24,7 +24,7 @@ from benchmarks import scaling
 from experiments.common import devices, launch
 from metalstm.meta import fitting
 from metalstm.meta import step as meta_step
-from metalstm.runtime import checkpoints, processes, sharding
+from metalstm.runtime import checkpoint_format, checkpoints, processes, sharding
 
 TESTS = Path(__file__).parent
 # compiling is most of it
@@ -198,7 +198,7 @@ def test_an_array_that_no_process_has_whole_is_saved_whole_with_its_digest(
     digest = document["arrays"]
     document["arrays"] = digest[1:] + digest[0]
     del document["digest"]
-    document["digest"] = checkpoints._digest_of_json(document)
+    document["digest"] = checkpoint_format.digest_of_json(document)
     metadata.write_text(json.dumps(stored))
     with pytest.raises(FileNotFoundError, match="do not agree with their digest"):
         checkpoints.restore(path, None, which=10)
