@@ -25,6 +25,7 @@ LAYERS = (
     {"runtime.processes", "runtime.sharding"},
     {"tasks"},
     {"base"},
+    {"runtime.checkpoint_format"},
     {"rules", "nn", "data", "plots", "runtime.checkpoints"},
     {"inner"},
     {"algorithms"},
