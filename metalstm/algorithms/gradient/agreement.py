@@ -16,7 +16,7 @@ def gradient_agreement(
 ) -> MetaAlgorithm:
     """Weigh tasks by gradient agreement (Eshratifar et al., 2018, equation 5).
 
-    The meta-gradient of T tasks is sum_i w_i g_i with
+    The meta-gradient of T tasks is sum_i w_i g_i with::
 
         w_i = sum_j g_i . g_j / sum_k |sum_j g_k . g_j|,
 
