@@ -14,9 +14,10 @@ from typing import Any
 
 import optax
 
-from metalstm import algorithms, inner, nn, rules
+from metalstm import algorithms, nn, rules
 from metalstm.base import Learner, MetaAlgorithm, UpdateRule
 from metalstm.checks import check_choice
+from metalstm.inner import Differentiation, first_order, second_order
 
 __all__ = [
     "COMPARING",
@@ -38,27 +39,20 @@ COMPARING: dict[str, Callable[..., MetaAlgorithm]] = {
     "relation": algorithms.relation,
     "siamese": algorithms.siamese,
 }
-# methods that adapt a learner by gradient steps
-_ADAPTING: dict[str, Callable[..., MetaAlgorithm]] = {
+_ALGORITHMS: dict[str, Callable[..., MetaAlgorithm]] = COMPARING | {
     "anil": algorithms.anil,
     "fomaml": algorithms.fomaml,
     "from_scratch": algorithms.from_scratch,
+    "gradient_agreement": algorithms.gradient_agreement,
     "implicit_maml": algorithms.implicit_maml,
     "learned_init": algorithms.learned_init,
     "maml": algorithms.maml,
+    "mann": algorithms.mann,
     "meta_lstm": algorithms.meta_lstm,
     "meta_sgd": algorithms.meta_sgd,
+    "nearest_neighbour": algorithms.nearest_neighbour,
     "reptile": algorithms.reptile,
 }
-_ALGORITHMS: dict[str, Callable[..., MetaAlgorithm]] = (
-    COMPARING
-    | _ADAPTING
-    | {
-        "gradient_agreement": algorithms.gradient_agreement,
-        "mann": algorithms.mann,
-        "nearest_neighbour": algorithms.nearest_neighbour,
-    }
-)
 _LEARNERS: dict[str, Callable[..., Learner]] = {
     "conv4": nn.conv4,
     "mlp": nn.mlp,
@@ -76,21 +70,13 @@ _OPTIMIZERS: dict[str, Callable[..., optax.GradientTransformation]] = {
 _POSITIONAL = ("learner", "of", "body")  # a constructor's first argument
 
 
-def build_algorithm(
-    spec: Mapping[str, Any], *, axis_name: str | None = None
-) -> MetaAlgorithm:
+def build_algorithm(spec: Mapping[str, Any]) -> MetaAlgorithm:
     """Build a method from its spec.
-
-    Args:
-      axis_name: the mesh axis whose devices share each task, for the methods that can
-        do that; others compute the same on all of them.
 
     Raises:
       ValueError: a name that does not exist, or arguments that its constructor does
         not take.
     """
-    if axis_name is not None:
-        spec = _on_shared_axis(spec, axis_name)
     return _call("algorithm", spec, _ALGORITHMS)
 
 
@@ -127,14 +113,6 @@ def fixed_way(spec: Mapping[str, Any]) -> int | None:
     return (learner_spec(spec) or {}).get("num_classes")
 
 
-def _on_shared_axis(spec: Mapping[str, Any], axis_name: str) -> Mapping[str, Any]:
-    if "of" in spec:
-        return {**spec, "of": _on_shared_axis(spec["of"], axis_name)}
-    if spec.get("algorithm") in _ADAPTING:
-        return {**spec, "axis_name": axis_name}
-    return spec
-
-
 def _call(kind: str, spec: Mapping[str, Any], table: Mapping[str, Any]) -> Any:
     name = spec.get(kind)
     check_choice(kind, name, sorted(table))
@@ -166,11 +144,11 @@ def _value(value: Any) -> Any:
     return {key: _value(part) for key, part in value.items()}
 
 
-def _differentiation(spec: Mapping[str, Any]) -> inner.Differentiation:
+def _differentiation(spec: Mapping[str, Any]) -> Differentiation:
     options = {key: value for key, value in spec.items() if value is not None}
     order = options.pop("order")
     check_choice("order", order, ("first", "second"))
-    return (inner.first_order if order == "first" else inner.second_order)(**options)
+    return (first_order if order == "first" else second_order)(**options)
 
 
 _BUILDERS: dict[str, Callable[[Mapping[str, Any]], Any]] = {

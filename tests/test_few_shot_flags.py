@@ -125,7 +125,7 @@ def test_presets_name_options_that_exist():
         name: set().union(*(flags_of(methods.kind_of(name, n)) for n in LEARNERS))
         for name in METHODS
     }
-    for preset in presets.presets().values():
+    for preset in presets.read_presets().values():
         assert set(preset.shared) <= known.union(*of_methods.values())
         for name, settings in preset.each.items():
             assert not set(settings) & known, "the same for all methods of a table"
@@ -133,7 +133,7 @@ def test_presets_name_options_that_exist():
             assert set(settings) <= kin, name
 
 
-@pytest.mark.parametrize("name", sorted(presets.presets()))
+@pytest.mark.parametrize("name", sorted(presets.read_presets()))
 def test_presets_are_options_that_work(name, tmp_path):
     options = parsed(f"--preset {name}")
     assert options.run.preset == name
@@ -180,7 +180,7 @@ def mine(monkeypatch):
         "sgd": {"filters": 4, "num_steps": 4},
         "matching": {"filters": 6, "episodes": 7},
     }
-    monkeypatch.setattr(presets, "presets", lambda: {"mine": Preset(shared, each)})
+    monkeypatch.setattr(presets, "read_presets", lambda: {"mine": Preset(shared, each)})
     return "--preset mine --algorithms meta-lstm,sgd,matching,maml".split()
 
 
@@ -271,7 +271,7 @@ def test_spec_builders_refuse_unknown_names():
     with pytest.raises(ValueError, match="algorithm='magic'"):
         build_algorithm({"algorithm": "magic", "learner": {"learner": "mlp"}})
     spec = {"algorithm": "maml", "learner": {"learner": "mlp", "num_classes": 2}}
-    with pytest.raises(ValueError, match="maml cannot be built of its spec: .*rates"):
+    with pytest.raises(ValueError, match=r"maml cannot be built of its spec: .*rates"):
         build_algorithm(spec | {"rates": 0.1})
 
 

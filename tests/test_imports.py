@@ -39,6 +39,9 @@ LAYERS = (
 )
 
 RANK = {name: rank for rank, layer in enumerate(LAYERS) for name in layer}
+# likewise of the packages of experiments
+PACKAGES = ({"common"}, {"examples", "few_shot", "learned_optimizer"}, {"studies"})
+PACKAGE_RANK = {name: rank for rank, layer in enumerate(PACKAGES) for name in layer}
 HEAVY = {"matplotlib", "orbax", "tensorflow", "tensorflow_datasets"}
 # what flax brings to its NNX users, and what only the command line or decoding needs
 NOT_AT_IMPORT = HEAVY | {"IPython", "PIL", "array_record", "flax.nnx", "tqdm", "tyro"}
@@ -93,6 +96,50 @@ def violations(source: str, module: str) -> list[str]:
     ]
 
 
+def package_violations(source: str, module: str) -> list[str]:
+    own = module.split(".")[1]
+    found = [
+        (name, name.split(".")[1])
+        for name in imported(ast.parse(source), module)
+        if name.startswith("experiments.")
+    ]
+    return [
+        f"{module} imports {name}"
+        for name, other in found
+        if other != own and PACKAGE_RANK[other] >= PACKAGE_RANK[own]
+    ]
+
+
+@pytest.mark.parametrize(
+    "path", [p for p in sources() if p.parts[-3] == "experiments"], ids=module_name
+)
+def test_packages_of_experiments_import_one_way(path):
+    assert not package_violations(path.read_text(), module_name(path))
+
+
+def module_imports(package: str) -> dict[str, set[str]]:
+    """Of each module, the modules of the same package that it imports at its top."""
+    found = {}
+    for path in (ROOT / "experiments" / package).rglob("*.py"):
+        tree = ast.parse(path.read_text())
+        tree.body = [n for n in tree.body if isinstance(n, ast.Import | ast.ImportFrom)]
+        names = imported(tree, module_name(path))
+        found[module_name(path)] = {n for n in names if is_module(n)}
+    return found
+
+
+@pytest.mark.parametrize("package", sorted(PACKAGE_RANK))
+def test_no_circles_within_a_package_of_experiments(package):
+    """Also where Python would bear them, since a name is imported inside a function."""
+    left = module_imports(package)
+    while left:
+        free = {
+            name for name, needs in left.items() if not (needs & left.keys()) - {name}
+        }
+        assert free, f"a circle among {', '.join(sorted(left))}"
+        left = {name: needs for name, needs in left.items() if name not in free}
+
+
 @pytest.mark.parametrize("path", sources(), ids=module_name)
 def test_imports_go_one_way(path):
     module = module_name(path)
@@ -106,6 +153,9 @@ def test_the_check_notices():
     assert violations("import metalstm", "metalstm.predictor")
     assert not violations("from metalstm.base import Batch", "metalstm.data.pools")
     assert not violations("import metalstm", "experiments.few_shot")
+    bad = "def f():\n  from experiments.few_shot.data import Source"
+    assert package_violations(bad, "experiments.common.report")
+    assert not package_violations(bad, "experiments.studies.gates")
 
 
 def test_no_module_is_named_like_what_it_exports():
@@ -137,6 +187,8 @@ SCRIPTS = [
     module_name(path)
     for path in sources()
     if path.is_relative_to(ROOT / "experiments")
+    # a study and an example are one file each, with their imports on top
+    and not {"examples", "studies"} & {*path.parts}
     and 'if __name__ == "__main__":' in path.read_text()
 ]
 HELP = """
@@ -151,12 +203,12 @@ for name in {scripts}:
 
 def test_no_script_needs_more_than_its_flags_for_help():
     """Time differs between machines; what is imported does not."""
-    assert "experiments.few_shot" in SCRIPTS
+    assert "experiments.few_shot.__main__" in SCRIPTS
     loaded = in_fresh_python(HELP.format(scripts=SCRIPTS))
     assert not {"jax", "flax", "metalstm", "numpy", "optax"} & loaded
     packages = {name.split(".")[0] for name in loaded} - sys.stdlib_module_names
     of_tyro = {"docstring_parser", "rich", "shtab", "typeguard", "typing_extensions"}
     assert {"experiments", "tyro"} <= packages
-    known = {"experiments", "tyro", *of_tyro}
+    known = {"experiments", "msgspec", "tyro", *of_tyro}
     assert not {p for p in packages if not p.startswith("_")} - known
     assert len(loaded) < 400

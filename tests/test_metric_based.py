@@ -16,9 +16,10 @@ from reference import Lstm
 
 from experiments.few_shot import methods
 from experiments.few_shot.command_line import parse
-from metalstm import algorithms, runs
+from metalstm import algorithms, specs
 from metalstm.base import Batch, Episode, Learner, LearnerState
 from metalstm.nn import conv4, relation_net
+from metalstm.predictor import example_episode
 
 KEY = jax.random.key(5)
 # noise, so that no loss is near zero
@@ -235,9 +236,7 @@ def test_a_relation_net_on_maps_is_convolutions_of_concatenated_pairs(downsized)
 
 
 def test_what_relation_networks_refuse():
-    with pytest.raises(
-        ValueError, match=r"loss='hinge': choose one of squared, cross_e"
-    ):
+    with pytest.raises(ValueError, match=r"loss='hinge': choose squared or cross_e"):
         algorithms.relation(IDENTITY, IDENTITY, train_way=3, loss="hinge")
     first = Learner(IDENTITY.init, lambda state, x, *, norm: (x[0], state))
     algorithm = algorithms.relation(IDENTITY, first, train_way=3)
@@ -290,16 +289,14 @@ def test_equal_embeddings_have_a_finite_derivative():
 
 
 def test_what_siamese_networks_refuse():
-    with pytest.raises(
-        ValueError, match=r"loss='hinge': choose one of contrastive, tripl"
-    ):
+    with pytest.raises(ValueError, match=r"loss='hinge': choose contrastive or tripl"):
         algorithms.siamese(IDENTITY, loss="hinge")
     with pytest.raises(ValueError, match=r"margin=0: choose a number above 0"):
         algorithms.siamese(IDENTITY, margin=0)
 
 
 def test_what_matching_and_comparisons_refuse():
-    with pytest.raises(ValueError, match=r"context_steps=0: choose 1 or more or None"):
+    with pytest.raises(ValueError, match=r"context_steps=0: choose 1 or more, or None"):
         algorithms.matching(IDENTITY, context_steps=0)
     maps = jax.tree.map(
         lambda leaf: leaf[..., None] if leaf.ndim > 1 else leaf, EPISODE
@@ -314,10 +311,7 @@ def test_what_matching_and_comparisons_refuse():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (
-            {"distance": "manhattan"},
-            r"distance='manhattan': choose one of cosine, eucl",
-        ),
+        ({"distance": "manhattan"}, r"distance='manhattan': choose cosine or eucl"),
         ({"scale": "fixed"}, r"scale='fixed': choose a number above 0, or 'learned'"),
         ({"scale": 0.0}, r"scale=0.0: choose a number above 0"),
     ],
@@ -328,7 +322,7 @@ def test_wrong_options_of_a_comparison_are_refused(options, message):
 
 
 def test_features_of_zero_have_a_finite_derivative():
-    from metalstm.algorithms.metric.distances import unit
+    from metalstm.algorithms.metric.engine import unit
 
     gradient = jax.grad(lambda x: unit(x).sum())(jnp.zeros(3))
     assert np.all(np.isfinite(gradient))
@@ -339,12 +333,13 @@ def test_features_of_zero_have_a_finite_derivative():
 )
 @pytest.mark.parametrize("learner", ["conv4", "mlp"])
 def test_the_command_line_builds_every_method_for_any_way(name, learner):
-    line = f"--algorithms {name} --way 3 --train-way 4 --filters 2 --learner {learner}"
-    spec = json.loads(json.dumps(methods.method_specs(parse(line.split()))[name]))
-    algorithm = runs.build_algorithm(spec)
-    assert runs.any_way(spec)
-    four = runs.example_episode((28, 28, 1), 4)
-    five = runs.example_episode((28, 28, 1), 5)
+    line = f"--algorithms {name} --way 3 --train-way 4 --learner {learner}"
+    line += " --filters 2" if learner == "conv4" else ""
+    spec = json.loads(json.dumps(methods.specs_of(parse(line.split()))[name]))
+    algorithm = specs.build_algorithm(spec)
+    assert specs.fixed_way(spec) is None
+    four = example_episode((28, 28, 1), 4)
+    five = example_episode((28, 28, 1), 5)
 
     def run():
         params = algorithm.init(KEY, four)

@@ -9,14 +9,18 @@ import jax
 import numpy as np
 import pytest
 
-import metalstm.runs
+from experiments.common.saved_options import to_json
 from experiments.few_shot import data as sources
-from experiments.few_shot.methods import method_specs
-from experiments.few_shot.options import Config, to_json, with_flags
+from experiments.few_shot.command_line import options_of, parse
+from experiments.few_shot.methods import specs_of
+from experiments.few_shot.options import Data
+from experiments.few_shot.train import checkpoint_of
 from experiments.studies import verification
 from metalstm import algorithms, data
 from metalstm import verification as library
+from metalstm.predictor import example_episode, load_params
 from metalstm.runtime import checkpoints
+from metalstm.specs import build_algorithm, build_learner
 
 METHODS = ("prototypical", "hallucination", "am-softmax", "nearest-neighbour")
 
@@ -36,19 +40,19 @@ def run(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("run")
     x, y = people(0, 40, "a")
     np.savez(folder / "people.npz", x=x, y=y)
-    config = with_flags(
-        Config(), dataset="arrays", data_dir=folder / "people.npz", learner="mlp",
-        widths=(8,), algorithms=METHODS, queries=2,
-    )  # fmt: skip
-    source = sources.load_source(config)
-    specs = method_specs(config, source.dataset.train.num_classes)
+    line = f"--dataset arrays --data-dir {folder / 'people.npz'} --queries 2 "
+    line += f"--learner mlp --widths 8 --algorithms {','.join(METHODS)}"
+    options = parse(line.split())
+    source = sources.load_source(options.data, options.methods)
+    specs = specs_of(options, source.dataset.train.num_classes)
     for name in METHODS[:-1]:
-        algorithm = metalstm.runs.build_algorithm(specs[name])
-        episode = metalstm.runs.example_episode(source.dataset.image_shape, 5)
+        algorithm = build_algorithm(specs[name])
+        episode = example_episode(source.dataset.image_shape, 5)
         params = jax.jit(algorithm.init)(jax.random.key(1), episode)
-        path = folder / "checkpoints" / name / "best"
-        checkpoints.save(path, params, step=0, metadata={}, keep=1)
-    about = {"config": to_json(config), "methods": specs, "data": source.describe()}
+        checkpoints.save(
+            folder / checkpoint_of(name), params, step=0, metadata={}, keep=1
+        )
+    about = {"config": to_json(options), "data": source.describe()}
     (folder / "config.json").write_text(json.dumps(about))
     return folder
 
@@ -80,10 +84,10 @@ def test_a_run_is_verified_on_the_classes_it_tests_on(run, capsys):
         "pixels": "euclidean",
     }
     x, labels = library.pool_examples(tested.test)
-    specs = json.loads((run / "config.json").read_text())["methods"]
-    learner = metalstm.runs.build_learner(specs["am-softmax"]["learner"], None)
+    specs = specs_of(options_of(run), tested.train.num_classes)
+    learner = build_learner(specs["am-softmax"]["learner"])
     for name in ("prototypical", "am-softmax"):
-        params, _ = metalstm.runs.load_params(run, name, specs[name], (6, 6, 1))
+        params, _ = load_params(run / checkpoint_of(name), specs[name], (6, 6, 1))
         state = algorithms.embedding_state(params)
         named = np.array(tested.class_names["test"])[labels]
         options = {"num_pairs": 600, "similarity": compared[name]}
@@ -158,14 +162,15 @@ def test_what_a_run_cannot_serve(run, tmp_path, capsys):
     flags = ("--dataset", "folders", "--data-dir", tmp_path)
     assert command(tmp_path, *flags) == 2
     assert "gives squares, and" in capsys.readouterr().err
-    about["methods"] = {"nearest-neighbour": about["methods"]["nearest-neighbour"]}
+    methods = about["config"]["methods"]
+    about["config"]["methods"] = {"nearest-neighbour": methods["nearest-neighbour"]}
     (tmp_path / "config.json").write_text(json.dumps(about))
     assert command(tmp_path) == 2
     assert "train prototypical, siamese or arcface" in capsys.readouterr().err
 
 
 def test_images_are_normalised_as_in_training():
-    from experiments.studies.verifying import _normalised
+    from experiments.studies.verification import _normalised
 
     x = np.full((2, 3, 3, 3), 51, np.uint8)
     found = _normalised(x, [[0.1, 0.2, 0.3], [0.5, 1.0, 2.0]])
@@ -174,9 +179,9 @@ def test_images_are_normalised_as_in_training():
 
 
 def test_a_run_on_arrays_needs_to_know_which(run):
-    config = with_flags(Config(), dataset="arrays")
+    config = Data("arrays")
     with pytest.raises(ValueError, match=r"say which .npz with --data-dir FILE"):
-        sources.load_source(config)
-    sized = with_flags(config, data_dir=run / "people.npz", image_size=28)
+        sources.load_source(config, {})
+    sized = Data("arrays", run / "people.npz", image_size=28)
     with pytest.raises(ValueError, match=r"--image-size: arrays are used at their own"):
-        sources.load_source(sized)
+        sources.load_source(sized, {})

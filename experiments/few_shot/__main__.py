@@ -94,7 +94,7 @@ def _run(options: Options, folder: Path) -> int:
         require_tensorboard()
     from experiments.common.stopping import Interrupted
     from experiments.few_shot.data import load_source
-    from experiments.few_shot.header import header
+    from experiments.few_shot.heading import header
 
     # of all methods: the mesh of each is made for its own --meta-batch
     batches = {own.training.meta_batch for own in options.methods.values()}

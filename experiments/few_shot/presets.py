@@ -26,14 +26,14 @@ def preset(name: str) -> Preset:
     Raises:
       ValueError: there is no such preset.
     """
-    found = presets()
+    found = read_presets()
     if name not in found:
         raise ValueError(f"--preset {name}: {did_you_mean(name, found)}")
     return found[name]
 
 
 @functools.cache
-def presets() -> dict[str, Preset]:
+def read_presets() -> dict[str, Preset]:
     document = tomllib.loads(Path(__file__).with_name("presets.toml").read_text())
     parts = document["parts"]
     return {name: _read(table, parts) for name, table in document["presets"].items()}

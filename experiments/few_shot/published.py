@@ -51,7 +51,7 @@ _MINI_IMAGENET = "Ravi & Larochelle's"
 
 
 @functools.cache
-def published() -> dict[tuple[str, int, int], dict[str, tuple[Published, ...]]]:
+def read_published() -> dict[tuple[str, int, int], dict[str, tuple[Published, ...]]]:
     """(data set, way, shot) -> method -> numbers, the original first."""
     document = tomllib.loads(Path(__file__).with_name("published.toml").read_text())
     return {
@@ -80,7 +80,7 @@ def published_reference(
       split: of Omniglot, ``alphabets`` or ``characters``; mini-ImageNet has one.
       batch_norm: how our queries were normalised.
     """
-    numbers = published().get((dataset, way, shot), {}).get(method, ())
+    numbers = read_published().get((dataset, way, shot), {}).get(method, ())
     ours = _MINI_IMAGENET if dataset == "mini-imagenet" else split
     found = [_compared(n, ours, batch_norm == "transductive") for n in numbers]
     return min(found, key=lambda n: (len(n.other), len(n.unknown)), default=None)

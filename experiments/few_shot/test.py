@@ -17,7 +17,7 @@ from experiments.common.run_folder import write_json
 from experiments.common.tables import Table
 from experiments.few_shot import results
 from experiments.few_shot.data import Source, load_source
-from experiments.few_shot.header import header
+from experiments.few_shot.heading import header
 from experiments.few_shot.methods import Spec
 from experiments.few_shot.options import Options, Retest
 from experiments.few_shot.results import Tested
@@ -224,8 +224,8 @@ def evaluate_again(options: Options, anew: Retest) -> Table:
     folder = options.run.workdir or options.run.evaluate[0]
     folder.mkdir(parents=True, exist_ok=True)
     data, test = options.data, options.test
-    mode = anew.query_norm or "saved"
-    stem = f"evaluation-{data.way}w{data.shot}s-{mode}-{test.test_seed}"
+    mode = "" if anew.query_norm is None else f"{anew.query_norm}-"
+    stem = f"evaluation-{data.way}w{data.shot}s-{mode}{test.test_seed}"
     which = {"seed": test.test_seed, "episodes": test.test_episodes}
     write_json(folder / f"{stem}.json", [row.record() | which for row in rows])
     _save_accuracies(folder / f"{stem}.npz", tested)

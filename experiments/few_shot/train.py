@@ -19,7 +19,12 @@ from experiments.common.devices import MAY_CHANGE, mesh_for
 from experiments.common.loop import Loop, Setup
 from experiments.common.run_folder import Metrics
 from experiments.common.tuning import bracketed_best
-from experiments.few_shot.arguments import Arguments, GradientAgreement, Reptile
+from experiments.few_shot.arguments import (
+    Arguments,
+    GradientAgreement,
+    InnerLoop,
+    Reptile,
+)
 from experiments.few_shot.data import Source
 from experiments.few_shot.methods import (
     HAND_MADE,
@@ -119,10 +124,13 @@ def make_all_programs(
 
 def make_programs(spec: Spec, common: Common, own: Any, source: Source) -> Programs:
     """The compile-once parts of a method; ``own`` are its options."""
+    algorithm = build_algorithm(spec)
+    algorithm = build_algorithm(spec)
     training: Training = own.training
     mesh = mesh_for(common.devices, training.meta_batch, "--meta-batch")
-    trained = build_algorithm(spec, axis_name=sharding.shared_axis(mesh))
-    algorithm = build_algorithm(spec)  # evaluation shares no task between devices
+    trained = algorithm  # evaluation shares no task between devices
+    if (axis := sharding.shared_axis(mesh)) and isinstance(own.method, InnerLoop):
+        trained = build_algorithm(sharing(spec, axis))
     optimizer = _optimizer(own.method, training)
     train_loop = metalstm.make_train_loop(
         trained,
@@ -140,6 +148,13 @@ def make_programs(spec: Spec, common: Common, own: Any, source: Source) -> Progr
         mesh=sharding.task_mesh(num_devices=common.devices.devices),
     )
     return Programs(algorithm, optimizer, train_loop, evaluate, mesh)
+
+
+def sharing(spec: Spec, axis_name: str) -> Spec:
+    """The spec of a method that adapts, each task shared by the devices of an axis."""
+    if "of" in spec:
+        return spec | {"of": sharing(spec["of"], axis_name)}
+    return spec | {"axis_name": axis_name}
 
 
 def _optimizer(method: Arguments, training: Training) -> optax.GradientTransformation:

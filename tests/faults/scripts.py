@@ -39,13 +39,14 @@ class Script(NamedTuple):
         return [sys.executable, "-m", f"experiments.{self.name}", *extra]
 
 
+_META_LSTM = "methods.meta-lstm"
 FEW_SHOT = Script(
     "few_shot",
     "meta-lstm",
     tuple(
         "--dataset folders --image-size 8 --algorithms meta-lstm "
-        "--learner mlp --widths 6 --hidden 2 --steps 2 --way 3 --queries 2 "
-        "--meta-batch 2 --input-bias -1 -0.5 --gradient-scale one --episodes 400 "
+        "--learner mlp --widths 6 --hidden-size 2 --num-steps 2 --way 3 --queries 2 "
+        "--meta-batch 2 --input-bias -1 -0.5 --gradient-scale 1 --episodes 400 "
         "--validate-every 80 --validation-episodes 6 --save-every 40 "
         "--test-episodes 10 --test-batch 5 --learning-rate 0.02".split()
     ),
@@ -54,21 +55,22 @@ FEW_SHOT = Script(
     (
         ("--way", "data.way", "4"),
         ("--seed", "run.seed", "1"),
-        ("--hidden", "rule.hidden", "3"),
-        ("--learning-rate", "budget.learning_rate", "0.01"),
-        ("--widths", "learner.widths", "5"),
-        ("--meta-batch", "budget.meta_batch", "4"),
-        ("--order", "methods.order", "second"),
-        ("--algorithms", "methods.algorithms", "maml"),
+        ("--hidden-size", f"{_META_LSTM}.method.rule.hidden_size", "3"),
+        ("--learning-rate", f"{_META_LSTM}.training.learning_rate", "0.01"),
+        ("--widths", f"{_META_LSTM}.learner.widths", "5"),
+        ("--meta-batch", f"{_META_LSTM}.training.meta_batch", "4"),
+        ("--order", f"{_META_LSTM}.method.order", "second"),
+        ("--seeds", "run.seeds", "2"),
         ("--image-size", "data.image_size", "9"),
-        ("--validate-every", "budget.validate_every", "40"),
+        ("--validate-every", f"{_META_LSTM}.training.validate_every", "40"),
     ),
 )
 LEARNED_OPTIMIZER = Script(
     "learned_optimizer",
     "l2l",
     tuple(
-        "--dim 2 --hidden 3 --lstm-layers 1 --tasks 2 --unroll 2 --horizon 4 "
+        "--dim 2 --l2l.hidden-size 3 --l2l.num-layers 1 --num-tasks 2 "
+        "--unroll-steps 2 --horizon 4 "
         "--meta-steps 200 --validate-every 40 --save-every 20 "
         "--validation-instances 4 --steps 4 --instances 6 --tune-instances 2 "
         "--study comparison --baselines sgd".split()
@@ -76,16 +78,16 @@ LEARNED_OPTIMIZER = Script(
     "step",
     20,
     (
-        ("--dim", "problem.dim", "3"),
+        ("--dim", "problem.family.dim", "3"),
         ("--seed", "run.seed", "1"),
-        ("--hidden", "rule.hidden", "4"),
-        ("--tasks", "budget.tasks", "3"),
-        ("--unroll", "budget.unroll", "4"),
-        ("--horizon", "budget.horizon", "8"),
+        ("--l2l.hidden-size", "rule.l2l.hidden_size", "4"),
+        ("--num-tasks", "training.num_tasks", "3"),
+        ("--unroll-steps", "training.unroll_steps", "4"),
+        ("--horizon", "training.horizon", "8"),
         ("--learning-rate", "budget.learning_rate", "0.01"),
         ("--steps", "test.steps", "5"),
         ("--save-every", "budget.save_every", "10"),
-        ("--lstm-layers", "rule.lstm_layers", "2"),
+        ("--l2l.num-layers", "rule.l2l.num_layers", "2"),
     ),
 )
 SCRIPTS = (FEW_SHOT, LEARNED_OPTIMIZER)
@@ -229,11 +231,14 @@ def preload(script: Script) -> Callable[[list[str]], int]:
     """Import all that the script will; returns its main."""
     import PIL.Image  # noqa: F401
 
-    import experiments.few_shot.comparison
-    import experiments.learned_optimizer.running
-    import experiments.learned_optimizer.studies  # noqa: F401
+    for folder in ("common", script.name):
+        for path in sorted((ROOT / "experiments" / folder).glob("*.py")):
+            importlib.import_module(f"experiments.{folder}.{path.stem}")
+    return main_of(script)
 
-    return importlib.import_module(f"experiments.{script.name}").main
+
+def main_of(script: Script) -> Callable[[list[str]], int]:
+    return importlib.import_module(f"experiments.{script.name}.__main__").main
 
 
 def _become(place: Place, main: Callable, line: Sequence[str], output: Path) -> None:

@@ -1,0 +1,1 @@
+"""Three scripts to read in a sitting, and to copy."""

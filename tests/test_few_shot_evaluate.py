@@ -1,0 +1,184 @@
+"""Finished runs of few_shot, tested again: one table, other shots, ways and modes."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import pytest
+from few_shot_runs import command, finished_run, read, tiny_dataset, tiny_images
+
+import metalstm
+from experiments.common.run_folder import write_json
+from experiments.few_shot import __main__ as few_shot
+from experiments.few_shot.saved_runs import choose_methods, read_runs
+from experiments.studies import shots_and_ways
+from metalstm import data
+
+
+@pytest.fixture(autouse=True)
+def tiny_instead_of_glyphs(monkeypatch, tmp_path):
+    monkeypatch.setattr(data, "load_glyphs", tiny_dataset)
+    monkeypatch.chdir(tmp_path)
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory) -> Path:
+    """One finished run with a method of every kind; copy it before changing it."""
+    return finished_run(tmp_path_factory.mktemp("finished") / "run")
+
+
+@pytest.fixture
+def copy(finished, tmp_path) -> Path:
+    return shutil.copytree(finished, tmp_path / "copy")
+
+
+def test_evaluate_again_at_another_shot(copy, capsys):
+    assert few_shot.main(["--evaluate", str(copy), "--test-seed", "0"]) == 0
+    rows = read(copy / "evaluation-3w1s-0.json")
+    results = read(copy / "results.json")["methods"]
+    for row in rows:
+        assert row["mean"] == pytest.approx(results[row["name"]]["accuracy"])
+    line = ["--evaluate", str(copy), "--shot", "2", "--query-norm", "support"]
+    assert few_shot.main([*line, "--algorithms", "nearest-neighbour"]) == 0
+    assert (copy / "evaluation-3w2s-support-0.json").exists()
+    capsys.readouterr()
+    assert few_shot.main(["--evaluate", str(copy), "--way", "4"]) == 2
+    assert "choose --way 3, or train with --tied-head" in capsys.readouterr().err
+
+
+def test_runs_of_several_folders_become_one_table(finished, tmp_path, capsys):
+    folders = [tmp_path / "a" / "run", tmp_path / "b" / "run"]
+    for folder in folders:
+        shutil.copytree(finished, folder)
+    saved = read(folders[0] / "config.json")
+    # the first has no Meta-LSTM: the others are compared with the second's
+    del saved["config"]["methods"]["meta-lstm"]
+    saved["config"]["methods"]["sgd"]["method"]["num_test_steps"] = 1
+    write_json(folders[0] / "config.json", saved)
+    (folders[0] / "results.json").unlink()
+    line = ["--evaluate", *map(str, folders), "--algorithms", "sgd,meta-lstm"]
+    assert few_shot.main([*line, "--workdir", str(tmp_path / "out")]) == 0
+    out = capsys.readouterr().out
+    assert "paired, to meta-lstm" in out
+    stem = tmp_path / "out" / "evaluation-3w1s-0"
+    rows = read(stem.with_suffix(".json"))
+    assert [r["name"] for r in rows] == ["sgd (a/run)", "meta-lstm", "sgd (b/run)"]
+    results = read(folders[1] / "results.json")["methods"]
+    shorter, meta_lstm, sgd = rows
+    for row, name in ((sgd, "sgd"), (meta_lstm, "meta-lstm")):
+        assert row["mean"] == pytest.approx(results[name]["accuracy"])
+    paired = results["sgd"]["paired_difference"]
+    assert sgd["difference"] == pytest.approx(paired[0], abs=1e-6)
+    assert shorter["mean"] != sgd["mean"], "its run has one update at the test"
+    assert [r["meta_training_episodes"] for r in rows] == [None, 40, None]
+    spent = results["meta-lstm"]["meta_training"]["wall_seconds"]
+    assert meta_lstm["meta_training_seconds"] == spent
+    # of a run that was stopped: by its checkpoint
+    (folders[1] / "results.json").unlink()
+    stopped = choose_methods(read_runs(folders[1:]), ["meta-lstm"])[0].meta_training
+    assert stopped["episodes"] == 40
+    assert stopped["wall_seconds"] == pytest.approx(spent, rel=0.2)
+    assert stem.with_suffix(".md").exists()
+    assert stem.with_suffix(".csv").exists()
+
+
+def test_runs_that_make_no_common_table_are_refused(finished, copy, capsys):
+    assert few_shot.main(["--evaluate", str(copy), str(copy)]) == 2
+    assert "twice" in capsys.readouterr().err
+    assert few_shot.main(["--evaluate", str(copy), "--algorithms", "maml"]) == 2
+    assert "the runs have meta-lstm, sgd" in capsys.readouterr().err
+    saved = read(copy / "config.json")
+    other = saved | {"data": saved["data"] | {"image_shape": [8, 8, 1]}}
+    write_json(copy / "config.json", other)
+    assert few_shot.main(["--evaluate", str(finished), str(copy)]) == 2
+    message = capsys.readouterr().err
+    assert f"{copy} was trained with image_shape [8, 8, 1]" in message
+    (copy / "seed-0").mkdir()
+    assert few_shot.main(["--evaluate", str(copy)]) == 2
+    assert "several seeds" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_evaluate_in_every_batch_norm_mode_and_at_any_way(tmp_path, capsys):
+    folder = tmp_path / "run"
+    line = command("--algorithms", "fomaml", "prototypical", workdir=folder)
+    conv = "--num-blocks 1 --filters 2 --downsample stride --tied-head".split()
+    assert line[:4] == ["--learner", "mlp", "--widths", "6"]
+    assert few_shot.main([*line[4:], *conv]) == 0
+    assert few_shot.main(["--evaluate", str(folder), "--query-norm", "all"]) == 0
+    rows = read(folder / "evaluation-3w1s-all-0.json")
+    assert [row["name"] for row in rows] == [
+        "fomaml [support]", "fomaml [support+1]", "fomaml [transductive]",
+        "prototypical [frozen]",
+    ]  # fmt: skip
+    assert [row["difference"] is None for row in rows] == [True, False, False, True]
+    capsys.readouterr()
+    assert few_shot.main(["--evaluate", str(folder), "--way", "4"]) == 0
+    assert "fomaml  " in capsys.readouterr().out
+    predict = metalstm.load_run(folder, "prototypical")
+    images = tiny_images(4, 9)
+    labels = predict(images[:, 0], list("abcd"), images[:, 1])
+    assert set(labels) <= set("abcd")
+
+
+SWEEP = (
+    "--shots 2 1 5 6 --ways 3 4 9 --test-episodes 10 --test-batch 5 --algorithms "
+    "nearest-neighbour sgd"
+).split()
+
+
+def test_accuracy_against_shots_and_ways(copy, capsys, monkeypatch):
+    tested, real = [], metalstm.evaluate
+
+    def evaluate(algorithm, params, pool, spec, **options):
+        if len(tested) == 3:
+            raise KeyboardInterrupt
+        tested.append((spec.way, spec.shot, spec.queries))
+        return real(algorithm, params, pool, spec, **options)
+
+    monkeypatch.setattr(metalstm, "evaluate", evaluate)
+    assert shots_and_ways.main([str(copy), *SWEEP]) == 130
+    assert "stopped; the same command" in capsys.readouterr().err
+    before = read(copy / shots_and_ways.NAME)["points"]
+    assert len(before) == 3
+    monkeypatch.setattr(metalstm, "evaluate", real)
+    assert shots_and_ways.main([str(copy), *SWEEP]) == 0
+    out = capsys.readouterr().out
+    assert "3-way 6-shot omitted: shot=6 and queries=1 need 7 images" in out
+    assert "9-way 1-shot omitted: way=9 is more than the 5 classes" in out
+    assert "4-way 1-shot, sgd omitted: its head has 3 classes" in out
+    assert "3-way 5-shot: 1 queries a class" in out
+    points = read(copy / shots_and_ways.NAME)["points"]
+    assert points[:3] == before
+    both = ["sgd", "nearest-neighbour"]
+    expected = [(3, k, 2, n) for k in (1, 2) for n in both]
+    expected += [(3, 5, 1, n) for n in both] + [(4, 1, 2, "nearest-neighbour")]
+    names = ("way", "shot", "queries", "method")
+    assert [tuple(row[name] for name in names) for row in points] == expected
+    results = read(copy / "results.json")["methods"]
+    assert points[0]["mean"] == pytest.approx(results["sgd"]["accuracy"])
+    for axis in ("shot", "way"):
+        picture = copy / f"accuracy_vs_{axis}.png"
+        assert picture.read_bytes()[:4] == b"\x89PNG"
+    # other settings would mix what is not comparable
+    assert shots_and_ways.main([str(copy), *SWEEP, "--test-seed", "1"]) == 2
+    message = capsys.readouterr().err
+    assert "holds points with test_seed 0, not 1: give another --workdir" in message
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("nowhere", "not a run folder"),
+        ("RUN --shots 0", "--shots 0: choose 1 or more"),
+        ("RUN --ways 1", "--ways 1: choose 2 or more"),
+        ("RUN --algorithms maml", "the runs have meta-lstm, sgd"),
+        ("--shots 1", "name at least one run folder"),
+    ],
+)
+def test_mistakes_about_shots_and_ways(finished, line, message, capsys, tmp_path):
+    line = line.replace("RUN", str(finished)).split()
+    assert shots_and_ways.main([*line, "--workdir", str(tmp_path / "out")]) == 2
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
