@@ -346,6 +346,7 @@ def slope_gradient(algorithm, rule=()):
     return tiny.quick_jit(jax.grad(loss))(params)
 
 
+@pytest.mark.smoke
 def test_maml_on_a_parabola_in_closed_form():
     """w_K = s + (1 - 2 a x^2)^K (w - s); the query's gradient times that power."""
     (x, y), (u, v) = TASK
@@ -370,6 +371,7 @@ def test_meta_sgd_on_a_parabola_in_closed_form():
     np.testing.assert_allclose(gradient.learner.params, expected, rtol=1e-5)
 
 
+@pytest.mark.smoke
 def test_first_order_maml_is_the_query_gradient_at_the_adapted_parameters():
     algorithm, params = CASES["fomaml"].algorithm, meta_params("fomaml")
     inner, _ = algorithm.adapt(params, KEY, EPISODE.support)

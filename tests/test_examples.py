@@ -29,6 +29,7 @@ def test_a_script_can_be_read_in_a_sitting(script):
     assert len(inspect.signature(script.main).parameters) <= 5
 
 
+@pytest.mark.smoke
 def test_meta_train_meta_lstm(capsys):
     found = meta_train_meta_lstm.main(
         way=2, shot=1, meta_steps=2, filters=2, test_episodes=10

@@ -62,9 +62,10 @@ class Draw(NamedTuple):
 class ProblemSampler:
     """What `metalstm.make_train_loop` draws problems with; ``data`` is its pool.
 
-    family: a `ProblemFamily`.
-    num_batches: minibatches of a draw. `learned_optimizer` takes one more
-      than it makes updates: the loss behind the last update has its own.
+    Args:
+      family: a `ProblemFamily`.
+      num_batches: minibatches of a draw. `learned_optimizer` takes one more
+        than it makes updates: the loss behind the last update has its own.
     """
 
     family: ProblemFamily
