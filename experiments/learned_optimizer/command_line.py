@@ -25,7 +25,7 @@ from experiments.learned_optimizer.options import (
     Test,
 )
 from experiments.learned_optimizer.presets import PRESETS
-from experiments.learned_optimizer.rule_options import RULES
+from experiments.learned_optimizer.rule_options import RULES, named_rules
 
 _WITHOUT_BATCHES = ("plateau", "quadratics", "logistic")
 STUDIES = {
@@ -80,7 +80,8 @@ def _default(arguments: list[str]) -> Config:
         saved = from_json(Config, read_config(Path(folder))["config"])
         run = Run(preset=saved.run.preset, seed=saved.run.seed)
         # it may resume elsewhere
-        return replace(saved, run=run, devices=Devices())
+        rules = named_rules() | saved.rule
+        return replace(saved, run=run, rule=rules, devices=Devices())
     if preset is None:
         return Config()
     return _read(PRESETS[preset].split(), Config(), all_rules=True)
@@ -154,6 +155,11 @@ def check(config: Config) -> None:
     cli.check(config)
     _check_names(config)
     _check_training(config)
+    if type(config.problem.family) is not type(FAMILIES[config.problem.name]):
+        raise ValueError(
+            f"config.json: --problem {config.problem.name} has options of another "
+            "problem: put a copy of the file back, or start again"
+        )
     run, test = config.run, config.test
     if test.steps % test.record_every:
         raise ValueError(
