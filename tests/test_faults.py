@@ -174,8 +174,8 @@ def test_a_run_that_differs_is_told(tmp_path):
 def test_a_contradicting_option_is_refused_with_the_difference(tmp_path):
     """Before anything is loaded, so that a run's config is all there must be."""
     from experiments.common.run_folder import write_json
-    from experiments.few_shot.options import to_json
-    from experiments.learned_optimizer.options import parse
+    from experiments.common.saved_options import to_json
+    from experiments.learned_optimizer.command_line import parse
 
     script = scripts.LEARNED_OPTIMIZER
     whole = tmp_path / "whole"
