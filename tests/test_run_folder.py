@@ -15,7 +15,7 @@ import pytest
 
 from experiments.common import run_folder
 from experiments.common.saved_options import read_config, to_json
-from experiments.few_shot import header
+from experiments.few_shot import heading
 from experiments.learned_optimizer.measuring import Bench
 from experiments.learned_optimizer.options import Config as OptimizerConfig
 from metalstm.data import Dataset, make_pool
@@ -203,5 +203,5 @@ def test_what_was_omitted_is_said():
     info = {"skipped": 5, "skipped_files": list("abcde"), "unlabelled": 2}
     dataset = Dataset("mine", pool, pool, pool, {}, (2, 2, 1), "", info)
     source = type("Source", (), {"dataset": dataset})
-    said = header._about(source)
+    said = heading._about(source)
     assert "omitted: 5 corrupt files (a, b, c, ..), 2 images without a label" in said
