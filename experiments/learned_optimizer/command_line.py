@@ -87,6 +87,16 @@ def _default(arguments: list[str]) -> Config:
     return _read(PRESETS[preset].split(), Config(), all_rules=True)
 
 
+def other_flags(arguments: list[str]) -> list[str]:
+    """Those of an evaluation that are neither the run nor the studies."""
+    kept, skipped = [], False
+    for word in arguments:
+        if word.startswith("--"):
+            skipped = word.split("=")[0] in ("--evaluate", "--study")
+        kept += [] if skipped else [word]
+    return kept
+
+
 def may_change(config: Config) -> tuple[str, ...]:
     """What may differ when a run resumes: neither problem, nor rule, nor recipe."""
     names = [
