@@ -1,6 +1,6 @@
-"""Refusals in one voice: what was given, and what would do.
+"""Checks of arguments, with error messages of one form.
 
-Every message is ``name=value: choose ...``, so that who reads it can act on it.
+A message is ``name=value: choose ...``: the argument, its value and the remedy.
 """
 
 from __future__ import annotations
@@ -19,7 +19,12 @@ __all__ = [
 
 
 def check_choice(name: str, value: Any, choices: Iterable[Any]) -> None:
-    """Raise ValueError unless ``value`` is one of ``choices``."""
+    """Raise ValueError unless ``value`` is one of ``choices``.
+
+    >>> check_choice("keep", "some", ("all", "remat"))
+    Traceback (most recent call last):
+    ValueError: keep='some': choose one of all, remat
+    """
     choices = tuple(choices)
     if value not in choices:
         options = ", ".join(map(str, choices))

@@ -10,7 +10,8 @@ __all__ = ["mean_and_ci95"]
 def mean_and_ci95(values: np.ndarray) -> tuple[float, float]:
     """Return the mean and 1.96 standard errors (n - 1 in the variance).
 
-    >>> mean_and_ci95(np.array([1.0, 3.0]))
+    >>> mean, ci95 = mean_and_ci95(np.array([1.0, 3.0]))
+    >>> mean, round(ci95, 3)
     (2.0, 1.96)
 
     Raises:

@@ -106,7 +106,7 @@ class Summary(NamedTuple):
 def receiver_operating_characteristic(
     scores: np.ndarray, same: np.ndarray, *, weights: np.ndarray | None = None
 ) -> Verification:
-    """Return the curve of scores [P], higher is more alike, against the truth [P].
+    """Return the curve of scores [P], higher is more similar, against the truth [P].
 
     Pairs of equal score are accepted together, so that ties help no method.
 
@@ -208,7 +208,7 @@ def draw_pairs(labels: Any, num_pairs: int, *, seed: int = 0) -> Pairs:
         )
     rng = np.random.default_rng(seed)
     half, total = num_pairs // 2, len(y)
-    # examples in the order of their identity, which has a range of places
+    # sorted by identity, the examples of each are a range of places
     order = np.argsort(y, kind="stable")
     starts = np.cumsum(counts) - counts
     place = np.empty(total, int)
@@ -222,11 +222,18 @@ def draw_pairs(labels: Any, num_pairs: int, *, seed: int = 0) -> Pairs:
             return order[start + (place[first] - start + step) % count]
         return order[(start + count + rng.integers(0, total - count)) % total]
 
-    alike = rng.choice(np.flatnonzero(counts[y] > 1), half)
-    other = rng.integers(0, total, half)
-    second = [partner(alike, same=True), partner(other, same=False)]
+    first_of_same = rng.choice(np.flatnonzero(counts[y] > 1), half)
+    first_of_different = rng.integers(0, total, half)
+    second = [
+        partner(first_of_same, same=True),
+        partner(first_of_different, same=False),
+    ]
     is_same = np.repeat([True, False], half)
-    return Pairs(np.concatenate([alike, other]), np.concatenate(second), is_same)
+    return Pairs(
+        np.concatenate([first_of_same, first_of_different]),
+        np.concatenate(second),
+        is_same,
+    )
 
 
 def verify(
@@ -276,7 +283,7 @@ def score_pairs(
     similarity: Similarity = "cosine",
     batch_size: int = 256,
 ) -> np.ndarray:
-    """Return how alike the embeddings of each pair are, [P], higher is more.
+    """Return how similar the embeddings of each pair are, [P], higher is more.
 
     The arguments are those of `verify`.
 

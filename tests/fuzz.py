@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import atexit
 import contextlib
+import dataclasses
 import functools
 import inspect
 import io
@@ -30,6 +31,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import msgspec
 import numpy as np
 
 MAX_SECONDS = 20.0  # of CPU, in one round
@@ -239,15 +241,14 @@ def _flag_value(rng: random.Random, hint: Any) -> list[str]:
     return [rng.choice(good if rng.random() < 0.7 else bad) for _ in range(count)]
 
 
-def _random_flags(rng: random.Random, config: Any, folder: Path) -> list[str]:
-    from experiments.few_shot.options import groups
-
-    parts = [getattr(config, group) for group in groups(config)]
-    hints = {n: h for part in parts for n, h in _hints(type(part)).items()}
+def _random_flags(rng: random.Random, groups: list[Any], folder: Path) -> list[str]:
+    hints = dict(hint for group in groups for hint in _hints(group))
     arguments = []
     for _ in range(rng.randrange(6)):
         name = rng.choice(list(hints))
         flag = "--" + name.replace("_", "-")
+        if rng.random() < 0.1:
+            flag = f"--{rng.choice(('maml', 'meta-lstm', 'l2l', 'x'))}.{flag[2:]}"
         follow = _flag_value(rng, hints[name])
         if name in ("resume", "evaluate", "workdir", "beside", "data_dir", "curves"):
             places = (folder, folder / "none", folder / "file", Path("none\n"))
@@ -262,26 +263,39 @@ def _random_flags(rng: random.Random, config: Any, folder: Path) -> list[str]:
     return arguments
 
 
-@functools.cache
-def _hints(kind: type) -> dict[str, Any]:
-    return typing.get_type_hints(kind)
+def _is_group(value: Any) -> bool:
+    return dataclasses.is_dataclass(value) or hasattr(value, "__struct_fields__")
+
+
+def _hints(group: Any) -> Iterator[tuple[str, Any]]:
+    """The names and types of all options of a group, those of groups in it too."""
+    names = {field.name for field in msgspec.inspect.type_info(type(group)).fields}
+    for name, hint in typing.get_type_hints(type(group)).items():
+        value = getattr(group, name)
+        if isinstance(value, dict):
+            for one in filter(_is_group, value.values()):
+                yield from _hints(one)
+        elif _is_group(value):
+            yield from _hints(value)
+        elif name in names:
+            yield name, hint
 
 
 def _check_types(config: Any) -> None:
-    from experiments.common.saved_options import fits
-    from experiments.few_shot.options import groups
+    """Options are of their types if their JSON can be read as them again."""
+    from experiments.common.saved_options import from_json, to_json
 
-    for part in (getattr(config, group) for group in groups(config)):
-        for name, hint in _hints(type(part)).items():
-            found = getattr(part, name)
-            assert fits(found, hint), f"{name}: {found!r}"
-            numbers = found if isinstance(found, tuple) else (found,)
-            assert all(number == number for number in numbers), f"{name} is NaN"
+    for group in [config, *getattr(config, "methods", {}).values()]:
+        document = to_json(group)
+        assert to_json(from_json(type(group), document)) == document
+        assert "NaN" not in json.dumps(document)
 
 
-def _read_flags(rng: random.Random, folder: Path, config: Any, parse: Any) -> None:
+def _read_flags(
+    rng: random.Random, folder: Path, groups: list[Any], parse: Any
+) -> None:
     (folder / "file").write_text("not a folder")
-    arguments = _random_flags(rng, config, folder)
+    arguments = _random_flags(rng, groups, folder)
     said = io.StringIO()
 
     def read() -> Any:
@@ -302,23 +316,34 @@ def _read_flags(rng: random.Random, folder: Path, config: Any, parse: Any) -> No
         raise
 
 
+def _few_shot(arguments: list[str]) -> Any:
+    from experiments.few_shot.command_line import parse, parse_evaluation
+
+    if any(word.startswith("--evaluate") for word in arguments):
+        return parse_evaluation(arguments)[0]
+    return parse(arguments)
+
+
 def few_shot_flags(rng: random.Random, folder: Path) -> None:
     """Flags of few_shot: options, or a line that names the flag or the folder."""
-    from experiments.few_shot.command_line import parse
-    from experiments.few_shot.options import Config
+    from experiments.few_shot.methods import kind_of
+    from experiments.few_shot.options import Common
 
-    _read_flags(rng, folder, Config(), parse)
+    name = rng.choice(("meta-lstm", "reptile", "mann", "finetune-all"))
+    own = kind_of(name, rng.choice(("conv4", "mlp", "resnet12")))()
+    _read_flags(rng, folder, [Common(), own], _few_shot)
 
 
 def optimizer_flags(rng: random.Random, folder: Path) -> None:
     """Flags of learned_optimizer."""
-    from experiments.learned_optimizer.options import Config, parse
+    from experiments.learned_optimizer.command_line import parse
+    from experiments.learned_optimizer.options import Config
 
-    _read_flags(rng, folder, Config(), parse)
+    _read_flags(rng, folder, [Config()], parse)
 
 
 def _read_saved(rng: random.Random, folder: Path, config: Any, parse: Any) -> None:
-    from experiments.few_shot.options import to_json
+    from experiments.common.saved_options import to_json
 
     document = {"config": to_json(config), "methods": {}, "data": {}}
     if rng.random() < 0.3:
@@ -340,66 +365,66 @@ def _read_saved(rng: random.Random, folder: Path, config: Any, parse: Any) -> No
 
 def few_shot_config(rng: random.Random, folder: Path) -> None:
     """The config.json of a few_shot run, changed or damaged."""
-    from experiments.few_shot.command_line import parse
-    from experiments.few_shot.options import Config
-    from experiments.few_shot.presets import PRESETS, preset
+    preset = rng.choice(("demo", "omniglot", "ravi-5shot", "mini-imagenet"))
+    line = ["--preset", preset] if rng.random() < 0.5 else []
+    _read_saved(rng, folder, _saved_options(tuple(line)), _few_shot)
 
-    config = preset(rng.choice(list(PRESETS))) if rng.random() < 0.5 else Config()
-    _read_saved(rng, folder, config, parse)
+
+@functools.cache
+def _saved_options(line: tuple[str, ...]) -> Any:
+    return _few_shot(list(line))
 
 
 def optimizer_config(rng: random.Random, folder: Path) -> None:
     """The config.json of a learned_optimizer run, changed or damaged."""
-    from experiments.learned_optimizer.options import Config, parse
+    from experiments.learned_optimizer.command_line import parse
+    from experiments.learned_optimizer.options import Config
 
     _read_saved(rng, folder, Config(), parse)
 
 
 @functools.cache
 def _good_run() -> Path:
-    """A run folder, as short as can be; it lasts as long as the process."""
+    """What a run leaves, as short as can be; it lasts as long as the process."""
     import jax
 
-    from experiments.few_shot.methods import method_specs
-    from experiments.few_shot.options import Config, with_flags
-    from metalstm import runs
+    from experiments.few_shot.methods import specs_of
+    from experiments.few_shot.train import checkpoint_of
+    from metalstm import predictor
     from metalstm.runtime import checkpoints
+    from metalstm.specs import build_algorithm
 
     folder = Path(tempfile.mkdtemp(prefix="fuzz-run-"))
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
-    names = ("prototypical", "meta-lstm", "scratch")
-    config = with_flags(
-        Config(), learner="mlp", widths=(3,), hidden=2, way=2, algorithms=names
+    line = (
+        "--algorithms prototypical,meta-lstm,scratch --learner mlp --widths 3 --way 2"
     )
-    specs, shape = method_specs(config), (3, 3, 1)
-    for name in names:
-        algorithm = runs.build_algorithm(specs[name])
-        params = jax.jit(algorithm.init)(
-            jax.random.key(0), runs.example_episode(shape, 2)
-        )
-        path = folder / "checkpoints" / name / "best"
-        checkpoints.save(path, params, step=0, metadata={}, keep=1)
-    about = {"image_shape": shape, "normalise": [[0.5], [0.5]]}
-    document = {"methods": specs, "data": about}
-    (folder / "config.json").write_text(json.dumps(document, indent=1))
+    options, shape = _few_shot([*line.split(), "--hidden-size", "2"]), (3, 3, 1)
+    methods = {name: (s, checkpoint_of(name)) for name, s in specs_of(options).items()}
+    for spec, path in methods.values():
+        init = jax.jit(build_algorithm(spec).init)
+        params = init(jax.random.key(0), predictor.example_episode(shape, 2))
+        checkpoints.save(folder / path, params, step=0, metadata={}, keep=1)
+    normalise = [[0.5], [0.5]]
+    predictor.describe_methods(folder, methods, image_shape=shape, normalise=normalise)
     return folder
 
 
 def run_folder(rng: random.Random, folder: Path) -> None:
-    """A finished run whose config.json is changed or damaged, for `load_run`."""
+    """A run whose predictors.json is changed or damaged, for `load_run`."""
     import metalstm
 
-    whole = (_good_run() / "config.json").read_bytes()
+    whole = (_good_run() / "predictors.json").read_bytes()
     data = damaged(rng, whole)
     if rng.random() < 0.8:
         data = json.dumps(changed(rng, json.loads(whole))).encode()
-    (folder / "config.json").write_bytes(data)
+    (folder / "predictors.json").write_bytes(data)
     (folder / "checkpoints").symlink_to(_good_run() / "checkpoints")
     method = rng.choice((None, "prototypical", "meta-lstm", "scratch"))
     try:
         reading(lambda: metalstm.load_run(folder, method), folder, "=", _good_run())
     except BaseException as error:
-        error.add_note(f"{method}, config.json: {data!r}")
+        error.add_note(f"{method}, predictors.json: {data!r}")
         raise
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import re
@@ -331,13 +332,13 @@ def test_the_launcher_refuses(line, message, capsys, tmp_path, monkeypatch):
 
 def test_a_killed_host_stops_the_run_and_the_run_goes_on(tmp_path):
     """kill -9 of one of two processes; the same command line resumes on one."""
-    from test_few_shot import tiny_images
+    from few_shot_runs import tiny_images
 
     folder, logs = tmp_path / "run", tmp_path / "logs"
     write_images(tmp_path / "images", tiny_images)
     line = (
-        "--dataset folders --image-size 8 --learner mlp --widths 4 --steps 1 --way 3 "
-        "--queries 2 --meta-batch 4 --algorithms fomaml --validation-episodes 4 "
+        "--dataset folders --image-size 8 --learner mlp --widths 4 --num-steps 1 "
+        "--way 3 --queries 2 --meta-batch 4 --algorithms fomaml --validation-episodes 4 "
         "--test-episodes 4 --test-batch 4 --episodes 100000 --validate-every 100000 "
         f"--save-every 40 --workdir {folder} --data-dir {tmp_path / 'images'}"
     ).split()
@@ -517,13 +518,17 @@ def test_a_cpu_counts_as_several_devices(tmp_path):
 
 def test_a_run_goes_on_where_its_command_line_says(tmp_path):
     """Not in as many processes as before, of which there may be none."""
+    from experiments.common import cli
+    from experiments.common.saved_options import to_json
     from experiments.few_shot import command_line
-    from experiments.few_shot.options import to_json, with_flags
-    from experiments.learned_optimizer import options as optimizers
+    from experiments.learned_optimizer import command_line as optimizers
 
-    elsewhere = {"distributed": True, "coordinator": "a:1", "num_processes": 2}
-    for parse in (command_line.parse, optimizers.parse):
-        before = with_flags(parse([]), **elsewhere, process_id=1)
+    elsewhere = devices.Devices(
+        distributed=True, coordinator="a:1", num_processes=2, process_id=1
+    )
+    few_shot, learned = command_line.parse, optimizers.parse
+    for parse, change in ((few_shot, dataclasses.replace), (learned, cli.replace)):
+        before = change(parse([]), devices=elsewhere)
         document = {"config": to_json(before), "methods": {}}
         (tmp_path / "config.json").write_text(json.dumps(document))
         config = parse(["--resume", str(tmp_path)])

@@ -10,9 +10,10 @@ import fuzz
 import pytest
 
 import metalstm
+from experiments.common.saved_options import to_json
 from experiments.few_shot import command_line
-from experiments.few_shot.options import Config, from_json, to_json
-from experiments.learned_optimizer import options as optimizers
+from experiments.learned_optimizer import command_line as optimizers
+from experiments.learned_optimizer.options import Config
 
 ROUNDS = int(os.environ.get("METALSTM_FUZZ_ROUNDS", "0"))
 QUICK = {
@@ -50,53 +51,59 @@ def test_the_fuzzer_notices(reader, expected, monkeypatch):
 # -- found -----------------------------------------------------------------------------
 
 
-def saved(folder, change, config=None):
-    document = {"config": to_json(config or Config()), "methods": {}, "data": {}}
+def saved(folder, change, config):
+    document = {"config": to_json(config), "methods": {}, "data": {}}
     change(document["config"])
     (folder / "config.json").write_text(json.dumps(document))
     return ["--evaluate", str(folder)]
 
 
+def put(document, path, value):
+    *groups, last = path.split(".")
+    for group in groups:
+        document = document[group]
+    document[last] = value
+
+
 @pytest.mark.parametrize(
-    ("change", "message"),
+    ("path", "value", "message"),
     [
-        (lambda c: c["data"].update(way="five"), r"has --way 'five', which is not int"),
-        (lambda c: c["data"].update(way=True), r"has --way True, which is not int"),
-        (lambda c: c["data"].update(way=[5]), r"has --way \(5,\), which is not int"),
+        ("data.way", "five", r"`int`, got `str` - at `\$.data.way`"),
+        ("data.way", True, r"`int`, got `bool` - at `\$.data.way`"),
+        ("data.way", 1, r"`int` >= 2 - at `\$.data.way`"),
+        ("run.workdir", 3, r"3 is not a \w*Path - at `\$.run.workdir`"),
+        ("methods.maml.learner.widths", [4, "x"], r"at `\$.learner.widths"),
         (
-            lambda c: c["learner"].update(widths=[4, "x"]),
-            r"--widths \(4, 'x'\), which is not tuple\[int, ...\]",
+            "methods.meta-lstm.method.rule.forget_bias",
+            [4],
+            r"of length 2, got 1 - at `\$.method.rule.forget_bias`",
         ),
         (
-            lambda c: c["rule"].update(forget_bias=[4]),
-            r"--forget-bias \(4,\), which is not tuple\[float, float\]",
+            "methods.meta-lstm.method.order",
+            "third",
+            r"Invalid enum value 'third' - at `\$.method.order`",
         ),
-        (
-            lambda c: c["methods"].update(order="third"),
-            r"--order 'third', which is not Literal\['first', 'second'\]",
-        ),
-        (lambda c: c["run"].update(workdir=3), r"--workdir 3, which is not .*Path"),
-        (lambda c: c.update(budget=7), r"config.json has budget=7 and no options"),
-        (lambda c: c.update(own=0.5), r"has --own 0.5, which is not dict"),
-        (lambda c: c.update(own={"maml": 3}), r"has maml=3 and no options"),
-        (
-            lambda c: c.update(own={"maml": {"way": "x"}}),
-            r"has --way 'x', which is not int",
-        ),
+        ("methods.meta-lstm.training", 7, r"`object`, got `int`"),
+        ("methods", 0.5, r"no methods that exist \(AttributeError"),
+        ("methods.x", {"learner": {"learner": "mlp"}}, r"no methods that .*KeyError"),
+        ("methods.maml", 3, r"no methods that exist \(TypeError"),
+        ("methods.maml.learner.learner", ["mlp"], r"no methods that exist \(TypeError"),
     ],
 )
-def test_options_of_another_type_are_refused_by_name(tmp_path, change, message):
+def test_options_of_another_type_are_refused_by_name(tmp_path, path, value, message):
     """Fuzzing few_shot_config: TypeError and AttributeError further on."""
-    with pytest.raises(ValueError, match=message):
-        command_line.parse(saved(tmp_path, change))
+    options = command_line.parse(
+        "--algorithms meta-lstm,maml --maml.learner mlp".split()
+    )
+    line = saved(tmp_path, lambda config: put(config, path, value), options)
+    with pytest.raises(ValueError, match=rf"config.json holds .*{message}"):
+        command_line.parse_evaluation(line)
 
 
 def test_options_of_an_optimizers_run_likewise(tmp_path):
     """Fuzzing optimizer_config: TypeError from comparing with a number."""
-    line = saved(
-        tmp_path, lambda c: c["problem"].update(batch_size={}), optimizers.Config()
-    )
-    with pytest.raises(ValueError, match=r"has --batch-size \{\}, which is not int"):
+    line = saved(tmp_path, lambda c: c["training"].update(num_tasks={}), Config())
+    with pytest.raises(ValueError, match=r"got `object` - at `\$.*num_tasks`"):
         optimizers.parse(line)
 
 
@@ -106,7 +113,7 @@ def test_options_of_an_optimizers_run_likewise(tmp_path):
         (command_line.parse, "--clip nan"),
         (command_line.parse, "--forget-bias nan 5"),
         (optimizers.parse, "--clip nan"),
-        (optimizers.parse, "--output-scale nan"),
+        (optimizers.parse, "--l2l.output-scale nan"),
     ],
 )
 def test_what_is_no_number_is_refused(parse, line):
@@ -115,47 +122,41 @@ def test_what_is_no_number_is_refused(parse, line):
         parse(line.split())
 
 
-def test_options_survive_their_file_and_null_keeps_a_default():
-    config = Config()
-    document = to_json(config)
-    assert from_json(document) == config
-    document["learner"]["widths"] = [3, 4]
-    document["data"] |= {"data_dir": "a/b", "way": None, "of_another_version": 1}
-    document["budget"]["learning_rate"] = 1  # JSON of some writers has no 1.0
-    found = from_json(document)
-    assert found.learner.widths == (3, 4)
-    assert str(found.data.data_dir) == "a/b"
-    assert found.data.way == config.data.way
-    assert found.budget.learning_rate == 1
-
-
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda d: d.pop("methods"), r"config.json is damaged \(KeyError: 'methods'\)"),
+        (lambda d: d.pop("methods"), r"predictors.json is damaged \(KeyError: 'meth"),
         (lambda d: d.update(methods={}), r"damaged \(no methods, or sizes that cannot"),
-        (lambda d: d.update(data=3), r"config.json is damaged \(TypeError"),
-        (lambda d: d["data"].update(image_shape=[3, -3, 1]), r"sizes that cannot be"),
-        (lambda d: d["data"].update(normalise=[[0.5], [0]]), r"sizes that cannot be"),
-        (lambda d: d["methods"]["scratch"].update(way="2"), r"sizes that cannot be"),
+        (lambda d: d.update(image_shape=3), r"predictors.json is damaged \(TypeError"),
+        (lambda d: d.update(image_shape=[3, -3, 1]), r"sizes that cannot be"),
+        (lambda d: d.update(normalise=[[0.5], [0]]), r"sizes that cannot be"),
+        (lambda d: d.update(format_version=2), r"has format_version=2, and this metal"),
         (
-            lambda d: d["methods"]["scratch"].pop("learner"),
-            r"config.json makes no scratch \(KeyError: 'learner'\)",
+            lambda d: scratch(d)["learner"].update(num_classes="2"),
+            r"sizes that cannot be",
         ),
         (
-            lambda d: d["methods"]["scratch"]["learner"]["options"].update(widths="x"),
-            r"config.json makes no scratch \(\w+",
+            lambda d: scratch(d).pop("learner"),
+            r"predictors.json makes no scratch \(\w+",
+        ),
+        (
+            lambda d: scratch(d)["learner"].update(widths="x"),
+            r"predictors.json makes no scratch \(\w+",
         ),
     ],
 )
 def test_a_damaged_run_is_no_predictor(tmp_path, change, message):
     """Fuzzing run_folder: KeyError, TypeError and what flax makes of wrong options."""
-    document = json.loads((fuzz._good_run() / "config.json").read_text())
+    document = json.loads((fuzz._good_run() / "predictors.json").read_text())
     change(document)
-    (tmp_path / "config.json").write_text(json.dumps(document))
+    (tmp_path / "predictors.json").write_text(json.dumps(document))
     (tmp_path / "checkpoints").symlink_to(fuzz._good_run() / "checkpoints")
     with pytest.raises(ValueError, match=message):
         metalstm.load_run(tmp_path, "scratch" if document.get("methods") else None)
+
+
+def scratch(document):
+    return document["methods"]["scratch"]["spec"]
 
 
 def test_the_fuzzers_run_is_sound():

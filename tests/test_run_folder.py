@@ -7,7 +7,6 @@ import json
 import os
 import subprocess
 import sys
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +15,7 @@ import pytest
 from experiments.common import run_folder
 from experiments.common.saved_options import read_config, to_json
 from experiments.few_shot import heading
+from experiments.few_shot.options import Common, Data
 from experiments.learned_optimizer.measuring import Bench
 from experiments.learned_optimizer.options import Config as OptimizerConfig
 from metalstm.data import Dataset, make_pool
@@ -23,17 +23,7 @@ from metalstm.runtime.files import atomic_write
 from metalstm.runtime.saved_config import ConfigMismatch
 
 
-@dataclass(frozen=True)
-class Data:
-    way: int = 5
-
-
-@dataclass(frozen=True)
-class Config:
-    data: Data = Data()
-
-
-def write_config(folder: Path, config: Config, **more) -> Path:
+def write_config(folder: Path, config: Common, **more) -> Path:
     folder.mkdir(exist_ok=True)
     run_folder.write_json(folder / "config.json", {"config": to_json(config), **more})
     return folder
@@ -79,22 +69,22 @@ def test_a_run_killed_before_its_config_can_start_again(tmp_path):
     with run_folder.locked(folder):
         pass
     (folder / ".part-01234567-config.json").write_text('{"conf')
-    run_folder.refuse_other_runs(folder, Config(), ())
+    run_folder.refuse_other_runs(folder, Common(), ())
     (folder / "thesis.tex").touch()
     with pytest.raises(ValueError, match="is not empty and holds no run: choose"):
-        run_folder.refuse_other_runs(folder, Config(), ())
+        run_folder.refuse_other_runs(folder, Common(), ())
     with pytest.raises(ValueError, match=r"thesis\.tex is a file: choose another --w"):
-        run_folder.refuse_other_runs(folder / "thesis.tex", Config(), ())
+        run_folder.refuse_other_runs(folder / "thesis.tex", Common(), ())
 
 
 def test_the_config_is_checked_again_under_the_lock(tmp_path):
     """Another run may have come and gone since it was checked first."""
     folder = tmp_path / "run"
-    run_folder.refuse_other_runs(folder, Config(), ())
-    write_config(folder, Config(Data(way=7)))
+    run_folder.refuse_other_runs(folder, Common(), ())
+    write_config(folder, Common(Data(way=7)))
     with (
         pytest.raises(ConfigMismatch, match=r"data\.way: saved 7, now 5"),
-        run_folder.locked(folder, Config()),
+        run_folder.locked(folder, Common()),
     ):
         pytest.fail("the folder was given to a second run")
 
@@ -116,7 +106,7 @@ def test_of_two_processes_one_gets_the_folder(tmp_path):
         with pytest.raises(ValueError, match=owner), run_folder.locked(tmp_path):
             pytest.fail("two processes hold one folder")
         with pytest.raises(ValueError, match=owner):
-            run_folder.refuse_other_runs(tmp_path, Config(), ())
+            run_folder.refuse_other_runs(tmp_path, Common(), ())
     finally:
         first.kill()
         first.wait()
@@ -159,7 +149,7 @@ def test_a_damaged_config_is_named(tmp_path, text):
 def test_a_run_goes_on_with_its_own_data_only(tmp_path):
     about = {"name": "mine", "checksum": "0123"}
     run_folder.refuse_other_data(tmp_path, about)  # a new run
-    write_config(tmp_path, Config(), data=about)
+    write_config(tmp_path, Common(), data=about)
     run_folder.refuse_other_data(tmp_path, about | {"since_then": 1})
     with pytest.raises(ConfigMismatch, match='checksum: saved "0123", now "4567"') as e:
         run_folder.refuse_other_data(tmp_path, about | {"checksum": "4567"})
@@ -198,7 +188,7 @@ def test_a_damaged_curve_is_measured_again(tmp_path):
     assert len(calls) == 2
 
 
-def test_what_was_omitted_is_said():
+def test_what_is_omitted_is_said():
     pool = make_pool(np.zeros((1, 1, 2, 2, 1), np.uint8))
     info = {"skipped": 5, "skipped_files": list("abcde"), "unlabelled": 2}
     dataset = Dataset("mine", pool, pool, pool, {}, (2, 2, 1), "", info)

@@ -11,16 +11,14 @@ import dataclasses
 import difflib
 import functools
 import json
-import math
 import typing
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
 import msgspec
 
 __all__ = [
-    "check_ranges",
     "did_you_mean",
     "flag",
     "flags_of",
@@ -53,7 +51,7 @@ def from_json(kind: type[Options], saved: Any, source: str = "config.json") -> O
     """
     try:
         return msgspec.convert(saved, kind, dec_hook=_decode)
-    except (msgspec.ValidationError, TypeError) as error:
+    except (msgspec.ValidationError, TypeError, UnicodeError) as error:
         raise ValueError(
             f"{source} holds options that cannot be: {error}; put a copy of the file "
             "back, or start again"
@@ -91,47 +89,11 @@ def with_settings(
 def flags_of(kind: type) -> set[str]:
     """The names of all options of a dataclass, those of nested ones included."""
     found: set[str] = set()
-    for name, hint in _hints(kind).items():
+    for name, hint in typing.get_type_hints(kind).items():
         if name in {field.name for field in dataclasses.fields(kind)}:
             nested = dataclasses.is_dataclass(hint)
             found |= flags_of(hint) if nested else {name}  # type: ignore[arg-type]
     return found
-
-
-def check_ranges(options: Any, *, prefix: str = "") -> None:
-    """Refuse numbers outside their annotated limits, at any depth, and NaN.
-
-    Args:
-      prefix: of the flags, such as ``"maml."``.
-
-    Raises:
-      ValueError: names the flag, the value and what would do.
-    """
-    for name, value in _items(options):
-        if dataclasses.is_dataclass(value):
-            check_ranges(value, prefix=prefix)
-            continue
-        said = flag(prefix + name)
-        limits = list(_limits(_hints(type(options))[name]))
-        for part in value if isinstance(value, tuple) else (value,):
-            if not isinstance(part, int | float):
-                continue
-            if isinstance(part, float) and math.isnan(part):
-                raise ValueError(f"{said} {part}: give a number")
-            for limit in limits:
-                if limit.ge is not None and part < limit.ge:
-                    raise ValueError(f"{said} {part:g}: choose {limit.ge:g} or more")
-                if limit.gt is not None and not part > limit.gt:
-                    low = f"a number above {limit.gt:g}"
-                    raise ValueError(f"{said} {part:g}: choose {low}")
-
-
-def _limits(hint: Any) -> Iterator[msgspec.Meta]:
-    for part in typing.get_args(hint):
-        if isinstance(part, msgspec.Meta):
-            yield part
-        else:
-            yield from _limits(part)
 
 
 def _items(options: Any) -> list[tuple[str, Any]]:

@@ -11,6 +11,7 @@ import functools
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal, NamedTuple
 
+from experiments.common.cli import Flat
 from experiments.few_shot.options import (
     AtLeast1,
     AtLeast2,
@@ -172,7 +173,7 @@ class FirstOrderMetaLstm(InnerLoop):
     learn_init: bool = True
     """Learn theta_0; without, it is drawn for every episode and the rule learned
     alone."""
-    rule: Gates = field(default_factory=Gates)
+    rule: Flat[Gates] = field(default_factory=Gates)
 
     def arguments(self, given: Given) -> Spec:
         found = super().arguments(given)

@@ -15,9 +15,8 @@ from typing import Any, NamedTuple, TypeVar
 
 import tyro
 
-from experiments.common import devices
+from experiments.common import cli, devices
 from experiments.common.saved_options import (
-    check_ranges,
     did_you_mean,
     flag,
     flags_of,
@@ -139,10 +138,9 @@ def parse_evaluation(line: Sequence[str]) -> tuple[Options, Retest]:
         common.devices,
         {name: methods[name] for name in names if name in methods},
     )
-    check_ranges(options)
-    devices.check(options.devices)
+    _check_common(options)
     anew = _parsed(Retest(), [f for f in flags if f.name in retest])
-    check_ranges(anew)
+    cli.check(anew)
     return options, anew
 
 
@@ -319,11 +317,10 @@ def check(options: Options) -> None:
     Raises:
       ValueError: names the flag, its value and what would do.
     """
-    check_ranges(Common(options.data, options.test, options.run, options.devices))
+    _check_common(options)
     run, names = options.run, tuple(options.methods)
     if run.resume is not None and run.workdir is not None:
         raise ValueError("--resume RUN continues in that folder; drop --workdir")
-    devices.check(options.devices)
     tuned = [name for name in names if METHODS[name].family == HAND_MADE]
     source = init_source(names)
     if tuned and source is None:
@@ -340,9 +337,16 @@ def check(options: Options) -> None:
         _check_method(name, own, options.data)
 
 
+def _check_common(options: Common) -> None:
+    for group in (options.data, options.test, options.run):
+        cli.check(group)
+    devices.check(options.devices)
+
+
 def _check_method(name: str, options: Any, data: Data) -> None:
-    check_ranges(options)
     training, own = options.training, options.method
+    for group in (own, options.learner, training):
+        cli.check(group)
     if training.schedule != "constant" and training.minutes is not None:
         raise ValueError(
             f"--schedule {training.schedule} needs --episodes, not --minutes"

@@ -45,7 +45,7 @@ class Split(NamedTuple):
 
 
 def cache_folder(explicit: PathLike | None = None) -> Path:
-    """Return the folder of the caches, made by whoever writes first.
+    """Return the folder of the caches; the first writer creates it.
 
     In order: the argument, METALSTM_CACHE_DIR, XDG_CACHE_HOME/metalstm, the platform's
     user cache folder (~/.cache/metalstm on Linux).

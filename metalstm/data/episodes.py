@@ -186,7 +186,7 @@ def sample_episodes(keys: Array, pool: ClassPool, spec: EpisodeSpec) -> Episode:
 
 
 def finish_images(key: Array, x: Array, turns: Array, spec: EpisodeSpec) -> Array:
-    """Turn, scale, augment and normalise drawn images, as ``spec`` says.
+    """Turn, scale, augment and normalise drawn images, by the options of ``spec``.
 
     Args:
       x: uint8 [N, H, W, ch].
@@ -213,7 +213,7 @@ def validate(spec: EpisodeSpec, dataset: Dataset, split: str = "train") -> None:
     Raises:
       ValueError: for more ways than classes, more images than the smallest class has,
         rotations where a turned class is another class, or a normalisation for another
-        number of channels; each names what would do.
+        number of channels; each message has a remedy.
     """
     pool, where = dataset.pool(split), f"{dataset.name}'s {split} split"
     _check_shapes(spec, pool, where)

@@ -1,4 +1,4 @@
-"""Where episodes are drawn from: uint8 images on the device, grouped by class.
+"""Pools of uint8 images on the device, grouped by class: episodes are drawn from them.
 
 Shapes: C classes, M image slots a class, H x W pixels, ch channels.
 """
@@ -33,7 +33,7 @@ SPLITS = {"train": 0, "validation": 1, "test": 2}
 class Normalisation(NamedTuple):
     """Per-channel statistics of images in [0, 1]; x becomes (x - mean) / std."""
 
-    mean: tuple[float, ...]  # [ch], or [1] for every channel alike
+    mean: tuple[float, ...]  # [ch], or [1] for all channels
     std: tuple[float, ...]
 
 

@@ -28,7 +28,7 @@ def from_flax(module: nn.Module | Callable[..., nnx.Module]) -> Learner:
     Linen: ``__call__`` takes x [N, ...] and, where the module has a batch norm, one of
     ``train``, ``training``, ``is_training`` or ``use_running_average``; it is passed
     accordingly. ``deterministic``, if there, is whether dropout is off. The key of a
-    pass alone switches `nn.Dropout`, whatever the module says; other random layers ask
+    pass alone switches `nn.Dropout`, not the module's flag; other random layers ask
     ``self.has_rng("dropout")``.
 
     >>> learner = from_flax(nn.Dense(5))
@@ -79,7 +79,7 @@ def from_flax(module: nn.Module | Callable[..., nnx.Module]) -> Learner:
 
 
 def _is_nnx_instance(module: object) -> bool:
-    loaded = sys.modules.get("flax.nnx")  # as it is by whoever made a module
+    loaded = sys.modules.get("flax.nnx")  # whoever has a module imported it
     return loaded is not None and isinstance(module, loaded.Module)
 
 

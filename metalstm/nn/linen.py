@@ -49,7 +49,7 @@ def from_linen(module: nn.Module) -> Learner:
                 outputs, updated = module.apply(
                     variables,
                     x,
-                    # Layers with a collection of their own fall back to "params".
+                    # Layers that ask for another collection fall back to "params".
                     rngs=None if key is None else {"dropout": key, "params": key},
                     mutable=core.DenyList(["params", "intermediates"]),
                     **flags(norm, key),

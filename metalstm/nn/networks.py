@@ -1,7 +1,7 @@
 """The networks of the few-shot literature, as flax Linen modules.
 
 Shapes: N images, H rows, W columns, C channels, way classes. Every module takes
-``(x, train)``; ``train`` only says whether a batch norm uses its batch (True) or its
+``(x, train)``; ``train`` is whether a batch norm uses its batch (True) or its
 moving averages (False). `metalstm.nn.conv4` and its neighbours turn them
 into learners.
 """
@@ -37,7 +37,7 @@ __all__ = ["MLP", "Conv4", "RelationNet", "ResNet12"]
 class Conv4(nn.Module):
     """Four blocks of 3x3 convolution, norm, ReLU and halving; then a linear head.
 
-    ``num_classes=None`` leaves the head out and returns the features [N, d]. The
+    ``num_classes=None`` omits the head and returns the features [N, d]. The
     defaults are Ravi & Larochelle's learner, whose batch norm gives the *new* value the
     weight 0.95 (5-shot) or 0.9 (1-shot): in flax's convention ``momentum`` is 0.05 or
     0.1.
@@ -49,9 +49,9 @@ class Conv4(nn.Module):
       initializer: "torch" draws weights and biases from U(+-1/sqrt(fan_in)), as
         published; "flax" is lecun_normal and zero biases.
       scale_init: of the norm's scale, "ones" or "uniform" for U(0, 1).
-      final_relu: False leaves the last block's ReLU out: features keep their sign.
+      final_relu: False omits the last block's ReLU, so that features keep their sign.
       zero_head: start from equal scores for every class.
-      num_halvings: only the first so many blocks halve; None: all.
+      num_halvings: how many blocks halve, the first ones; None: all.
       feature_maps: without a head, return maps [N, h, w, filters], not flattened.
       method: see `metalstm.nn.convolution.conv2d`; None lets the backend choose.
     """
@@ -105,16 +105,16 @@ class Conv4(nn.Module):
 
 
 class RelationNet(nn.Module):
-    """The relation module of Sung et al. (2018): how alike is each pair?
+    """The relation module of Sung et al. (2018): how similar is each pair?
 
     ``x`` is (classes [way, ...], queries [M, ...]); returns logits [M, way]. A pair is
-    the two side by side along the last axis. Maps [h, w, c] go through two blocks of
+    the two joined along the last axis. Maps [h, w, c] go through two blocks of
     3x3 convolution, norm, ReLU and 2x2 max-pool (where there are 2 x 2 pixels left),
     vectors [d] through a hidden layer of ``filters`` units; then come a layer of
     ``hidden`` units, ReLU, and one output. Other attributes are `Conv4`'s.
 
     The first layer is linear in the pair, so it is computed for each class and each
-    query, and summed for each pair: a way-th of the work, to rounding the same.
+    query and summed for each pair: a way-th of the work, and the same up to rounding.
     """
 
     filters: int = 64

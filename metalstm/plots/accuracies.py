@@ -72,8 +72,8 @@ def accuracy_sweep(
     xs = sorted({x for points in sweeps.values() for x, _, _ in points})
     colours = {}
     for name, points in sweeps.items():
-        alike = [n for n in sweeps if families[n] == families[name]]
-        index = alike.index(name)
+        family = [n for n in sweeps if families[n] == families[name]]
+        index = family.index(name)
         colours[name] = COLOURS[index % len(COLOURS)]
         x, mean, half = np.array(points, float).T
         axes.plot(

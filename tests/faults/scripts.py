@@ -39,6 +39,7 @@ class Script(NamedTuple):
         return [sys.executable, "-m", f"experiments.{self.name}", *extra]
 
 
+_META_LSTM = "methods.meta-lstm"
 FEW_SHOT = Script(
     "few_shot",
     "meta-lstm",
@@ -54,14 +55,14 @@ FEW_SHOT = Script(
     (
         ("--way", "data.way", "4"),
         ("--seed", "run.seed", "1"),
-        ("--hidden-size", "methods.meta-lstm.method.rule.hidden_size", "3"),
-        ("--learning-rate", "methods.meta-lstm.training.learning_rate", "0.01"),
-        ("--widths", "methods.meta-lstm.learner.widths", "5"),
-        ("--meta-batch", "methods.meta-lstm.training.meta_batch", "4"),
-        ("--order", "methods.meta-lstm.method.order", "second"),
-        ("--zero-head", "methods.meta-lstm.learner.zero_head", ""),
+        ("--hidden-size", f"{_META_LSTM}.method.rule.hidden_size", "3"),
+        ("--learning-rate", f"{_META_LSTM}.training.learning_rate", "0.01"),
+        ("--widths", f"{_META_LSTM}.learner.widths", "5"),
+        ("--meta-batch", f"{_META_LSTM}.training.meta_batch", "4"),
+        ("--order", f"{_META_LSTM}.method.order", "second"),
+        ("--seeds", "run.seeds", "2"),
         ("--image-size", "data.image_size", "9"),
-        ("--validate-every", "methods.meta-lstm.training.validate_every", "40"),
+        ("--validate-every", f"{_META_LSTM}.training.validate_every", "40"),
     ),
 )
 LEARNED_OPTIMIZER = Script(

@@ -17,12 +17,21 @@ from metalstm.algorithms.metric.engine import Comparison, compare_embeddings
 from metalstm.base import Array, Learner, LearnerState, MetaAlgorithm, Norm, PyTree
 from metalstm.checks import check_features
 
-__all__ = ["MemoryNetState", "mann", "memory_step"]
+__all__ = ["MemoryNetState", "MemorySizes", "mann", "memory_step"]
 
 _USAGE_DECAY = 0.95  # gamma of equation 6
 
 
+class MemorySizes(NamedTuple):
+    hidden_size: int  # H
+    num_slots: int  # S
+    slot_size: int  # W
+    num_reads: int  # R
+
+
 class MemoryNetState(NamedTuple):
+    """What the controller carries from step to step."""
+
     h: Array  # [H]
     c: Array  # [H]
     memory: Array  # [S, W]
@@ -75,31 +84,22 @@ def mann(
             f"num_reads={num_reads}: choose at least 1 and at most the {num_slots} "
             "slots, since no two heads may write to one slot"
         )
-    network_way, reads_size = way, num_reads * slot_size
+    sizes = MemorySizes(hidden_size, num_slots, slot_size, num_reads)
+    return compare_embeddings(
+        learner,
+        _memory_comparison(way, sizes),
+        train_way=way,
+        train_queries=train_queries,
+    )
+
+
+def _memory_comparison(way: int, sizes: MemorySizes) -> Comparison:
+    """Score queries by a network that read the support set into its memory."""
 
     def init(key: Array, embedded: Array) -> LearnerState:
         check_features(embedded.shape, "the controller")
-        num_inputs = embedded.shape[-1] + way + reads_size + hidden_size
-        sizes = {
-            "controller": (num_inputs, 4 * hidden_size),
-            "interpolation": (hidden_size, num_reads),
-            "keys": (hidden_size, reads_size),
-            "outputs": (hidden_size + reads_size, way),
-        }
-        layers = {
-            name: _init_layer(jax.random.fold_in(key, k), *shape)
-            for k, (name, shape) in enumerate(sizes.items())
-        }
-        return LearnerState(layers, {}, {})
-
-    def empty(dtype) -> MemoryNetState:
-        return MemoryNetState(
-            h=jnp.zeros(hidden_size, dtype),
-            c=jnp.zeros(hidden_size, dtype),
-            memory=jnp.zeros((num_slots, slot_size), dtype),
-            read_weights=jnp.zeros((num_reads, num_slots), dtype),
-            usage=jnp.zeros(num_slots, dtype),
-            reads=jnp.zeros(reads_size, dtype),
+        return LearnerState(
+            _init_memory_net(key, embedded.shape[-1], way, sizes), {}, {}
         )
 
     def apply(state, key, support, labels, query, *, way: int, norm: Norm):
@@ -114,17 +114,40 @@ def mann(
         late = jnp.concatenate([jnp.zeros((1, way), support.dtype), onehot])
         memory, _ = lax.scan(
             lambda memory, xs: (memory_step(net, memory, *xs)[0], ()),
-            empty(support.dtype),
+            _empty_memory(sizes, support.dtype),
             (support, late[:-1]),
         )
         answer = lambda x: memory_step(net, memory, x, late[-1])[1]  # noqa: E731
         return jax.vmap(answer)(query), state
 
-    return compare_embeddings(
-        learner,
-        Comparison(apply, init, "memory_net", jax.random.split),
-        train_way=way,
-        train_queries=train_queries,
+    network_way = way
+    return Comparison(apply, init, "memory_net", jax.random.split)
+
+
+def _init_memory_net(key: Array, width: int, way: int, sizes: MemorySizes) -> PyTree:
+    """Draw the layers of a controller that reads features [width]."""
+    hidden, reads = sizes.hidden_size, sizes.num_reads * sizes.slot_size
+    shapes = {
+        "controller": (width + way + reads + hidden, 4 * hidden),
+        "interpolation": (hidden, sizes.num_reads),
+        "keys": (hidden, reads),
+        "outputs": (hidden + reads, way),
+    }
+    return {
+        name: _init_layer(jax.random.fold_in(key, k), *shape)
+        for k, (name, shape) in enumerate(shapes.items())
+    }
+
+
+def _empty_memory(sizes: MemorySizes, dtype) -> MemoryNetState:
+    zeros = lambda *shape: jnp.zeros(shape, dtype)  # noqa: E731
+    return MemoryNetState(
+        h=zeros(sizes.hidden_size),
+        c=zeros(sizes.hidden_size),
+        memory=zeros(sizes.num_slots, sizes.slot_size),
+        read_weights=zeros(sizes.num_reads, sizes.num_slots),
+        usage=zeros(sizes.num_slots),
+        reads=zeros(sizes.num_reads * sizes.slot_size),
     )
 
 

@@ -110,7 +110,7 @@ def matching(
       scale: as for `prototypical`. Published: 1, where a softmax of cosines is nearly
         flat.
       context_steps: K steps of full context embeddings, learned LSTMs that let f and g
-        see the whole support set; see `full_context`. None: without.
+        see all of the support set; see `full_context`. None: without.
       train_way, train_queries: as for `prototypical`.
 
     Raises:

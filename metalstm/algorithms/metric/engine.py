@@ -10,6 +10,7 @@ Shapes: N support and M query images, d features; an embedding is [d], or a map
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -131,23 +132,7 @@ def compare_embeddings(
         learned = comparison.init(comparison_key, jnp.zeros(one.shape, one.dtype))
         return _join(state, learned, comparison.name)
 
-    def scores_of(state, key, support: Batch, query_x, *, way: int, norm: Norm):
-        """Return scores [M, way], embeddings [N + M, ...] and batch statistics."""
-        embedding, learned = state, LearnerState((), {}, {})
-        if comparison.init is not None:
-            embedding, learned = _split(state, comparison.name)
-        images = jnp.concatenate([support.x, query_x])
-        dropout_key = key if norm == "gather" else None
-        embedded, embedding = learner.apply(
-            embedding, images, norm=norm, key=dropout_key
-        )
-        first, rest = jnp.split(embedded, [support.x.shape[0]])
-        scores, learned = comparison.apply(
-            learned, key, first, support.y, rest, way=way, norm=norm
-        )
-        if comparison.init is not None:
-            embedding = _join(embedding, learned, comparison.name)
-        return scores, embedded, embedding.stats
+    scores_of = functools.partial(_scores_of, learner, comparison)
 
     def loss(state: LearnerState, key: Array, episode: Episode):
         support, query = episode
@@ -164,9 +149,10 @@ def compare_embeddings(
         return value, Aux(metrics, lax.stop_gradient(stats))
 
     def predict(state, key, support: Batch, query_x, *, num_classes: int):
-        return scores_of(state, key, support, query_x, way=num_classes, norm="stored")[
-            0
-        ]
+        scores, _, _ = scores_of(
+            state, key, support, query_x, way=num_classes, norm="stored"
+        )
+        return scores
 
     slots: dict[str, Any] = with_running_statistics(
         loss,
@@ -181,6 +167,33 @@ def compare_embeddings(
         query_norm="frozen",
         **slots,
     )
+
+
+def _scores_of(
+    learner: Learner,
+    comparison: Comparison,
+    state: LearnerState,
+    key: Array,
+    support: Batch,
+    query_x: Array,
+    *,
+    way: int,
+    norm: Norm,
+) -> tuple[Array, Array, PyTree]:
+    """Return scores [M, way], embeddings [N + M, ...] and batch statistics."""
+    embedding, learned = state, LearnerState((), {}, {})
+    if comparison.init is not None:
+        embedding, learned = _split(state, comparison.name)
+    images = jnp.concatenate([support.x, query_x])
+    dropout_key = key if norm == "gather" else None
+    embedded, embedding = learner.apply(embedding, images, norm=norm, key=dropout_key)
+    of_support, of_query = jnp.split(embedded, [support.x.shape[0]])
+    scores, learned = comparison.apply(
+        learned, key, of_support, support.y, of_query, way=way, norm=norm
+    )
+    if comparison.init is not None:
+        embedding = _join(embedding, learned, comparison.name)
+    return scores, embedded, embedding.stats
 
 
 def _with_train_options(

@@ -28,7 +28,7 @@ def hallucination(
     A generator makes of a support image's features x and noise z ~ N(0, I) the features
     of another example of its class, G(x, z) (section 4.1); real and generated together
     make the prototypes. Embedding and generator are trained end to end by the query
-    loss; the generator has no loss of its own. G has three layers of d units and
+    loss; the generator has no other loss. G has three layers of d units and
     starts near the identity as in the paper, here as x plus a small correction, which
     serves features of either sign. At meta-test the noise follows the episode's key.
 

@@ -108,9 +108,9 @@ def fine_tuning(
       rule: how to tune; None: SGD with momentum 0.9 whose ``learning_rate`` and
         ``num_steps`` (later updates are zero) are parameters of the rule, to be set
         from a grid on meta-validation without compiling again.
-      tune: "head" leaves the features as they are, "all" trains the whole network. No
+      tune: "head" leaves the features as they are, "all" trains the body too. No
         default: on mini-ImageNet the published 42.1 (Chen et al., head) and 28.9 (Ravi
-        & Larochelle, whole network) differ by it.
+        & Larochelle, all) differ by it.
       num_steps: updates, at most.
 
     Raises:

@@ -28,7 +28,7 @@ def read_arrays(path: PathLike) -> tuple[np.ndarray, np.ndarray]:
 
     Raises:
       FileNotFoundError: there is no such file.
-      ValueError: it is no .npz, or holds something else; names what would do.
+      ValueError: it is no .npz, or holds something else; the message has a remedy.
     """
     path = Path(path).expanduser()
     if not path.is_file():

@@ -59,26 +59,7 @@ def load_image_folders(
     root = Path(root).expanduser()
     if not root.is_dir():
         raise FileNotFoundError(f"no folder {root}; give one with a folder per class")
-    found = split_folders(root)
-    if found and set(found) != set(SPLITS):
-        missing = sorted(set(SPLITS) - set(found))
-        raise ValueError(
-            f"{root} has folders for {', '.join(sorted(found))} but none for "
-            f"{', '.join(missing)}; add it, or put all classes into one folder to "
-            f"have them divided"
-        )
-    if found:
-        files = {split: class_files(found[split]) for split in SPLITS}
-        how = "folders"
-    else:
-        every = class_files(root)
-        _check_some(every, root)
-        division = split_classes(list(every), seed=seed, fractions=fractions)
-        files = {s: {name: every[name] for name in division[s]} for s in SPLITS}
-        how = f"by class, seed {seed}"
-    for split in SPLITS:
-        _check_some(files[split], found.get(split, root))
-    check_disjoint({split: list(files[split]) for split in SPLITS})
+    files, how = _divide_files(root, fractions, seed)
     _check_counts({n: len(f) for s in SPLITS for n, f in files[s].items()}, min_images)
 
     key = fingerprint(
@@ -110,6 +91,33 @@ def load_image_folders(
     }
     _check_counts(counts, min_images)  # again: skipping may have left too few
     return dataset
+
+
+def _divide_files(
+    root: Path, fractions: tuple[float, float, float], seed: int
+) -> tuple[dict[str, Files], str]:
+    """Return per split its classes' files, and in words how they were divided."""
+    found = split_folders(root)
+    if found and set(found) != set(SPLITS):
+        missing = sorted(set(SPLITS) - set(found))
+        raise ValueError(
+            f"{root} has folders for {', '.join(sorted(found))} but none for "
+            f"{', '.join(missing)}; add it, or put all classes into one folder to "
+            f"have them divided"
+        )
+    if found:
+        files = {split: class_files(found[split]) for split in SPLITS}
+        how = "folders"
+    else:
+        every = class_files(root)
+        _check_some(every, root)
+        division = split_classes(list(every), seed=seed, fractions=fractions)
+        files = {s: {name: every[name] for name in division[s]} for s in SPLITS}
+        how = f"by class, seed {seed}"
+    for split in SPLITS:
+        _check_some(files[split], found.get(split, root))
+    check_disjoint({split: list(files[split]) for split in SPLITS})
+    return files, how
 
 
 def _check_some(files: Files, folder: Path) -> None:

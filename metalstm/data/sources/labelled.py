@@ -22,7 +22,7 @@ __all__ = ["ImageData", "LabelledImages", "load_image_data"]
 
 
 _VERSION = 1  # of what the cache holds
-_HELD_OUT = 8  # one image in so many is tested on where a source has no test split
+_HELD_OUT = 8  # every 8th image is held out where a source has no test split
 
 
 class ImageData(NamedTuple):

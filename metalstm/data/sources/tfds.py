@@ -39,8 +39,8 @@ def open_builder(name: str, data_dir: PathLike | None = None) -> Any:
 
     Raises:
       ImportError: without tensorflow-datasets, naming the extra.
-      FileNotFoundError: if the data set is not prepared; says how to prepare it, and
-        that TensorFlow must be installed for that where it is not.
+      FileNotFoundError: if the data set is not prepared; the message has the command,
+        and that TensorFlow must be installed for it where it is not.
       ValueError: if TFDS knows no such data set, or it is prepared as tfrecord.
     """
     try:
@@ -114,7 +114,7 @@ def load_tfds(
       splits: class names for "train", "validation" and "test"; classes named nowhere
         are omitted. Default: a seeded division in mini-ImageNet's proportions.
       seed: of that division.
-      max_per_class: keep only so many images of a class, the first.
+      max_per_class: keep only this many images of a class, the first ones.
       cache_dir: where the decoded images are kept; see `metalstm.data.cache`.
 
     Raises:
