@@ -145,12 +145,10 @@ def _comparison(context: Context) -> tuple[Rows, list[str]]:
     title = describe(context.config.problem)
     measured, chosen = context.compete(names=context.config.test.baselines)
     rows = tables.rows_of(measured, chosen, reference=context.reference)
-    said = {
-        "caption": f"{title}. {context.protocol()}",
-        "reference": context.reference,
-    }
-    print(tables.short_table(rows, **said), flush=True)
-    files = [context.write("comparison", tables.table(rows, **said))]
+    caption = f"{title}. {context.protocol()}"
+    shown = tables.table(rows, reference=context.reference, caption=caption)
+    print(shown, flush=True)
+    files = [context.write("comparison", shown)]
     figure = plots.loss_panels(
         {title: measured},
         geometric=[title] if context.geometric else [],

@@ -31,8 +31,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from experiments.common.cli import Count, Names, Natural, Pair
-from experiments.common.saved_options import did_you_mean
+from experiments.common.cli import Count, Names, Natural, Pair, check_names
 from experiments.common.study import StudyOptions, read, run_study, write_results
 from experiments.common.tables import Table
 from experiments.studies import regression
@@ -322,11 +321,7 @@ def parse(arguments: list[str]) -> Config:
         description=f"{__doc__}\nMethods: {about}",
         presets=PRESETS,
     )
-    for name in config.methods:
-        if name not in METHODS:
-            raise ValueError(f"--methods {name}: {did_you_mean(name, METHODS)}")
-        if config.methods.count(name) > 1:
-            raise ValueError(f"--methods names {name} twice: drop one")
+    check_names("--methods", config.methods, METHODS)
     return config
 
 
