@@ -55,7 +55,7 @@ def read(
     Raises:
       ValueError: an unknown preset, or an option outside its limits.
     """
-    said = {"module": module, "description": description}
+    said: dict[str, Any] = {"module": module, "description": description}
     named = value_of("--preset", arguments)
     if named is not None:
         presets = presets or {}

@@ -218,7 +218,7 @@ def _panels(context: Context) -> tuple[Rows, list[str]]:
         learned |= set(other.learned)
     steps, cut = test.steps, test.steps // test.record_every
     twice, chosen = context.compete(steps=2 * steps, tune_steps=steps)
-    family = config.problem.family
+    family: Any = config.problem.family
     base = f"{config.problem.dataset}, {family.hidden[0]} {family.activation} units"
     panels.add(base, (_cut(twice, slice(cut + 1)), chosen))
     title = f"{base}, updates {steps} to {2 * steps}"
@@ -280,9 +280,9 @@ def _plateau(context: Context) -> tuple[Rows, list[str]]:
     headings = "optimizer", "escaped", "updates until half have", "mean f"
     cells = []
     for row in rows:
-        half = _or(row["updates_to_half"], ",", "never")
+        when = _or(row["updates_to_half"], ",", "never")
         mean = _or(row.get("mean_forget"), ".4f", "")
-        cells.append([row["optimizer"], f"{row['escaped']:.0%}", half, mean])
+        cells.append([row["optimizer"], f"{row['escaped']:.0%}", when, mean])
     shown = Table(caption, headings, cells)
     print(shown, flush=True)
     full = tables.table(rows, reference=context.reference)

@@ -106,13 +106,19 @@ def make_methods(config: Config) -> dict[str, Method]:
         )
 
     def reptile(rate):
-        options = {"num_steps": config.reptile_steps, "batch_size": shot}
-        return algorithms.reptile(learner, fixed_sgd(rate), **options, **pooled)
+        return algorithms.reptile(
+            learner,
+            fixed_sgd(rate),
+            num_steps=config.reptile_steps,
+            batch_size=shot,
+            **pooled,
+        )
 
     def joint(rate):
         # the first gradient alone is that of the loss over all tasks at theta_0
-        options = {"num_steps": 1, "gradient_weights": (1.0,)}
-        return algorithms.reptile(learner, fixed_sgd(rate), **options, **pooled)
+        return algorithms.reptile(
+            learner, fixed_sgd(rate), num_steps=1, gradient_weights=(1.0,), **pooled
+        )
 
     def per_parameter(rate) -> UpdateRule:
         return rules.learned_sgd(rate, per="parameter")
@@ -197,7 +203,7 @@ def figures(
     }
 
 
-def _steps(errors: dict[str, np.ndarray]) -> list[int]:
+def _steps(errors: Mapping[str, np.ndarray]) -> list[int]:
     last = next(iter(errors.values())).shape[-1] - 1
     return sorted({step for step in (0, 1, 2, 3, 5, 10, last) if step <= last})
 
