@@ -335,8 +335,9 @@ def test_a_killed_host_stops_the_run_and_the_run_goes_on(tmp_path):
     write_images(tmp_path / "images", tiny_images)
     line = (
         "--dataset folders --image-size 8 --learner mlp --widths 4 --num-steps 1 "
-        "--way 3 --queries 2 --meta-batch 4 --algorithms fomaml --validation-episodes 4 "
-        "--test-episodes 4 --test-batch 4 --episodes 100000 --validate-every 100000 "
+        "--way 3 --queries 2 --meta-batch 4 --algorithms fomaml "
+        "--validation-episodes 4 --test-episodes 4 --test-batch 4 --episodes 100000 "
+        "--validate-every 100000 "
         f"--save-every 40 --workdir {folder} --data-dir {tmp_path / 'images'}"
     ).split()
     parent = subprocess.Popen(
