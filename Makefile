@@ -1,5 +1,6 @@
-# make demo    learn to learn on letters, print a table, draw plots (minutes, no download)
+# make demo    learn to learn on glyphs, print a table, draw plots (minutes, no download)
 # make test    run the tests
+# make docs    build the documentation into build/docs; warnings are errors
 # make bench   measure speed and memory
 # make faults  kill, fill, damage and mislead; count what survives (15 minutes)
 # make lint    format check, lint, type check
@@ -7,15 +8,17 @@
 # Each makes .venv when there is none. PYTHON=/path/to/python chooses another Python;
 # ARGS="..." goes to the command, e.g. make test ARGS="tests/test_inner.py -k memory"
 .DEFAULT_GOAL := help
-.PHONY: help demo test bench faults lint format clean
+.PHONY: help demo test smoke docs bench faults lint format clean
 
 VENV := .venv
 BIN := $(VENV)/bin
 ARGS ?=
 WORKERS ?= 2
 
-# The newest of these that runs (a name on PATH may be a stub), is >= 3.11 and has venv.
-CANDIDATES := python3.13 python3.12 python3.11 python3.14 python3 python
+# The first of these that runs (a name on PATH may be a stub), is >= 3.11 and has venv.
+PYENV_ROOT ?= $(HOME)/.pyenv
+CANDIDATES := $(foreach version,3.13 3.12 3.11 3.14,python$(version) \
+	$(wildcard $(PYENV_ROOT)/versions/$(version).*/bin/python)) python3 python
 PYTHON ?= $(shell for python in $(CANDIDATES); do \
 	if $$python -c 'import sys, venv, ensurepip; sys.exit(sys.version_info < (3, 11))' \
 	>/dev/null 2>&1; then echo $$python; break; fi; done)
@@ -31,9 +34,11 @@ $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)
 
 # A stamp for each set of extras: `make demo` does not wait for what only tests need.
-$(VENV)/.installed-%: pyproject.toml | $(VENV)/bin/python
+# The versions are those that the tests run with on this Python, where there are any.
+$(VENV)/.installed-%: pyproject.toml $(wildcard constraints/*.txt) | $(VENV)/bin/python
 	@echo "installing metalstm[$*] into $(VENV)"
-	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[$*]'
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[$*]' \
+	  $$($(BIN)/python constraints/arguments.py)
 	@touch $@
 
 # Linux: memory in large pages; docs/performance.md says what it brought where.
@@ -43,6 +48,13 @@ demo: $(VENV)/.installed-experiments
 
 test: $(VENV)/.installed-dev
 	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile $(ARGS)
+
+smoke: $(VENV)/.installed-test
+	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile -m smoke $(ARGS)
+
+docs: $(VENV)/.installed-docs
+	$(BIN)/python -m sphinx --quiet --fail-on-warning --keep-going $(ARGS) docs build/docs
+	@echo "open build/docs/index.html"
 
 bench: $(VENV)/.installed-experiments
 	$(BIN)/python -m benchmarks.alternatives

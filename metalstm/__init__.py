@@ -6,6 +6,7 @@ meta-learner is a function from a support set to a predictor.
 
 from metalstm import algorithms, data, learned_optimizers, nn, rules
 from metalstm.base import (
+    Aux,
     Batch,
     Episode,
     Learner,
@@ -50,6 +51,7 @@ from metalstm.rules import load_rule, save_rule
 from metalstm.rules.pretrained import RuleCard, pretrained_optimizer
 
 __all__ = [
+    "Aux",
     "Batch",
     "Differentiation",
     "Episode",

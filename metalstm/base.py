@@ -15,20 +15,30 @@ import optax
 from metalstm.tasks import TaskMapping, mean_over_tasks
 
 __all__ = [
+    "Absorb",
+    "Adapt",
+    "ApplyLearner",
     "Array",
     "Aux",
     "Batch",
     "BindRule",
     "Episode",
+    "InitAlgorithm",
+    "InitCarry",
+    "InitLearner",
     "InitRule",
     "Learner",
     "LearnerState",
     "MetaAlgorithm",
+    "MetaGradient",
     "MetaParams",
     "Norm",
+    "Predict",
     "PyTree",
     "QueryNorm",
     "RuleTraits",
+    "TaskLoss",
+    "TrainSampler",
     "UpdateRule",
     "make_algorithm",
 ]
@@ -72,21 +82,41 @@ class LearnerState(NamedTuple):
     other: PyTree  # anything else the module carries, {} when there is none
 
 
-class LearnerApply(Protocol):
+class InitLearner(Protocol):
+    def __call__(self, key: Array, x: Array) -> LearnerState:
+        """Draw a fresh learner for inputs of the shape of ``x`` [N, ...]."""
+
+
+class ApplyLearner(Protocol):
     def __call__(
         self, state: LearnerState, x: Array, *, norm: Norm, key: Array | None = None
     ) -> tuple[Array, LearnerState]:
-        """[N, ...] -> outputs [N, way] (or [N, d]) and the state after the pass.
+        """Run the network once.
 
-        Dropout is active only when a key is given.
+        Args:
+          state: parameters, batch statistics, and what else the module carries.
+          x: [N, ...].
+          norm: what to do with batch statistics: `Norm`.
+          key: a PRNG key; dropout is active only when it is given.
+
+        Returns:
+          Outputs [N, way] (or [N, d]), and the state after the pass, in which only
+          ``stats`` and ``other`` may differ.
         """
 
 
 class Learner(NamedTuple):
-    """What a flax module becomes; see `metalstm.nn.from_flax`."""
+    """A network as two pure functions; `metalstm.from_flax` makes one of a flax module.
 
-    init: Callable[[Array, Array], LearnerState]  # (key, x [N, ...])
-    apply: LearnerApply
+    >>> def init(key, x):
+    ...     return LearnerState({"w": jnp.zeros((x.shape[-1], 5))}, {}, {})
+    >>> def apply(state, x, *, norm, key=None):
+    ...     return x @ state.params["w"], state
+    >>> linear = Learner(init, apply)
+    """
+
+    init: InitLearner  # (key, x [N, ...]) -> LearnerState
+    apply: ApplyLearner  # (state, x [N, ...], *, norm, key) -> outputs, state
     at_way: Callable[[PyTree, int], PyTree] | None = None
     """(learned params, way) -> params with a head of that many classes, for a head
     whose classes share their start. None: the head has a fixed number of outputs."""
@@ -159,10 +189,15 @@ class UpdateRule(NamedTuple):
     Array([-0.5, -0.5], dtype=float32)
 
     An optax transform is accepted wherever a rule is (`metalstm.rules.as_rule`).
+
+    Attributes:
+      init: ``(key, params) -> rule_params``, documented in `InitRule`.
+      bind: ``(rule_params) -> optax transform``, documented in `BindRule`.
+      traits: what its author promises: `RuleTraits`.
     """
 
-    init: InitRule  # (key, params) -> rule_params
-    bind: BindRule  # (rule_params) -> optax transform
+    init: InitRule
+    bind: BindRule
     traits: RuleTraits = RuleTraits()
 
 
@@ -180,48 +215,138 @@ class Aux(NamedTuple):
     gathered: PyTree = ()  # this task's batch statistics, () when none are gathered
 
 
+class InitAlgorithm(Protocol):
+    def __call__(self, key: Array, episode: Any) -> PyTree:
+        """Draw the meta-parameters for tasks like ``episode``, which is ONE task.
+
+        They are float arrays, all of which are differentiated.
+        """
+
+
+class TaskLoss(Protocol):
+    def __call__(
+        self, meta_params: PyTree, key: Array, episode: Any
+    ) -> tuple[Array, Aux]:
+        """Return one task's meta-training loss.
+
+        Args:
+          meta_params: what ``init`` drew.
+          key: a PRNG key of this task and meta-step alone.
+          episode: ONE task, as ``train_sampler``'s spec samples it.
+
+        Returns:
+          A scalar, whose mean over tasks is minimised, and an `Aux`.
+        """
+
+
+class Predict(Protocol):
+    def __call__(
+        self,
+        meta_params: PyTree,
+        key: Array,
+        support: Batch,
+        query_x: Array,
+        *,
+        num_classes: int | None = None,
+    ) -> Array:
+        """Adapt to one support set, and predict its queries.
+
+        Args:
+          meta_params: after meta-training.
+          key: a PRNG key, for methods that draw something.
+          support: N examples.
+          query_x: [M, ...].
+          num_classes: the task's way; None for regression.
+
+        Returns:
+          Scores [M, way], higher is better, or values [M, d].
+
+        Raises:
+          ValueError: the method does not fit a task of this many classes.
+        """
+
+
+class Adapt(Protocol):
+    def __call__(
+        self,
+        meta_params: PyTree,
+        key: Array,
+        support: Batch,
+        *,
+        num_classes: int | None = None,
+    ) -> tuple[Any, Any]:
+        """Adapt as `Predict` does; return `inner.InnerState` and `inner.Trace`."""
+
+
+class InitCarry(Protocol):
+    def __call__(self, key: Array, meta_params: PyTree, episode: Any) -> PyTree:
+        """Start what goes from meta-step to meta-step and no gradient touches."""
+
+
+class MetaGradient(Protocol):
+    def __call__(
+        self, meta_params: PyTree, carry: PyTree, keys: Array, episodes: Any
+    ) -> tuple[PyTree, PyTree, dict[str, Array]]:
+        """Return one meta-step's gradient; all that the train step knows of a method.
+
+        Args:
+          meta_params: of the structure that ``init`` gives.
+          carry: from `InitCarry`, or from the step before.
+          keys: [T], a PRNG key for each task.
+          episodes: T tasks, a leading [T] on every leaf. They are those of one device,
+            or of one chunk of tasks: the mean over tasks is taken here, over chunks
+            and devices by the caller.
+
+        Returns:
+          The gradient, the carry, and scalar metrics, one of which is ``loss``.
+        """
+
+
+class Absorb(Protocol):
+    def __call__(self, meta_params: PyTree, carry: PyTree) -> PyTree:
+        """Put what the carry gathered where ``predict`` reads it, after a meta-step."""
+
+
+class TrainSampler(Protocol):
+    def __call__(self, spec: Any) -> Any:
+        """Turn the test-time spec into the one to meta-train on (a higher way, say)."""
+
+
 class MetaAlgorithm(NamedTuple):
     """A function from a support set to a predictor, and how it is meta-trained.
 
-    Build it with `make_algorithm`, which fills in what is optional.
+    `make_algorithm` builds one and fills in what is optional. Each slot's type says
+    what it takes and gives: `InitAlgorithm`, `TaskLoss`, `Predict`, `Adapt`,
+    `InitCarry`, `MetaGradient`, `Absorb`, `TrainSampler`.
     """
 
-    init: Callable[[Array, Any], PyTree]  # (key, one episode) -> meta-parameters
-    # (meta_params, key, episode) -> (scalar, Aux)
-    loss: Callable[[PyTree, Array, Any], tuple[Array, Aux]]
-    # (meta_params, key, support, query_x, *, num_classes) -> scores [M, way], higher is
-    # better, or values [M, d]
-    predict: Callable[..., Array]
-    # (meta_params, key, support) -> (InnerState, Trace)
-    adapt: Callable[..., tuple[Any, Any]] | None
-    # (key, meta_params, one episode) -> what no gradient touches
-    init_carry: Callable[[Array, PyTree, Any], PyTree]
-    # (meta_params, carry, keys [T], episodes [T]) -> (gradient, carry, metrics)
-    meta_gradient: Callable[..., tuple[PyTree, PyTree, dict[str, Array]]]
-    # (meta_params, carry) -> meta_params: puts what the carry gathered where `predict`
-    # reads it; called after every meta-step
-    absorb: Callable[[PyTree, PyTree], PyTree]
-    # test-time spec -> the spec to meta-train with (prototypical: a higher way)
-    train_sampler: Callable[[Any], Any]
-    query_norm: (
-        str | None
-    )  # printed with every result; None when there is no batch norm
-    trainable: bool  # False: nothing to meta-learn, never trained
-    # True: every leaf of the carry has a leading [T], each task's own; chunks of tasks
-    # and devices then get their part of it. False: one carry for all tasks.
+    init: InitAlgorithm  # (key, episode) -> meta_params
+    loss: TaskLoss  # (meta_params, key, episode) -> (scalar, Aux)
+    predict: Predict  # (meta_params, key, support, query_x, *, num_classes) -> scores
+    adapt: Adapt | None  # (meta_params, key, support) -> (InnerState, Trace)
+    init_carry: InitCarry  # (key, meta_params, episode) -> carry
+    meta_gradient: MetaGradient  # (meta_params, carry, keys, episodes) -> grads, ..
+    absorb: Absorb  # (meta_params, carry) -> meta_params
+    train_sampler: TrainSampler  # test-time spec -> training spec
+    query_norm: str | None
+    """Printed with every result; None when there is no batch norm."""
+    trainable: bool
+    """False: nothing to meta-learn, never trained."""
     per_task_carry: bool
+    """True: every leaf of the carry has a leading [T], each task's own part; chunks of
+    tasks and devices then get theirs. False: one carry for all tasks."""
 
 
 def make_algorithm(
     *,
-    init: Callable,
-    predict: Callable,
-    loss: Callable | None = None,
-    adapt: Callable | None = None,
-    init_carry: Callable | None = None,
-    meta_gradient: Callable | None = None,
-    absorb: Callable | None = None,
-    train_sampler: Callable | None = None,
+    init: InitAlgorithm,
+    predict: Predict,
+    loss: TaskLoss | None = None,
+    adapt: Adapt | None = None,
+    init_carry: InitCarry | None = None,
+    meta_gradient: MetaGradient | None = None,
+    absorb: Absorb | None = None,
+    train_sampler: TrainSampler | None = None,
     query_norm: str | None = None,
     trainable: bool = True,
     per_task_carry: bool = False,
@@ -231,6 +356,13 @@ def make_algorithm(
 
     The default ``meta_gradient`` is the mean over tasks of ``grad(loss)``; the default
     carry is ``()``; the default ``train_sampler`` trains on the test-time spec.
+
+    Args:
+      task_mapping: how the default ``meta_gradient`` lays out tasks; see
+        `metalstm.tasks.map_tasks`.
+
+    Raises:
+      ValueError: it is trainable, and has neither ``loss`` nor ``meta_gradient``.
     """
     if trainable and loss is None and meta_gradient is None:
         raise ValueError("a trainable algorithm needs loss= or meta_gradient=")

@@ -1,6 +1,6 @@
-"""Refusals in one voice: what was given, and what would do.
+"""Checks of arguments, with error messages of one form.
 
-Every message is ``name=value: choose ...``, so that who reads it can act on it.
+A message is ``name=value: choose ...``: the argument, its value and the remedy.
 """
 
 from __future__ import annotations
@@ -8,11 +8,23 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
-__all__ = ["check_at_least", "check_choice", "check_positive", "did_you_mean"]
+__all__ = [
+    "check_at_least",
+    "check_choice",
+    "check_features",
+    "check_positive",
+    "check_share",
+    "did_you_mean",
+]
 
 
 def check_choice(name: str, value: Any, choices: Iterable[Any]) -> None:
-    """Raise ValueError unless ``value`` is one of ``choices``."""
+    """Raise ValueError unless ``value`` is one of ``choices``.
+
+    >>> check_choice("keep", "some", ("all", "remat"))
+    Traceback (most recent call last):
+    ValueError: keep='some': choose one of all, remat
+    """
     choices = tuple(choices)
     if value not in choices:
         options = ", ".join(map(str, choices))
@@ -33,6 +45,27 @@ def check_positive(name: str, value: Any) -> None:
     """Raise ValueError unless ``value > 0``; NaN is refused too."""
     if not value > 0:
         raise ValueError(f"{name}={value}: choose a number above 0")
+
+
+def check_share(name: str, value: Any, *, zero: bool = False) -> None:
+    """Raise ValueError unless ``0 < value <= 1``; ``zero`` allows 0 too."""
+    if not (0 < value <= 1 or (zero and value == 0)):
+        interval = "[0, 1]" if zero else "(0, 1]"
+        raise ValueError(f"{name}={value}: choose a number in {interval}")
+
+
+def check_features(
+    shape: tuple[int, ...], user: str, remedy: str = "flatten them"
+) -> None:
+    """Raise ValueError unless ``shape``, of a learner's outputs, is [N, d].
+
+    ``user`` is what needs features, such as ``"the controller"``.
+    """
+    if len(shape) != 2:
+        raise ValueError(
+            f"the learner returned shape {shape}, but {user} needs features [N, d]: "
+            f"{remedy}"
+        )
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:

@@ -1,6 +1,6 @@
 """Same or different? Verification of identities that were never seen in training.
 
-Works on any identity-labelled arrays: photographs, letters, spectrograms. Shapes: N
+It takes any arrays labelled by identity: photographs, letters, spectrograms. Shapes: N
 examples, P pairs, K thresholds.
 """
 
@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from metalstm.base import Learner, LearnerState
+from metalstm.checks import check_at_least, check_choice, check_share
 
 __all__ = [
     "Pairs",
@@ -49,7 +50,12 @@ class Verification(NamedTuple):
 
     @property
     def equal_error_rate(self) -> float:
-        """Where false accepts are as frequent as false rejects, by interpolation."""
+        """Return where false accepts are as frequent as false rejects, interpolated.
+
+        >>> scores, same = [0.9, 0.8, 0.3, 0.1], [True, False, True, False]
+        >>> receiver_operating_characteristic(scores, same).equal_error_rate
+        0.5
+        """
         gap = self.false_accepts - (1 - self.true_accepts)  # rises from -1 to 1
         after = int(np.argmax(gap >= 0))
         before = after - 1
@@ -59,19 +65,21 @@ class Verification(NamedTuple):
 
     @property
     def area(self) -> float:
-        """The area under true against false accepts: 1 is perfect, 0.5 is chance."""
+        """Return the area under the curve: 1 is perfect, 0.5 is chance.
+
+        >>> scores, same = [0.9, 0.8, 0.3, 0.1], [True, False, True, False]
+        >>> receiver_operating_characteristic(scores, same).area
+        0.75
+        """
         return float(np.trapezoid(self.true_accepts, self.false_accepts))
 
     def true_accepts_at(self, false_accept_rate: float = 0.01) -> float:
-        """The most true accepts at no more than this share of false accepts.
+        """Return the most true accepts at no more than this share of false accepts.
 
         Raises:
           ValueError: a rate outside (0, 1], or too few pairs to measure it.
         """
-        if not 0 < false_accept_rate <= 1:
-            raise ValueError(
-                f"false_accept_rate={false_accept_rate}: choose a share in (0, 1]"
-            )
+        check_share("false_accept_rate", false_accept_rate)
         if false_accept_rate * self.num_different < 1:
             raise ValueError(
                 f"false_accept_rate={false_accept_rate} is less than one of the "
@@ -98,9 +106,9 @@ class Summary(NamedTuple):
 def receiver_operating_characteristic(
     scores: np.ndarray, same: np.ndarray, *, weights: np.ndarray | None = None
 ) -> Verification:
-    """Return the curve of scores [P], higher is more alike, against the truth [P].
+    """Return the curve of scores [P], higher is more similar, against the truth [P].
 
-    Pairs of equal score are accepted together, so ties help nobody.
+    Pairs of equal score are accepted together, so that ties help no method.
 
     Args:
       weights: [P], how many pairs each stands for; None: one.
@@ -142,11 +150,12 @@ def bootstrap_over_identities(
     num_samples: int = 1000,
     seed: int = 0,
 ) -> Summary:
-    """Return 95% intervals (low, high) had other identities been drawn.
+    """Return 95% intervals (low, high) over draws of other identities.
 
     Identities are drawn with replacement: pairs of one identity that is drawn k times
-    count k times, those of two that are drawn k and l times k l times. Pairs that share
-    an identity stand or fall together, so intervals over pairs would be too narrow.
+    count k times; pairs of two identities that are drawn k and l times count k l times.
+    Pairs that share an identity depend on each other, so that intervals over pairs
+    would be too narrow.
 
     Args:
       scores: [P], of the pairs.
@@ -156,8 +165,7 @@ def bootstrap_over_identities(
       ValueError: fewer than two samples, and what `Verification.true_accepts_at` or
         `receiver_operating_characteristic` refuses.
     """
-    if num_samples < 2:
-        raise ValueError(f"num_samples={num_samples}: choose at least 2")
+    check_at_least("num_samples", num_samples, 2)
     identities, y = np.unique(np.asarray(labels), return_inverse=True)
     order = np.argsort(-np.asarray(scores, np.float64), kind="stable")
     scores, same = np.asarray(scores)[order], np.asarray(pairs.same)[order]
@@ -191,8 +199,7 @@ def draw_pairs(labels: Any, num_pairs: int, *, seed: int = 0) -> Pairs:
     """
     identities, y = np.unique(np.asarray(labels), return_inverse=True)
     counts = np.bincount(y, minlength=len(identities))
-    if num_pairs < 2:
-        raise ValueError(f"num_pairs={num_pairs}: choose at least 2")
+    check_at_least("num_pairs", num_pairs, 2)
     if len(identities) < 2 or counts.max() < 2:
         raise ValueError(
             f"labels name {len(identities)} identities, with at most "
@@ -201,7 +208,7 @@ def draw_pairs(labels: Any, num_pairs: int, *, seed: int = 0) -> Pairs:
         )
     rng = np.random.default_rng(seed)
     half, total = num_pairs // 2, len(y)
-    # examples in the order of their identity, which has a range of places
+    # sorted by identity, the examples of each are a range of places
     order = np.argsort(y, kind="stable")
     starts = np.cumsum(counts) - counts
     place = np.empty(total, int)
@@ -215,11 +222,18 @@ def draw_pairs(labels: Any, num_pairs: int, *, seed: int = 0) -> Pairs:
             return order[start + (place[first] - start + step) % count]
         return order[(start + count + rng.integers(0, total - count)) % total]
 
-    alike = rng.choice(np.flatnonzero(counts[y] > 1), half)
-    other = rng.integers(0, total, half)
-    second = [partner(alike, same=True), partner(other, same=False)]
+    first_of_same = rng.choice(np.flatnonzero(counts[y] > 1), half)
+    first_of_different = rng.integers(0, total, half)
+    second = [
+        partner(first_of_same, same=True),
+        partner(first_of_different, same=False),
+    ]
     is_same = np.repeat([True, False], half)
-    return Pairs(np.concatenate([alike, other]), np.concatenate(second), is_same)
+    return Pairs(
+        np.concatenate([first_of_same, first_of_different]),
+        np.concatenate(second),
+        is_same,
+    )
 
 
 def verify(
@@ -233,10 +247,10 @@ def verify(
     similarity: Similarity = "cosine",
     batch_size: int = 256,
 ) -> Verification:
-    """Compare pairs of examples by their embeddings.
+    """Compare pairs of examples by their embeddings::
 
-    >>> found = verify(learner, params, x, identities)
-    >>> found.equal_error_rate, found.true_accepts_at(0.01)
+        found = verify(learner, params, x, identities)
+        found.equal_error_rate, found.true_accepts_at(0.01)
 
     Args:
       learner: its outputs are the embedding, as in meta-training.
@@ -269,16 +283,14 @@ def score_pairs(
     similarity: Similarity = "cosine",
     batch_size: int = 256,
 ) -> np.ndarray:
-    """Return how alike the embeddings of each pair are, [P], higher is more.
+    """Return how similar the embeddings of each pair are, [P], higher is more.
 
     The arguments are those of `verify`.
 
     Raises:
       ValueError: another similarity.
     """
-    if similarity not in get_args(Similarity):
-        choices = " or ".join(get_args(Similarity))
-        raise ValueError(f"similarity={similarity!r}: choose {choices}")
+    check_choice("similarity", similarity, get_args(Similarity))
     embedded = _embed(learner, state, np.asarray(x), batch_size)
     if similarity == "cosine":
         norms = np.linalg.norm(embedded, axis=1, keepdims=True)
@@ -290,7 +302,7 @@ def score_pairs(
 
 
 def pool_examples(pool: Any) -> tuple[np.ndarray, np.ndarray]:
-    """The examples [N, ...] of a `metalstm.data.ClassPool`, and their classes [N]."""
+    """Return the examples [N, ...] of a `metalstm.data.ClassPool` and their classes."""
     images, counts = np.asarray(pool.images), np.asarray(pool.counts)
     present = np.arange(images.shape[1])[None] < counts[:, None]
     return images[present], np.nonzero(present)[0]

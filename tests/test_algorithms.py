@@ -25,7 +25,7 @@ from metalstm.base import (
     make_algorithm,
 )
 from metalstm.inner import first_order, second_order
-from metalstm.nn.flax_modules import relation_net, tied_head
+from metalstm.nn import relation_net, tied_head
 from metalstm.tasks import map_tasks, mean_over_tasks
 
 NET = tiny.norm_net()

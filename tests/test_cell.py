@@ -80,13 +80,16 @@ def test_the_hand_written_derivative_is_that_of_the_equations(kind, coordinates)
 
 
 @pytest.mark.parametrize("coordinates", [FEW, MANY])
-def test_less_is_kept_for_the_way_back_than_by_jax(coordinates):
+def test_less_is_kept_for_the_backward_pass_than_by_jax(coordinates):
+    """Arrays [H, N]: jax 0.10 keeps 14 of the plain step, jax 0.12 keeps 11."""
+
     def kept(step):
         _, back = jax.vjp(step, *arguments(coordinates=coordinates))
-        wide = [leaf for leaf in jax.tree.leaves(back) if leaf.ndim == 2]
-        return sum(leaf.size for leaf in wide if coordinates in leaf.shape)
+        shapes = [leaf.shape for leaf in jax.tree.leaves(back)]
+        return shapes.count((HIDDEN, coordinates))
 
-    assert kept(lstm_step) < 0.7 * kept(plain_step)
+    assert kept(lstm_step) == 6
+    assert kept(plain_step) >= 11
 
 
 @pytest.mark.parametrize(

@@ -208,6 +208,17 @@ def test_going_back_removes_what_is_later(tmp_path):
     assert_equal(checkpoints.restore(tmp_path, make_state(0)).state, make_state(1))
 
 
+def test_an_old_version_of_a_later_step_is_later_too(tmp_path):
+    """A kill left it set aside; then training went back behind it."""
+    for step in (1, 2):
+        checkpoints.save(tmp_path, {"w": float(step)}, step=step)
+    (tmp_path / "2").rename(tmp_path / ".replaced-2")
+    assert checkpoints.latest(tmp_path) == 2
+    checkpoints.save(tmp_path, {"w": 7.0}, step=1)
+    assert [p.name for p in tmp_path.iterdir()] == ["1"]
+    assert checkpoints.restore(tmp_path, {"w": 0.0}).state == {"w": 7.0}
+
+
 def test_what_cannot_be_written_leaves_what_was_there(tmp_path, monkeypatch):
     checkpoints.save(tmp_path, make_state(1), step=1)
     real_rename = os.rename

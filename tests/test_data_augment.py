@@ -120,12 +120,12 @@ def test_an_augmented_episode_differs_from_the_plain_one_in_its_images_alone():
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: augment.shift(0), "pixels=0: choose pixels >= 1"),
-        (lambda: augment.crop(0.0), "min_area=0.0: choose 0 < min_area <= 1"),
-        (lambda: augment.crop(0.5, 0.9), "max_stretch=0.9: choose max_stretch >= 1"),
+        (lambda: augment.shift(0), "pixels=0: choose 1 or more"),
+        (lambda: augment.crop(0.0), r"min_area=0.0: choose a number in \(0, 1\]"),
+        (lambda: augment.crop(0.5, 0.9), "max_stretch=0.9: choose 1 or more"),
         (
             lambda: augment.jitter(contrast=1.5),
-            "contrast=1.5: choose 0 <= contrast <= 1",
+            r"contrast=1.5: choose a number in \[0, 1\]",
         ),
     ],
 )

@@ -13,7 +13,8 @@ from metalstm.data.episodes import EpisodeSpec, sample_episode, validate
 from metalstm.data.images import fit
 from metalstm.data.pools import SPLITS
 from metalstm.data.sources import mini_imagenet
-from metalstm.data.sources.folders import load_image_folders, load_mini_imagenet
+from metalstm.data.sources.folders import load_image_folders
+from metalstm.data.sources.mini_imagenet import load_mini_imagenet
 from metalstm.data.splits import check_disjoint, split_classes
 
 

@@ -121,7 +121,7 @@ def test_glyphs_are_ten_letters_of_the_training_pool(monkeypatch):
         np.testing.assert_array_equal(part.x[:, 0, 0, 0] // 16, part.y)
         assert set(np.asarray(part.y).tolist()) == set(range(10))
     assert not set(np.unique(data.train.x)) & set(np.unique(data.test.x))
-    with pytest.raises(ValueError, match=r"image_size=14: glyphs are 28 x 28; leave"):
+    with pytest.raises(ValueError, match=r"image_size=14: glyphs are 28 x 28; omit"):
         load_image_data(image_size=14)
 
 

@@ -84,9 +84,9 @@ def test_sampler_protocol(spec):
 
 
 def test_bad_numbers_are_refused():
-    with pytest.raises(ValueError, match="shot=0: choose shot >= 1"):
+    with pytest.raises(ValueError, match="shot=0: choose 1 or more"):
         SinusoidSpec(shot=0)
     with pytest.raises(ValueError, match="low first"):
         SinusoidSpec(shot=1, domain=(5.0, -5.0))
-    with pytest.raises(ValueError, match="dim=0: choose dim >= 1"):
+    with pytest.raises(ValueError, match="dim=0: choose 1 or more"):
         ClusterSpec(way=2, shot=1, dim=0)

@@ -89,7 +89,10 @@ def assert_same(folder: Path, name: str, other: str, kind: str) -> None:
     mine, theirs = load(folder, name, kind), load(folder, other, kind)
     assert len(mine) == len(theirs)
     for a, b in zip(mine, theirs, strict=True):
-        np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-7)
+        # an estimate of PES near 0 is a sum of terms as large as the largest estimate:
+        # what rounding leaves is float32's epsilon of that
+        rounding = 1e-7 * max(1.0, np.abs(b).max(initial=0.0))
+        np.testing.assert_allclose(a, b, rtol=1e-5, atol=rounding)
 
 
 @pytest.mark.parametrize("where", ["2-of-1", "8-of-1", "4-of-2"])

@@ -1,40 +1,83 @@
-"""What the README and the notebooks show, runs."""
+"""What the README, the documentation, docstrings and notebooks show, runs."""
 
 from __future__ import annotations
 
-import re
+import doctest
+import importlib
 from pathlib import Path
 
+import jax
+import jax.numpy as jnp
 import nbclient
 import nbformat
+import numpy as np
+import optax
 import pytest
+from run_blocks import blocks, run_blocks
+
+import metalstm
 
 ROOT = Path(__file__).parents[1]
+DOCS = ROOT / "docs"
+WITH_DOCTESTS = sorted(
+    ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
+    for path in (ROOT / "metalstm").rglob("*.py")
+    if ">>> " in path.read_text()
+)
 
 
-def _blocks(path: Path) -> list[str]:
-    """The Python blocks of a Markdown file that do not need a trained run."""
-    found = re.findall(r"```python\n(.*?)```", path.read_text(), re.DOTALL)
-    return [block for block in found if "load_run" not in block]
-
-
+@pytest.mark.smoke
 def test_the_python_of_the_readme_runs_as_it_stands():
-    blocks = _blocks(ROOT / "README.md")
-    assert len(blocks) >= 3
-    namespace: dict = {}
-    for block in blocks:
-        assert len(block.strip().splitlines()) < 25
-        exec(compile(block, "README.md", "exec"), namespace)
-    # the blocks leave what they promise: a score, four seeds, the user's own learners
-    assert 0 <= namespace["result"].mean <= 1
-    assert namespace["metrics"]["loss"].shape == (4, 1)
-    for name in ("mine_linen", "mine_nnx"):
-        assert callable(namespace[name].apply)
-    namespace["pool"] = namespace["glyphs"].train  # docs/pods.md goes on from there
-    for block in _blocks(ROOT / "docs" / "pods.md"):
-        exec(compile(block, "docs/pods.md", "exec"), namespace)
-    assert namespace["metrics"]["loss"].shape == (8, 1)
-    assert namespace["one"].step == 1
+    examples = blocks(ROOT / "README.md")
+    assert len(examples) == 3
+    assert all(len(block.strip().splitlines()) < 25 for block in examples)
+    names = run_blocks(ROOT / "README.md")
+    # the blocks leave what they promise: two scores, and a trained model
+    assert 0 <= names["ours"].mean <= 1
+    assert names["ours"].accuracies.shape == names["theirs"].accuracies.shape
+    assert names["loss"] < 0.1
+    names["pool"] = names["glyphs"].train  # docs/pods.md goes on from there
+    run_blocks(DOCS / "pods.md", names)
+    assert names["metrics"]["loss"].shape == (8, 1)
+    assert names["one"].step == 1
+
+
+@pytest.mark.smoke
+def test_what_write_your_own_shows_runs_and_is_as_short_as_it_says():
+    names = run_blocks(DOCS / "write_your_own.md")
+    assert names["state"].step == 3
+    tx = names["tanh_descent"]().bind({"alpha": 0.1, "beta": 2.0})
+    updates, _ = tx.update(jnp.array([0.5, -2.0]), tx.init(()))
+    np.testing.assert_allclose(updates, -0.1 * np.tanh([1.0, -4.0]), rtol=1e-6)
+    for function, lines in (("tanh_descent", 10), ("proto_maml", 20)):
+        (block,) = (
+            block
+            for block in blocks(DOCS / "write_your_own.md")
+            if f"def {function}" in block
+        )
+        _, body = block.split(f"def {function}")
+        rows = [row for row in body.splitlines() if row.strip()]
+        assert len(rows) <= lines + 2  # the formatter breaks a statement or two
+
+
+@pytest.mark.parametrize("name", WITH_DOCTESTS)
+def test_the_examples_of_docstrings_run(name):
+    given = {"jax": jax, "jnp": jnp, "np": np, "optax": optax, "metalstm": metalstm}
+    result = doctest.testmod(
+        importlib.import_module(name),
+        extraglobs=given,
+        optionflags=doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE,
+    )
+    assert result.attempted > 0
+    assert result.failed == 0
+
+
+def test_every_page_is_in_the_table_of_contents():
+    listed = (DOCS / "index.md").read_text() + (DOCS / "api" / "index.md").read_text()
+    pages = [*DOCS.rglob("*.md"), *DOCS.rglob("*.ipynb")]
+    assert len(pages) > 20
+    for page in pages:
+        assert page.stem == "index" or page.stem in listed, page
 
 
 @pytest.mark.slow

@@ -200,9 +200,9 @@ def test_the_spec_is_static_and_compiles_once(pool):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"way": 0, "shot": 1}, r"way=0: choose way >= 1"),
-        ({"way": 5, "shot": 0}, r"shot=0: choose shot >= 1"),
-        ({"way": 5, "shot": 1, "queries": 0}, r"queries=0: choose queries >= 1"),
+        ({"way": 0, "shot": 1}, r"way=0: choose 1 or more"),
+        ({"way": 5, "shot": 0}, r"shot=0: choose 1 or more"),
+        ({"way": 5, "shot": 1, "queries": 0}, r"queries=0: choose 1 or more"),
         (
             {"way": 5, "shot": 1, "normalise": ((0.5,), (0.0,))},
             "finite and the latter above 0",

@@ -27,7 +27,7 @@ from metalstm.algorithms.gradient.agreement import agreement_weights
 from metalstm.algorithms.gradient.proximal import proximal_pull
 from metalstm.base import Episode, LearnerState, MetaParams
 from metalstm.inner import first_order
-from metalstm.nn.flax_modules import tied_head
+from metalstm.nn import tied_head
 
 RATE = 0.05
 

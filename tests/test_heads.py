@@ -67,7 +67,7 @@ def test_the_first_update_moves_the_head_and_nothing_else():
 
 def test_a_body_without_features_is_refused():
     images = nn.from_flax(Images())
-    with pytest.raises(ValueError, match=r"returns features \[N, d\], but it returned"):
+    with pytest.raises(ValueError, match=r"tied_head needs features \[N, d\]: flatten"):
         nn.tied_head(images).init(KEY, jnp.zeros((2, 3, 3)))
 
 

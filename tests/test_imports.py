@@ -187,7 +187,8 @@ SCRIPTS = [
     module_name(path)
     for path in sources()
     if path.is_relative_to(ROOT / "experiments")
-    and "examples" not in path.parts  # these show jax code first
+    # a study and an example are one file each, with their imports on top
+    and not {"examples", "studies"} & {*path.parts}
     and 'if __name__ == "__main__":' in path.read_text()
 ]
 HELP = """

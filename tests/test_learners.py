@@ -14,7 +14,7 @@ from flax import linen as nn
 from flax import nnx
 
 from metalstm.base import Learner, LearnerState
-from metalstm.nn.flax_modules import conv4, from_flax, mlp, resnet12
+from metalstm.nn import conv4, from_flax, mlp, resnet12
 
 WAY = 3
 
@@ -42,6 +42,11 @@ class NNXNet(nnx.Module):
     def __call__(self, x):
         x = self.norm(self.hidden(x.reshape(x.shape[0], -1)))
         return self.head(self.dropout(nnx.relu(x)))
+
+
+class DefaultNNXNet(NNXNet):
+    def __init__(self, num_classes: int = WAY, *, rngs: nnx.Rngs):
+        super().__init__(num_classes, rngs=rngs)
 
 
 class OwnNorm(nnx.Module):
@@ -115,6 +120,18 @@ def assert_close(a, b, **tolerance):
 
 def assert_differs(a, b):
     assert np.abs(np.asarray(a) - np.asarray(b)).max() > 1e-4
+
+
+def test_an_nnx_class_and_a_partial_are_what_a_function_makes():
+    x = jax.random.normal(jax.random.key(1), (2, 8, 8, 1))
+    makers = [
+        functools.partial(NNXNet, num_classes=WAY),
+        DefaultNNXNet,
+        lambda rngs: NNXNet(WAY, rngs=rngs),
+    ]
+    states = [from_flax(make).init(jax.random.key(0), x) for make in makers]
+    for state in states[:2]:
+        assert_close(state, states[2], rtol=0)
 
 
 def test_state_is_float32_arrays_and_outputs_have_a_column_per_class(bench):
@@ -429,10 +446,10 @@ def test_without_classes_the_features_come_out(learner):
 
 
 def test_drop_block_zeroes_squares_at_its_rate():
-    from metalstm.nn import networks
+    from metalstm.nn import layers
 
     x = jnp.ones((64, 12, 12, 3))
-    dropped = networks._drop_block(jax.random.key(0), x, rate=0.2, block=3)
+    dropped = layers.drop_block(jax.random.key(0), x, rate=0.2, block=3)
     assert 0.12 < float((dropped == 0).mean()) < 0.25
     assert float(dropped.mean()) == pytest.approx(1, abs=1e-3)
 
@@ -443,6 +460,10 @@ def test_mistakes_name_the_remedy():
         from_flax(NNXNet(5, rngs=nnx.Rngs(0)))
     with pytest.raises(ValueError, match=r"pass a Linen module \(an instance\)"):
         from_flax(LinenNet)
+    with pytest.raises(
+        ValueError, match=r"needs num_classes too: .*num_classes=\.\.\."
+    ):
+        from_flax(NNXNet)
     with pytest.raises(ValueError, match="returned a LinenNet"):
         from_flax(lambda rngs: LinenNet(5)).init(jax.random.key(0), x)
 

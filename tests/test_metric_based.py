@@ -18,7 +18,7 @@ from experiments.few_shot import methods
 from experiments.few_shot.command_line import parse
 from metalstm import algorithms, specs
 from metalstm.base import Batch, Episode, Learner, LearnerState
-from metalstm.nn.flax_modules import conv4, relation_net
+from metalstm.nn import conv4, relation_net
 from metalstm.predictor import example_episode
 
 KEY = jax.random.key(5)

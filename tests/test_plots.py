@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from metalstm import plots
+from metalstm.plots import accuracies
 
 
 def saves(figure, tmp_path):
@@ -250,9 +251,9 @@ def test_lines_that_fall_are_drawn_whole():
 
 
 def test_names_are_spread_as_little_as_needed():
-    positions = plots._spread(np.array([0.2, 0.5, 0.5, 0.51]), 0.1)
+    positions = accuracies._spread(np.array([0.2, 0.5, 0.5, 0.51]), 0.1)
     np.testing.assert_allclose(positions, [0.2, 0.403333, 0.503333, 0.603333], 1e-5)
-    crowded = plots._spread(np.full(5, 0.99), 0.25)
+    crowded = accuracies._spread(np.full(5, 0.99), 0.25)
     np.testing.assert_allclose(crowded, [0, 0.25, 0.5, 0.75, 1])
 
 

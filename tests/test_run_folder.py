@@ -91,7 +91,8 @@ def test_the_config_is_checked_again_under_the_lock(tmp_path):
 
 def test_of_two_processes_one_gets_the_folder(tmp_path):
     program = (
-        "import sys; from pathlib import Path; from experiments.common import run_folder\n"
+        "import sys; from pathlib import Path\n"
+        "from experiments.common import run_folder\n"
         "with run_folder.locked(Path(sys.argv[1])): print('mine', flush=True); input()"
     )
     first = subprocess.Popen(

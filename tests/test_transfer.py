@@ -1,4 +1,4 @@
-"""Transfer floors: batches to pre-train on, comparing features, fine-tuning."""
+"""Transfer baselines: batches to pre-train on, comparing features, fine-tuning."""
 
 from __future__ import annotations
 
@@ -78,8 +78,8 @@ def test_another_number_of_classes_than_the_pool_has_is_refused():
 def test_a_batch_is_as_large_as_an_episode_unless_told():
     spec = data.EpisodeSpec(way=5, shot=1, queries=15)
     for size, expected in ((None, 80), (32, 32)):
-        floor = algorithms.pretrained_features(FEATURES, 7, batch_size=size)
-        sampler = floor.train_sampler(spec)
+        baseline = algorithms.pretrained_features(FEATURES, 7, batch_size=size)
+        sampler = baseline.train_sampler(spec)
         assert sampler == data.ClassificationSpec(expected, 7, spec)
 
 
@@ -88,9 +88,9 @@ def test_a_batch_is_as_large_as_an_episode_unless_told():
 
 @pytest.mark.parametrize("classifier", ["linear", "cosine"])
 def test_pretraining_is_the_cross_entropy_of_one_head_over_all_classes(classifier):
-    floor = algorithms.pretrained_features(body(), 4, classifier=classifier)
+    baseline = algorithms.pretrained_features(body(), 4, classifier=classifier)
     batch = Batch(SUPPORT.x, SUPPORT.y + 1)
-    params = floor.init(KEY, batch)
+    params = baseline.init(KEY, batch)
     state = params.learner.params
     features = np.tanh(np.asarray(SUPPORT.x) @ state["body"]["w1"])
     head = jax.tree.map(np.asarray, state["head"])
@@ -100,7 +100,7 @@ def test_pretraining_is_the_cross_entropy_of_one_head_over_all_classes(classifie
         scores = 10 * unit(features) @ unit(head["kernel"].T).T
     log_norm = np.log(np.exp(scores).sum(1))
     expected = np.mean(log_norm - scores[np.arange(6), labels + 1])
-    loss, aux = tiny.quick_jit(floor.loss)(params, KEY, batch)
+    loss, aux = tiny.quick_jit(baseline.loss)(params, KEY, batch)
     np.testing.assert_allclose(loss, expected, rtol=1e-4)
     np.testing.assert_allclose(
         aux.metrics["accuracy"], np.mean(scores.argmax(1) == labels + 1)
@@ -113,7 +113,7 @@ def test_pretraining_is_the_cross_entropy_of_one_head_over_all_classes(classifie
 @pytest.mark.parametrize("compare", ["neighbour", "centroid", "cosine"])
 def test_features_are_compared_as_asked(compare):
     params = meta_params("pretrained_features")
-    floor = algorithms.pretrained_features(FEATURES, 3, compare=compare)
+    baseline = algorithms.pretrained_features(FEATURES, 3, compare=compare)
     state = params.learner._replace(params=params.learner.params["body"])
     embed = lambda x: np.asarray(FEATURES.apply(state, x, norm="stored")[0])  # noqa: E731
     support, query = embed(SUPPORT.x), embed(QUERY.x)
@@ -126,7 +126,9 @@ def test_features_are_compared_as_asked(compare):
         distances = np.sum((query[:, None] - support) ** 2, -1)
         own = [distances[:, labels == c].min(1) for c in range(tiny.WAY)]
         expected = -np.stack(own, 1)
-    np.testing.assert_allclose(predict(floor, params), expected, rtol=1e-3, atol=1e-4)
+    np.testing.assert_allclose(
+        predict(baseline, params), expected, rtol=1e-3, atol=1e-4
+    )
 
 
 # -- fine-tuning -----------------------------------------------------------------------
@@ -188,22 +190,26 @@ def test_any_way_will_do_at_test():
             6,
             tiny.WAY,
         )
-    floor = algorithms.fine_tuning(FEATURES, 3, SGD, tune="all", num_steps=1)
+    baseline = algorithms.fine_tuning(FEATURES, 3, SGD, tune="all", num_steps=1)
     scores = jax.eval_shape(
-        lambda p: floor.predict(p, KEY, five.support, five.query.x, num_classes=5),
+        lambda p: baseline.predict(p, KEY, five.support, five.query.x, num_classes=5),
         meta_params("fine_tuning_all"),
     )
     assert scores.shape == (10, 5)
 
 
-def test_what_floors_refuse():
-    with pytest.raises(ValueError, match=r"compare='mean': choose neighbour, centr"):
+def test_what_baselines_refuse():
+    with pytest.raises(
+        ValueError, match=r"compare='mean': choose one of neighbour, centr"
+    ):
         algorithms.pretrained_features(FEATURES, 3, compare="mean")
-    with pytest.raises(ValueError, match=r"classifier='svm': choose linear or cosine"):
+    with pytest.raises(
+        ValueError, match=r"classifier='svm': choose one of linear, cosine"
+    ):
         algorithms.pretrained_features(FEATURES, 3, classifier="svm")
-    with pytest.raises(ValueError, match=r"num_classes=1: choose at least 2"):
+    with pytest.raises(ValueError, match=r"num_classes=1: choose 2 or more"):
         algorithms.pretrained_features(FEATURES, 1)
-    with pytest.raises(ValueError, match=r"tune='body': choose head or all"):
+    with pytest.raises(ValueError, match=r"tune='body': choose one of head, all"):
         algorithms.fine_tuning(FEATURES, 3, tune="body")
     maps = Learner(body().init, lambda s, x, **_: (x[:, :, None], s))
     with pytest.raises(ValueError, match=r"pre-training needs features \[N, d\]"):

@@ -137,7 +137,7 @@ def test_examples_of_a_pool_are_those_that_are_there():
 def test_what_verification_refuses():
     draw = verification.draw_pairs
     for message, call in (
-        (r"num_pairs=1: choose at least 2", lambda: draw([0, 0, 1], 1)),
+        (r"num_pairs=1: choose 2 or more", lambda: draw([0, 0, 1], 1)),
         (r"1 identities, with at most 3 examples", lambda: draw([0, 0, 0], 10)),
         (r"3 identities, with at most 1 examples", lambda: draw([0, 1, 2], 10)),
         (r"shape \(2,\) and same \(1,\)", lambda: curve([1.0, 2.0], [True])),
@@ -149,12 +149,16 @@ def test_what_verification_refuses():
     found = curve([2.0, 1.0], [True, False])
     with pytest.raises(ValueError, match=r"less than one of the 1 pairs.*at least 100"):
         found.true_accepts_at(0.01)
-    with pytest.raises(ValueError, match=r"false_accept_rate=0: choose a share"):
+    with pytest.raises(
+        ValueError, match=r"false_accept_rate=0: choose a number in \(0, 1\]"
+    ):
         found.true_accepts_at(0)
     state, x = LearnerState({}, {}, {}), np.zeros((3, 2))
     with pytest.raises(ValueError, match=r"2 labels for 3 examples"):
         verification.verify(IDENTITY, state, x, [0, 1])
-    with pytest.raises(ValueError, match=r"similarity='dot': choose cosine or eucl"):
+    with pytest.raises(
+        ValueError, match=r"similarity='dot': choose one of cosine, eucl"
+    ):
         verification.verify(IDENTITY, state, x, [0, 1, 1], similarity="dot")
 
 
@@ -217,9 +221,11 @@ def test_the_same_seed_draws_the_same_intervals():
 def test_what_the_intervals_refuse():
     labels, pairs, scores = drawn_identities(0)
     bootstrap = verification.bootstrap_over_identities
-    with pytest.raises(ValueError, match=r"num_samples=1: choose at least 2"):
+    with pytest.raises(ValueError, match=r"num_samples=1: choose 2 or more"):
         bootstrap(scores, pairs, labels, num_samples=1)
-    with pytest.raises(ValueError, match=r"false_accept_rate=0: choose a share"):
+    with pytest.raises(
+        ValueError, match=r"false_accept_rate=0: choose a number in \(0, 1\]"
+    ):
         bootstrap(scores, pairs, labels, false_accept_rate=0)
     alike = pairs._replace(same=np.ones(2000, bool))
     with pytest.raises(ValueError, match=r"2000 pairs of one identity and 0 of two"):

@@ -170,7 +170,7 @@ def test_what_a_run_cannot_serve(run, tmp_path, capsys):
 
 
 def test_images_are_normalised_as_in_training():
-    from experiments.studies.verifying import _normalised
+    from experiments.studies.verification import _normalised
 
     x = np.full((2, 3, 3, 3), 51, np.uint8)
     found = _normalised(x, [[0.1, 0.2, 0.3], [0.5, 1.0, 2.0]])

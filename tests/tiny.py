@@ -10,7 +10,7 @@ import numpy as np
 from flax import linen as nn
 
 from metalstm.base import Batch, Episode, Learner, LearnerState
-from metalstm.nn.flax_modules import from_flax
+from metalstm.nn import from_flax
 
 WAY, SHOT, FEATURES = 3, 2, 4
 

@@ -57,18 +57,17 @@ def check(devices: Devices) -> None:
         raise ValueError(f"{given[0]} needs {' and '.join(missing)} too")
     if given and not devices.distributed:
         raise ValueError(f"{given[0]} goes with --distributed: add it")
-    if devices.devices is not None and devices.devices < 1:
-        raise ValueError(f"--devices {devices.devices}: choose 1 or more")
-    if devices.cpu_devices is not None and devices.cpu_devices < 1:
-        raise ValueError(f"--cpu-devices {devices.cpu_devices}: choose 1 or more")
-    if devices.devices_per_task < 1:
-        raise ValueError(
-            f"--devices-per-task {devices.devices_per_task}: choose 1 or more"
-        )
-    if devices.heartbeat_timeout < 1:
-        raise ValueError(
-            f"--heartbeat-timeout {devices.heartbeat_timeout}: choose 1 or more"
-        )
+    check_ones(
+        devices, "devices", "cpu_devices", "devices_per_task", "heartbeat_timeout"
+    )
+
+
+def check_ones(options: Any, *names: str) -> None:
+    """Refuse options below 1 among ``names``; None is fine."""
+    for name in names:
+        value = getattr(options, name)
+        if value is not None and value < 1:
+            raise ValueError(f"--{name.replace('_', '-')} {value}: choose 1 or more")
 
 
 def join(devices: Devices) -> None:

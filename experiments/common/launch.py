@@ -1,6 +1,6 @@
 """Start a script in several processes on this machine, and watch over them.
 
-    python -m experiments.common.launch --processes 2 -- experiments.few_shot --workdir R
+    python -m experiments.common.launch --processes 2 -- experiments.few_shot ...
 
 Each process gets --distributed and its place among the others. When one of them dies,
 this one says which and how, prints the last lines of its log, stops the others, and
@@ -27,6 +27,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import tyro
+
+from experiments.common.devices import check_ones
 
 _GRACE = 5.0  # seconds in which the others may end by themselves
 _LAST_SAVE = 60.0  # seconds between the first and the last to end after Ctrl-C
@@ -83,10 +85,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _check(options: Options, script: list[str]) -> None:
-    for name in ("processes", "devices_per_process", "heartbeat_timeout"):
-        value = getattr(options, name)
-        if value is not None and value < 1:
-            raise ValueError(f"--{name.replace('_', '-')} {value}: choose 1 or more")
+    check_ones(options, "processes", "devices_per_process", "heartbeat_timeout")
     if not script:
         raise ValueError(
             "no script: python -m experiments.common.launch --processes 2 -- "

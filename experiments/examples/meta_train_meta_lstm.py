@@ -13,6 +13,7 @@ has some 45%.
 from __future__ import annotations
 
 import jax
+import optax
 import tyro
 
 import metalstm
@@ -69,7 +70,7 @@ def main(
 
     test = {"pool": glyphs.test, "spec": spec, "num_episodes": test_episodes}
     ours = metalstm.evaluate(algorithm, state.params, **test)
-    scratch = algorithms.from_scratch(learner, 0.1, num_steps=NUM_STEPS)
+    scratch = algorithms.from_scratch(learner, optax.sgd(0.1), num_steps=NUM_STEPS)
     drawn = jax.jit(scratch.init)(jax.random.key(0), one)
     theirs = metalstm.evaluate(scratch, drawn, **test)
     mean, ci95 = metalstm.paired_difference(ours, theirs)

@@ -30,16 +30,15 @@ from metalstm.runtime import processes, sharding
 
 
 class Net(nnx.Module):
-    """Two convolutions over time; any NNX module will do."""
+    """Convolutions over time that embed a recording; any NNX module will do."""
 
-    def __init__(self, way: int, channels: int, rngs: nnx.Rngs):
+    def __init__(self, channels: int, rngs: nnx.Rngs):
         self.first = nnx.Conv(channels, 32, (5,), strides=2, rngs=rngs)
-        self.norm = nnx.LayerNorm(32, rngs=rngs)
         self.second = nnx.Conv(32, 32, (5,), strides=2, rngs=rngs)
-        self.out = nnx.Linear(32, way, rngs=rngs)
+        self.out = nnx.Linear(32, 32, rngs=rngs)
 
     def __call__(self, x):  # [N, time, channels, 1]
-        x = nnx.relu(self.norm(self.first(x[..., 0])))
+        x = nnx.relu(self.first(x[..., 0]))
         x = nnx.relu(self.second(x))
         return self.out(x.mean(1))
 
@@ -60,11 +59,11 @@ def main(
     num_tasks: int = 8,
     distributed: bool = False,
 ) -> metalstm.Evaluation:
-    """Meta-train first-order MAML over a mesh of all devices.
+    """Meta-train a prototypical network over a mesh of all devices.
 
     Args:
       data_file: your .npz of x [N, time, channels] and y [N]; made up if not there.
-      meta_steps: updates of theta_0.
+      meta_steps: updates of the network.
       num_tasks: of a meta-step; the devices share them.
       distributed: this is one of several processes that run the same command.
     """
@@ -76,11 +75,11 @@ def main(
     speakers = data.load_arrays(data_file)  # labels divided, nobody in two splits
     spec = data.EpisodeSpec(way=5, shot=1, queries=5)
     channels = speakers.image_shape[1]
-    learner = metalstm.from_flax(lambda rngs: Net(5, channels, rngs))
-    algorithm = algorithms.fomaml(learner, 0.3, num_steps=5)
+    learner = metalstm.from_flax(lambda rngs: Net(channels, rngs))
+    algorithm = algorithms.prototypical(learner)
 
     mesh = sharding.task_mesh(num_tasks)  # None: there is one device
-    optimizer = metalstm.adam_clipped(2e-3, 1.0)
+    optimizer = metalstm.adam_clipped(1e-3, 1.0)
     episode = spec.sample(jax.random.key(0), speakers.train)
     state = metalstm.init_train_state(algorithm, optimizer, 0, episode)
     state = place_state(algorithm, state, mesh)

@@ -125,6 +125,7 @@ def make_all_programs(
 def make_programs(spec: Spec, common: Common, own: Any, source: Source) -> Programs:
     """The compile-once parts of a method; ``own`` are its options."""
     algorithm = build_algorithm(spec)
+    algorithm = build_algorithm(spec)
     training: Training = own.training
     mesh = mesh_for(common.devices, training.meta_batch, "--meta-batch")
     trained = algorithm  # evaluation shares no task between devices

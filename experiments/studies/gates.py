@@ -96,7 +96,7 @@ def learners(config: Config) -> dict[str, Learner]:
     }
 
 
-def gates(config: Config, **changes: Any) -> UpdateRule:
+def make_gates(config: Config, **changes: Any) -> UpdateRule:
     # a first step of a useful size: i_0 = sigmoid(0) = 0.5
     start = {"forget_bias": (4.0, 5.0), "input_bias": (0.0, 0.0)}
     return rules.lstm_gates(**{"hidden_size": config.hidden, **start, **changes})
@@ -184,13 +184,13 @@ def run(config: Config, folder: Path) -> None:
     trained = {}
     for name, changes in ABLATIONS.items():
         print(f"meta-training: {name}", flush=True)
-        rule, started = gates(config, **changes), time.monotonic()
+        rule, started = make_gates(config, **changes), time.monotonic()
         trained[name] = meta_train(learner, rule, dataset, config)
         seconds = time.monotonic() - started
         test = tester(learner, rule, dataset, "test", config)
         record("ablation", name, trained_on, test(trained[name]), seconds=seconds)
     for name, target in targets.items():
-        test = tester(target, gates(config), dataset, "test", config)
+        test = tester(target, make_gates(config), dataset, "test", config)
         record("transfer", "learned gates", name, test(trained["all parts"]))
         sgd = rules.learned_sgd()
         validate = tester(target, sgd, dataset, "validation", config)

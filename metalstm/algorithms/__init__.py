@@ -13,17 +13,17 @@ from metalstm.algorithms.gradient.published import (
     meta_sgd,
 )
 from metalstm.algorithms.memory_augmented.external_memory import mann
-from metalstm.algorithms.metric.engine import embedding_state
-from metalstm.algorithms.metric.imagination import hallucination
-from metalstm.algorithms.metric.pair_losses import siamese
-from metalstm.algorithms.metric.published import (
+from metalstm.algorithms.metric.comparisons import (
     matching,
     nearest_neighbour,
     prototypical,
     relation,
 )
+from metalstm.algorithms.metric.engine import embedding_state
+from metalstm.algorithms.metric.hallucinating import hallucination
+from metalstm.algorithms.metric.pair_losses import siamese
+from metalstm.algorithms.transfer.baselines import fine_tuning, pretrained_features
 from metalstm.algorithms.transfer.margins import margin_classifier
-from metalstm.algorithms.transfer.pretraining import fine_tuning, pretrained_features
 
 __all__ = [
     "anil",

@@ -22,9 +22,10 @@ from metalstm.data.pools import (
     make_pool,
 )
 from metalstm.data.sources.arrays import load_arrays, read_arrays
-from metalstm.data.sources.folders import load_image_folders, load_mini_imagenet
+from metalstm.data.sources.folders import load_image_folders
 from metalstm.data.sources.glyphs import load_glyphs
 from metalstm.data.sources.labelled import ImageData, LabelledImages, load_image_data
+from metalstm.data.sources.mini_imagenet import load_mini_imagenet
 from metalstm.data.sources.omniglot import load_omniglot
 from metalstm.data.sources.synthetic import ClusterSpec, SinusoidSpec
 from metalstm.data.sources.tfds import load_tfds

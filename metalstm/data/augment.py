@@ -1,8 +1,9 @@
 """Augmentations as jitted functions of a key: (key, images [N, H, W, ch]) -> images.
 
-Images are floats in [0, 1] and stay so. Every image of the batch is changed on its own.
+Images are floats in [0, 1] and stay so. Every image of the batch has its draw.
 The factories return the same function for the same arguments, so an `EpisodeSpec` that
-holds one is hashable and equal to another made alike: nothing is compiled twice.
+holds one is hashable and equal to another of the same arguments: nothing is compiled
+twice.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import jax
 import jax.numpy as jnp
 
 from metalstm.base import Array
+from metalstm.checks import check_at_least, check_share
 
 __all__ = [
     "compose",
@@ -30,7 +32,7 @@ Augment = Callable[[Array, Array], Array]
 
 @functools.cache
 def compose(*steps: Augment) -> Augment:
-    """Apply ``steps`` one after the other, each with a key of its own."""
+    """Apply ``steps`` one after the other, each with another key."""
 
     def apply(key: Array, images: Array) -> Array:
         for index, step in enumerate(steps):
@@ -47,8 +49,7 @@ def shift(pixels: int) -> Augment:
     Raises:
       ValueError: if ``pixels`` is below 1.
     """
-    if pixels < 1:
-        raise ValueError(f"pixels={pixels}: choose pixels >= 1")
+    check_at_least("pixels", pixels, 1)
 
     def apply(key: Array, images: Array) -> Array:
         edge = ((0, 0), (pixels, pixels), (pixels, pixels), (0, 0))
@@ -84,10 +85,8 @@ def crop(min_area: float = 0.4, max_stretch: float = 4 / 3) -> Augment:
     Raises:
       ValueError: if ``min_area`` is outside (0, 1] or ``max_stretch`` below 1.
     """
-    if not 0 < min_area <= 1:
-        raise ValueError(f"min_area={min_area}: choose 0 < min_area <= 1")
-    if max_stretch < 1:
-        raise ValueError(f"max_stretch={max_stretch}: choose max_stretch >= 1")
+    check_share("min_area", min_area)
+    check_at_least("max_stretch", max_stretch, 1)
 
     def apply(key: Array, images: Array) -> Array:
         num = len(images)
@@ -143,8 +142,7 @@ def jitter(
         "saturation": saturation,
     }
     for name, amount in amounts.items():
-        if not 0 <= amount <= 1:
-            raise ValueError(f"{name}={amount}: choose 0 <= {name} <= 1")
+        check_share(name, amount, zero=True)
 
     def apply(key: Array, images: Array) -> Array:
         draws = jax.random.uniform(key, (3, len(images), 1, 1, 1), minval=-1)

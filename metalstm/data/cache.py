@@ -1,4 +1,4 @@
-"""Decoded data sets on disk: written whole or not at all, checked when read.
+"""Decoded data sets on disk: written completely or not at all, checked when read.
 
 One uncompressed .npz a data set. The zip's own checksums catch truncation and flipped
 bits, and a file appears under its name only once it is complete.
@@ -21,6 +21,7 @@ from metalstm.data.pools import SPLITS, Dataset, checksum, make_pool
 from metalstm.runtime.files import atomic_write
 
 __all__ = [
+    "PathLike",
     "Split",
     "assemble",
     "cache_folder",
@@ -30,6 +31,8 @@ __all__ = [
 ]
 
 PathLike = str | os.PathLike[str]
+
+_HASHED = ("images", "counts")
 
 
 class Split(NamedTuple):
@@ -42,7 +45,7 @@ class Split(NamedTuple):
 
 
 def cache_folder(explicit: PathLike | None = None) -> Path:
-    """Return the folder of the caches, made by whoever writes first.
+    """Return the folder of the caches; the first writer creates it.
 
     In order: the argument, METALSTM_CACHE_DIR, XDG_CACHE_HOME/metalstm, the platform's
     user cache folder (~/.cache/metalstm on Linux).
@@ -76,8 +79,8 @@ def cached(
 ) -> dict[str, np.ndarray]:
     """Return the arrays stored at ``path``; build and store them if there are none.
 
-    A file that cannot be read whole is rebuilt, with a warning. Where the folder cannot
-    be written, the arrays are returned all the same, with a warning that says
+    A file that cannot be read completely is rebuilt, with a warning. Where the folder
+    cannot be written, the arrays are returned all the same, with a warning that says
     ``remedy``.
     """
     if path.exists():
@@ -140,7 +143,7 @@ def cached_dataset(
     path: Path,
     build: Callable[[], tuple[Mapping[str, Split], Mapping[str, Any]]],
 ) -> Dataset:
-    """`cached` for a whole data set: ``build`` returns its splits and its info."""
+    """Do what `cached` does for a `Dataset`; ``build`` returns splits and info."""
 
     def to_arrays() -> dict[str, np.ndarray]:
         splits, info = build()
@@ -169,6 +172,3 @@ def cached_dataset(
         for split in SPLITS
     }
     return assemble(name, splits, meta["info"], meta["checksum"])
-
-
-_HASHED = ("images", "counts")

@@ -1,14 +1,14 @@
-"""Batches with the classes of the whole pool as labels: ordinary classification."""
+"""Batches labelled by the classes of a pool: ordinary classification."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
 import jax
-import jax.numpy as jnp
 
 from metalstm.base import Array, Batch
-from metalstm.data.episodes import EpisodeSpec, _scale, _turn
+from metalstm.data.drawing import to_integers
+from metalstm.data.episodes import EpisodeSpec, finish_images
 from metalstm.data.pools import ClassPool
 
 __all__ = ["ClassificationSpec"]
@@ -18,10 +18,11 @@ __all__ = ["ClassificationSpec"]
 class ClassificationSpec:
     """A `TaskSampler` of labelled batches, for pre-training.
 
-    num_images: of one batch; classes and images are drawn with replacement.
-    num_classes: of the pool; four times as many with ``episodes.rotations``, where
-      class c turned by k quarter circles is class 4 c + k.
-    episodes: whose rotations, augmentation and normalisation apply.
+    Attributes:
+      num_images: of one batch; classes and images are drawn with replacement.
+      num_classes: of the pool; four times as many with ``episodes.rotations``, where
+        class c turned by k quarter circles is class 4 c + k.
+      episodes: whose rotations, augmentation and normalisation apply.
     """
 
     num_images: int
@@ -44,13 +45,8 @@ class ClassificationSpec:
             )
         draw_key, augment_key = jax.random.split(key)
         uniform = jax.random.uniform(draw_key, (2, self.num_images))
-        y = jnp.minimum(
-            (uniform[0] * available).astype(jnp.int32), available - 1
-        )  # the product may round up
+        y = to_integers(uniform[0], available)
         classes, turns = y // num_turns, y % num_turns
-        counts = pool.counts[classes]
-        slots = jnp.minimum((uniform[1] * counts).astype(jnp.int32), counts - 1)
+        slots = to_integers(uniform[1], pool.counts[classes])
         x = pool.images.at[classes, slots].get(mode="promise_in_bounds")
-        return Batch(
-            _scale(augment_key, _turn(x, turns, self.episodes), self.episodes), y
-        )
+        return Batch(finish_images(augment_key, x, turns, self.episodes), y)

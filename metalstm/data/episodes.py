@@ -16,6 +16,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from metalstm.base import Array, Batch, Episode
+from metalstm.checks import check_at_least, check_choice
+from metalstm.data.drawing import draw_distinct, draw_grouped, grouped_capacity
 from metalstm.data.pools import SPLITS, ClassPool, Dataset, Normalisation
 
 __all__ = [
@@ -23,6 +25,7 @@ __all__ = [
     "Sampler",
     "TaskSampler",
     "episode_key",
+    "finish_images",
     "sample_episode",
     "sample_episodes",
     "validate",
@@ -62,14 +65,20 @@ class Sampler(TaskSampler, Protocol):
 class EpisodeSpec:
     """What an episode is made of. Hashable: a static argument of jitted functions.
 
-    way: classes of an episode.
-    shot, queries: images of each class in the support and in the query set.
-    rotations: a character turned by 90, 180 or 270 degrees is a class of its own, which
-      makes four times as many. One episode never holds two turns of one character,
-      which could be the same drawing.
-    augment: applied to support and query images in [0, 1], after the rotation; see
-      `metalstm.data.augment`.
-    normalise: subtract the mean and divide by the standard deviation, last.
+    Attributes:
+      way: classes of an episode.
+      shot: images of each class in the support set.
+      queries: images of each class in the query set.
+      rotations: a character turned by 90, 180 or 270 degrees is another class, which
+        makes four times as many. One episode never holds two turns of one character,
+        which could be the same drawing.
+      augment: applied to support and query images in [0, 1], after the rotation; see
+        `metalstm.data.augment`.
+      normalise: subtract the mean and divide by the standard deviation, last.
+
+    Raises:
+      ValueError: a number below 1, statistics that do not fit each other, or an
+        ``augment`` that is not hashable.
     """
 
     way: int
@@ -81,8 +90,7 @@ class EpisodeSpec:
 
     def __post_init__(self) -> None:
         for name in ("way", "shot", "queries"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}={getattr(self, name)}: choose {name} >= 1")
+            check_at_least(name, getattr(self, name), 1)
         if self.normalise is not None:
             mean, std = map(tuple, self.normalise)
             finite = np.isfinite([*mean, *std]).all()
@@ -114,8 +122,7 @@ def episode_key(seed: Any, split: str, step: Any, task: Any = 0) -> Array:
     ``task`` is the task's global index in the meta-batch, so another number of devices
     or hosts draws the same episodes. ``seed``, ``step`` and ``task`` may be traced.
     """
-    if split not in SPLITS:
-        raise ValueError(f"split={split!r}: choose one of {', '.join(SPLITS)}")
+    check_choice("split", split, SPLITS)
     key = jax.random.fold_in(jax.random.key(seed), SPLITS[split])
     return jax.random.fold_in(jax.random.fold_in(key, step), task)
 
@@ -140,14 +147,16 @@ def sample_episode(key: Array, pool: ClassPool, spec: EpisodeSpec) -> Episode:
     for_class, for_turn, for_slot, for_order = jnp.split(
         uniform, np.cumsum([2 * way, way, 2 * way * num])
     )
-    classes = _draw_distinct(for_class.reshape(2, way), pool.num_classes)
+    classes = draw_distinct(for_class.reshape(2, way), pool.num_classes)
     turns = jnp.floor(4 * for_turn).astype(jnp.int32)
     if pool.groups is None:
-        slots = jax.vmap(_draw_distinct)(
+        slots = jax.vmap(draw_distinct)(
             for_slot.reshape(way, 2, num), pool.counts[classes]
         )
     else:
-        slots = _draw_grouped(group_key, pool, classes, spec)
+        slots = draw_grouped(
+            group_key, pool, classes, shot=spec.shot, queries=spec.queries
+        )
 
     # Indices are shuffled before the one gather, so no image is moved twice.
     labels = jnp.broadcast_to(jnp.arange(way)[:, None], slots.shape)
@@ -164,7 +173,7 @@ def sample_episode(key: Array, pool: ClassPool, spec: EpisodeSpec) -> Episode:
 
     y = arrange(labels).astype(jnp.int32)
     x = pool.images.at[classes[y], arrange(slots)].get(mode="promise_in_bounds")
-    x = _scale(augment_key, _turn(x, turns[y], spec), spec)
+    x = finish_images(augment_key, x, turns[y], spec)
     return Episode(
         support=Batch(x[:num_support], y[:num_support]),
         query=Batch(x[num_support:], y[num_support:]),
@@ -176,13 +185,35 @@ def sample_episodes(keys: Array, pool: ClassPool, spec: EpisodeSpec) -> Episode:
     return jax.vmap(lambda key: sample_episode(key, pool, spec))(keys)
 
 
+def finish_images(key: Array, x: Array, turns: Array, spec: EpisodeSpec) -> Array:
+    """Turn, scale, augment and normalise drawn images, by the options of ``spec``.
+
+    Args:
+      x: uint8 [N, H, W, ch].
+      turns: [N] quarter circles, ignored without ``spec.rotations``.
+
+    Returns:
+      float32 [N, H, W, ch].
+    """
+    if spec.rotations:
+        turns = turns[:, None, None, None]
+        for quarter in (1, 2):  # two conditional turns make all four
+            x = jnp.where(turns & quarter > 0, jnp.rot90(x, quarter, (1, 2)), x)
+    x = x.astype(jnp.float32) / 255
+    if spec.augment is not None:
+        x = spec.augment(key, x)
+    if spec.normalise is not None:
+        x = (x - jnp.array(spec.normalise.mean)) / jnp.array(spec.normalise.std)
+    return x
+
+
 def validate(spec: EpisodeSpec, dataset: Dataset, split: str = "train") -> None:
     """Refuse a spec that ``dataset``'s split cannot serve, before anything compiles.
 
     Raises:
       ValueError: for more ways than classes, more images than the smallest class has,
         rotations where a turned class is another class, or a normalisation for another
-        number of channels; each names what would do.
+        number of channels; each message has a remedy.
     """
     pool, where = dataset.pool(split), f"{dataset.name}'s {split} split"
     _check_shapes(spec, pool, where)
@@ -200,10 +231,10 @@ def validate(spec: EpisodeSpec, dataset: Dataset, split: str = "train") -> None:
                 f"shot={spec.shot} and queries={spec.queries} need "
                 f"{spec.shot + spec.queries} images a class, but class "
                 f"{names[smallest]!r} of {where} has {counts[smallest]}; choose "
-                f"shot + queries <= {counts[smallest]} or leave such classes out"
+                f"shot + queries <= {counts[smallest]} or omit such classes"
             )
         return
-    available = np.asarray(_grouped_capacity(pool))
+    available = np.asarray(grouped_capacity(pool))
     for column, name in enumerate(("shot", "queries")):
         smallest = int(available[:, column].argmin())
         limit = int(available[smallest, column])
@@ -238,95 +269,3 @@ def _check_shapes(spec: EpisodeSpec, pool: ClassPool, where: str) -> None:
             f"normalise has {len(spec.normalise.mean)} means for the {channels} "
             f"channels of {where}; give 1 or {channels}"
         )
-
-
-def _draw_distinct(uniform: Array, size: Any) -> Array:
-    """Draw ``num`` distinct integers of range(size), in random order.
-
-    ``uniform`` [2, num] is in [0, 1); ``size`` may be traced. Floyd's algorithm: the
-    cost depends on ``num`` alone, where shuffling 600 images to take 20 costs ten times
-    as much.
-    """
-    num = uniform.shape[1]
-    last = size - num + jnp.arange(num)
-    # The product may round up to last + 1.
-    candidates = jnp.minimum(jnp.floor(uniform[0] * (last + 1)).astype(jnp.int32), last)
-
-    def fill(k: Array, chosen: Array) -> Array:
-        repeated = jnp.any(chosen == candidates[k])
-        return chosen.at[k].set(jnp.where(repeated, last[k], candidates[k]))
-
-    chosen = jax.lax.fori_loop(0, num, fill, jnp.full(num, -1, jnp.int32))
-    return chosen[jnp.argsort(uniform[1])]
-
-
-def _draw_grouped(
-    key: Array, pool: ClassPool, classes: Array, spec: EpisodeSpec
-) -> Array:
-    """Draw image slots [way, shot + queries], the support's first, no group in both."""
-
-    def draw(uniform: Array, count: Array, groups: Array) -> Array:
-        in_support = _support_side(uniform[0], count, groups)
-        valid = jnp.arange(groups.shape[0]) < count
-        # The support's side in random order, then the query's; padding is last.
-        order = jnp.argsort(jnp.where(valid, uniform[1] + ~in_support, jnp.inf))
-        start = jnp.sum(in_support & valid)
-        query = jax.lax.dynamic_slice_in_dim(order, start, spec.queries)
-        return jnp.concatenate([order[: spec.shot], query])
-
-    assert pool.groups is not None
-    groups = pool.groups[classes]
-    uniform = jax.random.uniform(key, (spec.way, 2, groups.shape[1]))
-    return jax.vmap(draw)(uniform, pool.counts[classes], groups)
-
-
-def _support_side(uniform: Array, count: Array, groups: Array) -> Array:
-    """Say of each image [M] whether its group is in the random half for the support."""
-    num_slots = groups.shape[0]
-    valid = jnp.arange(num_slots) < count
-    present = jnp.zeros(num_slots, bool).at[groups].max(valid)
-    priority = jnp.where(present, uniform, jnp.inf)
-    rank = jnp.argsort(jnp.argsort(priority))
-    return (rank < present.sum() // 2)[groups]
-
-
-def _grouped_capacity(pool: ClassPool) -> Array:
-    """Return [C, 2]: images on the support's and the query's side in the worst draw."""
-
-    def capacity(count: Array, groups: Array) -> Array:
-        valid = jnp.arange(groups.shape[0]) < count
-        sizes = jnp.zeros(groups.shape[0], jnp.int32).at[groups].add(valid)
-        num_groups = (sizes > 0).sum()
-        ranked = jnp.sort(
-            jnp.where(sizes > 0, sizes, sizes.sum() + 1)
-        )  # smallest first
-        index = jnp.arange(groups.shape[0])
-        side = num_groups // 2
-        return jnp.stack(
-            [
-                jnp.where(index < side, ranked, 0).sum(),
-                jnp.where(index < num_groups - side, ranked, 0).sum(),
-            ]
-        )
-
-    assert pool.groups is not None
-    return jax.vmap(capacity)(pool.counts, pool.groups)
-
-
-def _turn(x: Array, turns: Array, spec: EpisodeSpec) -> Array:
-    """Turn each image of [N, H, W, ch] by ``turns`` [N] quarter circles."""
-    if not spec.rotations:
-        return x
-    turns = turns[:, None, None, None]
-    for quarter in (1, 2):  # two conditional turns make all four
-        x = jnp.where(turns & quarter > 0, jnp.rot90(x, quarter, (1, 2)), x)
-    return x
-
-
-def _scale(key: Array, x: Array, spec: EpisodeSpec) -> Array:
-    x = x.astype(jnp.float32) / 255
-    if spec.augment is not None:
-        x = spec.augment(key, x)
-    if spec.normalise is not None:
-        x = (x - jnp.array(spec.normalise.mean)) / jnp.array(spec.normalise.std)
-    return x

@@ -1,4 +1,4 @@
-"""Where episodes are drawn from: uint8 images on the device, grouped by class.
+"""Pools of uint8 images on the device, grouped by class: episodes are drawn from them.
 
 Shapes: C classes, M image slots a class, H x W pixels, ch channels.
 """
@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from metalstm.base import Array
+from metalstm.checks import check_choice
 
 __all__ = [
     "IMAGENET",
@@ -22,6 +23,7 @@ __all__ = [
     "Normalisation",
     "checksum",
     "make_pool",
+    "pad_classes",
 ]
 
 SPLITS = {"train": 0, "validation": 1, "test": 2}
@@ -31,7 +33,7 @@ SPLITS = {"train": 0, "validation": 1, "test": 2}
 class Normalisation(NamedTuple):
     """Per-channel statistics of images in [0, 1]; x becomes (x - mean) / std."""
 
-    mean: tuple[float, ...]  # [ch], or [1] for every channel alike
+    mean: tuple[float, ...]  # [ch], or [1] for all channels
     std: tuple[float, ...]
 
 
@@ -43,8 +45,8 @@ class ClassPool(NamedTuple):
     """The images of one split. An *argument* of jitted functions, never closed over.
 
     Slots from ``counts[c]`` on are padding and are never drawn. ``groups``, when given,
-    says which images of a class are kin (letters in one font face, drawings of one
-    person): the support and the query of an episode then share no group.
+    says which images of a class belong together (letters in one font face,
+    drawings of one person): support and query of an episode then share no group.
     """
 
     images: Array  # uint8 [C, M, H, W, ch]
@@ -70,8 +72,7 @@ class Dataset(NamedTuple):
 
     def pool(self, split: str) -> ClassPool:
         """Return the pool of ``split``; raises ValueError if there is no such split."""
-        if split not in SPLITS:
-            raise ValueError(f"split={split!r}: choose one of {', '.join(SPLITS)}")
+        check_choice("split", split, SPLITS)
         return getattr(self, split)
 
 
@@ -89,7 +90,7 @@ def make_pool(
         count is outside [1, M], or all images of a class are of one group.
     """
     if not isinstance(images, np.ndarray):
-        images, counts = _pad(images)
+        images, counts = pad_classes(images)
     if images.dtype != np.uint8 or images.ndim != 5 or images.shape[0] == 0:
         raise ValueError(
             f"images must be uint8 of shape [C, M, H, W, ch] with C >= 1, got "
@@ -112,17 +113,12 @@ def make_pool(
     )
 
 
-def checksum(*arrays: np.ndarray) -> str:
-    """Return 16 hex digits that identify the arrays' shapes, dtypes and contents."""
-    digest = hashlib.sha256()
-    for array in arrays:
-        array = np.ascontiguousarray(array)
-        digest.update(f"{array.dtype.str}{array.shape}".encode())
-        digest.update(array.data)
-    return digest.hexdigest()[:16]
+def pad_classes(images: Sequence[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
+    """Pad C arrays uint8 [M_c, ...] to the largest: [C, M, ...] and counts int32 [C].
 
-
-def _pad(images: Sequence[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
+    Raises:
+      ValueError: if there is no class, an image is not uint8, or shapes differ.
+    """
     if not images:
         raise ValueError("images is empty: a pool needs at least one class")
     counts = np.array([len(of_class) for of_class in images], np.int32)
@@ -137,6 +133,16 @@ def _pad(images: Sequence[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
             )
         row[: len(of_class)] = of_class
     return padded, counts
+
+
+def checksum(*arrays: np.ndarray) -> str:
+    """Return 16 hex digits that identify the arrays' shapes, dtypes and contents."""
+    digest = hashlib.sha256()
+    for array in arrays:
+        array = np.ascontiguousarray(array)
+        digest.update(f"{array.dtype.str}{array.shape}".encode())
+        digest.update(array.data)
+    return digest.hexdigest()[:16]
 
 
 def _check_groups(groups: np.ndarray, counts: np.ndarray, shape: tuple) -> None:

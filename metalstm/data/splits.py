@@ -1,4 +1,4 @@
-"""Dividing a data set's classes into training, validation and test."""
+"""Divide a data set's classes into training, validation and test."""
 
 from __future__ import annotations
 
@@ -54,12 +54,12 @@ def check_disjoint(splits: Mapping[str, Sequence[str]]) -> None:
         raise ValueError(
             f"splits {sorted(splits)}: give classes for each of {', '.join(SPLITS)}"
         )
-    owner: dict[str, str] = {}
+    split_of: dict[str, str] = {}
     for split, names in splits.items():
         for name in names:
-            if name in owner:
+            if name in split_of:
                 raise ValueError(
-                    f"class {name!r} is in {owner[name]} and in {split}; an episode of "
-                    f"{split} must not show what was trained on: keep it in one"
+                    f"class {name!r} is in {split_of[name]} and in {split}; an episode "
+                    f"of {split} must not show what was trained on: keep it in one"
                 )
-            owner[name] = split
+            split_of[name] = split

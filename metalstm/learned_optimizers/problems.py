@@ -17,7 +17,7 @@ import optax
 from flax import linen as nn
 
 from metalstm.base import Array, Learner, LearnerState, PyTree
-from metalstm.nn.flax_modules import MLP, conv4, from_flax
+from metalstm.nn import MLP, conv4, from_flax
 
 __all__ = [
     "Draw",

@@ -1,17 +1,9 @@
 """What is adapted: flax modules as learners, networks, heads."""
 
-from metalstm.nn.flax_modules import (
-    MLP,
-    Conv4,
-    RelationNet,
-    ResNet12,
-    conv4,
-    from_flax,
-    mlp,
-    relation_net,
-    resnet12,
-    tied_head,
-)
+from metalstm.nn.flax_modules import from_flax
+from metalstm.nn.heads import tied_head
+from metalstm.nn.learners import conv4, mlp, relation_net, resnet12
+from metalstm.nn.networks import MLP, Conv4, RelationNet, ResNet12
 
 __all__ = [
     "MLP",

@@ -2,14 +2,14 @@
 
 Shapes: T tasks, N images, H rows, W columns, C input channels, O output channels.
 
-On a GPU or TPU `lax.conv_general_dilated` is what there is. XLA's CPU backend runs the
+On a GPU or TPU it is `lax.conv_general_dilated`. XLA's CPU backend runs the
 convolution itself at the speed of a matrix product (jaxlib 0.10; on all cores only with
 the options of `runtime.compilation`), but its derivative by the kernel a hundred times
 slower inside a loop, and a kernel per task (a grouped convolution) slowest of all.
-There, one task at a time, and for the kernel's derivative shifts side by side and a
-matrix product for a few images at a time, so that they stay in the cache, is many times
-faster (benchmarks/convolutions.py). Two primitives hold it, for JAX has no other way to
-say how an operation is differentiated both ways *and* batched:
+On that backend it is many times faster to compute one task at a time, and the kernel's
+derivative as a matrix product of a few shifted images, which stay in the cache
+(benchmarks/convolutions.py). Two primitives hold this, since JAX has no other way to
+define how an operation is differentiated in both modes *and* batched:
 
   correlate(x, k)   y[i, j] = sum_ab x[i + a, j + b] k[a, b]      [T, N, H, W, O]
   outer(x, g)       k[a, b] = sum_ij x[i + a, j + b]^T g[i, j]    [T, 3, 3, C, O]
@@ -23,7 +23,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import Literal
+from typing import Literal, get_args
 
 import jax
 import jax.numpy as jnp
@@ -33,17 +33,18 @@ from jax.interpreters import ad, batching, mlir
 from jax.sharding import NamedSharding, PartitionSpec
 
 from metalstm.base import Array
+from metalstm.checks import check_choice
 from metalstm.runtime.compilation import cores_to_spare
 
 __all__ = ["Method", "conv2d", "default_method"]
 
 Method = Literal["xla", "slices", "blocked"]
 
-# What a block of images may occupy once its shifts are laid side by side: what stays in
-# one core's cache; with `cores_to_spare`, enough for several.
+# How much a block of images may occupy with its shifts next to each other: what stays
+# in the cache of one core; with `cores_to_spare`, enough for several.
 _BLOCK_BYTES = {False: 2**20, True: 2**22}
-# Up to here all nine shifts are laid out, beyond only the three along a row: the inner
-# size of the matrix product would be too short.
+# Up to this many channels all nine shifts are laid out; beyond it only the three along
+# a row, for the inner size of the matrix product would be too short.
 _FEW_CHANNELS = 8
 
 
@@ -63,9 +64,9 @@ def conv2d(
       strides: of both image axes.
       padding: "SAME" or "VALID".
       method: "xla" is `lax.conv_general_dilated`; "slices" is one matrix product of the
-        shifted images, for any kernel and stride; "blocked" is "xla" but for
-        the kernel's derivative, there a matrix product of a few images at a time: for
-        3x3 kernels, stride 1 and padding "SAME". None asks `default_method`.
+        shifted images, for any kernel and stride; "blocked" is "xla" with the kernel's
+        derivative as a matrix product of a few images at a time, for 3x3 kernels,
+        stride 1 and padding "SAME". None asks `default_method`.
 
     Returns:
       [N, H', W', O].
@@ -87,8 +88,7 @@ def conv2d(
         )
     if method == "slices":
         return _slices(x, kernel, strides, padding)
-    if method != "blocked":
-        raise ValueError(f"method={method!r}: choose 'xla', 'slices' or 'blocked'")
+    check_choice("method", method, get_args(Method))
     if not _blockable(kernel.shape, strides, padding):
         raise ValueError(
             f"method='blocked' is for 3x3 kernels, strides=1 and padding='SAME', not "
@@ -106,7 +106,7 @@ def default_method(
     padding: str = "SAME",
     backend: str | None = None,
 ) -> Method:
-    """The method that was fastest in benchmarks/convolutions.py."""
+    """Return the method that was fastest in benchmarks/convolutions.py."""
     if (backend or jax.default_backend()) != "cpu":
         return "xla"
     return "blocked" if _blockable(kernel_shape, strides, padding) else "slices"
@@ -141,7 +141,7 @@ def _slices(x: Array, kernel: Array, strides: int, padding: str) -> Array:
         for i in range(rows)
         for j in range(columns)
     ]
-    # of matrices, for XLA copies an operand of more axes to transpose it
+    # a product of matrices: XLA copies an operand of more axes to transpose it
     pixels = jnp.concatenate(shifted, -1).reshape(images * height * width, -1)
     product = pixels @ kernel.reshape(-1, filters)
     return product.reshape(images, height, width, filters)
@@ -168,7 +168,7 @@ def _shifts(x: Array, *, rows: bool) -> Array:
     """[n, H, W, C] -> [9 C, n H W], every pixel's 3 x 3 neighbours; without the shifts
     along ``rows`` [3 C, n (H + 2) W], its left and right ones.
 
-    Whole planes are shifted, so that rows of pixels are copied whole.
+    Planes are shifted, so that a row of pixels is one copy.
     """
     _, height, width, channels = x.shape
     planes = jnp.pad(x.transpose(3, 0, 1, 2), ((0, 0), (0, 0), (1, 1), (1, 1)))
@@ -221,11 +221,12 @@ def _each_task(fn: Callable, *args: Array) -> Array:
     return lax.map(lambda task: fn(*task), args)
 
 
-def _blocks(x: Array, like: Array) -> Array:
-    """[N, ...] -> [blocks, n, ...], n the largest divisor of N that fits the cache."""
-    images, height, width, channels = like.shape
+def _blocks(x: Array, images_of: Array) -> Array:
+    """[N, ...] -> [blocks, n, ...], n the largest divisor of N for which
+    the shifts of ``images_of`` [N, H, W, C] fit the cache."""
+    images, height, width, channels = images_of.shape
     shifts = 9 if channels <= _FEW_CHANNELS else 3
-    image_bytes = shifts * (height + 2) * width * channels * like.dtype.itemsize
+    image_bytes = shifts * (height + 2) * width * channels * images_of.dtype.itemsize
     block_bytes = _BLOCK_BYTES[cores_to_spare()]
     fitting = max(1, min(images, block_bytes // max(image_bytes, 1)))
     size = max(n for n in range(1, fitting + 1) if images % n == 0)
@@ -233,12 +234,12 @@ def _blocks(x: Array, like: Array) -> Array:
 
 
 def _flip(kernel: Array) -> Array:
-    """The kernel that the cotangent is correlated with, [T, 3, 3, O, C]."""
+    """Return the kernel to correlate the cotangent with, [T, 3, 3, O, C]."""
     return kernel[:, ::-1, ::-1].swapaxes(-1, -2)
 
 
 def _same_varying(*args: Array) -> tuple[Array, ...]:
-    """Let every array vary over the mesh axes (of a shard_map) that one varies over."""
+    """Mark every array as varying over the mesh axes that any of them varies over."""
 
     def axes(x):
         aval = jax.typeof(x)
@@ -269,7 +270,7 @@ def _make_primitive(name: str, fn: Callable, output_shape: Callable) -> Primitiv
 
 
 def _batch(primitive, args, axes):
-    """What is batched becomes more tasks; what is not is repeated for each."""
+    """Make a batched operand more tasks; repeat one that is not batched."""
     size = next(
         a.shape[axis] for a, axis in zip(args, axes, strict=True) if axis is not None
     )

@@ -6,8 +6,17 @@ import jax
 import jax.numpy as jnp
 
 from metalstm.base import Array, Learner, LearnerState, PyTree
+from metalstm.checks import check_features
 
-__all__ = ["tied_head"]
+__all__ = ["output_shape", "tied_head"]
+
+
+def output_shape(
+    learner: Learner, state: LearnerState, x: Array
+) -> jax.ShapeDtypeStruct:
+    """Return the shape and type of the outputs for ``x``; nothing is computed."""
+    outputs, _ = jax.eval_shape(lambda s: learner.apply(s, x, norm="stored"), state)
+    return outputs
 
 
 def tied_head(body: Learner) -> Learner:
@@ -29,13 +38,9 @@ def tied_head(body: Learner) -> Learner:
 
     def init(key: Array, x: Array) -> LearnerState:
         state = body.init(key, x)
-        features, _ = jax.eval_shape(lambda s: body.apply(s, x, norm="stored"), state)
-        if len(features.shape) != 2:
-            raise ValueError(
-                f"tied_head needs a body that returns features [N, d], but it returned "
-                f"shape {features.shape}: flatten them, or leave the head out with "
-                "num_classes=None"
-            )
+        features = output_shape(body, state, x)
+        remedy = "flatten them, or omit the body's head with num_classes=None"
+        check_features(features.shape, "tied_head", remedy)
         head = {
             "kernel": jnp.zeros((features.shape[-1], 1), jnp.float32),
             "bias": jnp.zeros((1,), jnp.float32),

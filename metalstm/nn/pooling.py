@@ -15,9 +15,12 @@ def max_pool(x: Array) -> Array:
     """Halve images by the maximum of each 2x2 cell; [N, H, W, C] -> [N, H//2, W//2, C].
 
     An odd last row or column is dropped. The first of several equal maxima takes the
-    gradient. A windowed reduction has a select-and-scatter for its derivative, which
-    XLA's CPU backend runs pixel by pixel; this has a product with a mask, and so for
-    the derivatives of any order.
+    gradient. The derivative of a windowed reduction is a select-and-scatter, which
+    XLA's CPU backend runs pixel by pixel; the derivatives of this one, of any order,
+    are products with a mask.
+
+    >>> max_pool(jnp.arange(4.0).reshape(1, 2, 2, 1)).ravel()
+    Array([3.], dtype=float32)
     """
     return _cells(x).max((2, 4))
 

@@ -144,12 +144,13 @@ def save(
             processes.on_main(lambda: _flush_to_disk(path))
             failed = f"checkpoint {path} is written, but an older one cannot be removed"
             remedy = "free space on its disk"
+            processes.on_main(lambda: _clean(directory))
             for old in _superseded(directory, step, keep):
                 checkpointer.delete(old, missing_ok=True)
-            processes.on_main(lambda: _clean(directory))
     except Exception as error:  # OSError, or what orbax makes of one
         if processes.is_main():
-            _clean(directory)
+            with contextlib.suppress(OSError):
+                _clean(directory)
         raise OSError(
             f"{failed} ({_first_line(error)}): {remedy} (complete there: "
             f"{_listed(directory)})"

@@ -14,6 +14,8 @@ from typing import Any
 import jax
 import numpy as np
 
+from metalstm.checks import check_at_least
+
 __all__ = ["any_process", "from_main", "initialize", "is_main", "on_main"]
 
 # Processes wait for each other when they end, and process 0 has figures to draw and
@@ -54,8 +56,7 @@ def initialize(
         )
     if not missing:
         _check_given(str(coordinator), int(num_processes or 0), int(process_id or 0))
-    if heartbeat_timeout < 1:
-        raise ValueError(f"heartbeat_timeout={heartbeat_timeout}: choose 1 or more")
+    check_at_least("heartbeat_timeout", heartbeat_timeout, 1)
     # SIGTERM stays the program's own
     with contextlib.suppress(AttributeError):
         jax.config.update("jax_enable_preemption_service", False)

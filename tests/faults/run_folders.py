@@ -20,6 +20,7 @@ from .scripts import (
     Script,
     errors,
     listing,
+    main_of,
     require_same,
 )
 
@@ -106,7 +107,7 @@ def contradictions(script: Script, folder: Path) -> list[Outcome]:
     for flag, name, value in script.contradictions:
         for line in (["--resume", str(whole)], place.new(whole)):
             with outcome.trial(f"{line[0]} {flag} {value}"):
-                code, said = _in_process(script, [*line, flag, value])
+                code, said = _in_process(script, [*line, flag, *value.split()])
                 require(code == 2, f"status {code}: {said}")
                 require(f"{name}: saved " in said, said)
                 require(", now " in said, said)
@@ -134,12 +135,9 @@ def _changed(before: dict, after: dict) -> set[str]:
 
 def _in_process(script: Script, line: list[str]) -> tuple[int, str]:
     """Run the script's main here: it ends before it has computed anything."""
-    import importlib
-
     said = io.StringIO()
-    main = importlib.import_module(f"experiments.{script.name}").main
     with contextlib.redirect_stderr(said), contextlib.redirect_stdout(said):
-        code = main(line)
+        code = main_of(script)(line)
     return code, said.getvalue()
 
 

@@ -69,7 +69,8 @@ LEARNED_OPTIMIZER = Script(
     "learned_optimizer",
     "l2l",
     tuple(
-        "--dim 2 --hidden 3 --lstm-layers 1 --tasks 2 --unroll 2 --horizon 4 "
+        "--dim 2 --l2l.hidden-size 3 --l2l.num-layers 1 --num-tasks 2 "
+        "--unroll-steps 2 --horizon 4 "
         "--meta-steps 200 --validate-every 40 --save-every 20 "
         "--validation-instances 4 --steps 4 --instances 6 --tune-instances 2 "
         "--study comparison --baselines sgd".split()
@@ -77,16 +78,16 @@ LEARNED_OPTIMIZER = Script(
     "step",
     20,
     (
-        ("--dim", "problem.dim", "3"),
+        ("--dim", "problem.family.dim", "3"),
         ("--seed", "run.seed", "1"),
-        ("--hidden", "rule.hidden", "4"),
-        ("--tasks", "budget.tasks", "3"),
-        ("--unroll", "budget.unroll", "4"),
-        ("--horizon", "budget.horizon", "8"),
+        ("--l2l.hidden-size", "rule.l2l.hidden_size", "4"),
+        ("--num-tasks", "training.num_tasks", "3"),
+        ("--unroll-steps", "training.unroll_steps", "4"),
+        ("--horizon", "training.horizon", "8"),
         ("--learning-rate", "budget.learning_rate", "0.01"),
         ("--steps", "test.steps", "5"),
         ("--save-every", "budget.save_every", "10"),
-        ("--lstm-layers", "rule.lstm_layers", "2"),
+        ("--l2l.num-layers", "rule.l2l.num_layers", "2"),
     ),
 )
 SCRIPTS = (FEW_SHOT, LEARNED_OPTIMIZER)
@@ -230,12 +231,14 @@ def preload(script: Script) -> Callable[[list[str]], int]:
     """Import all that the script will; returns its main."""
     import PIL.Image  # noqa: F401
 
-    import experiments.few_shot.figures
-    import experiments.few_shot.test
-    import experiments.learned_optimizer.running
-    import experiments.learned_optimizer.studies  # noqa: F401
+    for folder in ("common", script.name):
+        for path in sorted((ROOT / "experiments" / folder).glob("*.py")):
+            importlib.import_module(f"experiments.{folder}.{path.stem}")
+    return main_of(script)
 
-    return importlib.import_module(f"experiments.{script.name}").main
+
+def main_of(script: Script) -> Callable[[list[str]], int]:
+    return importlib.import_module(f"experiments.{script.name}.__main__").main
 
 
 def _become(place: Place, main: Callable, line: Sequence[str], output: Path) -> None:

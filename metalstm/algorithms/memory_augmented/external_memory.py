@@ -12,27 +12,26 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from metalstm.algorithms.common import accuracy, task_loss, with_running_statistics
-from metalstm.algorithms.metric.engine import unit, with_train_options
-from metalstm.base import (
-    Array,
-    Aux,
-    Batch,
-    Episode,
-    Learner,
-    LearnerState,
-    MetaAlgorithm,
-    Norm,
-    PyTree,
-    make_algorithm,
-)
+from metalstm.algorithms.metric.distances import unit
+from metalstm.algorithms.metric.engine import Comparison, compare_embeddings
+from metalstm.base import Array, Learner, LearnerState, MetaAlgorithm, Norm, PyTree
+from metalstm.checks import check_features
 
-__all__ = ["MemoryNetState", "mann"]
+__all__ = ["MemoryNetState", "MemorySizes", "mann", "memory_step"]
 
 _USAGE_DECAY = 0.95  # gamma of equation 6
 
 
+class MemorySizes(NamedTuple):
+    hidden_size: int  # H
+    num_slots: int  # S
+    slot_size: int  # W
+    num_reads: int  # R
+
+
 class MemoryNetState(NamedTuple):
+    """What the controller carries from step to step."""
+
     h: Array  # [H]
     c: Array  # [H]
     memory: Array  # [S, W]
@@ -55,9 +54,9 @@ def mann(
 
     The support set is a sequence: at step t an LSTM controller sees the features x_t
     and the *previous* label y_{t-1}, so that a label meets its image only through
-    memory. Each query is then a step of its own from where the support set ended,
-    together with the last support label; one query knows nothing of the others. The
-    objective is the queries' cross-entropy.
+    memory. Each query is then one step from where the support set ended, together with
+    the last support label; no query sees another. The objective is the queries'
+    cross-entropy.
 
     With keys k_t = tanh(W_k h_t), one for each head (equations 2 to 8):
 
@@ -83,97 +82,72 @@ def mann(
     if not 1 <= num_reads <= num_slots:
         raise ValueError(
             f"num_reads={num_reads}: choose at least 1 and at most the {num_slots} "
-            "slots, since each head writes to a slot of its own"
+            "slots, since no two heads may write to one slot"
+        )
+    sizes = MemorySizes(hidden_size, num_slots, slot_size, num_reads)
+    return compare_embeddings(
+        learner,
+        _memory_comparison(way, sizes),
+        train_way=way,
+        train_queries=train_queries,
+    )
+
+
+def _memory_comparison(way: int, sizes: MemorySizes) -> Comparison:
+    """Score queries by a network that read the support set into its memory."""
+
+    def init(key: Array, embedded: Array) -> LearnerState:
+        check_features(embedded.shape, "the controller")
+        return LearnerState(
+            _init_memory_net(key, embedded.shape[-1], way, sizes), {}, {}
         )
 
-    def init(key: Array, episode: Episode) -> LearnerState:
-        body_key, key = jax.random.split(key)
-        x = episode.support.x[:1]
-        state = learner.init(body_key, x)
-        features, _ = jax.eval_shape(
-            lambda s: learner.apply(s, x, norm="stored"), state
-        )
-        if len(features.shape) != 2:
+    def apply(state, key, support, labels, query, *, way: int, norm: Norm):
+        del key, norm
+        if way != network_way:
             raise ValueError(
-                f"the learner returned shape {features.shape}, but the controller "
-                "needs features [N, d]: flatten them"
+                f"the task has {way} classes but the network was made for "
+                f"way={network_way}: choose way={network_way}"
             )
-        read = num_reads * slot_size
-        sizes = {
-            "controller": (
-                features.shape[-1] + way + read + hidden_size,
-                4 * hidden_size,
-            ),
-            "interpolation": (hidden_size, num_reads),
-            "keys": (hidden_size, read),
-            "outputs": (hidden_size + read, way),
-        }
-        memory_net = {
-            name: _dense(jax.random.fold_in(key, k), *shape)
-            for k, (name, shape) in enumerate(sizes.items())
-        }
-        return state._replace(
-            params={"embedding": state.params, "memory_net": memory_net}
-        )
-
-    def start(dtype) -> MemoryNetState:
-        return MemoryNetState(
-            h=jnp.zeros(hidden_size, dtype),
-            c=jnp.zeros(hidden_size, dtype),
-            memory=jnp.zeros((num_slots, slot_size), dtype),
-            read_weights=jnp.zeros((num_reads, num_slots), dtype),
-            usage=jnp.zeros(num_slots, dtype),
-            reads=jnp.zeros(num_reads * slot_size, dtype),
-        )
-
-    def run(state, support: Batch, query_x, *, norm: Norm, key: Array | None = None):
-        images = jnp.concatenate([support.x, query_x])
-        embedded, after = learner.apply(
-            state._replace(params=state.params["embedding"]), images, norm=norm, key=key
-        )
-        net = state.params["memory_net"]
-        shown, asked = jnp.split(embedded, [support.x.shape[0]])
-        labels = jax.nn.one_hot(support.y, way, dtype=embedded.dtype)
-        late = jnp.concatenate([jnp.zeros((1, way), embedded.dtype), labels])
+        net = state.params
+        onehot = jax.nn.one_hot(labels, way, dtype=support.dtype)
+        late = jnp.concatenate([jnp.zeros((1, way), support.dtype), onehot])
         memory, _ = lax.scan(
             lambda memory, xs: (memory_step(net, memory, *xs)[0], ()),
-            start(embedded.dtype),
-            (shown, late[:-1]),
+            _empty_memory(sizes, support.dtype),
+            (support, late[:-1]),
         )
-        one = lambda x: memory_step(net, memory, x, late[-1])[1]  # noqa: E731
-        return jax.vmap(one)(asked), after.stats
+        answer = lambda x: memory_step(net, memory, x, late[-1])[1]  # noqa: E731
+        return jax.vmap(answer)(query), state
 
-    def loss(state: LearnerState, key: Array, episode: Episode):
-        support, query = episode
-        stats, other = lax.stop_gradient((state.stats, state.other))
-        state = state._replace(stats=stats, other=other)
-        scores, stats = run(state, support, query.x, norm="gather", key=key)
-        metrics = {"accuracy": accuracy(scores, query.y)}
-        return task_loss(scores, query.y), Aux(metrics, lax.stop_gradient(stats))
+    network_way = way
+    return Comparison(apply, init, "memory_net", jax.random.split)
 
-    def predict(state, key, support: Batch, query_x: Array, *, num_classes: int):
-        del key
-        if num_classes != way:
-            raise ValueError(
-                f"the task has {num_classes} classes but the network was made for "
-                f"way={way}: choose way={way}"
-            )
-        return run(state, support, query_x, norm="stored")[0]
 
-    slots = with_running_statistics(
-        loss,
-        read=lambda state: state.stats,
-        write=lambda state, stats: state._replace(stats=stats),
-    )
-    return make_algorithm(
-        init=init,
-        loss=loss,
-        predict=predict,
-        init_carry=slots["init_carry"],
-        meta_gradient=slots["meta_gradient"],
-        absorb=slots["absorb"],
-        train_sampler=with_train_options(None, train_queries),
-        query_norm="frozen",
+def _init_memory_net(key: Array, width: int, way: int, sizes: MemorySizes) -> PyTree:
+    """Draw the layers of a controller that reads features [width]."""
+    hidden, reads = sizes.hidden_size, sizes.num_reads * sizes.slot_size
+    shapes = {
+        "controller": (width + way + reads + hidden, 4 * hidden),
+        "interpolation": (hidden, sizes.num_reads),
+        "keys": (hidden, reads),
+        "outputs": (hidden + reads, way),
+    }
+    return {
+        name: _init_layer(jax.random.fold_in(key, k), *shape)
+        for k, (name, shape) in enumerate(shapes.items())
+    }
+
+
+def _empty_memory(sizes: MemorySizes, dtype) -> MemoryNetState:
+    zeros = lambda *shape: jnp.zeros(shape, dtype)  # noqa: E731
+    return MemoryNetState(
+        h=zeros(sizes.hidden_size),
+        c=zeros(sizes.hidden_size),
+        memory=zeros(sizes.num_slots, sizes.slot_size),
+        read_weights=zeros(sizes.num_reads, sizes.num_slots),
+        usage=zeros(sizes.num_slots),
+        reads=zeros(sizes.num_reads * sizes.slot_size),
     )
 
 
@@ -206,6 +180,6 @@ def _linear(layer: PyTree, x: Array) -> Array:
     return x @ layer["kernel"] + layer["bias"]
 
 
-def _dense(key: Array, rows: int, columns: int) -> PyTree:
+def _init_layer(key: Array, rows: int, columns: int) -> PyTree:
     kernel = jax.random.normal(key, (rows, columns)) * rows**-0.5
     return {"kernel": kernel, "bias": jnp.zeros(columns)}

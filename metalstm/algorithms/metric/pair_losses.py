@@ -9,15 +9,18 @@ from typing import Literal
 
 import jax.numpy as jnp
 
+from metalstm.algorithms.metric.distances import (
+    nearest_of_class,
+    squared_distances,
+    unit,
+)
 from metalstm.algorithms.metric.engine import (
     Compared,
     compare_embeddings,
-    nearest_of_class,
-    squared_distances,
     stateless,
-    unit,
 )
 from metalstm.base import Array, Learner, MetaAlgorithm
+from metalstm.checks import check_choice, check_positive
 
 __all__ = ["contrastive_loss", "siamese", "triplet_loss"]
 
@@ -48,12 +51,10 @@ def siamese(
       ValueError: at construction for another loss, or a margin that is not positive.
     """
     losses = {"contrastive": (contrastive_loss, 1.0), "triplet": (triplet_loss, 0.2)}
-    if loss not in losses:
-        raise ValueError(f"loss={loss!r}: choose contrastive or triplet")
+    check_choice("loss", loss, losses)
     pair_loss, published = losses[loss]
     chosen = published if margin is None else margin
-    if not chosen > 0:
-        raise ValueError(f"margin={margin}: choose a number above 0")
+    check_positive("margin", chosen)
 
     def scores(params, support, labels, query, way: int):
         del params

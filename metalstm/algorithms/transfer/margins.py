@@ -12,9 +12,10 @@ import jax
 import jax.numpy as jnp
 
 from metalstm.algorithms.common import task_loss
-from metalstm.algorithms.metric.engine import class_means, similarities, unit
-from metalstm.algorithms.transfer.pretraining import features_of, pretraining_slots
-from metalstm.base import Array, Batch, Learner, MetaAlgorithm, make_algorithm
+from metalstm.algorithms.metric.distances import class_means, similarities, unit
+from metalstm.algorithms.transfer.engine import features_of, pretrain
+from metalstm.base import Array, Batch, Learner, MetaAlgorithm
+from metalstm.checks import check_choice, check_positive
 
 __all__ = ["MarginLoss", "margin_classifier", "margin_logits"]
 
@@ -47,7 +48,7 @@ def margin_classifier(
 
     Args:
       learner: returns features [N, d]; give them a sign (``final_relu=False`` for
-        `learners.conv4`), or all angles are acute.
+        `metalstm.nn.conv4`), or all angles are acute.
       num_classes: C, of the meta-training pool; with rotations four times as many.
       loss: "am_softmax", "arcface" or "sphereface".
       margin, scale: see `margin_logits`; None: as published.
@@ -57,26 +58,18 @@ def margin_classifier(
       ValueError: at construction for an argument outside these choices; from ``init``
         for features that are not vectors.
     """
-    if loss not in get_args(MarginLoss):
-        choices = ", ".join(get_args(MarginLoss))
-        raise ValueError(f"loss={loss!r}: choose one of {choices}")
+    check_choice("loss", loss, get_args(MarginLoss))
     published_margin, published_scale = _PUBLISHED[loss]
     chosen_margin = published_margin if margin is None else margin
     chosen_scale = published_scale if scale is None else scale
     _check_margin(loss, chosen_margin)
-    if chosen_scale is not None and not chosen_scale > 0:
-        raise ValueError(f"scale={scale}: choose a number above 0")
+    if chosen_scale is not None:
+        check_positive("scale", chosen_scale)
 
     def loss_fn(head, features: Array, labels: Array) -> Array:
-        logits = margin_logits(
-            features,
-            head["kernel"].T,
-            labels,
-            loss=loss,
-            margin=chosen_margin,
-            scale=chosen_scale,
-        )
-        return task_loss(logits, labels)
+        weights = head["kernel"].T
+        options = {"loss": loss, "margin": chosen_margin, "scale": chosen_scale}
+        return task_loss(margin_logits(features, weights, labels, **options), labels)
 
     def predict(meta_params, key, support: Batch, query_x: Array, *, num_classes: int):
         del key
@@ -85,12 +78,13 @@ def margin_classifier(
         means = class_means(unit(support_features), support.y, num_classes)
         return similarities(query, means, "cosine")
 
-    return make_algorithm(
-        predict=predict,
-        query_norm="frozen",
-        **pretraining_slots(
-            learner, num_classes, "cosine", batch_size, rule=None, loss_fn=loss_fn
-        ),
+    return pretrain(
+        learner,
+        num_classes,
+        predict,
+        classifier="cosine",
+        batch_size=batch_size,
+        loss_fn=loss_fn,
     )
 
 
@@ -112,7 +106,7 @@ def margin_logits(
       with margin 0.35 and scale 30;
     - "arcface" (Deng et al., 2019, equation 3): cos(theta_y + margin), published with
       0.5 and 64; beyond theta_y = pi - margin, where it would rise again, the tangent
-      there goes on: cos(theta_y) - margin * sin(margin);
+      there continues: cos(theta_y) - margin * sin(margin);
     - "sphereface" (Liu et al., 2017, equation 7): psi(theta_y) = (-1)^k cos(margin *
       theta_y) - 2 k, with k = floor(margin * theta_y / pi), published with 4. As in
       the authors' code it is blended, (5 cos(theta_y) + psi(theta_y)) / 6.
@@ -122,20 +116,20 @@ def margin_logits(
     instead of turn (glyphs, 500 batches: 26% at 5-way 1-shot, and 67% with scale=30).
     """
     cosines = unit(features) @ unit(weights).T
-    own = jnp.take_along_axis(cosines, labels[:, None], 1)[:, 0]
-    own = jnp.clip(own, -1 + _EDGE, 1 - _EDGE)
+    cosine = jnp.take_along_axis(cosines, labels[:, None], 1)[:, 0]
+    cosine = jnp.clip(cosine, -1 + _EDGE, 1 - _EDGE)
     if loss == "am_softmax":
-        target = own - margin
+        target = cosine - margin
     elif loss == "arcface":
-        sine = jnp.sqrt(1 - own * own)
-        turned = own * math.cos(margin) - sine * math.sin(margin)
-        beyond = own - margin * math.sin(margin)
-        target = jnp.where(own > -math.cos(margin), turned, beyond)
+        sine = jnp.sqrt(1 - cosine * cosine)
+        turned = cosine * math.cos(margin) - sine * math.sin(margin)
+        beyond = cosine - margin * math.sin(margin)
+        target = jnp.where(cosine > -math.cos(margin), turned, beyond)
     else:
-        angle = margin * jnp.arccos(own)
+        angle = margin * jnp.arccos(cosine)
         k = jnp.floor(angle / jnp.pi)
         psi = jnp.where(k % 2 == 0, 1.0, -1.0) * jnp.cos(angle) - 2 * k
-        target = (_SPHEREFACE_BLEND * own + psi) / (1 + _SPHEREFACE_BLEND)
+        target = (_SPHEREFACE_BLEND * cosine + psi) / (1 + _SPHEREFACE_BLEND)
     is_label = jax.nn.one_hot(labels, weights.shape[0], dtype=bool)
     logits = jnp.where(is_label, target[:, None], cosines)
     if scale is not None:

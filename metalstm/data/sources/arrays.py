@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-import os
 import zipfile
 import zlib
 from pathlib import Path
 
 import numpy as np
 
-from metalstm.data.cache import Split, assemble
-from metalstm.data.pools import SPLITS, Dataset
+from metalstm.data.cache import PathLike, Split, assemble
+from metalstm.data.pools import SPLITS, Dataset, pad_classes
 from metalstm.data.splits import split_classes
 
 __all__ = ["load_arrays", "read_arrays"]
 
-PathLike = str | os.PathLike[str]
 
 _UNREADABLE = (
     ValueError, EOFError, OSError, MemoryError, zipfile.BadZipFile, zlib.error
@@ -30,13 +28,13 @@ def read_arrays(path: PathLike) -> tuple[np.ndarray, np.ndarray]:
 
     Raises:
       FileNotFoundError: there is no such file.
-      ValueError: it is no .npz, or holds something else; names what would do.
+      ValueError: it is no .npz, or holds something else; the message has a remedy.
     """
     path = Path(path).expanduser()
     if not path.is_file():
         raise FileNotFoundError(f"no file {path}; give a .npz with arrays x and y")
     try:
-        # as objects could be anything, they are not unpickled
+        # an unpickled object could run any code
         with np.load(path, allow_pickle=False) as stored:
             x, y = stored["x"], stored["y"]
     except (KeyError, IndexError, TypeError) as error:
@@ -63,12 +61,12 @@ def read_arrays(path: PathLike) -> tuple[np.ndarray, np.ndarray]:
 def _as_bytes(x: np.ndarray, path: Path) -> np.ndarray:
     if x.dtype == np.uint8:
         return x
-    # said so that NaN, which no comparison is true of, is refused too
+    # in this form it refuses NaN too, of which no comparison is true
     if x.dtype.kind != "f" or not (x.min() >= 0 and x.max() <= 1):
         span = "" if x.dtype.kind != "f" else f" from {x.min():.3g} to {x.max():.3g}"
         raise ValueError(
             f"x of {path} is {x.dtype}{span}: give uint8, or floats in [0, 1], scaled "
-            "alike in every file that is used together"
+            "the same way in every file that is used together"
         )
     return np.rint(x * np.float32(255)).astype(np.uint8)
 
@@ -82,7 +80,7 @@ def load_arrays(
 ) -> Dataset:
     """Load labelled arrays, the labels divided into training, validation and test.
 
-    Nobody is in two splits. For the same labels and ``seed`` the division is the same.
+    No label is in two splits. The same labels and ``seed`` give the same division.
 
     Args:
       path: see `read_arrays`.
@@ -101,18 +99,13 @@ def load_arrays(
     if few.any():
         raise ValueError(
             f"label {labels[few][0]} of {path} has {counts[few][0]} examples, at least "
-            f"{min_examples} are needed: add some, or leave it out"
+            f"{min_examples} are needed: add some, or omit it"
         )
     rows = np.split(np.argsort(which, kind="stable"), np.cumsum(counts)[:-1])
     of_label = dict(zip(map(str, labels), rows, strict=True))
     division = split_classes(list(of_label), seed=seed, fractions=fractions)
     splits = {}
     for split in SPLITS:
-        members = [x[of_label[name]] for name in division[split]]
-        most = max(len(own) for own in members)
-        images = np.zeros((len(members), most, *x.shape[1:]), np.uint8)
-        for row, own in zip(images, members, strict=True):
-            row[: len(own)] = own
-        sizes = np.array([len(own) for own in members], np.int32)
+        images, sizes = pad_classes([x[of_label[name]] for name in division[split]])
         splits[split] = Split(images, sizes, division[split])
     return assemble(Path(path).stem, splits, {"split": f"by label, seed {seed}"})

@@ -1,7 +1,7 @@
-"""Letters of the fonts that matplotlib ships: few-shot learning with no download.
+"""Letters of the fonts that matplotlib ships: few-shot learning without a download.
 
-A class is a Unicode letter; its examples are that letter in different faces, drawn with
-a hand less sure than a printer's. Letters that look alike (A, Alpha and Cyrillic A; o
+A class is a Unicode letter; its examples are that letter in different faces, with
+affine jitter and noise on the strokes. Letters of one shape (A, Alpha and Cyrillic A; o
 and O; e and its accented forms) are one class, across the splits too, and the splits
 have no script in common. Rendered once and cached.
 """
@@ -77,7 +77,7 @@ def load_glyphs(
 
     Args:
       cache_dir: where the rendered letters are kept; see `metalstm.data.cache`.
-      seed: of the jitter; other seeds draw the same letters by another hand.
+      seed: of the jitter; another seed draws the same letters with other jitter.
 
     Raises:
       ImportError: without matplotlib (whose fonts these are), naming the extra.
@@ -111,7 +111,7 @@ def _freetype() -> str:
 
 def _render(fonts: list[Path], seed: int) -> tuple[dict[str, Split], dict[str, Any]]:
     letters = _bitmaps(fonts)
-    kept = _without_look_alikes(letters)
+    kept = _drop_look_alikes(letters)
     noise = _noise_fields(np.random.RandomState(seed))
     parts: dict[str, list[_Letter]] = {split: [] for split in SPLITS}
     for letter in kept:
@@ -180,8 +180,8 @@ def _bitmaps(fonts: list[Path]) -> list[_Letter]:
     return letters
 
 
-def _without_look_alikes(letters: list[_Letter]) -> list[_Letter]:
-    """Keep one letter of each shape: that in most faces, then the lowest code point.
+def _drop_look_alikes(letters: list[_Letter]) -> list[_Letter]:
+    """Keep one letter of each shape: the one in most faces, then of lowest code point.
 
     No two of those kept look alike, whatever their split.
     """
@@ -190,22 +190,22 @@ def _without_look_alikes(letters: list[_Letter]) -> list[_Letter]:
         letter.code: ord(unicodedata.normalize("NFKD", chr(letter.code))[0])
         for letter in letters
     }
-    # Accents, presentation forms, mathematical alphabets: the letter beneath is there.
+    # Accents, presentation forms, mathematical alphabets: their base letter is kept.
     candidates = [
         letter
         for letter in letters
         if bases[letter.code] == letter.code or bases[letter.code] not in codes
     ]
     candidates.sort(key=lambda letter: (-len(letter.faces), letter.code))
-    alike = _look_alike(candidates)
+    is_same_shape = _same_shape(candidates)
     kept: list[int] = []
     for index in range(len(candidates)):
-        if not alike[index, kept].any():
+        if not is_same_shape[index, kept].any():
             kept.append(index)
     return sorted((candidates[i] for i in kept), key=lambda letter: letter.code)
 
 
-def _look_alike(letters: list[_Letter]) -> np.ndarray:
+def _same_shape(letters: list[_Letter]) -> np.ndarray:
     """Say of each pair [n, n] whether the two letters are one shape."""
     num = len(letters)
     nearest = np.full((num, num), np.inf, np.float32)
@@ -277,7 +277,7 @@ def _draw(letter: _Letter, seed: int, noise: np.ndarray) -> np.ndarray:
     strength = random.uniform(0.0, 0.12, (num, 1, 1))
     threshold = random.uniform(0.28, 0.48, (num, 1, 1))
     ink = _blur(canvas / 255, 1)
-    # The noise frays the strokes; it leaves the paper clean.
+    # The noise frays the strokes and leaves the paper clean.
     ink += strength * noise[field] * np.minimum(1, 4 * ink)
     ink = np.clip(3 * (ink - threshold) + 0.5, 0, 1)  # an edge three grey levels wide
     ink = ink.reshape(num, _SIZE, 2, _SIZE, 2).mean((2, 4))
@@ -294,10 +294,10 @@ def _jitter(random: np.random.RandomState, sizes: np.ndarray) -> np.ndarray:
     shift = random.uniform(-3, 3, (num, 2))  # canvas pixels, 1.5 of the picture's
     # The inverse of scale * rotation * shear * stretch, factor by factor.
     cos, sin, one, zero = np.cos(angle), np.sin(angle), np.ones(num), np.zeros(num)
-    turn_back = _matrices(cos, sin, -sin, cos)
-    shear_back = _matrices(one, -shear, zero, one)
-    stretch_back = _matrices(1 / stretch, zero, zero, stretch)
-    inverse = stretch_back @ shear_back @ turn_back / scale[:, None, None]
+    inverse_turn = _matrices(cos, sin, -sin, cos)
+    inverse_shear = _matrices(one, -shear, zero, one)
+    inverse_stretch = _matrices(1 / stretch, zero, zero, stretch)
+    inverse = inverse_stretch @ inverse_shear @ inverse_turn / scale[:, None, None]
     middle = (_CANVAS / 2 + shift)[..., None]
     offset = sizes[..., None] / 2 - inverse @ middle
     return np.concatenate([inverse, offset], 2).reshape(num, 6)

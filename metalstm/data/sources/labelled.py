@@ -1,11 +1,10 @@
 """Ordinary classification data, images with labels: what problems train on.
 
-Read by what the few-shot sources are read by, into the same cache.
+The readers are those of the few-shot sources, and so is the cache.
 """
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
@@ -13,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from metalstm.base import Array
-from metalstm.data.cache import cache_folder, cached, fingerprint
+from metalstm.data.cache import PathLike, cache_folder, cached, fingerprint
 from metalstm.data.images import as_bytes, fit
 from metalstm.data.pools import Dataset, checksum
 from metalstm.data.sources.glyphs import load_glyphs
@@ -21,10 +20,9 @@ from metalstm.data.sources.tfds import check_label, open_builder
 
 __all__ = ["ImageData", "LabelledImages", "load_image_data"]
 
-PathLike = str | os.PathLike[str]
 
 _VERSION = 1  # of what the cache holds
-_HELD_OUT = 8  # one image in so many is tested on where a source has no test split
+_HELD_OUT = 8  # every 8th image is held out where a source has no test split
 
 
 class ImageData(NamedTuple):
@@ -76,9 +74,7 @@ def load_image_data(
     """
     if name == "glyphs":
         if image_size is not None:
-            raise ValueError(
-                f"image_size={image_size}: glyphs are 28 x 28; leave it out"
-            )
+            raise ValueError(f"image_size={image_size}: glyphs are 28 x 28; omit it")
         return _letters(load_glyphs(cache_dir))
     builder = open_builder(name, data_dir)
     features = builder.info.features
@@ -101,13 +97,13 @@ def _letters(glyphs: Dataset, num_classes: int = 10) -> LabelledImages:
     images = np.asarray(glyphs.train.images[:num_classes])
     per_class = images.shape[1]
     labels = np.repeat(np.arange(num_classes), per_class)
-    tested = np.tile(np.arange(per_class) % _HELD_OUT == 0, num_classes)
+    held_out = np.tile(np.arange(per_class) % _HELD_OUT == 0, num_classes)
     x = images.reshape(-1, *images.shape[2:])
     arrays = {
-        "train.x": x[~tested],
-        "train.y": labels[~tested],
-        "test.x": x[tested],
-        "test.y": labels[tested],
+        "train.x": x[~held_out],
+        "train.y": labels[~held_out],
+        "test.x": x[held_out],
+        "test.y": labels[held_out],
     }
     return _assemble("glyphs", arrays, glyphs.class_names["train"][:num_classes])
 
@@ -123,9 +119,9 @@ def _decode(builder: Any, size: int | None) -> dict[str, np.ndarray]:
     if "test" in splits:
         test_x, test_y = _read(builder, "test", size)
     else:
-        tested = np.arange(len(y)) % _HELD_OUT == 0
-        test_x, test_y = x[tested], y[tested]
-        x, y = x[~tested], y[~tested]
+        held_out = np.arange(len(y)) % _HELD_OUT == 0
+        test_x, test_y = x[held_out], y[held_out]
+        x, y = x[~held_out], y[~held_out]
     return {"train.x": x, "train.y": y, "test.x": test_x, "test.y": test_y}
 
 

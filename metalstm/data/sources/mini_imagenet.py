@@ -1,13 +1,26 @@
-"""The classes of mini-ImageNet in the split of Ravi & Larochelle (2017).
+"""Mini-ImageNet in the split of Ravi & Larochelle (2017).
 
-ImageNet's WordNet ids. Other splits of the same name are about (Vinyals et al., 2016,
-used another list), and a class moved from test to train spoils every number: hence the
-check in `metalstm.data.sources.folders.load_mini_imagenet`.
+Classes are ImageNet's WordNet ids. Other splits of the same name exist (Vinyals et al.,
+2016, used another list), and one class moved from test to train spoils every number:
+hence the check of the classes.
 """
 
 from __future__ import annotations
 
-__all__ = ["CLASSES", "IMAGES_PER_CLASS"]
+from pathlib import Path
+
+from metalstm.data.cache import PathLike, cache_folder, cached_dataset, fingerprint
+from metalstm.data.pools import SPLITS, Dataset
+from metalstm.data.sources.image_files import (
+    VERSION,
+    Files,
+    class_files,
+    decode_splits,
+    list_files,
+    split_folders,
+)
+
+__all__ = ["CLASSES", "IMAGES_PER_CLASS", "load_mini_imagenet"]
 
 IMAGES_PER_CLASS = 600
 
@@ -46,3 +59,64 @@ CLASSES = {
         """
     ),
 }
+
+
+def load_mini_imagenet(
+    data_dir: PathLike | None,
+    *,
+    image_size: int = 84,
+    images_per_class: int = IMAGES_PER_CLASS,
+    cache_dir: PathLike | None = None,
+) -> Dataset:
+    """Load mini-ImageNet in the published split, 64 / 16 / 20 classes of 600 images.
+
+    Args:
+      data_dir: holds train/, val/ and test/ of ``<wnid>/*.jpg``.
+      image_size: 84 as published; images of another size are resized.
+      images_per_class: a class with another number of images is refused.
+      cache_dir: where the decoded images are kept (1.3 GB), see `metalstm.data.cache`.
+
+    Raises:
+      FileNotFoundError: if there is nothing of the kind at ``data_dir``.
+      ValueError: if the classes of a split are not the published ones, a class has
+        another number of images, or an image is corrupt.
+    """
+    root = None if data_dir is None else Path(data_dir).expanduser()
+    found = {} if root is None else split_folders(root)
+    if root is None or set(found) != set(SPLITS):
+        raise FileNotFoundError(
+            f"no mini-ImageNet at {root}. Expected folders train/, val/, test/ of "
+            f"<wnid>/*.jpg in the split of Ravi & Larochelle; docs/data.md says where "
+            f"people get it and what to check"
+        )
+    files = {split: class_files(found[split]) for split in SPLITS}
+    for split, expected in CLASSES.items():
+        _check_published(split, files[split], expected, images_per_class, root)
+    # The published files never change, so their dates do not matter.
+    key = fingerprint([VERSION, image_size, *list_files(files, root, dates=False)])
+    info = {"split": "ravi-larochelle"}
+    return cached_dataset(
+        "mini-imagenet",
+        cache_folder(cache_dir) / f"mini-imagenet-{image_size}-{key}.npz",
+        lambda: decode_splits(files, info, size=image_size, channels=3),
+    )
+
+
+def _check_published(
+    split: str, files: Files, expected: tuple[str, ...], num_images: int, root: Path
+) -> None:
+    missing = sorted(set(expected) - set(files))
+    surplus = sorted(set(files) - set(expected))
+    if missing or surplus:
+        raise ValueError(
+            f"the {split} classes at {root} are not those of Ravi & Larochelle: "
+            f"{len(missing)} missing ({', '.join(missing[:5])}), {len(surplus)} not "
+            f"expected ({', '.join(surplus[:5])}). For another split use "
+            f"load_image_folders, and do not compare with published numbers"
+        )
+    for name, paths in files.items():
+        if len(paths) != num_images:
+            raise ValueError(
+                f"class {name} at {root} has {len(paths)} images, not {num_images}; "
+                f"unpack it again"
+            )

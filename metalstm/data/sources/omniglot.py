@@ -2,25 +2,31 @@
 
 Two splits are in use and their numbers do not compare. ``alphabets``: the published
 background and evaluation sets, so test characters come from alphabets never seen, and
-validation alphabets are withheld from the background ones. ``characters``: all
+validation alphabets are held out of the background ones. ``characters``: all
 characters shuffled, as in MAML's code; easier, since every alphabet is in all splits.
 TFDS's small1 and small2 lie inside its train and are never used.
 """
 
 from __future__ import annotations
 
-import os
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from metalstm.data.cache import Split, assemble, cache_folder, cached, fingerprint
+from metalstm.checks import check_choice
+from metalstm.data.cache import (
+    PathLike,
+    Split,
+    assemble,
+    cache_folder,
+    cached,
+    fingerprint,
+)
 from metalstm.data.pools import SPLITS, Dataset
 from metalstm.data.sources.tfds import open_builder
 
 __all__ = ["CHARACTER_SPLIT", "VALIDATION_ALPHABETS", "load_omniglot"]
 
-PathLike = str | os.PathLike[str]
 
 VALIDATION_ALPHABETS = (
     "Alphabet_of_the_Magi",
@@ -68,10 +74,9 @@ def load_omniglot(
       ImportError, FileNotFoundError: see `metalstm.data.sources.tfds.open_builder`.
       ValueError: for another ``split`` or an ``image_size`` outside [1, 105].
     """
-    if split not in ("alphabets", "characters"):
-        raise ValueError(f"split={split!r}: choose 'alphabets' or 'characters'")
+    check_choice("split", split, ("alphabets", "characters"))
     if not 1 <= image_size <= 105:
-        raise ValueError(f"image_size={image_size}: choose 1 <= image_size <= 105")
+        raise ValueError(f"image_size={image_size}: choose a number from 1 to 105")
     builder = open_builder("omniglot", data_dir)
     key = fingerprint([_VERSION, builder.info.full_name, image_size])
     path = cache_folder(cache_dir) / f"omniglot-{image_size}-{key}.npz"

@@ -1,7 +1,7 @@
 """Tasks drawn from a key alone: sinusoid regression and Gaussian clusters.
 
 They follow the `Sampler` protocol of `metalstm.data.episodes`: ``spec.sample(key)``,
-with a pool that is ignored, so that trainer and evaluator treat them as any other.
+and ignore the pool, so that trainer and evaluator treat them as any other.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 
 from metalstm.base import Array, Batch, Episode
+from metalstm.checks import check_at_least
 
 __all__ = ["ClusterSpec", "SinusoidSpec"]
 
@@ -33,7 +34,8 @@ class SinusoidSpec:
     domain: tuple[float, float] = (-5.0, 5.0)
 
     def __post_init__(self) -> None:
-        _check_positive(shot=self.shot, queries=self.queries)
+        for name in ("shot", "queries"):
+            check_at_least(name, getattr(self, name), 1)
         for name in ("amplitude", "phase", "domain"):
             low, high = getattr(self, name)
             if low > high:
@@ -82,9 +84,8 @@ class ClusterSpec:
     spread: float = 3.0
 
     def __post_init__(self) -> None:
-        _check_positive(
-            way=self.way, shot=self.shot, queries=self.queries, dim=self.dim
-        )
+        for name in ("way", "shot", "queries", "dim"):
+            check_at_least(name, getattr(self, name), 1)
 
     @property
     def regression(self) -> bool:
@@ -108,9 +109,3 @@ class ClusterSpec:
 
 def _uniform(key: Array, limits: tuple[float, float], shape: tuple = ()) -> Array:
     return jax.random.uniform(key, shape, minval=limits[0], maxval=limits[1])
-
-
-def _check_positive(**numbers: int) -> None:
-    for name, number in numbers.items():
-        if number < 1:
-            raise ValueError(f"{name}={number}: choose {name} >= 1")

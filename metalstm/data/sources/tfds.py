@@ -1,8 +1,8 @@
 """Image-classification sets of tensorflow-datasets, regrouped by class.
 
 Read through `as_data_source`, which needs no TensorFlow; decoded once and cached.
-Nothing here downloads or prepares a data set: TFDS needs TensorFlow for most, and a
-download should be somebody's decision. The errors say how.
+Nothing here downloads or prepares a data set: TFDS needs TensorFlow for most, and the
+user should decide on a download. The errors say how.
 """
 
 from __future__ import annotations
@@ -14,14 +14,19 @@ from typing import Any
 
 import numpy as np
 
-from metalstm.data.cache import Split, cache_folder, cached_dataset, fingerprint
+from metalstm.data.cache import (
+    PathLike,
+    Split,
+    cache_folder,
+    cached_dataset,
+    fingerprint,
+)
 from metalstm.data.images import as_bytes, fit
 from metalstm.data.pools import SPLITS, Dataset
 from metalstm.data.splits import check_disjoint, split_classes
 
 __all__ = ["check_label", "load_tfds", "open_builder"]
 
-PathLike = str | os.PathLike[str]
 
 _VERSION = 2  # of what the cache holds
 _UNLABELLED = -1  # by TFDS's convention
@@ -34,8 +39,8 @@ def open_builder(name: str, data_dir: PathLike | None = None) -> Any:
 
     Raises:
       ImportError: without tensorflow-datasets, naming the extra.
-      FileNotFoundError: if the data set is not prepared; says how to prepare it, and
-        that TensorFlow must be installed for that where it is not.
+      FileNotFoundError: if the data set is not prepared; the message has the command,
+        and that TensorFlow must be installed for it where it is not.
       ValueError: if TFDS knows no such data set, or it is prepared as tfrecord.
     """
     try:
@@ -97,7 +102,8 @@ def load_tfds(
     training, validation and test are the *classes*.
 
     Images without a label (-1, as TFDS marks them) and classes without an image are
-    left out, and stand in ``info`` as ``"unlabelled"`` and ``"empty_classes"``.
+    omitted; ``info`` counts the former as ``"unlabelled"`` and names the latter as
+    ``"empty_classes"``.
 
     Args:
       name: as for `tfds.builder`, with "/config" and ":version" if wanted.
@@ -106,9 +112,9 @@ def load_tfds(
       image_size: resize the middle square of every image to this; needed when the
         images are not all of one size.
       splits: class names for "train", "validation" and "test"; classes named nowhere
-        are left out. Default: a seeded division in mini-ImageNet's proportions.
+        are omitted. Default: a seeded division in mini-ImageNet's proportions.
       seed: of that division.
-      max_per_class: keep only so many images of a class, the first.
+      max_per_class: keep only this many images of a class, the first ones.
       cache_dir: where the decoded images are kept; see `metalstm.data.cache`.
 
     Raises:
@@ -164,7 +170,7 @@ def check_label(label: int, num_classes: int, where: str) -> None:
         unlabelled = " (TFDS's mark of an unlabelled image)" * (label == _UNLABELLED)
         raise ValueError(
             f"{where} split has an image of label {label}{unlabelled}, outside [0, "
-            f"{num_classes}): prepare it again, or leave such images out"
+            f"{num_classes}): prepare it again, or omit such images"
         )
 
 
@@ -175,7 +181,7 @@ def _sizes(builder: Any) -> list[tuple[str, int]]:
 def _by_label(
     builder: Any, image_key: str, label_key: str, size: int | None, limit: int | None
 ) -> tuple[dict[int, list[np.ndarray]], int]:
-    """Images by label, and how many have none."""
+    """Return the images of each label, and how many images have none."""
     images: dict[int, list[np.ndarray]] = {}
     unlabelled, shape = 0, None
     num_classes = len(builder.info.features[label_key].names)

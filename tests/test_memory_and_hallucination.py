@@ -22,8 +22,7 @@ def as_float64(tree):
 
 def features(name: str) -> tuple[np.ndarray, np.ndarray]:
     """Support and query as the learner inside a case embeds them."""
-    state = meta_params(name)
-    state = state._replace(params=state.params["embedding"])
+    state = algorithms.embedding_state(meta_params(name))
     embed = lambda x: as_float64(FEATURES.apply(state, x, norm="stored")[0])  # noqa: E731
     return embed(SUPPORT.x), embed(QUERY.x)
 
@@ -75,7 +74,7 @@ def test_imagination_follows_the_key():
 
 
 def test_what_hallucination_refuses():
-    with pytest.raises(ValueError, match=r"num_generated=0: choose at least 1"):
+    with pytest.raises(ValueError, match=r"num_generated=0: choose 1 or more"):
         algorithms.hallucination(FEATURES, num_generated=0)
     with pytest.raises(ValueError, match=r"generator needs features \[N, d\]"):
         algorithms.hallucination(maps()).init(KEY, EPISODE)
@@ -151,8 +150,7 @@ def test_what_the_memory_network_refuses():
         algorithms.mann(FEATURES, 3, num_slots=8, num_reads=9)
     with pytest.raises(ValueError, match=r"controller needs features \[N, d\]"):
         algorithms.mann(maps(), 3).init(KEY, EPISODE)
-    five = tiny.episode(way=5)
+    three, five = algorithms.mann(FEATURES, 3), tiny.episode(way=5)
+    params = three.init(KEY, five)
     with pytest.raises(ValueError, match=r"5 classes but the network was made for way"):
-        algorithms.mann(FEATURES, 3).predict(
-            (), KEY, five.support, five.query.x, num_classes=5
-        )
+        three.predict(params, KEY, five.support, five.query.x, num_classes=5)

@@ -1,4 +1,7 @@
-"""Compare embeddings: nothing is adapted, any way and shot will do."""
+"""The metric methods of the literature: nothing is adapted, any way and shot will do.
+
+Shapes: N support and M query images, d features.
+"""
 
 from __future__ import annotations
 
@@ -7,19 +10,20 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 
-from metalstm.algorithms.common import task_loss
-from metalstm.algorithms.metric.engine import (
-    Compared,
-    Comparison,
+from metalstm.algorithms.metric.distances import (
     Distance,
     Scale,
     class_means,
-    compare_embeddings,
-    make_scale,
     nearest_of_class,
-    one_distance,
     similarities,
+    similarity_scale,
     squared_distances,
+)
+from metalstm.algorithms.metric.engine import (
+    Compared,
+    Comparison,
+    compare_embeddings,
+    cross_entropy,
     stateless,
 )
 from metalstm.algorithms.metric.full_context import (
@@ -28,12 +32,13 @@ from metalstm.algorithms.metric.full_context import (
     support_in_context,
 )
 from metalstm.base import Array, Batch, Learner, MetaAlgorithm, Norm, make_algorithm
+from metalstm.checks import check_at_least, check_choice
 
 __all__ = ["matching", "nearest_neighbour", "prototypical", "relation"]
 
 
 def nearest_neighbour() -> MetaAlgorithm:
-    """A floor: the label of the support image whose pixels are closest.
+    """Baseline: the label of the support image whose pixels are closest.
 
     ``predict`` scores a class by minus the smallest squared distance.
     """
@@ -73,17 +78,15 @@ def prototypical(
     Raises:
       ValueError: at construction for a distance or scale that does not exist.
     """
-    params, read_scale = _scale_of(distance, scale)
+    params, read_scale = similarity_scale(distance, scale)
 
     def scores(params, support, labels, query, way: int):
         prototypes = class_means(support, labels, way)
         return read_scale(params) * similarities(query, prototypes, distance)
 
+    comparison = stateless(scores, (lambda key, embedded: params) if params else None)
     return compare_embeddings(
-        learner,
-        stateless(scores, (lambda key, embedded: params) if params else None),
-        train_way=train_way,
-        train_queries=train_queries,
+        learner, comparison, train_way=train_way, train_queries=train_queries
     )
 
 
@@ -107,19 +110,17 @@ def matching(
       scale: as for `prototypical`. Published: 1, where a softmax of cosines is nearly
         flat.
       context_steps: K steps of full context embeddings, learned LSTMs that let f and g
-        see the whole support set; see `full_context`. None: without.
+        see all of the support set; see `full_context`. None: without.
       train_way, train_queries: as for `prototypical`.
 
     Raises:
       ValueError: at construction for a distance, scale or number of steps that does
         not exist.
     """
-    scale_params, read_scale = _scale_of(distance, scale)
-    if context_steps is not None and context_steps < 1:
-        raise ValueError(
-            f"context_steps={context_steps}: choose 1 or more, or None for embeddings "
-            "without context"
-        )
+    scale_params, read_scale = similarity_scale(distance, scale)
+    if context_steps is not None:
+        remedy = "or None for embeddings without context"
+        check_at_least("context_steps", context_steps, 1, remedy)
 
     def init_params(key, embedded):
         if context_steps is None:
@@ -131,23 +132,26 @@ def matching(
             support = support_in_context(params["context"], support)
             query = query_in_context(params["context"], query, support, context_steps)
         similarity = read_scale(params) * similarities(query, support, distance)
-        return _log_share_of_classes(similarity, labels, way)
+        return _log_attention_of_classes(similarity, labels, way)
 
     learns = bool(scale_params) or context_steps is not None
+    comparison = stateless(scores, init_params if learns else None)
     return compare_embeddings(
-        learner,
-        stateless(scores, init_params if learns else None),
-        train_way=train_way,
-        train_queries=train_queries,
+        learner, comparison, train_way=train_way, train_queries=train_queries
     )
 
 
-def _log_share_of_classes(similarity: Array, labels: Array, way: int) -> Array:
-    """[M, N] -> [M, way]: the log of the sum of each class's softmax weights."""
+def _log_attention_of_classes(similarity: Array, labels: Array, way: int) -> Array:
+    """[M, N] -> [M, way]: the log of the sum of each class's softmax weights.
+
+    >>> similarity, labels = jnp.log(jnp.array([[1.0, 1.0, 2.0]])), jnp.array([0, 0, 1])
+    >>> jnp.exp(_log_attention_of_classes(similarity, labels, way=2)).round(4)
+    Array([[0.5, 0.5]], dtype=float32)
+    """
     log_weights = jax.nn.log_softmax(similarity)
-    own = labels[None, :] == jnp.arange(way)[:, None]
+    is_class = labels[None, :] == jnp.arange(way)[:, None]
     # finite where a class has no image, so that the derivative is too
-    masked = jnp.where(own[None], log_weights[:, None, :], -1e9)
+    masked = jnp.where(is_class[None], log_weights[:, None, :], -1e9)
     return jax.nn.logsumexp(masked, -1)
 
 
@@ -162,14 +166,14 @@ def relation(
     """Relation networks (Sung et al., 2018): a network learns how to compare.
 
     Scores are the logits g([c_k, f(x)]) of each class's mean embedding c_k and the
-    query's, side by side along the last axis (equation 1; the paper's *sum* over a
-    class's images would have another size at another shot).
+    query's, joined along the last axis (equation 1; the paper's *sum* over a class's
+    images would have another size at another shot).
 
     Args:
       learner: its outputs are the embedding f: maps [N, h, w, c] as published
-        (`learners.conv4` with ``feature_maps=True, num_halvings=2``), or vectors.
+        (`metalstm.nn.conv4` with ``feature_maps=True, num_halvings=2``), or vectors.
       relation_net: g, from (classes [way, ...], queries [M, ...]) to [M, way]; see
-        `learners.relation_net`. Its batch statistics are those of all pairs of a
+        `metalstm.nn.relation_net`. Its batch statistics are those of all pairs of a
         meta-training task.
       train_way: classes in a meta-training task. Needed: a pair with a class that is
         not there would count in those statistics.
@@ -182,14 +186,26 @@ def relation(
       ValueError: at construction for another loss; when traced for a relation_net with
         outputs of another shape.
     """
-    if loss not in ("squared", "cross_entropy"):
-        raise ValueError(f"loss={loss!r}: choose squared or cross_entropy")
+    losses = {"squared": _squared_error, "cross_entropy": cross_entropy}
+    check_choice("loss", loss, losses)
+    return compare_embeddings(
+        learner,
+        _pair_comparison(relation_net),
+        loss_fn=losses[loss],
+        train_way=train_way,
+        train_queries=train_queries,
+    )
+
+
+def _pair_comparison(relation_net: Learner) -> Comparison:
+    """Score each pair of a class's mean embedding and a query's by a network."""
 
     def init(key: Array, embedded: Array):
         pairs: Any = embedded, embedded  # a learner of two arrays
         return relation_net.init(key, pairs)
 
-    def apply(state, support, labels, query, *, way: int, norm: Norm):
+    def apply(state, key, support, labels, query, *, way: int, norm: Norm):
+        del key
         pairs: Any = class_means(support, labels, way), query
         logits, state = relation_net.apply(state, pairs, norm=norm)
         if logits.shape != (query.shape[0], way):
@@ -200,25 +216,10 @@ def relation(
             )
         return logits, state
 
-    def loss_fn(compared: Compared) -> Array:
-        if loss == "cross_entropy":
-            return task_loss(compared.scores, compared.targets)
-        is_class = jax.nn.one_hot(compared.targets, train_way)
-        errors = jax.nn.sigmoid(compared.scores) - is_class
-        return jnp.square(errors).sum(-1).mean()
-
-    return compare_embeddings(
-        learner,
-        Comparison(apply, init),
-        loss_fn=loss_fn,
-        train_way=train_way,
-        train_queries=train_queries,
-    )
+    return Comparison(apply, init)
 
 
-def _scale_of(distance: Distance, scale: Scale):
-    """`make_scale` with the defaults of ``distance``."""
-    one_distance(distance)
-    if distance == "euclidean":
-        return make_scale(scale, 1.0)
-    return make_scale("learned" if scale is None else scale, 10.0)
+def _squared_error(compared: Compared) -> Array:
+    is_class = jax.nn.one_hot(compared.targets, compared.scores.shape[-1])
+    errors = jax.nn.sigmoid(compared.scores) - is_class
+    return jnp.square(errors).sum(-1).mean()

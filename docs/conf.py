@@ -1,0 +1,98 @@
+"""Sphinx settings: the user guide, and the reference made from the docstrings."""
+
+from __future__ import annotations
+
+import ast
+import inspect
+import re
+import textwrap
+import tomllib
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+
+project = "metalstm"
+author = "The metalstm authors"
+release = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["version"]
+
+extensions = [
+    "myst_nb",
+    "sphinx.ext.autodoc",
+    "sphinx.ext.autosummary",
+    "sphinx.ext.napoleon",
+]
+exclude_patterns = ["**.ipynb_checkpoints"]
+
+# Markdown and notebooks. The tests execute the notebooks and the pages' code blocks;
+# the site shows the outputs that are stored.
+nb_execution_mode = "off"
+myst_enable_extensions = ["colon_fence", "deflist", "dollarmath"]
+myst_heading_anchors = 3
+
+# Docstrings: Google style; single backticks name Python objects where they can.
+default_role = "py:obj"
+autodoc_default_options = {
+    "members": True,
+    "imported-members": True,
+    "undoc-members": True,
+    "exclude-members": "Array, PyTree",
+    "special-members": "__call__",
+}
+autodoc_member_order = "bysource"
+autodoc_typehints = "signature"
+autodoc_type_aliases = {"PyTree": "PyTree", "Array": "Array"}
+autodoc_preserve_defaults = True
+napoleon_google_docstring = True
+napoleon_numpy_docstring = False
+napoleon_use_ivar = True  # a field is not documented twice
+autosummary_generate = False
+add_module_names = False
+python_maximum_signature_line_length = 100
+toc_object_entries_show_parents = "hide"
+
+html_theme = "sphinx_book_theme"
+html_title = "metalstm"
+html_theme_options = {
+    "show_toc_level": 2,
+    "navbar_persistent": [],  # the search is in the sidebar
+    "use_download_button": False,
+}
+html_static_path = ["_static"]
+html_css_files = ["metalstm.css"]
+html_show_sourcelink = False
+html_copy_source = False
+
+
+def fields_of_a_named_tuple(app, what, name, obj, options, lines):
+    """List a NamedTuple's fields with what the source says after each."""
+    del app, name, options
+    if what != "class" or not hasattr(obj, "_fields"):
+        return
+    source = textwrap.dedent(inspect.getsource(obj))
+    rows, body = source.splitlines(), ast.parse(source).body[0].body
+    said = {}
+    for field, after in zip(body, [*body[1:], None], strict=True):
+        if not isinstance(field, ast.AnnAssign):
+            continue
+        if isinstance(after, ast.Expr):  # a string literal below the field
+            said[field.target.id] = " ".join(
+                inspect.cleandoc(after.value.value).split()
+            )
+        else:
+            _, _, comment = rows[field.end_lineno - 1].partition("  # ")
+            said[field.target.id] = re.sub(r"([*|])", r"\\\1", comment)
+    if any(said.values()):
+        rows = [f"- **{field}**: {said.get(field, '')}" for field in obj._fields]
+        lines.extend(["", *(row.removesuffix(": ") for row in rows), ""])
+
+
+def skip_fields(app, what, name, obj, skip, options):
+    """Leave out "Alias for field number 0": the list above says more."""
+    del app, what, name, options
+    alias = (getattr(obj, "__doc__", None) or "").startswith("Alias for field number")
+    return True if alias else skip
+
+
+def setup(app):
+    app.connect("autodoc-process-docstring", fields_of_a_named_tuple)
+    app.connect("autodoc-skip-member", skip_fields)

@@ -1,0 +1,141 @@
+"""One engine for methods that pre-train a classifier over all meta-train classes.
+
+Shapes: N images, C classes of meta-training, d features, way classes of a task.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, Literal, get_args
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from metalstm.algorithms.common import (
+    accuracy,
+    stop_statistics,
+    task_loss,
+    with_running_statistics,
+)
+from metalstm.algorithms.metric.distances import class_means, unit
+from metalstm.base import (
+    Array,
+    Aux,
+    Batch,
+    Episode,
+    Learner,
+    LearnerState,
+    MetaAlgorithm,
+    MetaParams,
+    PyTree,
+    UpdateRule,
+    make_algorithm,
+)
+from metalstm.checks import check_at_least, check_choice, check_features
+from metalstm.data.classification import ClassificationSpec
+from metalstm.nn.heads import output_shape
+
+__all__ = ["Classifier", "classify", "features_of", "init_task_head", "pretrain"]
+
+Classifier = Literal["linear", "cosine"]
+_COSINE_SCALE = 10.0  # cosines alone are too flat for a softmax
+
+
+def pretrain(
+    learner: Learner,
+    num_classes: int,
+    predict: Callable[..., Array],
+    *,
+    classifier: Classifier = "linear",
+    batch_size: int | None = None,
+    rule: UpdateRule | None = None,
+    loss_fn: Callable[[PyTree, Array, Array], Array] | None = None,
+) -> MetaAlgorithm:
+    """Train features and a head of C classes on batches of labelled images.
+
+    Meta-parameters: ``learner.params`` is ``{"body", "head": {"kernel" [d, C], ...}}``.
+    Batch norm uses averages over pre-training (``query_norm="frozen"``).
+
+    Args:
+      predict: of `MetaAlgorithm`; it reads the features by `features_of`.
+      classifier: the head; "cosine" has no bias.
+      batch_size: images of one batch; None: as many as an episode has.
+      rule: whose parameters are part of the meta-parameters, and not learned here.
+      loss_fn: (head, features [N, d], labels [N]) -> loss; None: cross-entropy.
+
+    Raises:
+      ValueError: at construction for another classifier or fewer than two classes; from
+        ``init`` for features that are not vectors.
+    """
+    check_choice("classifier", classifier, get_args(Classifier))
+    check_at_least("num_classes", num_classes, 2)
+
+    def init(key: Array, episode: Episode | Batch) -> MetaParams:
+        x = episode.x if isinstance(episode, Batch) else episode.support.x
+        body_key, head_key, rule_key = jax.random.split(key, 3)
+        body = learner.init(body_key, x[:1])
+        features = output_shape(learner, body, x[:1])
+        check_features(features.shape, "pre-training")
+        width = features.shape[-1]
+        kernel = jax.random.normal(head_key, (width, num_classes)) * width**-0.5
+        head = {"kernel": kernel}
+        if classifier == "linear":
+            head["bias"] = jnp.zeros(num_classes)
+        state = body._replace(params={"body": body.params, "head": head})
+        rule_params = () if rule is None else rule.init(rule_key, state.params)
+        return MetaParams(state, rule_params)
+
+    def loss(meta_params: MetaParams, key: Array, batch: Batch):
+        params, stats, other = stop_statistics(meta_params.learner)
+        body = LearnerState(params["body"], stats, other)
+        features, after = learner.apply(body, batch.x, norm="gather", key=key)
+        outputs = classify(classifier, params["head"], features)
+        if loss_fn is None:
+            value = task_loss(outputs, batch.y)
+        else:
+            value = loss_fn(params["head"], features, batch.y)
+        metrics = {"accuracy": accuracy(outputs, batch.y)}
+        return value, Aux(metrics, lax.stop_gradient(after.stats))
+
+    def train_sampler(spec: Any) -> ClassificationSpec:
+        num_images = batch_size
+        if num_images is None:
+            num_images = spec.way * (spec.shot + spec.queries)
+        return ClassificationSpec(num_images, num_classes, spec)
+
+    slots: dict[str, Any] = with_running_statistics(
+        loss,
+        read=lambda p: p.learner.stats,
+        write=lambda p, stats: p._replace(learner=p.learner._replace(stats=stats)),
+    )
+    return make_algorithm(
+        init=init,
+        loss=loss,
+        predict=predict,
+        train_sampler=train_sampler,
+        query_norm="frozen",
+        **slots,
+    )
+
+
+def features_of(learner: Learner, state: LearnerState, x: Array) -> Array:
+    """Return the features [N, d] of a pre-trained body, by its stored averages."""
+    body = state._replace(params=state.params["body"])
+    return learner.apply(body, x, norm="stored")[0]
+
+
+def classify(classifier: Classifier, head: PyTree, features: Array) -> Array:
+    """Return the logits of features [N, d], one column for each class of ``head``."""
+    if classifier == "linear":
+        return features @ head["kernel"] + head["bias"]
+    return _COSINE_SCALE * unit(features) @ unit(head["kernel"].T).T
+
+
+def init_task_head(
+    classifier: Classifier, features: Array, labels: Array, way: int
+) -> PyTree:
+    """Start a head for a task: linear at zero, cosine at the classes' mean features."""
+    if classifier == "cosine":
+        return {"kernel": class_means(unit(features), labels, way).T}
+    return {"kernel": jnp.zeros((features.shape[-1], way)), "bias": jnp.zeros(way)}

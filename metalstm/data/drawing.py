@@ -1,0 +1,97 @@
+"""Drawing integers, and images in groups, from uniform numbers.
+
+Shapes: C classes, M image slots a class.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from metalstm.base import Array
+from metalstm.data.pools import ClassPool
+
+__all__ = ["draw_distinct", "draw_grouped", "grouped_capacity", "to_integers"]
+
+
+def to_integers(uniform: Array, size: Any) -> Array:
+    """Return the integer of range(size) that each number of [0, 1) falls on.
+
+    >>> to_integers(jnp.array([0.0, 0.49, 0.51]), 2)
+    Array([0, 0, 1], dtype=int32)
+    """
+    # the product may round up to size
+    return jnp.minimum((uniform * size).astype(jnp.int32), size - 1)
+
+
+def draw_distinct(uniform: Array, size: Any) -> Array:
+    """Draw ``num`` distinct integers of range(size), in random order.
+
+    ``uniform`` [2, num] is in [0, 1); ``size`` may be traced. Floyd's algorithm: the
+    cost depends on ``num`` alone, where shuffling 600 images to take 20 costs ten times
+    as much.
+    """
+    num = uniform.shape[1]
+    last = size - num + jnp.arange(num)
+    candidates = to_integers(uniform[0], last + 1)
+
+    def fill(k: Array, chosen: Array) -> Array:
+        repeated = jnp.any(chosen == candidates[k])
+        return chosen.at[k].set(jnp.where(repeated, last[k], candidates[k]))
+
+    chosen = jax.lax.fori_loop(0, num, fill, jnp.full(num, -1, jnp.int32))
+    return chosen[jnp.argsort(uniform[1])]
+
+
+def draw_grouped(
+    key: Array, pool: ClassPool, classes: Array, *, shot: int, queries: int
+) -> Array:
+    """Draw image slots [way, shot + queries], the support's first, no group in both."""
+
+    def draw(uniform: Array, count: Array, groups: Array) -> Array:
+        in_support = _support_side(uniform[0], count, groups)
+        valid = jnp.arange(groups.shape[0]) < count
+        # The support's side in random order, then the query's; padding is last.
+        order = jnp.argsort(jnp.where(valid, uniform[1] + ~in_support, jnp.inf))
+        start = jnp.sum(in_support & valid)
+        query = jax.lax.dynamic_slice_in_dim(order, start, queries)
+        return jnp.concatenate([order[:shot], query])
+
+    assert pool.groups is not None
+    groups = pool.groups[classes]
+    uniform = jax.random.uniform(key, (len(classes), 2, groups.shape[1]))
+    return jax.vmap(draw)(uniform, pool.counts[classes], groups)
+
+
+def _support_side(uniform: Array, count: Array, groups: Array) -> Array:
+    """Say of each image [M] whether its group is in the random half for the support."""
+    num_slots = groups.shape[0]
+    valid = jnp.arange(num_slots) < count
+    present = jnp.zeros(num_slots, bool).at[groups].max(valid)
+    priority = jnp.where(present, uniform, jnp.inf)
+    rank = jnp.argsort(jnp.argsort(priority))
+    return (rank < present.sum() // 2)[groups]
+
+
+def grouped_capacity(pool: ClassPool) -> Array:
+    """Return [C, 2]: images on the support's and the query's side in the worst draw."""
+
+    def capacity(count: Array, groups: Array) -> Array:
+        valid = jnp.arange(groups.shape[0]) < count
+        sizes = jnp.zeros(groups.shape[0], jnp.int32).at[groups].add(valid)
+        num_groups = (sizes > 0).sum()
+        # smallest first, groups that do not exist last
+        ranked = jnp.sort(jnp.where(sizes > 0, sizes, sizes.sum() + 1))
+        index = jnp.arange(groups.shape[0])
+        side = num_groups // 2
+        return jnp.stack(
+            [
+                jnp.where(index < side, ranked, 0).sum(),
+                jnp.where(index < num_groups - side, ranked, 0).sum(),
+            ]
+        )
+
+    assert pool.groups is not None
+    return jax.vmap(capacity)(pool.counts, pool.groups)

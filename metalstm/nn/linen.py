@@ -1,0 +1,89 @@
+"""A Linen module as a learner."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from flax import core
+from flax import linen as nn
+
+from metalstm.base import Array, Learner, LearnerState, Norm, PyTree
+from metalstm.nn.batch_statistics import run_with_statistics
+
+__all__ = ["from_linen"]
+
+
+def from_linen(module: nn.Module) -> Learner:
+    """Make a learner of a Linen module; see `metalstm.nn.from_flax`."""
+    accepted = inspect.signature(type(module).__call__).parameters
+    norm_switches = {"train", "training", "is_training", "use_running_average"}
+    switches = (norm_switches | {"deterministic"}) & set(accepted)
+
+    def flags(norm: Norm, key: Array | None) -> dict[str, Any]:
+        use_batch = norm != "stored"
+        values = dict.fromkeys(("train", "training", "is_training"), use_batch)
+        values["use_running_average"] = not use_batch
+        values["deterministic"] = key is None
+        return {name: values[name] for name in switches}
+
+    def init(key: Array, x: Array) -> LearnerState:
+        with nn.intercept_methods(_dropout_switch(on=False)):
+            variables = module.init({"params": key}, x, **flags("stored", None))
+        params, stats, other = _split_collections(variables)
+        if stats and not switches & norm_switches:
+            raise ValueError(
+                f"{type(module).__name__} has batch statistics but no way to say which "
+                "to use: let its __call__ take `train: bool` and build its norms with "
+                "use_running_average=not train"
+            )
+        return LearnerState(params, stats, other)
+
+    def apply(state, x, *, norm, key=None):
+
+        def run(stats):
+            variables = {"params": state.params, **state.other}
+            variables |= {"batch_stats": stats} if stats else {}
+            with nn.intercept_methods(_dropout_switch(on=key is not None)):
+                outputs, updated = module.apply(
+                    variables,
+                    x,
+                    # Layers that ask for another collection fall back to "params".
+                    rngs=None if key is None else {"dropout": key, "params": key},
+                    mutable=core.DenyList(["params", "intermediates"]),
+                    **flags(norm, key),
+                )
+            _, new_stats, other = _split_collections(updated)
+            return outputs, new_stats, {name: other[name] for name in state.other}
+
+        outputs, stats, other = run_with_statistics(
+            run, state.stats, norm, differentiable=True
+        )
+        return outputs, LearnerState(state.params, stats, other)
+
+    return Learner(init, apply)
+
+
+def _split_collections(variables: Mapping) -> tuple[PyTree, PyTree, PyTree]:
+    other: dict[str, Any] = dict(core.unfreeze(dict(variables)))
+    return other.pop("params", {}), other.pop("batch_stats", {}), other
+
+
+def _dropout_switch(*, on: bool) -> Callable:
+    """An interceptor that makes `nn.Dropout` obey the pass, not the module's flag."""
+
+    def intercept(next_fn, args, kwargs, context):
+        module = context.module
+        if not isinstance(module, nn.Dropout) or context.method_name != "__call__":
+            return next_fn(*args, **kwargs)
+        inputs = args[0] if args else kwargs["inputs"]
+        if not on:
+            return inputs
+        if module.scope is None or module.deterministic is False:
+            return next_fn(*args, **kwargs)
+        rng = module.make_rng(module.rng_collection)
+        active = module.clone(parent=None, deterministic=False)
+        return active.apply({}, inputs, rng=rng)
+
+    return intercept

@@ -1,0 +1,119 @@
+"""An NNX module as a learner."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+import jax
+import jax.numpy as jnp
+
+from metalstm.base import Array, Learner, LearnerState, Norm, PyTree
+from metalstm.nn.batch_statistics import run_with_statistics
+
+if TYPE_CHECKING:  # a quarter of the time of `import metalstm`, for its users alone
+    from flax import nnx
+
+__all__ = ["from_nnx", "parameters_of"]
+
+
+def from_nnx(make: Callable[..., nnx.Module]) -> Learner:
+    """Make a learner of what ``make(rngs)`` returns; see `metalstm.nn.from_flax`.
+
+    The generators are not part of the state: every pass makes them from its key.
+    """
+    from flax import nnx
+
+    kinds = (nnx.Param, nnx.BatchStat, nnx.RngState, ...)
+
+    @functools.cache
+    def template(norm: Norm, dropout: bool) -> tuple[nnx.GraphDef, tuple]:
+        """Structure without arrays: training and evaluation are different ones."""
+
+        def checked():
+            model = _call(make, nnx.Rngs(0))
+            if isinstance(model, nnx.Module):
+                return model
+            raise ValueError(
+                f"the function given to from_flax returned a {type(model).__name__}; "
+                "it must return an nnx.Module (a Linen module is passed itself)"
+            )
+
+        model = nnx.eval_shape(checked)
+        model.set_attributes(
+            use_running_average=norm == "stored",
+            deterministic=not dropout,
+            raise_if_not_found=False,
+        )
+        if norm == "gather":  # exact for flax's own layer; see `_gather` for others
+            model.set_attributes(nnx.BatchNorm, momentum=0.0, raise_if_not_found=False)
+        graphdef, *parts = nnx.split(model, *kinds)
+        return graphdef, tuple(parts)
+
+    def init(key: Array, x: Array) -> LearnerState:
+        template("stored", False)
+        _, *parts = nnx.split(_call(make, nnx.Rngs(key)), *kinds)
+        params, stats, _, other = map(nnx.to_pure_dict, parts)
+        return LearnerState(params, stats, other)
+
+    def apply(state, x, *, norm, key=None):
+        graphdef, parts = template(norm, key is not None)
+
+        def run(stats):
+            generators = _fresh_generators(parts[2], key)
+            arrays = (state.params, stats, generators, state.other)
+            model = nnx.merge(graphdef, *map(_filled, parts, arrays))
+            outputs = model(x)
+            _, *split = nnx.split(model, *kinds)
+            _, new_stats, _, other = split
+            return outputs, nnx.to_pure_dict(new_stats), nnx.to_pure_dict(other)
+
+        outputs, stats, other = run_with_statistics(
+            run, state.stats, norm, differentiable=False
+        )
+        return outputs, LearnerState(state.params, stats, other)
+
+    return Learner(init, apply)
+
+
+def _call(make: Callable[..., nnx.Module], rngs: nnx.Rngs) -> nnx.Module:
+    """Call a class or a function; ``rngs`` is keyword-only in most classes."""
+    return make(rngs=rngs) if "rngs" in parameters_of(make) else make(rngs)
+
+
+def parameters_of(make: Callable) -> dict[str, inspect.Parameter]:
+    """Return the parameters of a function, or of a class's ``__init__``.
+
+    The signature of an NNX class is that of its metaclass, ``(*args, **kwargs)``.
+    """
+    while isinstance(make, functools.partial):
+        make = make.func
+    if isinstance(make, type):
+        _, *parameters = inspect.signature(make.__init__).parameters.items()
+        return dict(parameters)
+    return dict(inspect.signature(make).parameters)
+
+
+def _fresh_generators(abstract: nnx.State, key: Array | None) -> PyTree:
+    """Fresh generators: one key per stream, folded in by its place; counts at zero."""
+    from flax import nnx
+
+    key = jax.random.key(0) if key is None else key
+    leaves, treedef = jax.tree.flatten(nnx.to_pure_dict(abstract))
+    fresh = [
+        jax.random.fold_in(key, index)
+        if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
+        else jnp.zeros(leaf.shape, leaf.dtype)
+        for index, leaf in enumerate(leaves)
+    ]
+    return jax.tree.unflatten(treedef, fresh)
+
+
+def _filled(abstract: nnx.State, arrays: PyTree) -> nnx.State:
+    from flax import nnx
+
+    filled = jax.tree.map(lambda leaf: leaf, abstract)
+    nnx.replace_by_pure_dict(filled, arrays)
+    return filled

@@ -1,0 +1,36 @@
+"""Figures of a run. Each function returns a matplotlib Figure; the caller saves it.
+
+Matplotlib is imported inside the functions, and pyplot never: no global state, no
+display, nothing to close.
+"""
+
+from metalstm.plots.accuracies import accuracy_bars, accuracy_sweep
+from metalstm.plots.episodes import episode_picture
+from metalstm.plots.gates import gate_curves, layer_groups
+from metalstm.plots.optimizers import (
+    Losses,
+    Sweep,
+    escape_curves,
+    loss_panels,
+    rate_sweeps,
+)
+from metalstm.plots.seeds import Curve
+from metalstm.plots.training import learning_curves, meta_training_curves
+from metalstm.plots.verification import roc_curves
+
+__all__ = [
+    "Curve",
+    "Losses",
+    "Sweep",
+    "accuracy_bars",
+    "accuracy_sweep",
+    "episode_picture",
+    "escape_curves",
+    "gate_curves",
+    "layer_groups",
+    "learning_curves",
+    "loss_panels",
+    "meta_training_curves",
+    "rate_sweeps",
+    "roc_curves",
+]

@@ -1,0 +1,148 @@
+"""What optimizers did: losses, learning rates, plateaus left."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, NamedTuple
+
+import numpy as np
+
+from metalstm.plots.style import add_grid_and_legend, line_style, new_figure
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+__all__ = ["Losses", "Sweep", "escape_curves", "loss_panels", "rate_sweeps"]
+
+
+class Losses(NamedTuple):
+    """One optimizer's losses on many problems."""
+
+    steps: np.ndarray  # [S] updates done
+    values: np.ndarray  # [problems, S]; not finite where it diverged
+
+
+class Sweep(NamedTuple):
+    """How well each of a grid of learning rates did."""
+
+    rates: np.ndarray  # [R] ascending
+    scores: np.ndarray  # [R] lower is better; infinite where it diverged
+
+
+def loss_panels(
+    panels: Mapping[str, Mapping[str, Losses]],
+    *,
+    geometric: Sequence[str] = (),
+    learned: Sequence[str] = (),
+    columns: int = 3,
+) -> Figure:
+    """Draw losses against updates on a log scale, a panel a problem, a line a rule.
+
+    The band is the 95% CI over problems. Where any problem has diverged there is no
+    mean, and the line ends.
+
+    Args:
+      panels: per title, per optimizer its losses.
+      geometric: titles of panels that show exp of the mean log-loss and its CI: on
+        quadratics, whose losses differ by orders of magnitude, the mean is that of the
+        worst few.
+      learned: names to draw in thick lines, over thin ones for the others.
+    """
+    columns = min(columns, len(panels))
+    rows = -(-len(panels) // columns)
+    width = 4.4 if len(panels) > 1 else 6.5
+    figure = new_figure((width * columns, 0.72 * width * rows))
+    grid = figure.subplots(rows, columns, squeeze=False)
+    names = list(dict.fromkeys(name for drawn in panels.values() for name in drawn))
+    for axes in grid.flat[len(panels) :]:
+        axes.set_visible(False)
+    for axes, (title, drawn) in zip(grid.flat, panels.items(), strict=False):
+        # hand-made optimizers first: a learned rule's line lies over theirs
+        for name in sorted(drawn, key=lambda name: name in learned):
+            mean, low, high = _band(drawn[name].values, title in geometric)
+            style = line_style(names.index(name), name in learned)
+            axes.plot(drawn[name].steps, mean, label=name, **style)
+            axes.fill_between(
+                drawn[name].steps, low, high, color=style["color"], alpha=0.2, lw=0
+            )
+        ylabel = "loss (geometric mean)" if title in geometric else "loss"
+        axes.set(xlabel="updates", ylabel=ylabel, yscale="log")
+        axes.set_title(title, fontsize=10)
+        add_grid_and_legend(axes)
+    return figure
+
+
+def rate_sweeps(
+    sweeps: Mapping[str, Sweep], *, ylabel: str = "last loss", log: bool = True
+) -> Figure:
+    """Draw what each learning rate of a grid gave, the best of each line marked.
+
+    Args:
+      sweeps: per optimizer its grid; where it diverged there is no point.
+      log: a log scale, for scores above zero.
+    """
+    figure = new_figure((6.5, 4.4))
+    axes = figure.subplots()
+    for index, (name, (rates, scores)) in enumerate(sweeps.items()):
+        rates, scores = np.asarray(rates), np.asarray(scores, float)
+        shown = np.where(np.isfinite(scores), scores, np.nan)
+        style = line_style(index) | {"linewidth": 1.2}
+        axes.plot(rates, shown, marker=".", label=name, **style)
+        if np.isfinite(shown).any():
+            best = int(np.nanargmin(shown))
+            axes.plot(rates[best], shown[best], "o", color=style["color"], ms=8)
+    axes.set(xlabel="learning rate", ylabel=ylabel, xscale="log")
+    if log:
+        axes.set_yscale("log")
+    add_grid_and_legend(axes)
+    return figure
+
+
+def escape_curves(
+    escaped: Mapping[str, tuple[np.ndarray, np.ndarray]],
+    forget: Mapping[str, np.ndarray] | None = None,
+    *,
+    learned: Sequence[str] = (),
+) -> Figure:
+    """Draw which share of problems has left a plateau, and what forget gates did.
+
+    Args:
+      escaped: per optimizer the updates [S] and the share [S] in [0, 1].
+      forget: per rule f, [problems, T, N]; a line for its mean, a band for the middle
+        80% of problems and coordinates. None: no second panel.
+    """
+    figure = new_figure((10 if forget else 6.5, 4))
+    left, *right = figure.subplots(1, 2 if forget else 1, squeeze=False)[0]
+    for index, (name, (steps, share)) in enumerate(escaped.items()):
+        style = line_style(index, name in learned)
+        left.plot(steps, 100 * np.asarray(share), label=name, **style)
+    left.set(xlabel="updates", ylabel="escaped, % of problems", ylim=(-3, 103))
+    for axes in right:
+        for name, values in (forget or {}).items():
+            colour = line_style(list(escaped).index(name), True)["color"]
+            steps = np.arange(1, values.shape[1] + 1)
+            low, high = np.quantile(values, [0.1, 0.9], axis=(0, 2))
+            axes.plot(steps, values.mean((0, 2)), color=colour, label=name)
+            axes.fill_between(steps, low, high, color=colour, alpha=0.2, lw=0)
+        axes.set(xlabel="updates", ylabel="forget gate")
+    for axes in (left, *right):
+        add_grid_and_legend(axes)
+    return figure
+
+
+def _band(
+    values: np.ndarray, geometric: bool
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Mean and the ends of its 95% CI, [S] each; nan where a problem has diverged."""
+    values = np.asarray(values, np.float64)
+    values = np.where(np.isfinite(values), values, np.nan)
+    if geometric:
+        values = np.log(np.maximum(values, np.finfo(np.float64).tiny))
+    mean = values.mean(0)
+    half = np.zeros_like(mean)
+    if len(values) > 1:
+        half = 1.96 * values.std(0, ddof=1) / np.sqrt(len(values))
+    if geometric:
+        return np.exp(mean), np.exp(mean - half), np.exp(mean + half)
+    # a log scale has no place for an interval that reaches zero
+    return mean, np.maximum(mean - half, 1e-3 * np.abs(mean)), mean + half

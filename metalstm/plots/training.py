@@ -1,0 +1,90 @@
+"""Curves of meta-training, and of what was trained, against time."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
+
+from metalstm.plots.seeds import Curve, draw_seeds, smoothed
+from metalstm.plots.style import (
+    COLOURS,
+    add_grid_and_legend,
+    line_style,
+    new_figure,
+)
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+__all__ = ["learning_curves", "meta_training_curves"]
+
+
+def learning_curves(
+    loss: Mapping[str, Sequence[Curve]],
+    accuracy: Mapping[str, Sequence[Curve]],
+    validation: Mapping[str, Sequence[Curve]],
+    *,
+    title: str = "",
+    chance: float | None = None,
+) -> Figure:
+    """Draw loss and accuracy against episodes, one colour a method.
+
+    Args:
+      loss: per method one curve per seed, on meta-training episodes.
+      accuracy: likewise, in [0, 1]; drawn thin.
+      validation: likewise, on meta-validation episodes; drawn with markers. The band is
+        the 95% CI over seeds, or with one seed that over episodes (``Curve.ci95``).
+      chance: a dotted line at this accuracy.
+    """
+    methods = list(dict.fromkeys([*loss, *accuracy, *validation]))
+    crowded = len(methods) > len(COLOURS)
+    figure = new_figure((12.5, max(4, 1 + 0.15 * len(methods))) if crowded else (10, 4))
+    left, right = figure.subplots(1, 2)
+    styles = {}
+    for index, method in enumerate(methods):
+        style = line_style(index)
+        styles[method] = {"colour": style["color"], "linestyle": style["linestyle"]}
+    for method, seeds in loss.items():
+        draw_seeds(left, smoothed(seeds), label=method, **styles[method])
+    for method, seeds in accuracy.items():
+        draw_seeds(right, smoothed(seeds), alpha=0.45, scale=100, **styles[method])
+    for method, seeds in validation.items():
+        label = f"{method}, validation"
+        draw_seeds(right, seeds, label=label, scale=100, marker="o", **styles[method])
+    if chance is not None:
+        right.axhline(100 * chance, color="grey", linestyle=":", label="chance")
+    left.set(xlabel="meta-training episodes", ylabel="query loss", title=title)
+    right.set(xlabel="meta-training episodes", ylabel="query accuracy, %")
+    for axes in (left, right):
+        axes.grid(alpha=0.3)
+        if axes.get_legend_handles_labels()[0] and not crowded:
+            axes.legend(fontsize=8)
+    if crowded:
+        right.legend(fontsize=7, loc="upper left", bbox_to_anchor=(1.01, 1.0))
+    return figure
+
+
+def meta_training_curves(
+    loss: Mapping[str, Curve], validation: Mapping[str, Curve]
+) -> Figure:
+    """Draw the meta-loss of rules, and their mean log-loss on other problems.
+
+    Args:
+      loss: per rule, against meta-steps (``Curve.episodes``).
+      validation: likewise; the band is the CI over problems.
+    """
+    figure = new_figure((10, 4))
+    left, right = figure.subplots(1, 2)
+    names = list(dict.fromkeys([*loss, *validation]))
+    for index, name in enumerate(names):
+        colour = COLOURS[index % len(COLOURS)]
+        if name in loss:
+            draw_seeds(left, smoothed([loss[name]]), colour=colour, label=name)
+        if name in validation:
+            curve = [validation[name]]
+            draw_seeds(right, curve, colour=colour, label=name, marker="o")
+    left.set(xlabel="meta-steps", ylabel="meta-loss")
+    right.set(xlabel="meta-steps", ylabel="validation, mean log of the last loss")
+    for axes in (left, right):
+        add_grid_and_legend(axes, fontsize=8)
+    return figure

@@ -1,0 +1,80 @@
+"""The scripts of experiments/examples run, at the smallest size, and stay short."""
+
+from __future__ import annotations
+
+import inspect
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import metalstm
+from experiments.examples import (
+    learned_optimizer,
+    meta_train_meta_lstm,
+    own_learner_on_devices,
+)
+
+ROOT = Path(__file__).parents[1]
+SCRIPTS = (learned_optimizer, meta_train_meta_lstm, own_learner_on_devices)
+
+
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda script: script.__name__)
+def test_a_script_can_be_read_in_a_sitting(script):
+    lines = Path(str(script.__file__)).read_text().splitlines()
+    assert 60 <= len(lines) <= 130
+    assert len(inspect.signature(script.main).parameters) <= 5
+
+
+def test_meta_train_meta_lstm(capsys):
+    found = meta_train_meta_lstm.main(
+        way=2, shot=1, meta_steps=2, filters=2, test_episodes=10
+    )
+    assert 0 <= found.mean <= 1
+    printed = capsys.readouterr().out
+    assert "step     2  loss" in printed
+    assert "difference" in printed
+
+
+def test_learned_optimizer(tmp_path, capsys):
+    path = tmp_path / "rule.npz"
+    losses = learned_optimizer.main(meta_steps=2, unroll_steps=2, steps=3, save_to=path)
+    assert next(iter(losses)) == "learned"
+    assert np.isfinite(list(losses.values())).all()
+    saved = metalstm.load_rule(path)
+    assert saved.spec == learned_optimizer.SPEC
+    x, y = learned_optimizer.two_moons(0)
+    assert x.shape == (400, 2)
+    assert set(np.asarray(y)) == {0, 1}
+    assert "meta-step     2" in capsys.readouterr().out
+
+
+def test_own_learner_on_devices(tmp_path):
+    """Two devices give the loss of one."""
+    said = []
+    for count in (1, 2):
+        flags = os.environ.get("XLA_FLAGS", "")
+        flags += f" --xla_force_host_platform_device_count={count}"
+        line = ["--data-file", "x.npz", "--meta-steps", "4", "--num-tasks", "2"]
+        done = subprocess.run(
+            [
+                sys.executable,
+                "-m",
+                "experiments.examples.own_learner_on_devices",
+                *line,
+            ],
+            env=os.environ | {"XLA_FLAGS": flags, "PYTHONPATH": str(ROOT)},
+            cwd=tmp_path,
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        assert done.returncode == 0, done.stderr
+        lines = done.stdout.splitlines()
+        assert f"{count} devices, 2 tasks a meta-step" in lines[-1]
+        said.append(lines[:-1])
+    assert len(said[0]) == 4
+    assert said[0] == said[1]
