@@ -518,7 +518,7 @@ def test_another_way_than_the_heads_is_refused_and_metric_methods_take_it():
     [
         ({"query_norm": "batch"}, r"query_norm='batch': choose one of support, supp"),
         ({"train_query_norm": ""}, r"train_query_norm='': choose one of support"),
-        ({"support_stats": "mean"}, r"support_stats='mean': choose one of final, moving"),
+        ({"support_stats": "mean"}, r"support_stats='mean': choose one of final"),
         ({"gradient_scale": "2/batch"}, r"gradient_scale='2/batch': choose a number"),
         ({"train_way": 7}, r"train_way=7 needs a learner whose head fits any number"),
     ],
