@@ -124,7 +124,7 @@ def _describe_corrupt(corrupt: list[tuple[Path, Exception]]) -> str:
     others = [str(path) for path, _ in corrupt[1:_NUM_NAMED]]
     message = f"{path} cannot be decoded ({error})"
     if others:
-        message += f", nor can {len(corrupt) - 1} more: {', '.join(others)}"
+        message += f", and {len(corrupt) - 1} more: {', '.join(others)}"
         message += ", .." * (len(corrupt) > _NUM_NAMED)
     return (
         f"{message}; replace or remove what is corrupt, or omit it with "
