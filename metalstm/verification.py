@@ -111,7 +111,7 @@ def receiver_operating_characteristic(
     Pairs of equal score are accepted together, so that ties help no method.
 
     Args:
-      weights: [P], how many pairs each stands for; None: one.
+      weights: [P], how many pairs each counts as; None: one.
 
     Raises:
       ValueError: scores that are not numbers, or pairs of one kind alone.

@@ -189,5 +189,5 @@ def test_all_corrupt_files_are_counted_and_the_first_named(tmp_path):
     for c in range(4):
         for m in range(3):
             (root / f"class{c}" / f"{m}.png").write_bytes(b"no image")
-    with pytest.raises(ValueError, match=r"nor can 11 more: .*png, \.\.; replace"):
+    with pytest.raises(ValueError, match=r"and 11 more: .*png, \.\.; replace"):
         load_image_folders(root, image_size=8, cache_dir=tmp_path / "cache")

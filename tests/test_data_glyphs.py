@@ -1,4 +1,4 @@
-"""The letters: no look-alikes, no script in two splits, faces apart in an episode."""
+"""The letters: no look-alikes, no script in two splits, no face in both sets."""
 
 import unicodedata
 from itertools import chain

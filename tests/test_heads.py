@@ -71,7 +71,7 @@ def test_a_body_without_features_is_refused():
         nn.tied_head(images).init(KEY, jnp.zeros((2, 3, 3)))
 
 
-def test_integers_beside_the_parameters_are_refused():
+def test_integers_next_to_the_parameters_are_refused():
     algorithm = algorithms.maml(nn.from_flax(Counting()))
     with pytest.raises(
         ValueError, match=r"carries \['calls'\]\['count'\] of type int3"

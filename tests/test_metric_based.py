@@ -236,7 +236,9 @@ def test_a_relation_net_on_maps_is_convolutions_of_concatenated_pairs(downsized)
 
 
 def test_what_relation_networks_refuse():
-    with pytest.raises(ValueError, match=r"loss='hinge': choose squared or cross_e"):
+    with pytest.raises(
+        ValueError, match=r"loss='hinge': choose one of squared, cross_e"
+    ):
         algorithms.relation(IDENTITY, IDENTITY, train_way=3, loss="hinge")
     first = Learner(IDENTITY.init, lambda state, x, *, norm: (x[0], state))
     algorithm = algorithms.relation(IDENTITY, first, train_way=3)
@@ -289,14 +291,16 @@ def test_equal_embeddings_have_a_finite_derivative():
 
 
 def test_what_siamese_networks_refuse():
-    with pytest.raises(ValueError, match=r"loss='hinge': choose contrastive or tripl"):
+    with pytest.raises(
+        ValueError, match=r"loss='hinge': choose one of contrastive, tripl"
+    ):
         algorithms.siamese(IDENTITY, loss="hinge")
     with pytest.raises(ValueError, match=r"margin=0: choose a number above 0"):
         algorithms.siamese(IDENTITY, margin=0)
 
 
 def test_what_matching_and_comparisons_refuse():
-    with pytest.raises(ValueError, match=r"context_steps=0: choose 1 or more, or None"):
+    with pytest.raises(ValueError, match=r"context_steps=0: choose 1 or more or None"):
         algorithms.matching(IDENTITY, context_steps=0)
     maps = jax.tree.map(
         lambda leaf: leaf[..., None] if leaf.ndim > 1 else leaf, EPISODE
@@ -311,7 +315,10 @@ def test_what_matching_and_comparisons_refuse():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"distance": "manhattan"}, r"distance='manhattan': choose cosine or eucl"),
+        (
+            {"distance": "manhattan"},
+            r"distance='manhattan': choose one of cosine, eucl",
+        ),
         ({"scale": "fixed"}, r"scale='fixed': choose a number above 0, or 'learned'"),
         ({"scale": 0.0}, r"scale=0.0: choose a number above 0"),
     ],
@@ -322,7 +329,7 @@ def test_wrong_options_of_a_comparison_are_refused(options, message):
 
 
 def test_features_of_zero_have_a_finite_derivative():
-    from metalstm.algorithms.metric.engine import unit
+    from metalstm.algorithms.metric.distances import unit
 
     gradient = jax.grad(lambda x: unit(x).sum())(jnp.zeros(3))
     assert np.all(np.isfinite(gradient))

@@ -50,7 +50,7 @@ def test_learning_curves_of_many_methods_can_be_told_apart(tmp_path):
     styles = [(line.get_color(), line.get_linestyle()) for line in left.lines]
     assert len(set(styles)) == 20
     assert [(a.get_color(), a.get_linestyle()) for a in right.lines] == styles
-    assert left.get_legend() is None, "one legend, beside the panels"
+    assert left.get_legend() is None, "one legend, next to the panels"
     assert len(right.get_legend().get_texts()) == 20
     saves(figure, tmp_path)
 

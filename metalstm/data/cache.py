@@ -1,6 +1,6 @@
 """Decoded data sets on disk: written completely or not at all, checked when read.
 
-One uncompressed .npz a data set. The zip's own checksums catch truncation and flipped
+One uncompressed .npz a data set. The checksums of the zip catch truncation and flipped
 bits, and a file appears under its name only once it is complete.
 """
 
@@ -80,8 +80,7 @@ def cached(
     """Return the arrays stored at ``path``; build and store them if there are none.
 
     A file that cannot be read completely is rebuilt, with a warning. Where the folder
-    cannot be written, the arrays are returned all the same, with a warning that says
-    ``remedy``.
+    cannot be written, the arrays are returned and a warning repeats ``remedy``.
     """
     if path.exists():
         try:

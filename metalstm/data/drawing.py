@@ -34,7 +34,7 @@ def draw_distinct(uniform: Array, size: Any) -> Array:
     as much.
     """
     num = uniform.shape[1]
-    last = size - num + jnp.arange(num)
+    last = size - num + jnp.arange(num, dtype=jnp.int32)
     candidates = to_integers(uniform[0], last + 1)
 
     def fill(k: Array, chosen: Array) -> Array:

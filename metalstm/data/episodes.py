@@ -135,8 +135,8 @@ def sample_episode(key: Array, pool: ClassPool, spec: EpisodeSpec) -> Episode:
     query share none. ``augment`` and ``normalise`` come last and change x's range.
 
     Raises:
-      ValueError: if the pool's shape alone shows that ``spec`` asks for too much. What
-        depends on the counts is `validate`'s to say, before anything is traced.
+      ValueError: if the pool's shape alone shows that ``spec`` asks for too much.
+        `validate` checks the counts too, before anything is traced.
     """
     _check_shapes(spec, pool, "pool")
     way, num = spec.way, spec.shot + spec.queries

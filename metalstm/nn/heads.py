@@ -25,7 +25,7 @@ def tied_head(body: Learner) -> Learner:
     Labels are given to classes at random in every episode, so nothing can be learned
     about a particular one: the head's start is one vector [d] and one bias for all of
     them (Ye & Chao, 2021, UNICORN-MAML). The first update then moves each class's
-    weights towards its own images' features. Meta-training may use another way than
+    weights towards the features of its images. Meta-training may use another way than
     the test.
 
     Args:

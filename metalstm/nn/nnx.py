@@ -47,7 +47,7 @@ def from_nnx(make: Callable[..., nnx.Module]) -> Learner:
             deterministic=not dropout,
             raise_if_not_found=False,
         )
-        if norm == "gather":  # exact for flax's own layer; see `_gather` for others
+        if norm == "gather":  # exact for flax's layer; see `_gather` for others
             model.set_attributes(nnx.BatchNorm, momentum=0.0, raise_if_not_found=False)
         graphdef, *parts = nnx.split(model, *kinds)
         return graphdef, tuple(parts)

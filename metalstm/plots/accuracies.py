@@ -168,7 +168,7 @@ def _name_ends(
     bold: Sequence[str],
     fontsize: float = 7.5,
 ) -> None:
-    """Write names right of the axes at the height of their lines' ends, apart."""
+    """Write names right of the axes near the ends of their lines, without overlap."""
     to_axes = axes.transAxes.inverted()
     ends = {
         name: to_axes.transform(
@@ -204,7 +204,7 @@ def _name_ends(
 
 
 def _spread(values: np.ndarray, gap: float) -> np.ndarray:
-    """The nearest ascending positions in [0, 1] that are ``gap`` apart (least squares).
+    """Return the nearest positions in [0, 1] that are ``gap`` apart (least squares).
 
     Where there is no room between 0 and 1, they go beyond 1.
     """

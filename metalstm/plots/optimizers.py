@@ -57,7 +57,7 @@ def loss_panels(
     for axes in grid.flat[len(panels) :]:
         axes.set_visible(False)
     for axes, (title, drawn) in zip(grid.flat, panels.items(), strict=False):
-        # hand-made optimizers first: a learned rule's line lies over theirs
+        # hand-made optimizers first, so that a learned rule's line is above theirs
         for name in sorted(drawn, key=lambda name: name in learned):
             mean, low, high = _band(drawn[name].values, title in geometric)
             style = line_style(names.index(name), name in learned)

@@ -18,7 +18,7 @@ __all__ = [
     "new_figure",
 ]
 
-# Okabe and Ito's colours: told apart by colour-blind readers too.
+# Okabe and Ito's colours: colour-blind readers can distinguish them.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 RIGHT, WRONG = "#009E73", "#D55E00"
 DASHES: tuple[Any, ...] = (

@@ -62,7 +62,7 @@ def load_image_data(
 
     Args:
       name: "glyphs", or as for `tfds.builder`.
-      data_dir: TFDS's folder; default TFDS_DATA_DIR, then TFDS's own default.
+      data_dir: TFDS's folder; default TFDS_DATA_DIR, then TFDS's default.
       image_size: resize the middle square of every image to this; needed when the
         images of a TFDS set are not all of one size.
       cache_dir: where the decoded images are kept; see `metalstm.data.cache`.

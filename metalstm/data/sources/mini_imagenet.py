@@ -11,7 +11,7 @@ from pathlib import Path
 
 from metalstm.data.cache import PathLike, cache_folder, cached_dataset, fingerprint
 from metalstm.data.pools import SPLITS, Dataset
-from metalstm.data.sources.image_files import (
+from metalstm.data.sources.folders import (
     VERSION,
     Files,
     class_files,

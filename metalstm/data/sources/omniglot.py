@@ -63,7 +63,7 @@ def load_omniglot(
     """Load Omniglot from TFDS: strokes 255 on 0, ``image_size`` pixels square.
 
     Args:
-      data_dir: TFDS's folder; default TFDS_DATA_DIR, then TFDS's own default.
+      data_dir: TFDS's folder; default TFDS_DATA_DIR, then TFDS's default.
       split: "alphabets" (781 / 183 / 659 characters of 25 / 5 / 20 alphabets) or
         "characters" (1,100 / 100 / 423, shuffled).
       image_size: the 105 x 105 drawings are averaged down to this.

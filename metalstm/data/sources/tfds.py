@@ -2,7 +2,7 @@
 
 Read through `as_data_source`, which needs no TensorFlow; decoded once and cached.
 Nothing here downloads or prepares a data set: TFDS needs TensorFlow for most, and the
-user should decide on a download. The errors say how.
+user should decide on a download. The errors have the command.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ _UNLABELLED = -1  # by TFDS's convention
 def open_builder(name: str, data_dir: PathLike | None = None) -> Any:
     """Return the TFDS builder of a data set that is prepared and can be read.
 
-    ``data_dir`` is TFDS's folder; default TFDS_DATA_DIR, then TFDS's own default.
+    ``data_dir`` is TFDS's folder; default TFDS_DATA_DIR, then TFDS's default.
 
     Raises:
       ImportError: without tensorflow-datasets, naming the extra.
@@ -107,7 +107,7 @@ def load_tfds(
 
     Args:
       name: as for `tfds.builder`, with "/config" and ":version" if wanted.
-      data_dir: TFDS's folder; default TFDS_DATA_DIR, then TFDS's own default.
+      data_dir: TFDS's folder; default TFDS_DATA_DIR, then TFDS's default.
       image_key, label_key: the features to read.
       image_size: resize the middle square of every image to this; needed when the
         images are not all of one size.
