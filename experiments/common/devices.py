@@ -12,18 +12,20 @@ from collections.abc import Callable
 from dataclasses import dataclass, fields
 from typing import Any, NoReturn
 
+from experiments.common import cli
+
 
 @dataclass(frozen=True)
 class Devices:
     """Where to compute."""
 
-    devices: int | None = None
+    devices: cli.Count | None = None
     """Devices that share the tasks of a meta-step; default: all, or in one process as
     many as divide these tasks."""
-    cpu_devices: int | None = None
+    cpu_devices: cli.Count | None = None
     """Devices that a CPU counts as: with one to a core the tasks of a meta-step are
     computed at the same time; default: one, whose operations share the cores."""
-    devices_per_task: int = 1
+    devices_per_task: cli.Count = 1
     """Devices that share one task, where there are fewer tasks than devices: each has
     the rule's part of the work for its share of the parameters. For learned optimizers
     and the Meta-LSTM in first order; other methods gain nothing."""
@@ -36,7 +38,7 @@ class Devices:
     """How many processes."""
     process_id: int | None = None
     """Which one this is, from 0."""
-    heartbeat_timeout: int = 100
+    heartbeat_timeout: cli.Count = 100
     """Seconds after which processes end when one of them was not heard of."""
 
 
@@ -46,6 +48,7 @@ MAY_CHANGE = tuple(f"devices.{field.name}" for field in fields(Devices))
 
 def check(devices: Devices) -> None:
     """Refuse what cannot work; raises ValueError with the flag and the remedy."""
+    cli.check(devices)
     manual = {
         "--coordinator": devices.coordinator,
         "--num-processes": devices.num_processes,
@@ -57,17 +60,6 @@ def check(devices: Devices) -> None:
         raise ValueError(f"{given[0]} needs {' and '.join(missing)} too")
     if given and not devices.distributed:
         raise ValueError(f"{given[0]} goes with --distributed: add it")
-    check_ones(
-        devices, "devices", "cpu_devices", "devices_per_task", "heartbeat_timeout"
-    )
-
-
-def check_ones(options: Any, *names: str) -> None:
-    """Refuse options below 1 among ``names``; None is fine."""
-    for name in names:
-        value = getattr(options, name)
-        if value is not None and value < 1:
-            raise ValueError(f"--{name.replace('_', '-')} {value}: choose 1 or more")
 
 
 def join(devices: Devices) -> None:

@@ -26,9 +26,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import tyro
-
-from experiments.common.devices import check_ones
+from experiments.common import cli
 
 _GRACE = 5.0  # seconds in which the others may end by themselves
 _LAST_SAVE = 60.0  # seconds between the first and the last to end after Ctrl-C
@@ -44,11 +42,11 @@ class Options:
     What comes after -- is the script and its own options.
     """
 
-    processes: int = 2
+    processes: cli.Count = 2
     """How many."""
-    devices_per_process: int | None = None
+    devices_per_process: cli.Count | None = None
     """Split the CPU of each process into this many devices."""
-    heartbeat_timeout: int = 100
+    heartbeat_timeout: cli.Count = 100
     """Seconds after which processes end when one of them was not heard of, should this
     one not have stopped them before."""
     log_dir: Path | None = None
@@ -59,11 +57,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; return the exit status, of the process that died first."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     end = arguments.index("--") if "--" in arguments else len(arguments)
-    prog = "python -m experiments.common.launch"
-    options = tyro.cli(Options, args=arguments[:end], prog=prog)
     script = arguments[end + 1 :]
+    module = "experiments.common.launch"
     try:
-        _check(options, script)
+        options = cli.parse(
+            Options(), arguments[:end], module=module, description=Options.__doc__
+        )
+        if not script:
+            raise ValueError(
+                f"no script: python -m {module} --processes 2 -- experiments.few_shot "
+                "--workdir RUN"
+            )
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -82,15 +86,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
             return status if status > 0 else 128 - status
     finally:
         _stop(workers)
-
-
-def _check(options: Options, script: list[str]) -> None:
-    check_ones(options, "processes", "devices_per_process", "heartbeat_timeout")
-    if not script:
-        raise ValueError(
-            "no script: python -m experiments.common.launch --processes 2 -- "
-            "experiments.few_shot --workdir RUN"
-        )
 
 
 class Worker:

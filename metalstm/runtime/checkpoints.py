@@ -203,7 +203,8 @@ def restore(
             failures.append(f"checkpoint {folder} cannot be read ({failure})")
             continue
         leaves, treedef = jax.tree.flatten(expected)
-        state = treedef.unflatten(map(_as_in_target, leaves, values))
+        placed = map(_as_in_target, leaves, values)
+        state = jax.tree.unflatten(treedef, placed)
         message = "; ".join([*failures, f"fell back to step {step}"])
         return Restored(
             state, step, document["metadata"], message if failures else None
