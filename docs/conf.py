@@ -86,6 +86,16 @@ def fields_of_a_named_tuple(app, what, name, obj, options, lines):
         lines.extend(["", *(row.removesuffix(": ") for row in rows), ""])
 
 
+def tidy_signature(app, what, name, obj, options, signature, returns):
+    """No constructor for a Protocol; the plain names of aliases."""
+    del app, what, name, options
+    if getattr(obj, "_is_protocol", False):
+        return "", None
+    alias = r"TypeAliasForwardRef\('(\w+)'\)"
+    plain = [text and re.sub(alias, r"\1", text) for text in (signature, returns)]
+    return tuple(plain)
+
+
 def copy_notebooks(app):
     """Put the notebooks inside the site, with their links to it."""
     folder = Path(app.srcdir) / "notebooks"
@@ -113,4 +123,5 @@ def setup(app):
     app.connect("builder-inited", copy_notebooks)
     app.connect("source-read", link_notebooks)
     app.connect("autodoc-process-docstring", fields_of_a_named_tuple)
+    app.connect("autodoc-process-signature", tidy_signature)
     app.connect("autodoc-skip-member", skip_fields)

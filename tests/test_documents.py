@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import doctest
 import importlib
+import types
 from pathlib import Path
 
 import jax
@@ -78,6 +79,18 @@ def test_every_page_is_in_the_table_of_contents():
     assert len(pages) > 20
     for page in pages:
         assert page.stem == "index" or page.stem in listed, page
+
+
+def test_the_reference_has_every_public_name():
+    contract = (DOCS / "api" / "contract.md").read_text()
+    for name in metalstm.base.__all__:
+        assert f":: {name}\n" in contract or name in ("Array", "PyTree")
+    reference = "".join(page.read_text() for page in (DOCS / "api").glob("*.md"))
+    for name in metalstm.__all__:
+        thing = getattr(metalstm, name)
+        if not isinstance(thing, types.ModuleType):
+            room = thing.__module__.split(".")[1]
+            assert f":: metalstm.{room}" in reference or room == "base", name
 
 
 @pytest.mark.slow

@@ -137,7 +137,8 @@ with t.pytest.raises(ValueError, match=r"axes \\('task', 'coordinate'\\)"):
 def test_seeds_on_two_devices_are_those_of_one_and_nothing_travels():
     tests = Path(__file__).parent
     env = os.environ | {
-        "XLA_FLAGS": "--xla_force_host_platform_device_count=2",
+        "XLA_FLAGS": os.environ.get("XLA_FLAGS", "")
+        + " --xla_force_host_platform_device_count=2",
         "PYTHONPATH": os.pathsep.join([str(tests), str(tests.parent)]),
     }
     done = subprocess.run(

@@ -229,7 +229,8 @@ def test_chunks_get_the_carry_of_their_own_tasks(chunk):
 def test_two_devices_give_the_gradient_of_one():
     tests = Path(__file__).parent
     env = os.environ | {
-        "XLA_FLAGS": "--xla_force_host_platform_device_count=2",
+        "XLA_FLAGS": os.environ.get("XLA_FLAGS", "")
+        + " --xla_force_host_platform_device_count=2",
         "JAX_PLATFORMS": "cpu",
         "PYTHONPATH": os.pathsep.join([str(tests), str(tests.parent)]),
     }
