@@ -32,7 +32,7 @@ from experiments.learned_optimizer import (
     training,
 )
 from experiments.learned_optimizer.command_line import parse, stages
-from experiments.learned_optimizer.options import Mlp, Problem, Training, rule_spec
+from experiments.learned_optimizer.options import FAMILIES, Problem, Training, rule_spec
 from experiments.learned_optimizer.rule_options import RULES
 from metalstm import data, rules
 from metalstm.learned_optimizers import curves
@@ -509,5 +509,5 @@ def test_a_grid_grows_until_it_brackets_the_best_rate(tmp_path, monkeypatch):
 
 
 def test_letters_are_not_resized():
-    small = Problem("mlp", Mlp(), dataset="mnist", train_image_size=14)
+    small = Problem("mlp", FAMILIES["mlp"], dataset="mnist", train_image_size=14)
     assert problems.variants(small)["letters"].train_image_size is None
