@@ -27,6 +27,7 @@ __all__ = [
     "Pair",
     "Positive",
     "check",
+    "check_multiple",
     "check_names",
     "parse",
     "replace",
@@ -130,6 +131,15 @@ def _limits(hint: Any) -> Iterator[msgspec.Meta]:
             yield part
     for part in typing.get_args(hint)[: 1 if hasattr(hint, "__metadata__") else None]:
         yield from _limits(part)
+
+
+def check_multiple(flag: str, value: int, of: str, divisor: int) -> None:
+    """Refuse a value of ``flag`` that the value of another does not divide."""
+    if value % divisor:
+        nearest = max(value // divisor, 1) * divisor
+        raise ValueError(
+            f"{flag} {value} is not a multiple of {of} {divisor}: choose {nearest}, say"
+        )
 
 
 def check_names(flag: str, names: Sequence[str], known: Iterable[str]) -> None:
