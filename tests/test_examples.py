@@ -31,6 +31,7 @@ def test_a_script_can_be_read_in_a_sitting(script):
     assert len(inspect.signature(script.main).parameters) <= 5
 
 
+@pytest.mark.smoke
 def test_meta_train_meta_lstm(monkeypatch, capsys):
     monkeypatch.setattr(data, "load_glyphs", lambda: tiny_dataset(6))
     found = meta_train_meta_lstm.main(
