@@ -395,6 +395,20 @@ def test_a_flag_that_another_rule_or_problem_has_is_not_known(capsys):
         assert line.split()[-2] in capsys.readouterr().err
 
 
+def test_help_shows_what_one_rule_needs_and_the_rest_by_topic(capsys):
+    def shown(*line):
+        with pytest.raises(SystemExit, match="0"):
+            learned_optimizer.main([*line])
+        return {word for word in capsys.readouterr().out.split() if word[:2] == "--"}
+
+    flags = shown("--help")
+    assert {"--dim", "--l2l.hidden-size", "--num-tasks"} <= flags
+    assert not {"--v2.memory.p", "--hidden", "--instances"} & flags
+    assert "--hidden" in shown("--problem", "mlp", "--help")
+    assert "--num-tasks" not in shown("--help", "test")
+    assert "--instances" in shown("--help", "test")
+
+
 def test_every_preset_and_every_rule_can_be_built():
     for name in presets.PRESETS:
         assert parse(["--preset", name]).run.preset == name

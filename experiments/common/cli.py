@@ -73,17 +73,34 @@ Positive = Annotated[float, msgspec.Meta(gt=0)]
 
 
 def parse(
-    default: Config, arguments: Sequence[str], *, module: str, description: str | None
+    default: Config,
+    arguments: Sequence[str],
+    *,
+    module: str,
+    description: str | None,
+    topics: Sequence[str] = (),
 ) -> Config:
     """Read the flags of ``python -m MODULE``; ``default`` says what others are.
+
+    Args:
+      topics: groups that --help shows when it is asked for them: --help TOPIC.
 
     Raises:
       ValueError: an option outside its limits; names the flag and what would do.
     """
+    shown: Any = default
+    if topics and "--help" in arguments:
+        asked = [*arguments, ""][arguments.index("--help") + 1]
+        hints = typing.get_type_hints(type(default), include_extras=True)
+        names = [asked] if asked in topics else [n for n in hints if n not in topics]
+        kind = msgspec.defstruct("Flags", [(name, hints[name]) for name in names])
+        shown = kind(*(getattr(default, name) for name in names))
+        arguments = ["--help"]
+        description = f"{description}\n\nMore: --help {', --help '.join(topics)}"
     config: Config = tyro.cli(
-        type(default),
+        type(shown),
         args=list(arguments),
-        default=default,
+        default=shown,
         description=description,
         prog=f"python -m {module}",
         config=(tyro.conf.AvoidSubcommands,),

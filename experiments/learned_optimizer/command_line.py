@@ -62,6 +62,7 @@ def _read(arguments: list[str], default: Config, all_rules: bool = False) -> Con
         arguments,
         module="experiments.learned_optimizer",
         description=_DESCRIPTION,
+        topics=("around", "test", "devices"),
     )
     return replace(config, rule=default.rule | config.rule)
 
