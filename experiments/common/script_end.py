@@ -15,7 +15,6 @@ def exit_status(
     arguments: Sequence[str] | None,
     *,
     stopped: Callable[[], str],
-    in_flags: Callable[[str], str] = str,
 ) -> int:
     """Run a script's body; return its status, 2 for a mistake, 130 for Ctrl-C.
 
@@ -26,7 +25,6 @@ def exit_status(
       body: gets the arguments; None is status 0.
       arguments: None for those of the command line.
       stopped: what to say after Ctrl-C.
-      in_flags: says the library's arguments as the script's flags.
     """
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     try:
@@ -38,7 +36,7 @@ def exit_status(
         if "--debug" in arguments:
             traceback.print_exc()
         else:
-            print(f"error: {in_flags(str(error))}", file=sys.stderr)
+            print(f"error: {error}", file=sys.stderr)
         return 2
 
 
