@@ -18,11 +18,7 @@ from experiments.common.cli import Options
 __all__ = ["options_of"]
 
 _LIBRARY = Path(__file__).parents[2] / "metalstm"
-_TYPES = {
-    "Literal": Literal,
-    "Sequence": lambda item: tuple[item, ...],
-    **{kind.__name__: kind for kind in (bool, dict, float, int, str, tuple)},
-}
+_TYPES = {kind.__name__: kind for kind in (bool, dict, float, int, str, tuple)}
 
 
 class _Sequences(ast.NodeTransformer):
@@ -64,10 +60,13 @@ def options_of(
     for argument, default in pairs:
         if argument.arg in omit:
             continue
+        assert argument.annotation is not None
         annotation = ast.unparse(_Sequences().visit(argument.annotation))
         value = ast.literal_eval(default) if default is not None else None
         value = (defaults or {}).get(argument.arg, value)
-        fields.append((argument.arg, eval(annotation, dict(_TYPES)), value))
+        fields.append(
+            (argument.arg, eval(annotation, {"Literal": Literal, **_TYPES}), value)
+        )
     said = (ast.get_docstring(function) or "").split("\n\n")
     help_text = [said[0], *(part for part in said if part.startswith("Args:"))]
     return msgspec.defstruct(
