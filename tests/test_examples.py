@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from test_reptile_gradients import tiny_dataset
 
 import metalstm
 from experiments.examples import (
@@ -17,6 +18,7 @@ from experiments.examples import (
     meta_train_meta_lstm,
     own_learner_on_devices,
 )
+from metalstm import data
 
 ROOT = Path(__file__).parents[1]
 SCRIPTS = (learned_optimizer, meta_train_meta_lstm, own_learner_on_devices)
@@ -30,7 +32,8 @@ def test_a_script_can_be_read_in_a_sitting(script):
 
 
 @pytest.mark.smoke
-def test_meta_train_meta_lstm(capsys):
+def test_meta_train_meta_lstm(monkeypatch, capsys):
+    monkeypatch.setattr(data, "load_glyphs", lambda: tiny_dataset(6))
     found = meta_train_meta_lstm.main(
         way=2, shot=1, meta_steps=2, filters=2, test_episodes=10
     )

@@ -32,7 +32,7 @@ from experiments.learned_optimizer import (
     training,
 )
 from experiments.learned_optimizer.command_line import parse, stages
-from experiments.learned_optimizer.options import Mlp, Problem, Training, rule_spec
+from experiments.learned_optimizer.options import FAMILIES, Problem, Training, rule_spec
 from experiments.learned_optimizer.rule_options import RULES
 from metalstm import data, rules
 from metalstm.learned_optimizers import curves
@@ -358,13 +358,13 @@ def test_a_loss_that_is_not_finite_stops_the_run(tmp_path, capsys, monkeypatch):
         ("--baselines adan", "did you mean adam"),
         ("--study comparision", "did you mean comparison"),
         ("--horizon 30", "is not a multiple of --unroll-steps 20"),
-        ("--first-horizon 30", "--first-horizon 30: choose a multiple"),
+        ("--first-horizon 30", "--first-horizon 30 is not a multiple of"),
         ("--minutes 1 --schedule cosine", "need --meta-steps"),
         ("--stages 20", "give UNROLL:META_STEPS"),
         ("--stages 20:2000", "leave none of --meta-steps 2000"),
         ("--stages 20:7 --steps-per-call 2", "not a multiple of --steps-per-call 2"),
         ("--steps-per-call 7", "is not a multiple of --steps-per-call 7"),
-        ("--record-every 7", "does not divide --steps"),
+        ("--record-every 7", "is not a multiple of --record-every 7: choose 98"),
         ("--scaling 2 1", "choose 0 < low <= high"),
         ("--num-tasks 0", "--num-tasks 0: choose 1 or more"),
         ("--learning-rate 0", "choose a number above 0"),
@@ -393,6 +393,20 @@ def test_a_flag_that_another_rule_or_problem_has_is_not_known(capsys):
         with pytest.raises(SystemExit):
             learned_optimizer.main(line.split())
         assert line.split()[-2] in capsys.readouterr().err
+
+
+def test_help_shows_what_one_rule_needs_and_the_rest_by_topic(capsys):
+    def shown(*line):
+        with pytest.raises(SystemExit, match="0"):
+            learned_optimizer.main([*line])
+        return {word for word in capsys.readouterr().out.split() if word[:2] == "--"}
+
+    flags = shown("--help")
+    assert {"--dim", "--l2l.hidden-size", "--num-tasks"} <= flags
+    assert not {"--v2.memory.p", "--hidden", "--instances"} & flags
+    assert "--hidden" in shown("--problem", "mlp", "--help")
+    assert "--num-tasks" not in shown("--help", "test")
+    assert "--instances" in shown("--help", "test")
 
 
 def test_every_preset_and_every_rule_can_be_built():
@@ -509,5 +523,5 @@ def test_a_grid_grows_until_it_brackets_the_best_rate(tmp_path, monkeypatch):
 
 
 def test_letters_are_not_resized():
-    small = Problem("mlp", Mlp(), dataset="mnist", train_image_size=14)
+    small = Problem("mlp", FAMILIES["mlp"], dataset="mnist", train_image_size=14)
     assert problems.variants(small)["letters"].train_image_size is None

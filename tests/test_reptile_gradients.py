@@ -19,13 +19,13 @@ TINY = (
 ).split()
 
 
-def tiny_dataset() -> data.Dataset:
-    """Classes of 4 noisy copies of one random 8x8 picture each."""
+def tiny_dataset(copies: int = 4) -> data.Dataset:
+    """Classes of noisy copies of one random 8x8 picture each."""
     rng = np.random.default_rng(0)
     pools, names = {}, {}
     for split in ("train", "validation", "test"):
         prototypes = rng.uniform(0, 255, (3, 1, 8, 8, 1))
-        images = np.clip(prototypes + rng.normal(0, 9, (3, 4, 8, 8, 1)), 0, 255)
+        images = np.clip(prototypes + rng.normal(0, 9, (3, copies, 8, 8, 1)), 0, 255)
         pools[split] = data.make_pool(images.astype(np.uint8))
         names[split] = tuple(f"{split}{k}" for k in range(3))
     return data.Dataset(

@@ -27,6 +27,7 @@ __all__ = [
     "Pair",
     "Positive",
     "check",
+    "check_multiple",
     "check_names",
     "parse",
     "replace",
@@ -72,17 +73,34 @@ Positive = Annotated[float, msgspec.Meta(gt=0)]
 
 
 def parse(
-    default: Config, arguments: Sequence[str], *, module: str, description: str | None
+    default: Config,
+    arguments: Sequence[str],
+    *,
+    module: str,
+    description: str | None,
+    topics: Sequence[str] = (),
 ) -> Config:
     """Read the flags of ``python -m MODULE``; ``default`` says what others are.
+
+    Args:
+      topics: groups that --help shows when it is asked for them: --help TOPIC.
 
     Raises:
       ValueError: an option outside its limits; names the flag and what would do.
     """
+    shown: Any = default
+    if topics and "--help" in arguments:
+        asked = [*arguments, ""][arguments.index("--help") + 1]
+        hints = typing.get_type_hints(type(default), include_extras=True)
+        names = [asked] if asked in topics else [n for n in hints if n not in topics]
+        kind = msgspec.defstruct("Flags", [(name, hints[name]) for name in names])
+        shown = kind(*(getattr(default, name) for name in names))
+        arguments = ["--help"]
+        description = f"{description}\n\nMore: --help {', --help '.join(topics)}"
     config: Config = tyro.cli(
-        type(default),
+        type(shown),
         args=list(arguments),
-        default=default,
+        default=shown,
         description=description,
         prog=f"python -m {module}",
         config=(tyro.conf.AvoidSubcommands,),
@@ -130,6 +148,15 @@ def _limits(hint: Any) -> Iterator[msgspec.Meta]:
             yield part
     for part in typing.get_args(hint)[: 1 if hasattr(hint, "__metadata__") else None]:
         yield from _limits(part)
+
+
+def check_multiple(flag: str, value: int, of: str, divisor: int) -> None:
+    """Refuse a value of ``flag`` that the value of another does not divide."""
+    if value % divisor:
+        nearest = max(value // divisor, 1) * divisor
+        raise ValueError(
+            f"{flag} {value} is not a multiple of {of} {divisor}: choose {nearest}, say"
+        )
 
 
 def check_names(flag: str, names: Sequence[str], known: Iterable[str]) -> None:

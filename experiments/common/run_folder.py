@@ -9,6 +9,8 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import msgspec
+
 from experiments.common import devices
 from experiments.common.saved_options import read_config, to_json
 
@@ -167,13 +169,17 @@ def _cannot_be_written(path: Path, error: OSError) -> OSError:
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Write all of it or nothing; of several processes the first writes."""
+    """Write all of it or nothing; of several processes the first writes.
+
+    JSON has no infinities and no NaN: null stands for them.
+    """
     from metalstm.runtime import processes
     from metalstm.runtime.files import atomic_write
 
     if not processes.is_main():
         return
-    text = json.dumps(value, indent=1) + "\n"
+    data = msgspec.json.encode(value, enc_hook=lambda scalar: scalar.item())
+    text = msgspec.json.format(data, indent=1).decode() + "\n"
     with atomic_write(path) as part:
         part.write_text(text)
 

@@ -6,8 +6,8 @@ than SGD adapts the same network from a random start (Ravi & Larochelle, 2017).
     python -m experiments.examples.meta_train_meta_lstm
     python -m experiments.examples.meta_train_meta_lstm --shot 5 --meta-steps 2000
 
-Two minutes on two CPU cores. Expected: above 80% 5-way 1-shot, where SGD from scratch
-has some 45%.
+Two minutes on two CPU cores. Expected: 73.0 ± 1.2% 5-way 1-shot, where SGD from scratch
+has 46.6 ± 1.2%.
 """
 
 from __future__ import annotations

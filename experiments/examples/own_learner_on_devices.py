@@ -9,7 +9,7 @@ only the gradient travels, and the result is that of one device.
     python -m experiments.examples.own_learner_on_devices --distributed    # on a pod
 
 The last is the same command on every host. Half a minute on two CPU cores. Expected:
-above 90% 5-way 1-shot on speakers held out, where chance is 20%.
+above 99% 5-way 1-shot on speakers held out, where chance is 20%.
 """
 
 from __future__ import annotations

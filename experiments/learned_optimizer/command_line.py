@@ -62,6 +62,7 @@ def _read(arguments: list[str], default: Config, all_rules: bool = False) -> Con
         arguments,
         module="experiments.learned_optimizer",
         description=_DESCRIPTION,
+        topics=("around", "test", "devices"),
     )
     return replace(config, rule=default.rule | config.rule)
 
@@ -139,11 +140,8 @@ def stages(config: Config) -> list[Stage]:
         unroll, _, steps = text.partition(":")
         if not (unroll.isdecimal() and steps.isdecimal() and int(unroll) > 0):
             raise ValueError(f"--stages {text}: give UNROLL:META_STEPS, such as 20:500")
-        if int(steps) % budget.steps_per_call:
-            raise ValueError(
-                f"--stages {text}: the meta-steps are not a multiple of "
-                f"--steps-per-call {budget.steps_per_call}"
-            )
+        call = budget.steps_per_call
+        cli.check_multiple("--stages", int(steps), "--steps-per-call", call)
         start, end = end, end + int(steps)
         found.append(Stage(int(unroll), int(unroll), start, end))
     if found and end >= budget.meta_steps:
@@ -164,17 +162,16 @@ def check(config: Config) -> None:
     cli.check(config)
     _check_names(config)
     _check_training(config)
-    if type(config.problem.family) is not type(FAMILIES[config.problem.name]):
+    run, test, problem = config.run, config.test, config.problem
+    if type(problem.family) is not type(FAMILIES[problem.name]):
         raise ValueError(
-            f"config.json: --problem {config.problem.name} has options of another "
-            "problem: put a copy of the file back, or start again"
+            f"config.json: --problem {problem.name} has options of another problem: "
+            "put a copy of the file back, or start again"
         )
-    run, test = config.run, config.test
-    if test.steps % test.record_every:
-        raise ValueError(
-            f"--record-every {test.record_every} does not divide --steps "
-            f"{test.steps}: choose a divisor"
-        )
+    if problem.scaling is not None and problem.scaling[0] > problem.scaling[1]:
+        low, high = problem.scaling
+        raise ValueError(f"--scaling {low} {high}: choose 0 < low <= high")
+    cli.check_multiple("--steps", test.steps, "--record-every", test.record_every)
     if run.resume is not None and run.workdir is not None:
         raise ValueError("--resume RUN resumes in that folder; drop --workdir")
     if run.evaluate is not None and run.resume is not None:
@@ -185,36 +182,24 @@ def check(config: Config) -> None:
 
 
 def _check_training(config: Config) -> None:
-    budget, unroll = config.budget, config.training.unroll_steps
-    horizon, first = config.training.horizon, budget.first_horizon
-    if horizon % unroll:
-        raise ValueError(
-            f"--horizon {horizon} is not a multiple of --unroll-steps {unroll}: choose "
-            f"{horizon // unroll + 1} x {unroll}, say"
-        )
-    if first is not None and (first % unroll or first > horizon):
-        raise ValueError(
-            f"--first-horizon {first}: choose a multiple of --unroll-steps {unroll} up "
-            f"to --horizon {horizon}"
-        )
+    budget, training = config.budget, config.training
+    horizon, first = training.horizon, budget.first_horizon
+    unroll = "--unroll-steps", training.unroll_steps
+    cli.check_multiple("--horizon", horizon, *unroll)
+    if first is not None:
+        cli.check_multiple("--first-horizon", first, *unroll)
+        if first > horizon:
+            raise ValueError(f"--first-horizon {first}: choose up to {horizon}")
     stages(config)
     staged = first is not None or budget.stages or budget.schedule == "cosine"
     if budget.minutes is not None and staged:
         raise ValueError(
             "--minutes: a curriculum and a cosine need --meta-steps to know their end"
         )
-    for name in ("meta_steps", "validate_every", "save_every"):
-        value = getattr(budget, name)
-        if value % budget.steps_per_call:
-            raise ValueError(
-                f"--{name.replace('_', '-')} {value} is not a multiple of "
-                f"--steps-per-call {budget.steps_per_call}"
-            )
-    low_high = config.problem.scaling
-    if low_high is not None and low_high[0] > low_high[1]:
-        raise ValueError(
-            f"--scaling {low_high[0]} {low_high[1]}: choose 0 < low <= high"
-        )
+    call = "--steps-per-call", budget.steps_per_call
+    cli.check_multiple("--meta-steps", budget.meta_steps, *call)
+    cli.check_multiple("--validate-every", budget.validate_every, *call)
+    cli.check_multiple("--save-every", budget.save_every, *call)
 
 
 def _check_names(config: Config) -> None:

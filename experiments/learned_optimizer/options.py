@@ -7,7 +7,7 @@ their constructors.
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Union
 
 import msgspec
 import tyro
@@ -23,6 +23,7 @@ from experiments.common.cli import (
     Pair,
     Positive,
 )
+from experiments.common.constructors import options_of
 from experiments.common.devices import Devices
 from experiments.common.saved_options import to_json
 from experiments.learned_optimizer.rule_options import LstmGates, Rule, named_rules
@@ -33,86 +34,28 @@ BASELINES = (
 MORE_BASELINES = ("adam-cosine",)
 
 
-# -- problems: a tag is a constructor of `metalstm.learned_optimizers.problems` --------
-
-
-class Quadratics(Options, frozen=True, tag_field="family", tag="quadratics"):
-    """||W theta - y||^2."""
-
-    dim: Count = 10
-    """Parameters."""
-    distribution: Literal["normal", "uniform"] = "normal"
-    """Entries of W and y are N(0, 1) or U(0, 1)."""
-    init_std: Positive = 1.0
-    """Standard deviation of the initial parameters."""
-
-
-class Logistic(Options, frozen=True, tag_field="family", tag="logistic_regression"):
-    """Logistic regression of Gaussian points."""
-
-    dim: Count = 10
-    """Parameters."""
-    num_examples: Count = 100
-    noise: float = 1.0
-    """Of the labels' direction."""
-    weight_decay: float = 1e-3
-    init_std: Positive = 1.0
-    """Standard deviation of the initial parameters."""
-
-
-class Plateau(Options, frozen=True, tag_field="family", tag="plateau"):
-    """A saturated neuron that is wrong about all."""
-
-    dim: Count = 10
-    """Parameters."""
-    num_examples: Count = 32
-    steepness: tuple[float, float] = (5.0, 20.0)
-    """Range of how wide and flat the plateau is."""
-
-
-class Sinusoids(Options, frozen=True, tag_field="family", tag="sinusoids"):
-    """Regression of sinusoids by a tanh MLP."""
-
-    hidden: tuple[Count, ...] = (20,)
-    """Units of each hidden layer."""
-    batch_size: Count = 32
-    """Examples in one minibatch."""
-    init_std: Positive | None = None
-    """Standard deviation of the initial parameters; default: flax's own."""
-
-
-class Mlp(Options, frozen=True, tag_field="family", tag="mlp_classifier"):
-    """Images by a multi-layer perceptron."""
-
-    hidden: tuple[int, ...] = (20,)
-    """Units of each hidden layer; none: a linear classifier."""
-    activation: Literal["sigmoid", "relu", "tanh", "elu"] = "sigmoid"
-    """Of the hidden layers."""
-    init_std: Positive | None = 0.01
-    """Standard deviation of the initial parameters."""
-    batch_size: Count = 128
-    """Examples in one minibatch."""
-
-
-class Conv(Options, frozen=True, tag_field="family", tag="conv_classifier"):
-    """Images by a small convolutional network."""
-
-    filters: Count = 8
-    num_blocks: Count = 2
-    norm: Literal["batch", "none"] = "batch"
-    batch_size: Count = 64
-    """Examples in one minibatch."""
-
-
-Family = Quadratics | Logistic | Plateau | Sinusoids | Mlp | Conv
-FAMILIES: dict[str, Family] = {
-    "quadratics": Quadratics(),
-    "logistic": Logistic(),
-    "mlp": Mlp(),
-    "conv": Conv(),
-    "sinusoids": Sinusoids(),
-    "plateau": Plateau(),
+# a tag is a constructor of `metalstm.learned_optimizers.problems`
+FAMILIES = {
+    name: options_of(
+        "learned_optimizers/problems.py",
+        constructor,
+        omit=["num_classes"],
+        tag_field="family",
+        tag=constructor,
+    )()
+    for name, constructor in {
+        "quadratics": "quadratics",
+        "logistic": "logistic_regression",
+        "mlp": "mlp_classifier",
+        "conv": "conv_classifier",
+        "sinusoids": "sinusoids",
+        "plateau": "plateau",
+    }.items()
 }
+if TYPE_CHECKING:
+    Family = Any
+else:
+    Family = Union[tuple(map(type, FAMILIES.values()))]  # noqa: UP007 (built here)
 
 
 class Problem(Options, frozen=True):
@@ -123,7 +66,7 @@ class Problem(Options, frozen=True):
         tyro.conf.arg(name="problem"),
     ] = "quadratics"
     """The family of problems; the flags after it are its own."""
-    family: Flat[Family] = Quadratics()
+    family: Flat[Family] = FAMILIES["quadratics"]
     dataset: str = "glyphs"
     """mlp and conv: glyphs (needs no download) or the name of a TFDS
     image-classification set, such as mnist."""

@@ -2,93 +2,40 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import TYPE_CHECKING, Any
 
-from experiments.common.cli import Options, Positive, replace
+import msgspec
 
+from experiments.common.cli import Options, replace
+from experiments.common.constructors import options_of
 
-class L2L(Options, frozen=True, tag_field="rule", tag="l2l"):
-    """A coordinate-wise LSTM that reads gradients."""
+_PER_TENSOR = ("input_bias_of", "bias_per", "num_bias_steps")  # no file can hold them
+_GATES: dict[str, Any] = {"omit": _PER_TENSOR, "defaults": {"hidden_size": 20}}
+L2L = options_of("rules/l2l_lstm.py", "l2l", tag_field="rule", tag="l2l")
+Gates = options_of("rules/gates.py", "lstm_gates", **_GATES)
+LstmGates = options_of(
+    "rules/gates.py", "lstm_gates", tag_field="rule", tag="lstm_gates", **_GATES
+)
+Memory = options_of("rules/memory.py", "gradient_memory")
+LearnedSgd = options_of(
+    "rules/classic.py", "learned_sgd", omit=["per"], tag_field="rule", tag="learned_sgd"
+)
+TwoLayer: Any = msgspec.defstruct(
+    "TwoLayer",
+    [
+        ("memory", Memory, Memory()),
+        ("gates", Gates, Gates(hidden_size=0, feature_gradient="full")),
+    ],
+    bases=(Options,),
+    frozen=True,
+    tag_field="rule",
+    tag="two_layer",
+)
+if TYPE_CHECKING:
+    Rule = Any
+else:
+    Rule = L2L | LstmGates | TwoLayer | LearnedSgd
 
-    hidden_size: int = 20
-    """Units of each layer."""
-    num_layers: int = 2
-    """LSTM layers."""
-    output_scale: Positive = 0.1
-    """Factor of the update."""
-    features: Literal["log_sign", "raw", "moments"] = "log_sign"
-    """What the LSTM reads: the gradient, published in two ways, or what Adam reads."""
-    p: float = 10.0
-    """Of the log_sign features."""
-    shortcut: float | None = None
-    """With moments: start as Adam of the rate output_scale times this."""
-    relative: bool = False
-    """With moments: updates in units of the gradient's size, as momentum's are."""
-
-
-class Gates(Options, frozen=True):
-    """Gates that mix the old parameter with the gradient."""
-
-    hidden_size: int = 20
-    """Units of the LSTM below the gates; 0: they read the features."""
-    variant: Literal["code", "paper"] = "code"
-    """What the gates read of their previous step: the logit or the value."""
-    forget: Literal["gate", "one"] = "gate"
-    """one: f is fixed at 1."""
-    input: Literal["gate", "constant"] = "gate"
-    """constant: i is a learned constant."""
-    loss_input: bool = True
-    """Whether the LSTM sees the loss."""
-    theta_input: bool = True
-    """Whether the gates see theta."""
-    carry_input: bool = True
-    """Whether the gates see their own previous value."""
-    feature_gradient: Literal["stopped", "full"] = "stopped"
-    """Second order: whether the derivative flows through the features too."""
-    p: float = 10.0
-    """Of the log_sign features."""
-    forget_bias: tuple[float, float] = (4.0, 5.0)
-    """Range of the forget gate's initial bias."""
-    input_bias: tuple[float, float] = (-5.0, -4.0)
-    """Range of the input gate's initial bias; it sets the first step size."""
-    init_scale: float = 0.01
-    """Weights are drawn from U(-scale, scale)."""
-
-
-class LstmGates(Gates, frozen=True, tag_field="rule", tag="lstm_gates"):
-    """The Meta-LSTM's rule."""
-
-
-class Memory(Options, frozen=True):
-    """A memory of gradients, as momentum and RMSprop have."""
-
-    hidden_size: int = 20
-    """Units of its LSTM."""
-    p: float = 10.0
-    """Of the log_sign features."""
-    eps: float = 1e-8
-    """Added to the average square."""
-    init_scale: float = 0.01
-    """Kernels are drawn from U(-scale, scale)."""
-
-
-class TwoLayer(Options, frozen=True, tag_field="rule", tag="two_layer"):
-    """A gradient memory chained into gates."""
-
-    memory: Memory = Memory()
-    gates: Gates = Gates(hidden_size=0, feature_gradient="full")
-
-
-class LearnedSgd(Options, frozen=True, tag_field="rule", tag="learned_sgd"):
-    """SGD with a learned rate."""
-
-    rate: float = 0.01
-    """Where it starts."""
-    num_steps: int | None = None
-    """A rate of its own for each of this many updates."""
-
-
-Rule = L2L | LstmGates | TwoLayer | LearnedSgd
 RULES = {
     "l2l": "a coordinate-wise LSTM",
     "l2l-published": "the same as Andrychowicz et al. (2016) had it, in every preset",
@@ -102,19 +49,17 @@ RULES = {
 }
 
 
-def named_rules(
-    hidden_size: int = 20, l2l: L2L | None = None, **others: Rule
-) -> dict[str, Rule]:
-    """Every one of `RULES`, with LSTMs of ``hidden_size`` units."""
-    found: dict[str, Rule] = {
-        "l2l": l2l or L2L(hidden_size=hidden_size),
+def named_rules() -> dict[str, Rule]:
+    """Every one of `RULES`."""
+    gates, alone, v2 = LstmGates(), LstmGates(hidden_size=0), TwoLayer()
+    return {
+        "l2l": L2L(),
         "l2l-published": L2L(),
-        "v2": TwoLayer(memory=Memory(hidden_size=hidden_size)),
-        "meta-lstm": LstmGates(hidden_size=hidden_size),
-        "gates": LstmGates(hidden_size=0),
+        "v2": v2,
+        "meta-lstm": gates,
+        "gates": alone,
+        "meta-lstm-f1": replace(gates, forget="one"),
+        "gates-f1": replace(alone, forget="one"),
+        "v2-f1": replace(v2, gates=replace(v2.gates, forget="one")),
+        "learned-sgd": LearnedSgd(),
     }
-    for name in ("meta-lstm", "gates"):
-        found[f"{name}-f1"] = replace(found[name], forget="one")
-    gates = Gates(hidden_size=0, feature_gradient="full", forget="one")
-    found["v2-f1"] = replace(found["v2"], gates=gates)
-    return found | {"learned-sgd": LearnedSgd()} | others

@@ -135,7 +135,7 @@ def make_studies(context: Context) -> dict[str, Rows]:
     found = {}
     for name in context.config.test.study:
         rows, files = makers[name](context)
-        write_json(context.folder / f"{name}.json", _finite(rows))
+        write_json(context.folder / f"{name}.json", rows)
         found[name] = rows
         print(f"{name}: {', '.join([f'{name}.json', *files])}", flush=True)
     return found
@@ -376,14 +376,3 @@ def _divisor(steps: int, long_steps: int) -> int:
     return next(
         k for k in range(wanted, 0, -1) if steps % k == 0 and long_steps % k == 0
     )
-
-
-def _finite(value: Any) -> Any:
-    """JSON has no infinities: null stands for them."""
-    if isinstance(value, Mapping):
-        return {key: _finite(inner) for key, inner in value.items()}
-    if isinstance(value, list | tuple):
-        return [_finite(inner) for inner in value]
-    if isinstance(value, float) and not np.isfinite(value):
-        return None
-    return value

@@ -36,7 +36,7 @@ import optax
 from matplotlib.figure import Figure
 
 import metalstm
-from experiments.common.cli import Count, Pair, Positive
+from experiments.common.cli import Count, Pair, Positive, check_multiple
 from experiments.common.run_folder import write_json
 from experiments.common.study import StudyOptions, read, run_study, write_results
 from experiments.common.tables import Table
@@ -304,11 +304,8 @@ def parse(arguments: list[str]) -> Config:
             f"--batch-size {config.batch_size} does not divide the {images} images of "
             "--way times --train-shot: choose a divisor"
         )
-    if config.meta_steps % config.validate_every:
-        raise ValueError(
-            f"--meta-steps {config.meta_steps} is not a multiple of --validate-every "
-            f"{config.validate_every}"
-        )
+    every = config.validate_every
+    check_multiple("--meta-steps", config.meta_steps, "--validate-every", every)
     return config
 
 

@@ -281,30 +281,23 @@ def training_table(found: Mapping[str, Found], methods: Mapping[str, Method]) ->
 def summary(found: Found, method: Method) -> dict[str, Any]:
     by_shot, tuned = {}, found.tuned(method)
     for shot, errors in found.errors.items():
-        steps = range(errors.shape[-1])
-        whole = [bool(np.isfinite(errors[..., s]).all()) for s in steps]
-        pairs = [
-            mean_and_ci95(errors[..., s].mean(0)) if whole[s] else (None, None)
-            for s in steps
-        ]
+        with np.errstate(invalid="ignore"):  # an explosion is infinite
+            pairs = [mean_and_ci95(tasks) for tasks in errors.mean(0).T]
         by_shot[str(shot)] = {
             "mean": [mean for mean, _ in pairs],
             "ci95": [ci95 for _, ci95 in pairs],
             "median": np.median(errors, (0, 1)).tolist(),
             "diverged": (~np.isfinite(errors)).sum((0, 1)).tolist(),
-            "mean_of_each_init": [
-                [float(x) if np.isfinite(x) else None for x in means]
-                for means in errors.mean(1)
-            ],
+            "mean_of_each_init": errors.mean(1).tolist(),
         }
     return {
         "errors": by_shot,
         "inner_rate": tuned.best["inner"],
         "outer_rate": tuned.best["outer"] if method.outer_rates else None,
         "trials": [
-            [float(inner), float(outer), score if np.isfinite(score) else None]
-            for inner, row in zip(tuned.grid["inner"], tuned.scores, strict=True)
-            for outer, score in zip(tuned.grid["outer"], map(float, row), strict=True)
+            [inner, outer, tuned.scores[i, o]]
+            for i, inner in enumerate(tuned.grid["inner"])
+            for o, outer in enumerate(tuned.grid["outer"])
         ],
         "task_gradients": method.task_gradients,
         "meta_parameters": found.meta_parameters,
