@@ -241,10 +241,10 @@ def test_a_folder_with_something_else_is_refused(capsys, tmp_path):
 
 def test_default_folders_do_not_collide():
     options = parse(command())
-    first = few_shot._choose_folder(options)
+    first = few_shot.choose_folder(options)
     assert first == Path("runs/few_shot/glyphs-3w1s-0")
     first.mkdir(parents=True)
-    assert few_shot._choose_folder(options).name == "glyphs-3w1s-0-2"
+    assert few_shot.choose_folder(options).name == "glyphs-3w1s-0-2"
 
 
 def test_corrupt_images_are_omitted_on_request(tmp_path, capsys, monkeypatch):

@@ -15,7 +15,7 @@ from few_shot_runs import SMALL
 
 from experiments.common.saved_options import flags_of, from_json, to_json
 from experiments.few_shot import __main__ as few_shot
-from experiments.few_shot import arguments, methods, presets
+from experiments.few_shot import adapting, methods, presets
 from experiments.few_shot.command_line import options_of, parse, parse_evaluation
 from experiments.few_shot.methods import METHODS
 from experiments.few_shot.options import LEARNERS, Common, Options, Retest
@@ -43,7 +43,7 @@ def arguments_of(factory) -> set[str]:
 # -- flags are constructors' arguments -------------------------------------------------
 
 # What an option of experiments says of an argument in other words, or adds.
-OTHER_NAMES = {"order", "keep", "last", "adam_rate", "outer_step", "of", "rule"}
+OTHER_NAMES = set("optimizer order keep last adam_rate outer_step of rule".split())
 
 
 @pytest.mark.parametrize("name", METHODS)
@@ -54,13 +54,13 @@ def test_options_are_their_constructors_arguments(name):
     if name in ("learned-sgd", "imaml"):
         fields -= {"rate"}  # of the rule
     if name == "gradient-agreement":
-        fields -= {f.name for f in dataclasses.fields(arguments.Maml)}
+        fields -= {f.name for f in dataclasses.fields(adapting.Maml)}
     known = arguments_of(factory)
     assert fields - OTHER_NAMES <= known
 
 
 def test_the_options_of_rules_and_networks_likewise():
-    gates = {field.name for field in dataclasses.fields(arguments.Gates)}
+    gates = {field.name for field in dataclasses.fields(adapting.Gates)}
     assert gates <= set(inspect.signature(rules.lstm_gates).parameters)
     networks = {"conv4": "Conv4", "mlp": "MLP", "resnet12": "ResNet12"}
     for name, options in LEARNERS.items():

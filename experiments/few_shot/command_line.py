@@ -23,8 +23,6 @@ from experiments.common.saved_options import (
     from_json,
     read_config,
     split_commas,
-    value_of,
-    values_of,
     with_settings,
 )
 from experiments.few_shot.methods import (
@@ -46,7 +44,7 @@ from experiments.few_shot.options import (
 )
 from experiments.few_shot.presets import Preset, preset
 
-PROGRAM = "python -m experiments.few_shot"
+MODULE = "experiments.few_shot"
 Parsed = TypeVar("Parsed")
 
 
@@ -67,33 +65,25 @@ def parse(line: Sequence[str]) -> Options:
       SystemExit: after --help, or for a value of another type.
     """
     _help(line)
-    flags, recipe = _flags(line), Preset()
-    named, resumed = value_of("--preset", line), value_of("--resume", line)
-    if named is not None:
-        recipe = preset(named)
-    saved: Options | None = None
+    flags = _flags(line)
+    if _value("query_norm", flags) == "all":
+        raise ValueError("--query-norm all goes with --evaluate RUN; choose one mode")
+    named, resumed = _value("preset", flags), _value("resume", flags)
+    recipe = Preset() if named is None else preset(named)
+    default: Common = with_settings(Common(), recipe.shared)
+    saved: dict[str, Any] = {}
     if resumed is not None:
         if named is not None:
             raise ValueError("--resume takes its options from the run; drop --preset")
-        saved = options_of(Path(resumed))
+        before = options_of(Path(resumed))
+        saved = before.methods
         # it may be resumed elsewhere
-        run = dataclasses.replace(saved.run, resume=None, workdir=None)
-        saved = dataclasses.replace(saved, run=run, devices=devices.Devices())
-    common: Common = with_settings(Common(), recipe.shared) if saved is None else saved
-    _refuse_all_modes(flags)
-    said = any(f.name == "algorithms" for f in flags)
-    names = _chosen(values_of("--algorithms", line) if said else common.run.algorithms)
-    common_flags = flags_of(Common)
-    common = _parsed(
-        Common(common.data, common.test, common.run, common.devices),
-        [f for f in flags if f.method is None and f.name in common_flags],
-    )
-    flags = [f for f in flags if f.method is not None or f.name not in common_flags]
-    methods = {}
-    for name in names:
-        default = None if saved is None else saved.methods.get(name)
-        methods[name] = _method(name, names, flags, recipe, default)
-    _refuse_unknown(flags, methods)
+        run = dataclasses.replace(before.run, resume=None, workdir=None)
+        default = Common(before.data, before.test, run)
+    common, of_methods = _common(default, flags)
+    names = _chosen(common.run.algorithms)
+    methods = {n: _method(n, names, of_methods, recipe, saved.get(n)) for n in names}
+    _refuse_unknown(of_methods, methods)
     run = dataclasses.replace(common.run, algorithms=names)
     options = Options(common.data, common.test, run, common.devices, methods)
     check(options)
@@ -108,40 +98,32 @@ def parse_evaluation(line: Sequence[str]) -> tuple[Options, Retest]:
     Raises:
       ValueError, FileNotFoundError, SystemExit: as `parse`.
     """
-    for other in ("--preset", "--resume"):
-        if value_of(other, line) is not None:
-            raise ValueError(f"--evaluate takes its options from the run; drop {other}")
-    folders = [Path(name) for name in values_of("--evaluate", line)]
+    flags = _flags(line)
+    for other in ("preset", "resume"):
+        if _value(other, flags) is not None:
+            said = flag(other)
+            raise ValueError(f"--evaluate takes its options from the run; drop {said}")
+    folders = next(f for f in flags if f.name == "evaluate").words[1:]
     if not folders:
         raise ValueError("--evaluate is empty: give a run folder")
-    saved = [options_of(folder) for folder in folders]
-    first = saved[0]
-    methods = {n: own for run in reversed(saved) for n, own in run.methods.items()}
-    known, retest = flags_of(Common), flags_of(Retest)
-    flags = _flags(line)
-    for given in flags:
-        if given.method is not None or given.name not in known | retest:
+    runs = [options_of(Path(folder)) for folder in folders]
+    methods = {n: own for run in reversed(runs) for n, own in run.methods.items()}
+    in_runs = tuple(dict.fromkeys(n for run in runs for n in run.methods))
+    first = dataclasses.replace(Run(), algorithms=in_runs, seed=runs[0].run.seed)
+    common, rest = _common(Common(runs[0].data, runs[0].test, first), flags)
+    retest = flags_of(Retest)
+    for given in rest:
+        if given.method is not None or given.name not in retest:
             raise ValueError(
                 f"{flag(given.name)}: --evaluate tests methods as they were trained; "
                 f"drop it, or choose of {', '.join(sorted(map(flag, retest)))}"
             )
-    default = Common(first.data, first.test, Run(), devices.Devices())
-    common = _parsed(default, [f for f in flags if f.name in known])
-    names = tuple(dict.fromkeys(n for run in saved for n in run.methods))
-    if any(f.name == "algorithms" for f in flags):
-        names = _chosen(common.run.algorithms)
-    run = dataclasses.replace(common.run, algorithms=names, seed=first.run.seed)
-    options = Options(
-        common.data,
-        common.test,
-        run,
-        common.devices,
-        {name: methods[name] for name in names if name in methods},
-    )
-    _check_common(options)
-    anew = _parsed(Retest(), [f for f in flags if f.name in retest])
-    cli.check(anew)
-    return options, anew
+    names = _chosen(common.run.algorithms)
+    run = dataclasses.replace(common.run, algorithms=names)
+    chosen = {name: methods[name] for name in names if name in methods}
+    options = Options(common.data, common.test, run, common.devices, chosen)
+    devices.check(options.devices)
+    return options, _parsed(Retest(), rest)
 
 
 def options_of(folder: Path) -> Options:
@@ -153,7 +135,7 @@ def options_of(folder: Path) -> Options:
     """
     saved, path = read_config(folder)["config"], str(folder / "config.json")
     common = from_json(Common, saved, path)
-    methods = {}
+    methods: dict[str, Any] = {}
     try:
         for name, own in saved["methods"].items():
             methods[name] = from_json(
@@ -198,6 +180,19 @@ def _dashed() -> frozenset[str]:
     return frozenset(name.replace("_", "-") for name in names)
 
 
+def _value(name: str, flags: Sequence[Flag]) -> str | None:
+    """The value of a flag of the run that is not parsed yet."""
+    said = [f.words[1:] for f in flags if f.method is None and f.name == name]
+    return said[-1][0] if said and said[-1] else None
+
+
+def _common(default: Common, flags: Sequence[Flag]) -> tuple[Common, list[Flag]]:
+    """The options that all methods share, and the flags that are left."""
+    known = flags_of(Common)
+    mine = [f for f in flags if f.method is None and f.name in known]
+    return _parsed(default, mine), [f for f in flags if f not in mine]
+
+
 def _method(
     name: str,
     names: Sequence[str],
@@ -234,13 +229,6 @@ def _method(
     return _parsed(default, mine, of=name)
 
 
-def _refuse_all_modes(flags: Sequence[Flag]) -> None:
-    if any(f.name == "query_norm" and f.words[1:] == ("all",) for f in flags):
-        raise ValueError(
-            "--query-norm all goes with --evaluate RUN; train with one mode"
-        )
-
-
 def _learner(
     settings: Sequence[Mapping[str, Any]], flags: Sequence[Flag], default: Any
 ) -> str:
@@ -252,13 +240,9 @@ def _learner(
 
 
 def _parsed(default: Parsed, flags: Sequence[Flag], of: str | None = None) -> Parsed:
-    return tyro.cli(
-        type(default),
-        args=[word for f in flags for word in f.words],
-        default=default,
-        prog=PROGRAM if of is None else f"{PROGRAM} ({of})",
-        config=(tyro.conf.OmitArgPrefixes,),
-    )
+    module = MODULE if of is None else f"{MODULE} ({of})"
+    words = [word for f in flags for word in f.words]
+    return cli.parse(default, words, module=module, description=None)
 
 
 def _chosen(names: Sequence[str]) -> tuple[str, ...]:
@@ -317,13 +301,13 @@ def check(options: Options) -> None:
     Raises:
       ValueError: names the flag, its value and what would do.
     """
-    _check_common(options)
     run, names = options.run, tuple(options.methods)
     if run.resume is not None and run.workdir is not None:
         raise ValueError("--resume RUN continues in that folder; drop --workdir")
+    devices.check(options.devices)
     tuned = [name for name in names if METHODS[name].family == HAND_MADE]
-    source = init_source(names)
-    if tuned and source is None:
+    source = init_source(names) or ""
+    if tuned and not source:
         raise ValueError(
             f"--algorithms {tuned[0]} starts from a learned theta_0: add one of "
             f"{', '.join(LEARNS_INIT)}"
@@ -337,16 +321,8 @@ def check(options: Options) -> None:
         _check_method(name, own, options.data)
 
 
-def _check_common(options: Common) -> None:
-    for group in (options.data, options.test, options.run):
-        cli.check(group)
-    devices.check(options.devices)
-
-
 def _check_method(name: str, options: Any, data: Data) -> None:
     training, own = options.training, options.method
-    for group in (own, options.learner, training):
-        cli.check(group)
     if training.schedule != "constant" and training.minutes is not None:
         raise ValueError(
             f"--schedule {training.schedule} needs --episodes, not --minutes"
@@ -406,9 +382,8 @@ def _help(line: Sequence[str]) -> None:
         shown: Any = _Help(Run(), Data(), Training(), Test())
         about = _ABOUT
     elif topics[0] in METHODS:
-        recipe = Preset()
-        if (named := value_of("--preset", rest)) is not None:
-            recipe = preset(named)
+        named = _value("preset", _flags(rest))
+        recipe = Preset() if named is None else preset(named)
         shown = _method(topics[0], topics, (), recipe, None)
         fields = [("method", type(shown.method)), ("learner", type(shown.learner))]
         kind = dataclasses.make_dataclass("Flags", fields, frozen=True)
@@ -429,7 +404,7 @@ def _help(line: Sequence[str]) -> None:
         args=["--help"],
         default=shown,
         description=about,
-        prog=PROGRAM,
+        prog=f"python -m {MODULE}",
         config=(tyro.conf.OmitArgPrefixes,),
     )
 
