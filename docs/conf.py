@@ -86,6 +86,22 @@ def fields_of_a_named_tuple(app, what, name, obj, options, lines):
         lines.extend(["", *(row.removesuffix(": ") for row in rows), ""])
 
 
+def copy_notebooks(app):
+    """Put the notebooks inside the site, with their links to it."""
+    folder = Path(app.srcdir) / "notebooks"
+    folder.mkdir(exist_ok=True)
+    for path in (ROOT / "notebooks").glob("*.ipynb"):
+        text = path.read_text().replace("](../docs/", "](../")
+        (folder / path.name).write_text(text)
+
+
+def link_notebooks(app, docname, source):
+    """Links that are right in the repository, made right in the site."""
+    del app
+    if not docname.startswith("notebooks/"):
+        source[0] = source[0].replace("](../notebooks/", "](notebooks/")
+
+
 def skip_fields(app, what, name, obj, skip, options):
     """Leave out "Alias for field number 0": the list above says more."""
     del app, what, name, options
@@ -94,5 +110,7 @@ def skip_fields(app, what, name, obj, skip, options):
 
 
 def setup(app):
+    app.connect("builder-inited", copy_notebooks)
+    app.connect("source-read", link_notebooks)
     app.connect("autodoc-process-docstring", fields_of_a_named_tuple)
     app.connect("autodoc-skip-member", skip_fields)

@@ -83,13 +83,13 @@ class LearnerState(NamedTuple):
 
 
 class InitLearner(Protocol):
-    def __call__(self, key: Array, x: Array) -> LearnerState:
+    def __call__(self, key: Array, x: Array, /) -> LearnerState:
         """Draw a fresh learner for inputs of the shape of ``x`` [N, ...]."""
 
 
 class ApplyLearner(Protocol):
     def __call__(
-        self, state: LearnerState, x: Array, *, norm: Norm, key: Array | None = None
+        self, state: LearnerState, x: Array, /, *, norm: Norm, key: Array | None = None
     ) -> tuple[Array, LearnerState]:
         """Run the network once.
 
@@ -123,7 +123,7 @@ class Learner(NamedTuple):
 
 
 class InitRule(Protocol):
-    def __call__(self, key: Array, params: PyTree) -> PyTree:
+    def __call__(self, key: Array, params: PyTree, /) -> PyTree:
         """Draw the rule's parameters.
 
         Args:
@@ -138,7 +138,7 @@ class InitRule(Protocol):
 
 
 class BindRule(Protocol):
-    def __call__(self, rule_params: PyTree) -> optax.GradientTransformationExtraArgs:
+    def __call__(self, rule_params: PyTree, /) -> optax.GradientTransformationExtraArgs:
         """Turn the rule's parameters into an optax transform.
 
         Everything that is learned comes in through ``rule_params``: the inner loop
@@ -216,7 +216,7 @@ class Aux(NamedTuple):
 
 
 class InitAlgorithm(Protocol):
-    def __call__(self, key: Array, episode: Any) -> PyTree:
+    def __call__(self, key: Array, episode: Any, /) -> PyTree:
         """Draw the meta-parameters for tasks like ``episode``, which is ONE task.
 
         They are float arrays, all of which are differentiated.
@@ -225,7 +225,7 @@ class InitAlgorithm(Protocol):
 
 class TaskLoss(Protocol):
     def __call__(
-        self, meta_params: PyTree, key: Array, episode: Any
+        self, meta_params: PyTree, key: Array, episode: Any, /
     ) -> tuple[Array, Aux]:
         """Return one task's meta-training loss.
 
@@ -246,8 +246,9 @@ class Predict(Protocol):
         key: Array,
         support: Batch,
         query_x: Array,
+        /,
         *,
-        num_classes: int | None = None,
+        num_classes: Any,
     ) -> Array:
         """Adapt to one support set, and predict its queries.
 
@@ -256,7 +257,7 @@ class Predict(Protocol):
           key: a PRNG key, for methods that draw something.
           support: N examples.
           query_x: [M, ...].
-          num_classes: the task's way; None for regression.
+          num_classes: the task's way, an int; None for regression.
 
         Returns:
           Scores [M, way], higher is better, or values [M, d].
@@ -272,20 +273,21 @@ class Adapt(Protocol):
         meta_params: PyTree,
         key: Array,
         support: Batch,
+        /,
         *,
-        num_classes: int | None = None,
+        num_classes: Any,
     ) -> tuple[Any, Any]:
         """Adapt as `Predict` does; return `inner.InnerState` and `inner.Trace`."""
 
 
 class InitCarry(Protocol):
-    def __call__(self, key: Array, meta_params: PyTree, episode: Any) -> PyTree:
+    def __call__(self, key: Array, meta_params: PyTree, episode: Any, /) -> PyTree:
         """Start what goes from meta-step to meta-step and no gradient touches."""
 
 
 class MetaGradient(Protocol):
     def __call__(
-        self, meta_params: PyTree, carry: PyTree, keys: Array, episodes: Any
+        self, meta_params: PyTree, carry: PyTree, keys: Array, episodes: Any, /
     ) -> tuple[PyTree, PyTree, dict[str, Array]]:
         """Return one meta-step's gradient; all that the train step knows of a method.
 
@@ -303,12 +305,12 @@ class MetaGradient(Protocol):
 
 
 class Absorb(Protocol):
-    def __call__(self, meta_params: PyTree, carry: PyTree) -> PyTree:
+    def __call__(self, meta_params: PyTree, carry: PyTree, /) -> PyTree:
         """Put what the carry gathered where ``predict`` reads it, after a meta-step."""
 
 
 class TrainSampler(Protocol):
-    def __call__(self, spec: Any) -> Any:
+    def __call__(self, spec: Any, /) -> Any:
         """Turn the test-time spec into the one to meta-train on (a higher way, say)."""
 
 

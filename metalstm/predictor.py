@@ -89,8 +89,10 @@ def load_params(
 class Predictor:
     """A trained method, ready for a user's own images.
 
-    >>> predict = metalstm.load_run("runs/few_shot/glyphs-5w1s-0")
-    >>> labels = predict(support_images, ["cat", "dog", ...], query_images)
+    ::
+
+        predict = metalstm.load_run("runs/few_shot/glyphs-5w1s-0")
+        labels = predict(support_images, ["cat", "dog", ...], query_images)
     """
 
     method: str

@@ -98,9 +98,10 @@ def mean_over_tasks(
 
 
 def _scan_mean(fn: Callable, carry: PyTree, xs: tuple[PyTree, ...]):
-    """Scan ``(carry, *x) -> (carry, averaged, own)``; return carry, mean, own [T, ...].
+    """Scan ``fn(carry, *x) -> (carry, averaged, per_task)`` over the leading axis.
 
-    What is averaged is added to a sum, so that never more than one of it exists.
+    Returns the carry, the mean, and what is per task with a leading [T]. What is
+    averaged is added to a sum, so that never more than one of it exists.
     """
     length = jax.tree.leaves(xs)[0].shape[0]
     fn = jax.jit(fn)  # traced once, for its shapes and for the loop
@@ -113,14 +114,14 @@ def _scan_mean(fn: Callable, carry: PyTree, xs: tuple[PyTree, ...]):
 
     def body(state: PyTree, x: tuple):
         carry, total = state
-        carry, averaged, own = fn(carry, *x)
-        return (carry, jax.tree.map(jnp.add, total, averaged)), own
+        carry, averaged, per_task = fn(carry, *x)
+        return (carry, jax.tree.map(jnp.add, total, averaged)), per_task
 
-    (carry, total), own = lax.scan(body, (carry, zeros), xs)
+    (carry, total), per_task = lax.scan(body, (carry, zeros), xs)
     mean = jax.tree.map(
         lambda x, out: (x / length).astype(jnp.result_type(out, 1.0)), total, shapes
     )
-    return carry, mean, own
+    return carry, mean, per_task
 
 
 def in_chunks(

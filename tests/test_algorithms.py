@@ -291,6 +291,10 @@ def test_mean_over_tasks_is_the_mean_of_what_each_has(how):
     theirs = jax.tree.map(lambda leaf: leaf.mean(0), map_tasks(fn, both, how="vmap"))
     assert jax.tree.map(jnp.result_type, ours) == jax.tree.map(jnp.result_type, theirs)
     tiny.assert_close(ours, theirs)
+    labels = lambda episode: (episode.support.x.sum(), episode.support.y)  # noqa: E731
+    mean, per_task = mean_over_tasks(labels, both, how=how, has_per_task=True)
+    np.testing.assert_allclose(mean, both.support.x.sum() / 3, rtol=1e-5)
+    tiny.assert_equal(per_task, both.support.y)
 
 
 # -- label permutations ----------------------------------------------------------------
@@ -342,6 +346,7 @@ def slope_gradient(algorithm, rule=()):
     return tiny.quick_jit(jax.grad(loss))(params)
 
 
+@pytest.mark.smoke
 def test_maml_on_a_parabola_in_closed_form():
     """w_K = s + (1 - 2 a x^2)^K (w - s); the query's gradient times that power."""
     (x, y), (u, v) = TASK
@@ -366,6 +371,7 @@ def test_meta_sgd_on_a_parabola_in_closed_form():
     np.testing.assert_allclose(gradient.learner.params, expected, rtol=1e-5)
 
 
+@pytest.mark.smoke
 def test_first_order_maml_is_the_query_gradient_at_the_adapted_parameters():
     algorithm, params = CASES["fomaml"].algorithm, meta_params("fomaml")
     inner, _ = algorithm.adapt(params, KEY, EPISODE.support)
@@ -546,12 +552,18 @@ def test_a_batch_size_that_does_not_divide_is_refused():
 
 
 def test_second_order_through_a_rule_with_a_corner_at_zero_is_refused():
-    adam = rules.as_rule(optax.adam(0.1))
+    adam = optax.adam(0.1)  # a transform is a rule
     with pytest.raises(ValueError, match=r"second_order\(\), but the rule's deriv"):
         algorithms.learned_init(NET, adam, num_steps=1, differentiation=second_order())
     algorithms.learned_init(NET, adam, num_steps=1, differentiation=first_order())
-    smooth = rules.as_rule(optax.adam(0.1, eps_root=1e-8))
+    smooth = optax.adam(0.1, eps_root=1e-8)
     algorithms.learned_init(NET, smooth, num_steps=1, differentiation=second_order())
+
+
+def test_an_objective_at_the_end_of_the_trajectory_takes_no_truncation():
+    for how in (first_order, second_order):
+        with pytest.raises(ValueError, match=r"truncate_every=2: the objective is the"):
+            algorithms.maml(NET, differentiation=how(truncate_every=2))
 
 
 def test_what_make_algorithm_refuses():

@@ -20,7 +20,7 @@ import optax
 import pytest
 from orbax.checkpoint import v1 as ocp
 
-from metalstm.runtime import checkpoints
+from metalstm.runtime import checkpoint_format, checkpoints
 from metalstm.runtime.saved_config import ConfigMismatch, check_config
 
 
@@ -145,7 +145,7 @@ def test_arrays_that_changed_on_disk_are_noticed(tmp_path):
     document = stored["custom_metadata"]
     document["arrays"] = "0" * 64
     del document["digest"]
-    document["digest"] = checkpoints._digest_of_json(document)
+    document["digest"] = checkpoint_format.digest_of_json(document)
     path.write_text(json.dumps(stored))
     restored = checkpoints.restore(tmp_path, make_state(0))
     assert restored.step == 1
@@ -182,10 +182,10 @@ def test_another_format_is_refused_by_name(tmp_path):
     path = tmp_path / "1" / METADATA
     stored = json.loads(path.read_text())
     document = stored["custom_metadata"]
-    assert document["format"] == checkpoints.FORMAT_VERSION
-    document["format"] = checkpoints.FORMAT_VERSION + 1
+    assert document["format"] == checkpoint_format.FORMAT_VERSION
+    document["format"] = checkpoint_format.FORMAT_VERSION + 1
     del document["digest"]
-    document["digest"] = checkpoints._digest_of_json(document)
+    document["digest"] = checkpoint_format.digest_of_json(document)
     path.write_text(json.dumps(stored))
     with pytest.raises(ValueError, match=r"has format 3, and .* use the version that"):
         checkpoints.restore(tmp_path, make_state(0))

@@ -85,7 +85,7 @@ BAD = np.where(np.arange(30).reshape(1, 6, 5) == 7, np.nan, 0.5).repeat(6, 0)
             {"x": X / 100, "y": Y},
             r"is float64 from .* to 2\.\d+: give uint8, or floats",
         ),
-        ({"x": X - 1.0, "y": Y}, r"is float64 from -1 to .*scaled alike"),
+        ({"x": X - 1.0, "y": Y}, r"is float64 from -1 to .*scaled the same way"),
         ({"x": BAD, "y": Y}, r"is float64 from nan to nan: give uint8"),
         ({"x": X, "y": Y.astype(object)}, r"bad.npz cannot be read \(Object arrays"),
         ({"x": X, "y": np.arange(6)}, r"label 0 of .* has 1 examples, at least 2"),

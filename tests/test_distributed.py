@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import os
 import re
@@ -25,7 +24,7 @@ from benchmarks import scaling
 from experiments.common import devices, launch
 from metalstm.meta import fitting
 from metalstm.meta import step as meta_step
-from metalstm.runtime import checkpoints, processes, sharding
+from metalstm.runtime import checkpoint_format, checkpoints, processes, sharding
 
 TESTS = Path(__file__).parent
 # compiling is most of it
@@ -199,7 +198,7 @@ def test_an_array_that_no_process_has_whole_is_saved_whole_with_its_digest(
     digest = document["arrays"]
     document["arrays"] = digest[1:] + digest[0]
     del document["digest"]
-    document["digest"] = checkpoints._digest_of_json(document)
+    document["digest"] = checkpoint_format.digest_of_json(document)
     metadata.write_text(json.dumps(stored))
     with pytest.raises(FileNotFoundError, match="do not agree with their digest"):
         checkpoints.restore(path, None, which=10)
@@ -339,8 +338,8 @@ def test_a_killed_host_stops_the_run_and_the_run_goes_on(tmp_path):
     line = (
         "--dataset folders --image-size 8 --learner mlp --widths 4 --num-steps 1 "
         "--way 3 --queries 2 --meta-batch 4 --algorithms fomaml "
-        "--validation-episodes 4 --test-episodes 4 --test-batch 4 --episodes 100000 "
-        "--validate-every 100000 "
+        "--validation-episodes 4 "
+        "--test-episodes 4 --test-batch 4 --episodes 100000 --validate-every 100000 "
         f"--save-every 40 --workdir {folder} --data-dir {tmp_path / 'images'}"
     ).split()
     parent = subprocess.Popen(
@@ -485,8 +484,9 @@ def test_a_cpu_counts_as_several_devices(tmp_path):
     with pytest.raises(ValueError, match="--cpu-devices 2: JAX has started"):
         devices.join(devices.Devices(cpu_devices=2))
     line = (
-        "--dim 2 --hidden 3 --lstm-layers 1 --tasks 2 --unroll 2 --horizon 4 "
-        "--meta-steps 20 --steps 4 --instances 6 --tune-instances 2 --baselines sgd"
+        "--dim 2 --l2l.hidden-size 3 --l2l.num-layers 1 --num-tasks 2 "
+        "--unroll-steps 2 --horizon 4 --meta-steps 20 --steps 4 "
+        "--instances 6 --tune-instances 2 --baselines sgd"
     )
     losses = []
     both = (2, "cpu, 2 devices,")
@@ -517,19 +517,16 @@ def test_a_cpu_counts_as_several_devices(tmp_path):
     np.testing.assert_allclose(losses[2], losses[0], rtol=1e-4)
 
 
-def test_a_run_goes_on_where_its_command_line_says(tmp_path):
+def test_a_run_is_resumed_where_its_command_line_says(tmp_path):
     """Not in as many processes as before, of which there may be none."""
-    from experiments.common import cli
     from experiments.common.saved_options import to_json
-    from experiments.few_shot import command_line
+    from experiments.few_shot import command_line as few_shot
     from experiments.learned_optimizer import command_line as optimizers
 
-    elsewhere = devices.Devices(
-        distributed=True, coordinator="a:1", num_processes=2, process_id=1
-    )
-    few_shot, learned = command_line.parse, optimizers.parse
-    for parse, change in ((few_shot, dataclasses.replace), (learned, cli.replace)):
-        before = change(parse([]), devices=elsewhere)
+    elsewhere = "--distributed --coordinator a:1 --num-processes 2 --process-id 1"
+    for parse in (few_shot.parse, optimizers.parse):
+        before = parse(elsewhere.split())
+        assert before.devices.process_id == 1
         document = {"config": to_json(before), "methods": {}}
         (tmp_path / "config.json").write_text(json.dumps(document))
         config = parse(["--resume", str(tmp_path)])

@@ -25,10 +25,11 @@ SCRIPTS = (learned_optimizer, meta_train_meta_lstm, own_learner_on_devices)
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda script: script.__name__)
 def test_a_script_can_be_read_in_a_sitting(script):
     lines = Path(str(script.__file__)).read_text().splitlines()
-    assert 60 <= len(lines) <= 130
+    assert 60 <= len(lines) <= 100
     assert len(inspect.signature(script.main).parameters) <= 5
 
 
+@pytest.mark.smoke
 def test_meta_train_meta_lstm(capsys):
     found = meta_train_meta_lstm.main(
         way=2, shot=1, meta_steps=2, filters=2, test_episodes=10
@@ -39,16 +40,13 @@ def test_meta_train_meta_lstm(capsys):
     assert "difference" in printed
 
 
-def test_learned_optimizer(tmp_path, capsys):
-    path = tmp_path / "rule.npz"
-    losses = learned_optimizer.main(meta_steps=2, unroll_steps=2, steps=3, save_to=path)
+def test_learned_optimizer(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    losses = learned_optimizer.main(meta_steps=2, unroll=2, steps=3)
     assert next(iter(losses)) == "learned"
     assert np.isfinite(list(losses.values())).all()
-    saved = metalstm.load_rule(path)
+    saved = metalstm.load_rule("rule.npz")
     assert saved.spec == learned_optimizer.SPEC
-    x, y = learned_optimizer.two_moons(0)
-    assert x.shape == (400, 2)
-    assert set(np.asarray(y)) == {0, 1}
     assert "meta-step     2" in capsys.readouterr().out
 
 

@@ -73,6 +73,7 @@ def assert_same_run(left: Path, right: Path):
         np.testing.assert_array_equal(a["meta-lstm"], b["meta-lstm"])
 
 
+@pytest.mark.smoke
 def test_a_run_writes_its_folder(finished):
     results = read(finished / "results.json")
     assert list(results["methods"]) == list(CHOSEN)
@@ -350,6 +351,7 @@ def test_a_run_with_flags_of_one_method_resumes_and_loads(tmp_path):
 # -- predictors ------------------------------------------------------------------------
 
 
+@pytest.mark.smoke
 def test_load_run_predicts_as_the_evaluation_did(finished):
     predict = metalstm.load_run(finished)
     assert predict.method == "meta-lstm"

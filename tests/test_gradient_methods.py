@@ -332,10 +332,11 @@ def test_implicit_maml_normalises_training_queries_as_asked():
 
 
 def test_implicit_maml_refuses():
-    for options in ({"strength": 0.0}, {"cg_steps": 0}):
-        with pytest.raises(ValueError, match=r"choose a pull above 0 and at least 1"):
-            algorithms.implicit_maml(NET, **options)
-    with pytest.raises(ValueError, match=r"train_query_norm='frozen': implicit_maml"):
+    with pytest.raises(ValueError, match=r"strength=0.0: choose a number above 0"):
+        algorithms.implicit_maml(NET, strength=0.0)
+    with pytest.raises(ValueError, match=r"cg_steps=0: choose 1 or more"):
+        algorithms.implicit_maml(NET, cg_steps=0)
+    with pytest.raises(ValueError, match=r"'frozen': choose one of transductive, sup"):
         algorithms.implicit_maml(NET, train_query_norm="frozen")
     pull = proximal_pull(1.0)
     with pytest.raises(ValueError, match=r"proximal_pull needs params"):

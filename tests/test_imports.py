@@ -25,6 +25,7 @@ LAYERS = (
     {"runtime.processes", "runtime.sharding"},
     {"tasks"},
     {"base"},
+    {"runtime.checkpoint_format"},
     {"rules", "nn", "data", "plots", "runtime.checkpoints"},
     {"inner"},
     {"algorithms"},
@@ -178,6 +179,7 @@ def in_fresh_python(code: str) -> set[str]:
     return set(json.loads(done.stdout.splitlines()[-1]))
 
 
+@pytest.mark.smoke
 def test_import_metalstm_is_lean():
     loaded = in_fresh_python("import metalstm")
     assert not NOT_AT_IMPORT & loaded

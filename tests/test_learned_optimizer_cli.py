@@ -171,7 +171,7 @@ def test_evaluate_measures_nothing_twice(finished, tmp_path, capsys, monkeypatch
         learned_optimizer.main([*line, "--test-seed", "1"])
     assert learned_optimizer.main([*line, "--baselines", "momentum,sgd"]) == 0
     after = (folder / "comparison.md").read_text()
-    assert after.rstrip().endswith("--study comparison --baselines momentum sgd")
+    assert after.rstrip().endswith("--study comparison --baselines momentum,sgd")
 
 
 def test_a_trained_rule_is_compared_as_it_is(finished, capsys):

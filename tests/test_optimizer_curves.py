@@ -152,7 +152,7 @@ def test_wrong_lengths_are_refused(options, message):
         ({"learning_rate": 0.1}, {"learning_rate": []}, {}, r"give every hyper-param"),
         ({"learning_rate": 0.1}, {}, {}, r"grid={}: give every hyper-parameter"),
         ({"learning_rate": 0.1}, {"rate": [1]}, {}, r"grid names rate but the rule ha"),
-        ({}, {"learning_rate": [1]}, {"score": "best"}, r"score='best': choose mean"),
+        ({}, {"learning_rate": [1]}, {"score": "best"}, r"score='best': choose"),
     ],
 )
 def test_wrong_grids_are_refused(rule, grid, options, message):

@@ -194,9 +194,15 @@ def test_init_std_none_is_the_models_own_start(data):
 @pytest.mark.parametrize(
     ("build", "message"),
     [
-        (lambda: problems.quadratics(0), r"dim=0: choose dim > 0"),
-        (lambda: problems.quadratics(init_std=0), r"init_std=0: choose init_std > 0"),
-        (lambda: problems.quadratics(distribution="x"), r"distribution='x': choose no"),
+        (lambda: problems.quadratics(0), r"dim=0: choose a number above 0"),
+        (
+            lambda: problems.quadratics(init_std=0),
+            r"init_std=0: choose a num",
+        ),
+        (
+            lambda: problems.quadratics(distribution="x"),
+            r"distribution='x': choose",
+        ),
         (lambda: problems.logistic_regression(num_examples=0), r"num_examples=0: ch"),
         (lambda: problems.plateau(steepness=(3, 2)), r"steepness=\(3, 2\): give 0 < l"),
         (lambda: problems.sinusoids(batch_size=0), r"batch_size=0: choose"),
@@ -208,11 +214,11 @@ def test_init_std_none_is_the_models_own_start(data):
         ),
         (
             lambda: problems.with_random_scaling(problems.quadratics(), 1, 2, per="x"),
-            r"per='x': choose coordinate or tensor",
+            r"per='x': choose one of coordinate, tensor",
         ),
         (
             lambda: problems.ProblemSampler(problems.quadratics(), 0),
-            r"num_batches=0: choose at least 1",
+            r"num_batches=0: choose 1 or more",
         ),
     ],
 )

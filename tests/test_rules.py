@@ -14,6 +14,7 @@ import tiny
 
 from metalstm import rules
 from metalstm.base import UpdateRule
+from metalstm.rules.flat import flatten
 
 PARAMS = {
     "layer": {"w": jnp.linspace(-1, 1, 6).reshape(2, 3), "b": jnp.zeros(3)},
@@ -261,6 +262,19 @@ def test_no_gates_is_sgd_to_the_last_bit_or_nearly():
     theirs = descend(optax.with_extra_args_support(optax.sgd(rate)))
     np.testing.assert_array_almost_equal_nulp(np.asarray(ours), np.asarray(theirs), 8)
     assert np.max(np.abs(theirs - 1)) > 0.5
+
+
+def test_the_gates_update_is_the_equation():
+    """theta_t = f theta_{t-1} + i (-g), with the gates' own f and i."""
+    rule = bound("gates")
+    updates, state = compiled("gates")(rule.weights, GRADS, rule.state, PARAMS)
+    gates = rules.find_gates(state)
+    theta, g = (flatten(tree) for tree in (PARAMS, GRADS))
+    moved = rules.gate_update(theta, g, gates["forget"], gates["input"])
+    expected = gates["forget"] * theta - gates["input"] * g
+    np.testing.assert_allclose(moved, expected, rtol=1e-5, atol=1e-6)
+    # half-precision leaves round
+    np.testing.assert_allclose(flatten(updates), moved - theta, rtol=2e-2, atol=1e-3)
 
 
 def test_a_forget_gate_near_one_keeps_its_digits():

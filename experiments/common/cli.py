@@ -8,13 +8,13 @@ their fields, `check` refuses what their types exclude. No jax is imported here,
 from __future__ import annotations
 
 import typing
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Annotated, Any, TypeVar
 
 import msgspec
 import tyro
 
-from experiments.common.saved_options import split_commas
+from experiments.common.saved_options import did_you_mean, split_commas
 
 __all__ = [
     "AT_LEAST_0",
@@ -27,6 +27,7 @@ __all__ = [
     "Pair",
     "Positive",
     "check",
+    "check_names",
     "parse",
     "replace",
     "split_names",
@@ -129,6 +130,19 @@ def _limits(hint: Any) -> Iterator[msgspec.Meta]:
             yield part
     for part in typing.get_args(hint)[: 1 if hasattr(hint, "__metadata__") else None]:
         yield from _limits(part)
+
+
+def check_names(flag: str, names: Sequence[str], known: Iterable[str]) -> None:
+    """Refuse a name that is not known, and one that comes twice.
+
+    Raises:
+      ValueError: names the flag, and the nearest of those that are known.
+    """
+    for name in names:
+        if name not in known:
+            raise ValueError(f"{flag} {name}: {did_you_mean(name, known)}")
+        if names.count(name) > 1:
+            raise ValueError(f"{flag} names {name} twice: drop one")
 
 
 def replace(options: Config, **changes: Any) -> Config:

@@ -18,7 +18,7 @@ from experiments.common.run_folder import (
     refuse_other_runs,
     write_json,
 )
-from experiments.common.saved_options import did_you_mean, to_json, value_of
+from experiments.common.saved_options import to_json, value_of
 from experiments.common.script_end import exit_status
 from experiments.common.tables import Table
 from metalstm.runtime.files import atomic_write
@@ -55,12 +55,11 @@ def read(
     Raises:
       ValueError: an unknown preset, or an option outside its limits.
     """
-    said = {"module": module, "description": description}
+    said: dict[str, Any] = {"module": module, "description": description}
     named = value_of("--preset", arguments)
     if named is not None:
         presets = presets or {}
-        if named not in presets:
-            raise ValueError(f"--preset {named}: {did_you_mean(named, presets)}")
+        cli.check_names("--preset", [named], presets)
         default = cli.parse(default, presets[named].split(), **said)
     return cli.parse(default, arguments, **said)
 

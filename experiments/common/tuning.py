@@ -29,7 +29,7 @@ class Tuned(NamedTuple):
 
 def tune(
     score: Callable[[Grid], np.ndarray],
-    grid: Mapping[str, Sequence[float]],
+    grid: Mapping[str, Sequence[float] | np.ndarray],
     *,
     grow: str | None = None,
     times: int = 4,

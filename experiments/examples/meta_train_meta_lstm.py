@@ -68,11 +68,11 @@ def main(
             loss, accuracy = float(metrics["loss"]), float(metrics["accuracy"])
             print(f"step {step + 1:5d}  loss {loss:.3f}  accuracy {accuracy:.1%}")
 
-    test = {"pool": glyphs.test, "spec": spec, "num_episodes": test_episodes}
-    ours = metalstm.evaluate(algorithm, state.params, **test)
+    test = glyphs.test, spec
+    ours = metalstm.evaluate(algorithm, state.params, *test, num_episodes=test_episodes)
     scratch = algorithms.from_scratch(learner, optax.sgd(0.1), num_steps=NUM_STEPS)
     drawn = jax.jit(scratch.init)(jax.random.key(0), one)
-    theirs = metalstm.evaluate(scratch, drawn, **test)
+    theirs = metalstm.evaluate(scratch, drawn, *test, num_episodes=test_episodes)
     mean, ci95 = metalstm.paired_difference(ours, theirs)
     print(f"meta-lstm  {ours}\nscratch    {theirs}")
     print(f"difference {100 * mean:+.1f} ± {100 * ci95:.1f}")

@@ -22,7 +22,7 @@ from pathlib import Path
 from experiments.common import devices
 from experiments.common.compiled_programs import keep_compiled_programs
 from experiments.common.script_end import exit_status, what_is_kept
-from experiments.learned_optimizer.command_line import may_change, parse
+from experiments.learned_optimizer.command_line import may_change, other_flags, parse
 from experiments.learned_optimizer.options import Config
 
 
@@ -38,7 +38,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         from experiments.learned_optimizer import running
 
         if config.run.evaluate is not None:
-            running.evaluate(config)
+            running.evaluate(config, other_flags(arguments))
             return 0
         folder = running.choose_folder(config)
         return _run(config, folder)

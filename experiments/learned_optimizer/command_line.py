@@ -10,7 +10,6 @@ from experiments.common.cli import replace, split_names
 from experiments.common.devices import MAY_CHANGE, Devices
 from experiments.common.devices import check as check_devices
 from experiments.common.saved_options import (
-    did_you_mean,
     from_json,
     read_config,
     value_of,
@@ -25,7 +24,7 @@ from experiments.learned_optimizer.options import (
     Test,
 )
 from experiments.learned_optimizer.presets import PRESETS
-from experiments.learned_optimizer.rule_options import RULES
+from experiments.learned_optimizer.rule_options import RULES, named_rules
 
 _WITHOUT_BATCHES = ("plateau", "quadratics", "logistic")
 STUDIES = {
@@ -69,8 +68,8 @@ def _read(arguments: list[str], default: Config, all_rules: bool = False) -> Con
 
 def _default(arguments: list[str]) -> Config:
     preset = value_of("--preset", arguments)
-    if preset is not None and preset not in PRESETS:
-        raise ValueError(f"--preset {preset}: {did_you_mean(preset, PRESETS)}")
+    if preset is not None:
+        cli.check_names("--preset", [preset], PRESETS)
     for flag in ("--resume", "--evaluate"):
         folder = value_of(flag, arguments)
         if folder is None:
@@ -80,10 +79,21 @@ def _default(arguments: list[str]) -> Config:
         saved = from_json(Config, read_config(Path(folder))["config"])
         run = Run(preset=saved.run.preset, seed=saved.run.seed)
         # it may resume elsewhere
-        return replace(saved, run=run, devices=Devices())
+        rules = named_rules() | saved.rule
+        return replace(saved, run=run, rule=rules, devices=Devices())
     if preset is None:
         return Config()
     return _read(PRESETS[preset].split(), Config(), all_rules=True)
+
+
+def other_flags(arguments: list[str]) -> list[str]:
+    """Those of an evaluation that are neither the run nor the studies."""
+    kept, skipped = [], False
+    for word in arguments:
+        if word.startswith("--"):
+            skipped = word.split("=")[0] in ("--evaluate", "--study")
+        kept += [] if skipped else [word]
+    return kept
 
 
 def may_change(config: Config) -> tuple[str, ...]:
@@ -154,6 +164,11 @@ def check(config: Config) -> None:
     cli.check(config)
     _check_names(config)
     _check_training(config)
+    if type(config.problem.family) is not type(FAMILIES[config.problem.name]):
+        raise ValueError(
+            f"config.json: --problem {config.problem.name} has options of another "
+            "problem: put a copy of the file back, or start again"
+        )
     run, test = config.run, config.test
     if test.steps % test.record_every:
         raise ValueError(
@@ -207,26 +222,19 @@ def _check_names(config: Config) -> None:
     baselines = BASELINES + MORE_BASELINES
     if not names:
         raise ValueError(f"--rules is empty: choose from {', '.join(RULES)}")
-    for name in names:
-        if name not in RULES and name not in files:
-            raise ValueError(f"--rules {name}: {did_you_mean(name, RULES)}")
-        if names.count(name) > 1:
-            raise ValueError(f"--rules names {name} twice: drop one")
+    cli.check_names("--rules", names, [*RULES, *files])
+    cli.check_names("--baselines", config.test.baselines, baselines)
+    cli.check_names("--few-baselines", config.test.few_baselines, baselines)
+    cli.check_names("--study", config.test.study, STUDIES)
+    for name, path in files.items():
         if name in baselines:
             raise ValueError(f"--rules {name}=FILE: a baseline has that name")
-    for name, path in files.items():
         if not path.exists():
             raise FileNotFoundError(
                 f"--rules {name}={path}: there is no such file; a run writes its rules "
                 "to RUN/rules/NAME.npz"
             )
-    for name in (*config.test.baselines, *config.test.few_baselines):
-        if name not in baselines:
-            raise ValueError(f"--baselines {name}: {did_you_mean(name, baselines)}")
     kind, study = config.problem.name, config.test.study
-    for name in study:
-        if name not in STUDIES:
-            raise ValueError(f"--study {name}: {did_you_mean(name, STUDIES)}")
     if "panels" in study and kind != "mlp":
         raise ValueError(
             f"--study panels: the six panels are of an mlp, not {kind}; take a run of "

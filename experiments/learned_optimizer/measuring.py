@@ -19,7 +19,8 @@ import optax
 
 from experiments.common.saved_options import to_json
 from experiments.common.tuning import Grid, Tuned, tune
-from experiments.learned_optimizer.options import Problem, Test
+from experiments.learned_optimizer.command_line import rule_names, trained_rules
+from experiments.learned_optimizer.options import Config, Problem, Test
 from experiments.learned_optimizer.problems import NEED_NO_DATA, Source, load_source
 from metalstm import rules
 from metalstm.data.cache import cached
@@ -192,13 +193,24 @@ class Bench:
         return {k: v for k, v in arrays.items() if k != "key"}
 
 
-def load_optimizers(paths: dict[str, Path]) -> list[Optimizer]:
-    """Bind saved rules; raises ValueError for a file that is none."""
-    found = []
-    for name, path in paths.items():
-        saved = rules.load_rule(path)
+def saved_rules(config: Config, folder: Path) -> list[Optimizer]:
+    """The rules of a run, bound, from their files.
+
+    Raises:
+      FileNotFoundError: one has not been exported yet.
+      ValueError: a file is none of a rule.
+    """
+    given, found = trained_rules(config), []
+    for name in rule_names(config):
+        path = given.get(name, folder / "rules" / f"{name}.npz")
+        if not path.exists():
+            raise FileNotFoundError(
+                f"{folder} has no trained {name} yet ({path}): resume with --resume "
+                f"{folder}, or omit it with --rules"
+            )
+        tx = rules.load_rule(path).transform()
         digest = hashlib.sha256(path.read_bytes()).hexdigest()
-        found.append(Optimizer(name, saved.transform(), {"rule": digest}))
+        found.append(Optimizer(name, tx, {"rule": digest}))
     return found
 
 

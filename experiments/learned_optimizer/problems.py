@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 from experiments.common.cli import replace
 from experiments.common.saved_options import to_json
@@ -68,7 +68,7 @@ def _load_data(problem: Problem) -> tuple[Any, dict[str, Any]]:
 
 def describe(problem: Problem) -> str:
     """One line: what is optimized and from where it starts."""
-    name, family = problem.name, problem.family
+    name, family = problem.name, cast(Any, problem.family)
     std = getattr(family, "init_std", None)
     start = "" if std is None else f", theta_0 std {std:g}"
     if name in ("quadratics", "logistic", "plateau"):
@@ -85,7 +85,8 @@ def describe(problem: Problem) -> str:
 
 def variants(problem: Problem) -> dict[str, Problem]:
     """Other problems to apply a rule to, by what has changed."""
-    family = problem.family
+    family: Any = problem.family
+    changes: dict[str, dict[str, Any]]
     if problem.name == "quadratics":
         changes = {
             f"{2 * family.dim} parameters": {"dim": 2 * family.dim},
@@ -109,6 +110,7 @@ def variants(problem: Problem) -> dict[str, Problem]:
         for name, change in changes.items()
     }
     if problem.name == "mlp" and problem.dataset != "glyphs":
-        data = {"dataset": "glyphs", "data_dir": None, "train_image_size": None}
-        found["letters"] = replace(problem, **data)
+        found["letters"] = replace(
+            problem, dataset="glyphs", data_dir=None, train_image_size=None
+        )
     return {name: one for name, one in found.items() if one != problem}

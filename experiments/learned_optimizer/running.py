@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +18,12 @@ from experiments.common.run_folder import (
     refuse_other_data,
     write_json,
 )
-from experiments.common.saved_options import read_config, to_json
+from experiments.common.saved_options import to_json
 from experiments.learned_optimizer.command_line import rule_names, trained_rules
-from experiments.learned_optimizer.measuring import Optimizer, load_optimizers
+from experiments.learned_optimizer.measuring import saved_rules
 from experiments.learned_optimizer.options import Config, rule_spec
 from experiments.learned_optimizer.problems import describe, load_source
+from experiments.learned_optimizer.studies import Context, make_studies
 from experiments.learned_optimizer.training import Trained, meta_train
 from metalstm import plots, rules
 from metalstm.runtime import processes
@@ -68,7 +70,7 @@ def run(config: Config, folder: Path) -> None:
         files += [f"rules/{name}.npz" for name in specs]
         figure = _learning_curves(metrics, list(specs))
         files.append(report.save_figure(figure, folder / "learning_curve.png"))
-    studies = make_all(config, folder)
+    studies = make_studies(Context(config, saved_rules(config, folder), folder))
     results = {
         "problem": describe(config.problem),
         "rules": found,
@@ -85,44 +87,16 @@ def run(config: Config, folder: Path) -> None:
     )
 
 
-def evaluate(config: Config) -> None:
-    """Make the studies of a finished (or stopped) run again.
+def evaluate(config: Config, flags: Sequence[str]) -> None:
+    """Make the studies of a finished (or stopped) run again, with these flags.
 
     Raises:
       FileNotFoundError: the run has exported no rule yet.
     """
     folder = config.run.evaluate
     assert folder is not None
-    read_config(folder)  # says so when it is no run folder
     print(_header(config, devices.describe(None)), flush=True)
-    make_all(config, folder)
-
-
-def make_all(config: Config, folder: Path) -> dict[str, Any]:
-    from experiments.learned_optimizer.studies import Context, make_studies
-
-    context = Context(config, saved_rules(config, folder), folder)
-    return make_studies(context)
-
-
-def saved_rules(config: Config, folder: Path) -> list[Optimizer]:
-    """The rules of a run, from their files.
-
-    Raises:
-      FileNotFoundError: one has not been exported yet.
-    """
-    given = trained_rules(config)
-    paths = {
-        name: given.get(name, folder / "rules" / f"{name}.npz")
-        for name in rule_names(config)
-    }
-    for name, path in paths.items():
-        if not path.exists():
-            raise FileNotFoundError(
-                f"{folder} has no trained {name} yet ({path}): resume with --resume "
-                f"{folder}, or omit it with --rules"
-            )
-    return load_optimizers(paths)
+    make_studies(Context(config, saved_rules(config, folder), folder, flags))
 
 
 def _export(

@@ -16,10 +16,16 @@ import optax
 from experiments.common.cli import replace
 from experiments.common.report import save_figure
 from experiments.common.run_folder import write_json
-from experiments.common.saved_options import from_json, read_config, to_json
+from experiments.common.saved_options import from_json, read_config
 from experiments.common.tables import Table
 from experiments.learned_optimizer import tables
-from experiments.learned_optimizer.measuring import Bench, Choice, Optimizer, compete
+from experiments.learned_optimizer.measuring import (
+    Bench,
+    Choice,
+    Optimizer,
+    compete,
+    saved_rules,
+)
 from experiments.learned_optimizer.options import Config, Problem
 from experiments.learned_optimizer.problems import describe, variants
 from metalstm import plots
@@ -42,6 +48,7 @@ class Context(NamedTuple):
     config: Config
     rules: Sequence[Optimizer]
     folder: Path
+    flags: Sequence[str] = ()  # that the study was made with, of an evaluation
 
     @property
     def reference(self) -> str:
@@ -138,12 +145,10 @@ def _comparison(context: Context) -> tuple[Rows, list[str]]:
     title = describe(context.config.problem)
     measured, chosen = context.compete(names=context.config.test.baselines)
     rows = tables.rows_of(measured, chosen, reference=context.reference)
-    said = {
-        "caption": f"{title}. {context.protocol()}",
-        "reference": context.reference,
-    }
-    print(tables.short_table(rows, **said), flush=True)
-    files = [context.write("comparison", tables.table(rows, **said))]
+    caption = f"{title}. {context.protocol()}"
+    shown = tables.table(rows, reference=context.reference, caption=caption)
+    print(shown, flush=True)
+    files = [context.write("comparison", shown)]
     figure = plots.loss_panels(
         {title: measured},
         geometric=[title] if context.geometric else [],
@@ -213,7 +218,7 @@ def _panels(context: Context) -> tuple[Rows, list[str]]:
         learned |= set(other.learned)
     steps, cut = test.steps, test.steps // test.record_every
     twice, chosen = context.compete(steps=2 * steps, tune_steps=steps)
-    family = config.problem.family
+    family: Any = config.problem.family
     base = f"{config.problem.dataset}, {family.hidden[0]} {family.activation} units"
     panels.add(base, (_cut(twice, slice(cut + 1)), chosen))
     title = f"{base}, updates {steps} to {2 * steps}"
@@ -243,8 +248,6 @@ def _cut(measured: Mapping[str, Losses], part: slice) -> dict[str, Losses]:
 
 def _other_run(folder: Path, context: Context) -> Context:
     """The run on quadratics, evaluated under its own settings."""
-    from experiments.learned_optimizer.running import saved_rules
-
     config = from_json(Config, read_config(folder)["config"])
     test = replace(config.test, curves=context.config.test.curves)
     config = replace(config, test=test)
@@ -274,19 +277,13 @@ def _plateau(context: Context) -> tuple[Rows, list[str]]:
         f"{describe(context.config.problem)}. {context.protocol()} Escaped: a loss "
         f"below {test.escape_below:g} of the first."
     )
-    shown = Table(
-        caption,
-        ["optimizer", "escaped", "updates until half have", "mean f"],
-        [
-            [
-                row["optimizer"],
-                f"{row['escaped']:.0%}",
-                _or(row["updates_to_half"], ",", "never"),
-                _or(row.get("mean_forget"), ".4f", ""),
-            ]
-            for row in rows
-        ],
-    )
+    headings = "optimizer", "escaped", "updates until half have", "mean f"
+    cells = []
+    for row in rows:
+        when = _or(row["updates_to_half"], ",", "never")
+        mean = _or(row.get("mean_forget"), ".4f", "")
+        cells.append([row["optimizer"], f"{row['escaped']:.0%}", when, mean])
+    shown = Table(caption, headings, cells)
     print(shown, flush=True)
     full = tables.table(rows, reference=context.reference)
     figure = plots.escape_curves(escaped, forget, learned=context.learned)
@@ -322,85 +319,50 @@ def forget_gates(bench: Bench, rule: Optimizer, steps: int) -> np.ndarray | None
 
 def _cost(context: Context) -> tuple[Rows, list[str]]:
     """Time and memory of one update of an MLP's parameters, optimizers in turn."""
-    keys = jax.random.split(jax.random.key(0), len(_COST_SHAPES))
-    params = {
-        name: 0.01 * jax.random.normal(key, shape)
-        for key, (name, shape) in zip(keys, _COST_SHAPES.items(), strict=True)
-    }
+    key = jax.random.key(0)
+    params = {n: 0.01 * jax.random.normal(key, s) for n, s in _COST_SHAPES.items()}
     adam = optax.with_extra_args_support(optax.adam(1e-3))
     transforms = {"adam": adam} | {rule.name: rule.tx for rule in context.rules}
     states = {name: tx.init(params) for name, tx in transforms.items()}
     updates = {name: jax.jit(tx.update) for name, tx in transforms.items()}
-    grads = jax.tree.map(lambda p: 0.1 * p, params)
+    grads, loss = jax.tree.map(lambda p: 0.1 * p, params), jnp.float32(1)
     times: dict[str, list[float]] = {name: [] for name in transforms}
     for _ in range(COST_REPEATS + 2):
         for name, update in updates.items():
             begun = time.perf_counter()
-            jax.block_until_ready(
-                update(grads, states[name], params, value=jnp.float32(1))
-            )
+            jax.block_until_ready(update(grads, states[name], params, value=loss))
             times[name].append(time.perf_counter() - begun)
-    # the first calls compile
-    medians = {name: float(np.median(t[2:])) for name, t in times.items()}
-    size = sum(p.size for p in params.values())
-    rows = [
-        {
-            "optimizer": name,
-            "milliseconds": 1e3 * medians[name],
-            "times_adam": medians[name] / medians["adam"],
-            "state_bytes_per_parameter": sum(
-                np.asarray(leaf).nbytes for leaf in jax.tree.leaves(state)
-            )
-            / size,
-        }
-        for name, state in states.items()
-    ]
+    size, rows = sum(p.size for p in params.values()), []
+    for name, state in states.items():
+        # the first calls compile
+        seconds = float(np.median(times[name][2:]))
+        stored = sum(np.asarray(leaf).nbytes for leaf in jax.tree.leaves(state))
+        row = {"optimizer": name, "milliseconds": 1e3 * seconds}
+        row["times_adam"] = seconds / float(np.median(times["adam"][2:]))
+        rows.append(row | {"state_bytes_per_parameter": stored / size})
     caption = (
         f"One jitted update of a 784-20-10 MLP's {size:,} parameters, median of "
         f"{COST_REPEATS}, on {jax.devices()[0].device_kind}, in turn with Adam's."
     )
-    shown = Table(
-        caption,
+    headings = "optimizer", "one update, ms", "times Adam's", "state, bytes a parameter"
+    styles = "", ".3g", ".1f", ".0f"
+    cells = [
         [
-            "optimizer",
-            "one update, ms",
-            "times Adam's",
-            "state, bytes a parameter",
-        ],
-        [
-            [
-                row["optimizer"],
-                f"{row['milliseconds']:.3g}",
-                f"{row['times_adam']:.1f}",
-                f"{row['state_bytes_per_parameter']:.0f}",
-            ]
-            for row in rows
-        ],
-    )
+            format(value, style)
+            for value, style in zip(row.values(), styles, strict=True)
+        ]
+        for row in rows
+    ]
+    shown = Table(caption, headings, cells)
     print(shown, flush=True)
     return rows, [context.write("cost", shown)]
 
 
 def command(context: Context, study: str) -> str:
-    """What makes a study again: the run, and the flags that it was not made with."""
-    line = ["--evaluate", str(context.folder), "--study", study]
-    other = context.config.run.quadratics_run
-    if other and study == "panels":
-        line += ["--quadratics-run", str(other)]
-    saved = read_config(context.folder)["config"]
-    now = to_json(context.config)
-    both = [({"rules": saved["rules"]}, {"rules": now["rules"]})]
-    both += [(saved[group], now[group]) for group in ("problem", "test", "devices")]
-    for old, new in both:
-        for name, value in new.items():
-            if name in ("study", "family") or value == old.get(name):
-                continue
-            flag = name.replace("_", "-")
-            if isinstance(value, bool):
-                line.append(f"--{flag}" if value else f"--no-{flag}")
-            else:
-                values = value if isinstance(value, list) else [value]
-                line += [f"--{flag}", *map(str, values or ["none"])]
+    """What makes a study again: the run, and the flags of this evaluation."""
+    line = ["--evaluate", str(context.folder), "--study", study, *context.flags]
+    if study == "panels" and context.config.run.quadratics_run and not context.flags:
+        line += ["--quadratics-run", str(context.config.run.quadratics_run)]
     return "python -m experiments.learned_optimizer " + shlex.join(line)
 
 

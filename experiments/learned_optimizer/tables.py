@@ -69,14 +69,6 @@ def table(
     return Table(caption, names, cells, left=(0, 1) if first else (0,))
 
 
-def short_table(rows: Sequence[Row], *, reference: str, caption: str) -> Table:
-    """The same for a terminal, with fewer columns."""
-    kept = (0, 2, 4, 5, 6, 8, 9)
-    full = table(rows, reference=reference, caption=caption)
-    cells = [[row[i] for i in kept] for row in full.cells]
-    return full._replace(headings=[full.headings[i] for i in kept], cells=cells)
-
-
 def grid(rows: Sequence[Row], *, row: str, column: str, caption: str) -> Table:
     """Mean losses with their intervals, one row a problem, one column an optimizer."""
     names = list(dict.fromkeys(r[column] for r in rows))

@@ -233,7 +233,8 @@ def table(found: Mapping[str, Any], config: Config) -> Table:
     tests = {
         name: Evaluation(
             np.array(one["test_accuracies"]),
-            *one["test"],
+            mean=one["test"][0],
+            ci95=one["test"][1],
             query_norm=None,
             split="test",
             seed=config.seed,

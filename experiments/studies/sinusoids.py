@@ -31,8 +31,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from experiments.common.cli import Count, Names, Natural, Pair
-from experiments.common.saved_options import did_you_mean
+from experiments.common.cli import Count, Names, Natural, Pair, check_names
 from experiments.common.study import StudyOptions, read, run_study, write_results
 from experiments.common.tables import Table
 from experiments.studies import regression
@@ -107,13 +106,19 @@ def make_methods(config: Config) -> dict[str, Method]:
         )
 
     def reptile(rate):
-        options = {"num_steps": config.reptile_steps, "batch_size": shot}
-        return algorithms.reptile(learner, fixed_sgd(rate), **options, **pooled)
+        return algorithms.reptile(
+            learner,
+            fixed_sgd(rate),
+            num_steps=config.reptile_steps,
+            batch_size=shot,
+            **pooled,
+        )
 
     def joint(rate):
         # the first gradient alone is that of the loss over all tasks at theta_0
-        options = {"num_steps": 1, "gradient_weights": (1.0,)}
-        return algorithms.reptile(learner, fixed_sgd(rate), **options, **pooled)
+        return algorithms.reptile(
+            learner, fixed_sgd(rate), num_steps=1, gradient_weights=(1.0,), **pooled
+        )
 
     def per_parameter(rate) -> UpdateRule:
         return rules.learned_sgd(rate, per="parameter")
@@ -198,7 +203,7 @@ def figures(
     }
 
 
-def _steps(errors: dict[str, np.ndarray]) -> list[int]:
+def _steps(errors: Mapping[str, np.ndarray]) -> list[int]:
     last = next(iter(errors.values())).shape[-1] - 1
     return sorted({step for step in (0, 1, 2, 3, 5, 10, last) if step <= last})
 
@@ -322,11 +327,7 @@ def parse(arguments: list[str]) -> Config:
         description=f"{__doc__}\nMethods: {about}",
         presets=PRESETS,
     )
-    for name in config.methods:
-        if name not in METHODS:
-            raise ValueError(f"--methods {name}: {did_you_mean(name, METHODS)}")
-        if config.methods.count(name) > 1:
-            raise ValueError(f"--methods names {name} twice: drop one")
+    check_names("--methods", config.methods, METHODS)
     return config
 
 

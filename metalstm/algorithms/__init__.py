@@ -1,8 +1,8 @@
 """Meta-learners: functions from a support set to a predictor."""
 
-from metalstm.algorithms.gradient.adaptation import learned_init
 from metalstm.algorithms.gradient.agreement import gradient_agreement
 from metalstm.algorithms.gradient.displacement import reptile
+from metalstm.algorithms.gradient.engine import learned_init
 from metalstm.algorithms.gradient.proximal import implicit_maml
 from metalstm.algorithms.gradient.published import (
     anil,

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-__all__ = ["as_bytes", "decode_files", "fit"]
+__all__ = ["as_bytes", "decode_files", "fit", "fit_to_set"]
 
 
 def fit(image: np.ndarray, size: int) -> np.ndarray:
@@ -45,6 +45,25 @@ def as_bytes(image: Any, where: str) -> np.ndarray:
             f"numbers in [0, 255] ({_extremes(image)}): prepare it as uint8"
         )
     return converted
+
+
+def fit_to_set(
+    image: Any, name: str, *, size: int | None, shape: tuple[int, ...] | None
+) -> np.ndarray:
+    """Return an image of the data set ``name`` as uint8, resized unless size is None.
+
+    Raises:
+      ValueError: its shape is not ``shape``, that of the set's images before it (None:
+        there is none), or a value is outside a byte.
+    """
+    image = as_bytes(image, name)
+    image = image if size is None else fit(image, size)
+    if shape is not None and image.shape != shape:
+        raise ValueError(
+            f"the images of {name} have several sizes, such as {shape} and "
+            f"{image.shape}; choose an image_size"
+        )
+    return image
 
 
 def _extremes(image: np.ndarray) -> str:

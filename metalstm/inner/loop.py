@@ -23,7 +23,7 @@ from metalstm.inner.coordinatewise import (
     keeps_states,
     replay_rule,
 )
-from metalstm.inner.differentiation import Differentiation
+from metalstm.inner.differentiation import Differentiation, Keep
 from metalstm.inner.scanning import (
     INNER_GRADIENT,
     concatenate,
@@ -95,7 +95,7 @@ def unroll(
       differentiation: `first_order` or `second_order`: what the outer derivative goes
         through, and what is stored for it. It changes no value.
       stats: what ``loss_fn`` carries from step to step, such as batch statistics.
-      rule_state: where the rule goes on from; None: ``init`` of the bound rule.
+      rule_state: where the rule continues from; None: ``init`` of the bound rule.
       gradient_scale: what the gradient is multiplied by before the rule sees it.
       observe: diagnostics of the state after each update, for ``Trace.observed``.
       key: a PRNG key; step t gets ``fold_in(key, t)``. None: ``loss_fn`` gets None.
@@ -223,7 +223,7 @@ def _in_blocks(
     coordinates: Coordinates,
     *,
     gradient_scale: Array | float,
-    keep: str,
+    keep: Keep,
     observe: Callable[[InnerState], PyTree] | None,
     axis_name: str | None,
     scan_unroll: int,
@@ -279,8 +279,8 @@ def _in_blocks(
         axis_name=axis_name,
     )
     # the derivative of g . theta by theta is that of the loss
-    products = jax.tree.leaves(coordinates.unflatten(products))
-    of_losses = sum(part.reshape(*losses.shape, -1).sum(-1) for part in products)
+    parts = jax.tree.leaves(coordinates.unflatten(products))
+    of_losses = sum(part.reshape(*losses.shape, -1).sum(-1) for part in parts)
     final = InnerState(
         with_gradient(final.params, coordinates.unflatten(theta)),
         final.stats,

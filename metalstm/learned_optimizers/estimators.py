@@ -243,7 +243,7 @@ def _objective(
 
 def _map_pair(fn: Callable, *args: PyTree, axis_name: str | None) -> PyTree:
     """``fn`` of each of two, the leading axis; by two devices if they share a task."""
-    if sharding.axis_devices(axis_name) == 1:
+    if axis_name is None or sharding.axis_devices(axis_name) == 1:
         # on a CPU one after the other: XLA computes a single product on all cores
         return map_tasks(fn, *args)
     sign = lax.axis_index(axis_name) % 2

@@ -16,7 +16,9 @@ import jax.numpy as jnp
 import optax
 from flax import linen as nn
 
+from metalstm.algorithms.common import task_loss
 from metalstm.base import Array, Learner, LearnerState, PyTree
+from metalstm.checks import check_at_least, check_choice, check_positive
 from metalstm.nn import MLP, conv4, from_flax
 
 __all__ = [
@@ -37,14 +39,12 @@ __all__ = [
 class ProblemFamily(NamedTuple):
     """Problems drawn at random: what to minimise, from where, on which batches."""
 
-    # (key, data) -> task: what makes this instance, a pytree of arrays; () when all
-    # instances share the data
+    # (key, data) -> task: what makes this instance, () when all share the data
     sample: Callable[[Array, PyTree], PyTree]
     # (key, task) -> params: theta_0
     init: Callable[[Array, PyTree], PyTree]
     # (key, data, size=None) -> batch: one minibatch of the family's size or another; ()
-    # when the loss has none. It knows nothing of the task, so that it serves whichever
-    # instance is in training: what depends on the instance is computed in the loss.
+    # when the loss has none. What depends on the task is computed in the loss.
     batch: Callable[..., PyTree]
     # (params, task, batch) -> scalar
     loss: Callable[[PyTree, PyTree, PyTree], Array]
@@ -62,17 +62,17 @@ class Draw(NamedTuple):
 class ProblemSampler:
     """What `metalstm.make_train_loop` draws problems with; ``data`` is its pool.
 
-    family: a `ProblemFamily`.
-    num_batches: minibatches of a draw. `learned_optimizer` takes one more
-      than it makes updates: the loss behind the last update has its own.
+    Args:
+      family: a `ProblemFamily`.
+      num_batches: minibatches of a draw. `learned_optimizer` takes one more
+        than it makes updates: the loss behind the last update has its own.
     """
 
     family: ProblemFamily
     num_batches: int
 
     def __post_init__(self) -> None:
-        if self.num_batches < 1:
-            raise ValueError(f"num_batches={self.num_batches}: choose at least 1")
+        check_at_least("num_batches", self.num_batches, 1)
 
     def sample(self, key: Array, data: Any = None) -> Draw:
         task_key, init_key, batch_key = jax.random.split(key, 3)
@@ -104,8 +104,7 @@ def quadratics(
       init_std: theta_0 ~ N(0, init_std^2).
     """
     _check_positive(dim=dim, init_std=init_std)
-    if distribution not in ("normal", "uniform"):
-        raise ValueError(f"distribution={distribution!r}: choose normal or uniform")
+    check_choice("distribution", distribution, ("normal", "uniform"))
     entries = jax.random.normal if distribution == "normal" else jax.random.uniform
 
     def sample(key: Array, data: PyTree) -> PyTree:
@@ -264,7 +263,7 @@ def supervised(
     """
     _check_positive(batch_size=batch_size)
     learner = model if isinstance(model, Learner) else from_flax(model)
-    measure = _mean_loss if loss_fn is None else loss_fn
+    measure = task_loss if loss_fn is None else loss_fn
 
     def sample(key: Array, data: PyTree) -> PyTree:
         example = _floats(data.x[:1])
@@ -304,9 +303,7 @@ def mlp_classifier(
     batch_size: int = 128,
 ) -> ProblemFamily:
     """Classify ``data`` by a multi-layer perceptron; the defaults are L2L's MNIST."""
-    if activation not in _ACTIVATIONS:
-        choices = ", ".join(_ACTIVATIONS)
-        raise ValueError(f"activation={activation!r}: choose one of {choices}")
+    check_choice("activation", activation, _ACTIVATIONS)
     module = MLP(num_classes, tuple(hidden), _ACTIVATIONS[activation])
     return supervised(module, batch_size=batch_size, init_std=init_std)
 
@@ -345,8 +342,7 @@ def with_random_scaling(
       per: a scale for every coordinate, or one for each tensor.
     """
     _check_range("low, high", (low, high))
-    if per not in ("coordinate", "tensor"):
-        raise ValueError(f"per={per!r}: choose coordinate or tensor")
+    check_choice("per", per, ("coordinate", "tensor"))
 
     def sample(key: Array, data: PyTree) -> PyTree:
         task_key, scale_key = jax.random.split(key)
@@ -378,13 +374,6 @@ def _floats(x: Array) -> Array:
     return x.astype(jnp.float32) / 255 if x.dtype == jnp.uint8 else x
 
 
-def _mean_loss(outputs: Array, targets: Array) -> Array:
-    if jnp.issubdtype(targets.dtype, jnp.integer):
-        losses = optax.softmax_cross_entropy_with_integer_labels(outputs, targets)
-        return losses.mean()
-    return jnp.square(outputs - targets).mean()
-
-
 def _redrawn(key: Array, params: PyTree, std: float | None) -> PyTree:
     """Every leaf from N(0, std^2); None leaves them as they are."""
     if std is None:
@@ -409,5 +398,4 @@ def _check_range(name: str, limits: tuple[float, float]) -> None:
 
 def _check_positive(**numbers: float) -> None:
     for name, number in numbers.items():
-        if number <= 0:
-            raise ValueError(f"{name}={number}: choose {name} > 0")
+        check_positive(name, number)

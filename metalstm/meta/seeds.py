@@ -49,8 +49,9 @@ def map_seeds(
     """``train_loop`` for S seeds in one jitted call: ``(states, pool) -> ...``.
 
     Each seed takes the steps that it takes alone, to rounding: nothing travels between
-    them, and one whose loss is not finite stays where it was while the others go on. A
-    device's seeds are vmapped on an accelerator, and follow each other on a CPU.
+    them, and one whose loss is not finite stays where it was while the others continue.
+    A device's seeds are vmapped on an accelerator, and computed one after another on a
+    CPU.
 
     Args:
       train_loop: from `make_train_loop` without a mesh.
@@ -69,7 +70,7 @@ def map_seeds(
     if mesh is not None and mesh.axis_names != ("task",):
         raise ValueError(
             f"mesh has axes {mesh.axis_names}: seeds are spread over one axis, 'task'; "
-            "leave out devices_per_task"
+            "omit devices_per_task"
         )
 
     def on_one_device(states: TrainState, pool: Any):

@@ -2,8 +2,16 @@
 
 from metalstm.nn.flax_modules import from_flax
 from metalstm.nn.heads import tied_head
-from metalstm.nn.learners import conv4, mlp, relation_net, resnet12
-from metalstm.nn.networks import MLP, Conv4, RelationNet, ResNet12
+from metalstm.nn.networks import (
+    MLP,
+    Conv4,
+    RelationNet,
+    ResNet12,
+    conv4,
+    mlp,
+    relation_net,
+    resnet12,
+)
 
 __all__ = [
     "MLP",

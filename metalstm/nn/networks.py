@@ -1,9 +1,8 @@
-"""The networks of the few-shot literature, as flax Linen modules.
+"""The networks of the few-shot literature, as Linen modules and as learners.
 
 Shapes: N images, H rows, W columns, C channels, way classes. Every module takes
 ``(x, train)``; ``train`` is whether a batch norm uses its batch (True) or its
-moving averages (False). `metalstm.nn.conv4` and its neighbours turn them
-into learners.
+moving averages (False).
 """
 
 from __future__ import annotations
@@ -15,9 +14,10 @@ from typing import Any, Literal, get_args
 import jax
 from flax import linen as nn
 
-from metalstm.base import Array
+from metalstm.base import Array, Learner
 from metalstm.checks import check_choice
 from metalstm.nn.convolution import Method, conv2d
+from metalstm.nn.flax_modules import from_flax
 from metalstm.nn.layers import (
     Conv,
     Initializer,
@@ -31,7 +31,16 @@ from metalstm.nn.layers import (
 )
 from metalstm.nn.pooling import max_pool
 
-__all__ = ["MLP", "Conv4", "RelationNet", "ResNet12"]
+__all__ = [
+    "MLP",
+    "Conv4",
+    "RelationNet",
+    "ResNet12",
+    "conv4",
+    "mlp",
+    "relation_net",
+    "resnet12",
+]
 
 
 class Conv4(nn.Module):
@@ -78,9 +87,7 @@ class Conv4(nn.Module):
                 " choose num_classes=None"
             )
         check_choice("downsample", self.downsample, ("max_pool", "stride"))
-        check_choice("norm", self.norm, get_args(NormKind))
-        check_choice("initializer", self.initializer, get_args(Initializer))
-        check_choice("scale_init", self.scale_init, get_args(ScaleInit))
+        _check_options(self)
         super().__post_init__()
 
     @nn.compact
@@ -127,9 +134,7 @@ class RelationNet(nn.Module):
     method: Method | None = None
 
     def __post_init__(self):
-        check_choice("norm", self.norm, get_args(NormKind))
-        check_choice("initializer", self.initializer, get_args(Initializer))
-        check_choice("scale_init", self.scale_init, get_args(ScaleInit))
+        _check_options(self)
         super().__post_init__()
 
     @nn.compact
@@ -237,9 +242,7 @@ class ResNet12(nn.Module):
     method: Method | None = None
 
     def __post_init__(self):
-        check_choice("norm", self.norm, get_args(NormKind))
-        check_choice("initializer", self.initializer, get_args(Initializer))
-        check_choice("scale_init", self.scale_init, get_args(ScaleInit))
+        _check_options(self)
         super().__post_init__()
 
     @nn.compact
@@ -267,6 +270,34 @@ class ResNet12(nn.Module):
             name=f"conv{name}",
         )(x)
         return normalise(self, f"norm{name}", x, bias, train)
+
+
+def conv4(num_classes: int | None, filters: int = 32, **options: Any) -> Learner:
+    """The four-block convolutional learner; ``options`` are `Conv4`'s attributes."""
+    return from_flax(Conv4(num_classes=num_classes, filters=filters, **options))
+
+
+def mlp(
+    num_classes: int | None, widths: tuple[int, ...] = (64, 64), **options
+) -> Learner:
+    """A multi-layer perceptron; ``options`` are `MLP`'s attributes."""
+    return from_flax(MLP(num_classes=num_classes, widths=tuple(widths), **options))
+
+
+def relation_net(**options: Any) -> Learner:
+    """What scores (classes, queries); ``options`` are `RelationNet`'s attributes."""
+    return from_flax(RelationNet(**options))
+
+
+def resnet12(num_classes: int | None, **options: Any) -> Learner:
+    """The few-shot ResNet-12; ``options`` are `ResNet12`'s attributes."""
+    return from_flax(ResNet12(num_classes=num_classes, **options))
+
+
+def _check_options(module: Any) -> None:
+    check_choice("norm", module.norm, get_args(NormKind))
+    check_choice("initializer", module.initializer, get_args(Initializer))
+    check_choice("scale_init", module.scale_init, get_args(ScaleInit))
 
 
 def _check_images(x: Array, smallest: int) -> None:

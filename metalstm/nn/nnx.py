@@ -91,7 +91,8 @@ def parameters_of(make: Callable) -> dict[str, inspect.Parameter]:
     while isinstance(make, functools.partial):
         make = make.func
     if isinstance(make, type):
-        _, *parameters = inspect.signature(make.__init__).parameters.items()
+        init = getattr(make, "__init__")  # noqa: B009 (of the class, for a type checker)
+        _, *parameters = inspect.signature(init).parameters.items()
         return dict(parameters)
     return dict(inspect.signature(make).parameters)
 

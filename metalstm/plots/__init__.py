@@ -4,7 +4,7 @@ Matplotlib is imported inside the functions, and pyplot never: no global state, 
 display, nothing to close.
 """
 
-from metalstm.plots.accuracies import accuracy_bars, accuracy_sweep
+from metalstm.plots.accuracies import accuracy_bars, accuracy_sweep, roc_curves
 from metalstm.plots.episodes import episode_picture
 from metalstm.plots.gates import gate_curves, layer_groups
 from metalstm.plots.optimizers import (
@@ -14,9 +14,7 @@ from metalstm.plots.optimizers import (
     loss_panels,
     rate_sweeps,
 )
-from metalstm.plots.seeds import Curve
-from metalstm.plots.training import learning_curves, meta_training_curves
-from metalstm.plots.verification import roc_curves
+from metalstm.plots.training import Curve, learning_curves, meta_training_curves
 
 __all__ = [
     "Curve",

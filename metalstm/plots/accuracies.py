@@ -1,4 +1,4 @@
-"""Accuracy of many methods, at one setting or against shots and ways."""
+"""Accuracy of many methods: bars, against shots and ways, and of verification."""
 
 from __future__ import annotations
 
@@ -7,12 +7,18 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from metalstm.plots.style import COLOURS, DASHES, MARKERS, new_figure
+from metalstm.plots.style import (
+    COLOURS,
+    DASHES,
+    MARKERS,
+    line_style,
+    new_figure,
+)
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-__all__ = ["accuracy_bars", "accuracy_sweep"]
+__all__ = ["accuracy_bars", "accuracy_sweep", "roc_curves"]
 
 _ODDS_TICKS = (
     0.01, 0.02, 0.05, 0.1, 0.2, 0.35, 0.5, 0.65, 0.8, 0.9, 0.95, 0.98, 0.99, 0.995,
@@ -106,6 +112,37 @@ def accuracy_sweep(
     axes.grid(alpha=0.3)
     _name_ends(axes, sweeps, colours, bold)
     _family_legend(figure, order)
+    return figure
+
+
+def roc_curves(
+    curves: Mapping[str, tuple[np.ndarray, np.ndarray]], *, title: str = ""
+) -> Figure:
+    """Draw true accepts against false accepts, the latter on a log scale.
+
+    A line's dot is where both errors are equally frequent.
+
+    Args:
+      curves: per method, false and true accepts [K] in [0, 1], both rising, as
+        `metalstm.verification.Verification` has them.
+    """
+    figure = new_figure((6.5, 4.8))
+    axes = figure.subplots()
+    smallest = min(false[false > 0].min() for false, _ in curves.values())
+    left = min(smallest, 1e-2)
+    for index, (name, (false, true)) in enumerate(curves.items()):
+        style = line_style(index) | {"linewidth": 1.6}
+        shown = np.maximum(false, left)  # none has no place on a log scale
+        axes.plot(shown, 100 * true, drawstyle="steps-post", label=name, **style)
+        equal = int(np.argmax(false >= 1 - true))
+        axes.plot(shown[equal], 100 * true[equal], "o", color=style["color"], ms=5)
+    even = np.geomspace(left, 1)
+    axes.plot(even, 100 * even, color="grey", linestyle=":", label="chance")
+    about = "false accepts (dot: as frequent as false rejects)"
+    axes.set(xlabel=about, ylabel="true accepts, %", title=title)
+    axes.set(xscale="log", xlim=(left, 1), ylim=(0, 102))
+    axes.grid(alpha=0.3)
+    axes.legend(fontsize=8, loc="lower right")
     return figure
 
 

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-from metalstm.plots.seeds import Curve, draw_seeds, smoothed
+import numpy as np
+
 from metalstm.plots.style import (
     COLOURS,
     add_grid_and_legend,
@@ -16,7 +17,15 @@ from metalstm.plots.style import (
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-__all__ = ["learning_curves", "meta_training_curves"]
+__all__ = ["Curve", "learning_curves", "meta_training_curves"]
+
+
+class Curve(NamedTuple):
+    """One seed's values against meta-training episodes."""
+
+    episodes: np.ndarray  # [S] ascending
+    values: np.ndarray  # [S]
+    ci95: np.ndarray | None = None  # [S] half-width, None when unknown
 
 
 def learning_curves(
@@ -45,12 +54,12 @@ def learning_curves(
         style = line_style(index)
         styles[method] = {"colour": style["color"], "linestyle": style["linestyle"]}
     for method, seeds in loss.items():
-        draw_seeds(left, smoothed(seeds), label=method, **styles[method])
+        _draw_seeds(left, _smoothed(seeds), label=method, **styles[method])
     for method, seeds in accuracy.items():
-        draw_seeds(right, smoothed(seeds), alpha=0.45, scale=100, **styles[method])
+        _draw_seeds(right, _smoothed(seeds), alpha=0.45, scale=100, **styles[method])
     for method, seeds in validation.items():
         label = f"{method}, validation"
-        draw_seeds(right, seeds, label=label, scale=100, marker="o", **styles[method])
+        _draw_seeds(right, seeds, label=label, scale=100, marker="o", **styles[method])
     if chance is not None:
         right.axhline(100 * chance, color="grey", linestyle=":", label="chance")
     left.set(xlabel="meta-training episodes", ylabel="query loss", title=title)
@@ -79,12 +88,62 @@ def meta_training_curves(
     for index, name in enumerate(names):
         colour = COLOURS[index % len(COLOURS)]
         if name in loss:
-            draw_seeds(left, smoothed([loss[name]]), colour=colour, label=name)
+            _draw_seeds(left, _smoothed([loss[name]]), colour=colour, label=name)
         if name in validation:
             curve = [validation[name]]
-            draw_seeds(right, curve, colour=colour, label=name, marker="o")
+            _draw_seeds(right, curve, colour=colour, label=name, marker="o")
     left.set(xlabel="meta-steps", ylabel="meta-loss")
     right.set(xlabel="meta-steps", ylabel="validation, mean log of the last loss")
     for axes in (left, right):
         add_grid_and_legend(axes, fontsize=8)
     return figure
+
+
+def _draw_seeds(
+    axes: Any,
+    seeds: Sequence[Curve],
+    *,
+    colour: str,
+    label: str | None = None,
+    alpha: float = 1.0,
+    scale: float = 1.0,
+    marker: str = "",
+    linestyle: str = "-",
+) -> None:
+    """Draw the mean over seeds, times ``scale``, and the band of its 95% CI."""
+    seeds = [curve for curve in seeds if len(curve.episodes)]
+    if not seeds:
+        return
+    episodes, mean, band = _over_seeds(seeds)
+    mean = scale * mean
+    style = {"marker": marker, "markersize": 3, "linewidth": 1.4, "alpha": alpha}
+    style |= {"color": colour, "linestyle": linestyle}
+    axes.plot(episodes, mean, label=label, **style)
+    if band is not None:
+        low, high = mean - scale * band, mean + scale * band
+        axes.fill_between(episodes, low, high, color=colour, alpha=0.2 * alpha)
+
+
+def _over_seeds(
+    seeds: Sequence[Curve],
+) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
+    """Mean over seeds at the first seed's episodes, and half the width of its CI."""
+    episodes = np.asarray(seeds[0].episodes)
+    if len(seeds) == 1:
+        return episodes, np.asarray(seeds[0].values), seeds[0].ci95
+    # seeds limited by time stop at different episodes: compare where all have been
+    episodes = episodes[episodes <= min(curve.episodes[-1] for curve in seeds)]
+    values = np.stack([np.interp(episodes, c.episodes, c.values) for c in seeds])
+    half = 1.96 * values.std(0, ddof=1) / np.sqrt(len(seeds))
+    return episodes, values.mean(0), half
+
+
+def _smoothed(seeds: Sequence[Curve], points: int = 60) -> list[Curve]:
+    """Average neighbours, so that some ``points`` remain of a noisy curve."""
+    smooth = []
+    for curve in seeds:
+        width = max(1, len(curve.values) // points)
+        kept = len(curve.values) // width * width
+        blocks = [np.asarray(a)[:kept].reshape(-1, width).mean(1) for a in curve[:2]]
+        smooth.append(Curve(*blocks))
+    return smooth

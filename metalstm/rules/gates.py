@@ -6,8 +6,9 @@ Coordinates are the last axis everywhere: they fill the vector lanes, H does not
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -93,7 +94,7 @@ def lstm_gates(
       input: ``"constant"`` makes i a learned constant (an ablation).
       loss_input: whether the LSTM sees the loss.
       theta_input: whether the gates see theta.
-      carry_input: whether the gates see their own previous value.
+      carry_input: whether the gates see their previous value.
       feature_gradient: in second-order mode, whether the derivative flows through the
         features too. ``"full"`` multiplies it by up to e^p = 22,026.
       p: of `log_sign`.
@@ -104,8 +105,8 @@ def lstm_gates(
       bias_per: one bias for all coordinates (published), one for each of the learner's
         tensors, or one for each tensor and step. The latter two tie the rule to the
         learner's structure.
-      num_bias_steps: with ``"tensor_and_step"``, how many steps have biases of their
-        own; later steps use the last.
+      num_bias_steps: with ``"tensor_and_step"``, how many steps have separate
+        biases; later steps use the last.
       init_scale: weights and the LSTM's bias are drawn from U(-scale, scale).
 
     Returns:
@@ -130,110 +131,169 @@ def lstm_gates(
             f"input_bias_of={dict(input_bias_of)} needs a bias for each tensor: choose "
             "bias_per='tensor' or 'tensor_and_step'"
         )
-    uses_features = forget == "gate" or input == "gate"
-    num_features = hidden_size or (4 if loss_input else 2)
-    table_steps = num_bias_steps if bias_per == "tensor_and_step" else 1
-
-    def init(key: Array, params: PyTree) -> PyTree:
-        def uniform(name: int, shape, low=-init_scale, high=init_scale):
-            return jax.random.uniform(
-                jax.random.fold_in(key, name), shape, jnp.float32, low, high
-            )
-
-        def gate(name: int, bias_range):
-            biases = (table_steps, len(leaf_sizes(params))) if per_tensor else ()
-            weights = {"bias": uniform(name, biases, *bias_range)}
-            weights["features"] = uniform(name + 1, (num_features,))
-            if theta_input:
-                weights["theta"] = uniform(name + 2, ())
-            if carry_input:
-                weights["carry"] = uniform(name + 3, ())
-            return weights
-
-        rule = {}
-        if forget == "gate":
-            rule["forget"] = gate(0, forget_bias)
-        rule["input"] = gate(10, input_bias)
-        for part, bias_range in (input_bias_of or {}).items():
-            other = gate(10, bias_range)["bias"]
-            chosen = jnp.array(_paths_with(part, params))
-            rule["input"]["bias"] = jnp.where(chosen, other, rule["input"]["bias"])
-        if input == "constant":
-            rule["input"] = {"bias": rule["input"]["bias"]}
-        if hidden_size and uses_features:
-            rule["lstm"] = {
-                "kernel": uniform(20, (4 * hidden_size, 2 + hidden_size)),
-                "bias": uniform(21, (4 * hidden_size,)),
-            }
-            if loss_input:
-                rule["lstm"]["loss_kernel"] = uniform(22, (4 * hidden_size, 2))
-        return rule
-
-    def bind(rule: PyTree) -> optax.GradientTransformationExtraArgs:
-        def init_fn(params):
-            total = sum(leaf_sizes(params))
-            width = hidden_size if "lstm" in rule else 0
-            dtype = coordinate_dtype(params)
-            memory = jnp.zeros((width, total), dtype)
-            zeros = jnp.zeros((total,), dtype)
-            # without a gate f = 1 exactly, and so is sigmoid(40) in float32
-            f_logit = zeros if forget == "gate" else jnp.full((total,), 40.0, dtype)
-            return GatesState(jnp.int32(0), memory, memory, f_logit, zeros)
-
-        def update_fn(updates, state, params=None, *, value=None, **extra):
-            del extra
-            if params is None:
-                raise ValueError(
-                    "lstm_gates needs the parameters: tx.update(grads, state, params)"
-                )
-            if loss_input and value is None and ("lstm" in rule or not hidden_size):
-                raise ValueError(
-                    "lstm_gates needs the loss: tx.update(grads, state, params, "
-                    "value=loss), or build it with loss_input=False"
-                )
-            g = flatten(updates)
-            theta = flatten(params)
-            seen, loss = g, value if loss_input else None
-            if feature_gradient == "stopped":
-                seen, loss = lax.stop_gradient((seen, loss))
-            features, hidden, cell = _features(rule, state, seen, loss, p)
-
-            def logit(gate, carried):
-                bias = gate["bias"]
-                if per_tensor:
-                    row = bias[jnp.minimum(state.step, table_steps - 1)]
-                    bias = _per_coordinate(row, leaf_sizes(params))
-                if "features" not in gate:
-                    return jnp.broadcast_to(bias, theta.shape)
-                out = gate["features"] @ features + bias
-                if theta_input:
-                    out = out + gate["theta"] * theta
-                if carry_input:
-                    old = carried if variant == "code" else tanh_sigmoid(carried)
-                    out = out + gate["carry"] * old
-                return out
-
-            input_logit = logit(rule["input"], state.input)
-            forget_logit, forgotten = state.forget, None
-            if forget == "gate":
-                forget_logit = logit(rule["forget"], state.forget)
-                # 1 - f = sigmoid(-logit) keeps its digits where f is near 1
-                forgotten = jax.nn.sigmoid(-forget_logit)
-            delta = _gate_delta(theta, g, forgotten, jax.nn.sigmoid(input_logit))
-            new = GatesState(state.step + 1, hidden, cell, forget_logit, input_logit)
-            return unflatten(delta, updates), new
-
-        return optax.GradientTransformationExtraArgs(init_fn, update_fn)
-
-    return UpdateRule(
-        init,
-        bind,
-        RuleTraits(
-            coordinatewise=not per_tensor,
-            smooth=True,
-            reads_loss=loss_input and uses_features,
-        ),
+    options = _Options(
+        hidden_size=hidden_size,
+        reads_value=variant == "paper",
+        learns_forget=forget == "gate",
+        learns_input=input == "gate",
+        loss_input=loss_input,
+        theta_input=theta_input,
+        carry_input=carry_input,
+        stops_features=feature_gradient == "stopped",
+        p=p,
+        forget_bias=forget_bias,
+        input_bias=input_bias,
+        input_bias_of=dict(input_bias_of or {}),
+        per_tensor=per_tensor,
+        bias_steps=num_bias_steps if bias_per == "tensor_and_step" else 1,
+        init_scale=init_scale,
     )
+
+    def bind(rule_params: PyTree) -> optax.GradientTransformationExtraArgs:
+        return optax.GradientTransformationExtraArgs(
+            functools.partial(_init_state, options, rule_params),
+            functools.partial(_update, options, rule_params),
+        )
+
+    traits = RuleTraits(
+        coordinatewise=not per_tensor,
+        smooth=True,
+        reads_loss=loss_input and options.has_gates,
+    )
+    return UpdateRule(functools.partial(_init, options), bind, traits)
+
+
+class _Options(NamedTuple):
+    """What `lstm_gates` was given."""
+
+    hidden_size: int
+    reads_value: bool  # of a gate at the step before; else its logit
+    learns_forget: bool
+    learns_input: bool
+    loss_input: bool
+    theta_input: bool
+    carry_input: bool
+    stops_features: bool
+    p: float
+    forget_bias: tuple[float, float]
+    input_bias: tuple[float, float]
+    input_bias_of: dict[str, tuple[float, float]]
+    per_tensor: bool
+    bias_steps: int
+    init_scale: float
+
+    @property
+    def has_gates(self) -> bool:
+        return self.learns_forget or self.learns_input
+
+    @property
+    def has_lstm(self) -> bool:
+        return self.hidden_size > 0 and self.has_gates
+
+
+def _init(options: _Options, key: Array, params: PyTree) -> dict[str, Any]:
+    scale, hidden_size = options.init_scale, options.hidden_size
+    num_features = hidden_size or (4 if options.loss_input else 2)
+
+    def uniform(name: int, shape, low=-scale, high=scale):
+        return jax.random.uniform(
+            jax.random.fold_in(key, name), shape, jnp.float32, low, high
+        )
+
+    def gate(name: int, bias_range):
+        biases = ()
+        if options.per_tensor:
+            biases = (options.bias_steps, len(leaf_sizes(params)))
+        weights = {"bias": uniform(name, biases, *bias_range)}
+        weights["features"] = uniform(name + 1, (num_features,))
+        if options.theta_input:
+            weights["theta"] = uniform(name + 2, ())
+        if options.carry_input:
+            weights["carry"] = uniform(name + 3, ())
+        return weights
+
+    rule: dict[str, Any] = {}
+    if options.learns_forget:
+        rule["forget"] = gate(0, options.forget_bias)
+    rule["input"] = gate(10, options.input_bias)
+    for part, bias_range in options.input_bias_of.items():
+        other = gate(10, bias_range)["bias"]
+        chosen = jnp.array(_paths_with(part, params))
+        rule["input"]["bias"] = jnp.where(chosen, other, rule["input"]["bias"])
+    if not options.learns_input:
+        rule["input"] = {"bias": rule["input"]["bias"]}
+    if options.has_lstm:
+        rule["lstm"] = {
+            "kernel": uniform(20, (4 * hidden_size, 2 + hidden_size)),
+            "bias": uniform(21, (4 * hidden_size,)),
+        }
+        if options.loss_input:
+            rule["lstm"]["loss_kernel"] = uniform(22, (4 * hidden_size, 2))
+    return rule
+
+
+def _init_state(options: _Options, rule: PyTree, params: PyTree) -> GatesState:
+    del rule
+    total = sum(leaf_sizes(params))
+    dtype = coordinate_dtype(params)
+    memory = jnp.zeros((options.hidden_size if options.has_lstm else 0, total), dtype)
+    zeros = jnp.zeros((total,), dtype)
+    # without a gate f = 1 exactly, and so is sigmoid(40) in float32
+    forget = zeros if options.learns_forget else jnp.full((total,), 40.0, dtype)
+    return GatesState(jnp.int32(0), memory, memory, forget, zeros)
+
+
+def _update(
+    options: _Options,
+    rule: PyTree,
+    updates: PyTree,
+    state: GatesState,
+    params: PyTree | None = None,
+    *,
+    value: Array | None = None,
+    **extra: Any,
+) -> tuple[PyTree, GatesState]:
+    del extra
+    if params is None:
+        raise ValueError(
+            "lstm_gates needs the parameters: tx.update(grads, state, params)"
+        )
+    reads_features = options.has_lstm or not options.hidden_size
+    if options.loss_input and value is None and reads_features:
+        raise ValueError(
+            "lstm_gates needs the loss: tx.update(grads, state, params, value=loss), "
+            "or build it with loss_input=False"
+        )
+    g, theta = flatten(updates), flatten(params)
+    seen, loss = g, value if options.loss_input else None
+    if options.stops_features:
+        seen, loss = lax.stop_gradient((seen, loss))
+    features, hidden, cell = _features(rule, state, seen, loss, options.p)
+
+    def logit(gate: PyTree, before: Array) -> Array:
+        bias = gate["bias"]
+        if options.per_tensor:
+            row = bias[jnp.minimum(state.step, options.bias_steps - 1)]
+            bias = _per_coordinate(row, leaf_sizes(params))
+        if "features" not in gate:
+            return jnp.broadcast_to(bias, theta.shape)
+        out = gate["features"] @ features + bias
+        if options.theta_input:
+            out = out + gate["theta"] * theta
+        if options.carry_input:
+            before = tanh_sigmoid(before) if options.reads_value else before
+            out = out + gate["carry"] * before
+        return out
+
+    input_logit = logit(rule["input"], state.input)
+    forget_logit, forgotten = state.forget, None
+    if options.learns_forget:
+        forget_logit = logit(rule["forget"], state.forget)
+        # 1 - f = sigmoid(-logit) keeps its digits where f is near 1
+        forgotten = jax.nn.sigmoid(-forget_logit)
+    delta = _gate_delta(theta, g, forgotten, jax.nn.sigmoid(input_logit))
+    new = GatesState(state.step + 1, hidden, cell, forget_logit, input_logit)
+    return unflatten(delta, updates), new
 
 
 def find_gates(rule_state: PyTree) -> dict[str, Array]:

@@ -236,7 +236,7 @@ def _as_json(name: str, value: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _digest(spec: Any, info: Any, arrays: Mapping[str, np.ndarray]) -> str:
-    """Of everything that a reader relies on, in an order of its own."""
+    """Of everything that a reader relies on, in a fixed order."""
     digest = hashlib.sha256(json.dumps([spec, info], sort_keys=True).encode())
     for name in sorted(arrays):
         array = arrays[name]

@@ -16,7 +16,6 @@ Every process calls `save` and `restore`, on storage that they share.
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import json
 import os
 import shutil
@@ -29,7 +28,7 @@ import numpy as np
 
 from metalstm.base import PyTree
 from metalstm.checks import check_at_least
-from metalstm.runtime import processes
+from metalstm.runtime import checkpoint_format, processes
 from metalstm.runtime.saved_config import ConfigMismatch, check_config
 
 __all__ = [
@@ -42,7 +41,6 @@ __all__ = [
     "steps",
 ]
 
-FORMAT_VERSION = 2
 _SET_ASIDE = ".replaced-"  # the older version of a step, until the newer has its name
 Which = Literal["latest", "best"] | int
 
@@ -52,10 +50,6 @@ class Restored(NamedTuple):
     step: int
     metadata: dict[str, Any]
     message: str | None  # which newer checkpoints could not be read, and why
-
-
-class _RefusedError(ValueError):
-    pass
 
 
 def steps(directory: str | Path) -> list[int]:
@@ -78,7 +72,7 @@ def _best_of(folders: Mapping[int, Path]) -> int | None:
     for step, folder in folders.items():
         # unreadable metadata: `restore` says so, this only ranks
         with contextlib.suppress(Exception):
-            score = _read_document(folder)["score"]
+            score = checkpoint_format.read_document(folder)["score"]
             scored += [] if score is None else [(score, step)]
     return max(scored)[1] if scored else None
 
@@ -92,7 +86,7 @@ def read_metadata(directory: str | Path, which: Which = "latest") -> dict[str, A
     step = _find(directory, which)
     if step is None:
         raise _missing(directory, which)
-    return _read_document(_folders(directory)[step])["metadata"]
+    return checkpoint_format.read_document(_folders(directory)[step])["metadata"]
 
 
 def save(
@@ -123,7 +117,7 @@ def save(
     check_at_least("step", step, 0)
     directory = Path(directory).absolute()
     path = directory / str(step)
-    document = _describe(state, step, score, metadata or {})
+    document = checkpoint_format.describe(state, step, score, metadata or {})
     failed = f"checkpoint {path} cannot be written"
     remedy = "free space on its disk, or give a folder that can be written"
     from orbax.checkpoint import v1 as ocp
@@ -193,14 +187,14 @@ def restore(
         folder = _folders(directory).get(step, directory / str(step))
         failure = None
         try:
-            document = _read_document(folder)
+            document = checkpoint_format.read_document(folder)
             if config is not None:
                 saved = document["metadata"].get("config", {})
                 check_config(saved, config, ignore=ignore)
             expected = _empty(document) if target is None else target
-            _check_target(document, expected, folder)
+            checkpoint_format.check_target(document, expected, folder)
             values = _read_arrays(document, folder)
-        except (ConfigMismatch, _RefusedError):
+        except (ConfigMismatch, checkpoint_format.RefusedError):
             raise
         except Exception as error:  # whatever a broken file makes its reader raise
             failure = _first_line(error)
@@ -286,75 +280,6 @@ def _flush_to_disk(folder: Path) -> None:
                 os.close(handle)
 
 
-def _describe(
-    state: PyTree, step: int, score: float | None, metadata: Mapping[str, Any]
-) -> dict[str, Any]:
-    """What orbax keeps as the metadata of a checkpoint."""
-    document = {
-        "format": FORMAT_VERSION,
-        "step": step,
-        "score": None if score is None else float(score),
-        "metadata": dict(metadata),
-        "leaves": _signature(state),
-        "arrays": _digest(_whole(leaf) for leaf in jax.tree.leaves(state)),
-    }
-    try:
-        document = json.loads(json.dumps(document))  # as `_read_document` will see it
-    except TypeError as error:
-        raise ValueError(f"metadata must be JSON: {error}") from error
-    return document | {"digest": _digest_of_json(document)}
-
-
-def _read_document(folder: Path) -> dict[str, Any]:
-    """What `_describe` made; raises ValueError when it is anything else."""
-    from orbax.checkpoint import v1 as ocp
-
-    document = dict(ocp.metadata(folder).custom_metadata or {})
-    if document.pop("digest", None) != _digest_of_json(document):
-        raise ValueError("its metadata do not agree with their digest")
-    if document["format"] != FORMAT_VERSION:
-        raise _RefusedError(
-            f"{folder} has format {document['format']}, and this version of metalstm "
-            f"reads {FORMAT_VERSION}: use the version that wrote it"
-        )
-    return document
-
-
-def _digest_of_json(document: dict[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(document, sort_keys=True).encode()).hexdigest()
-
-
-def _digest(arrays: Iterable[np.ndarray]) -> str:
-    digest = hashlib.sha256()
-    for array in arrays:
-        digest.update(array.tobytes())
-    return digest.hexdigest()
-
-
-def _signature(tree: PyTree) -> list[list[Any]]:
-    """Name, shape and dtype of each leaf."""
-    return [
-        [jax.tree_util.keystr(path), list(np.shape(leaf)), str(_dtype(leaf))]
-        for path, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]
-    ]
-
-
-def _dtype(leaf: Any) -> np.dtype:
-    # A Python number is stored as JAX sees it, so that an abstract target agrees.
-    return np.dtype(getattr(leaf, "dtype", None) or jax.numpy.result_type(leaf))
-
-
-def _whole(leaf: Any) -> np.ndarray:
-    """All of an array, also of one that no process has whole."""
-    if isinstance(leaf, jax.Array) and not (
-        leaf.is_fully_addressable or leaf.is_fully_replicated
-    ):
-        from jax.experimental import multihost_utils
-
-        return multihost_utils.process_allgather(leaf, tiled=True)
-    return np.asarray(leaf, _dtype(leaf))
-
-
 def _numbered(leaves: list[Any]) -> dict[str, Any]:
     # Numbers as names: the structure is the target's business, so that a renamed field
     # does not make a file unreadable. Arrays without entries are not worth a file.
@@ -363,29 +288,13 @@ def _numbered(leaves: list[Any]) -> dict[str, Any]:
         alone = jax.process_count() == 1
         if isinstance(leaf, jax.Array) and (alone or not leaf.is_fully_addressable):
             return leaf
-        return np.asarray(leaf, _dtype(leaf))
+        return np.asarray(leaf, checkpoint_format.dtype_of(leaf))
 
     return {f"{i:06d}": for_orbax(x) for i, x in enumerate(leaves) if np.size(x)}
 
 
 def _empty(document: dict[str, Any]) -> list[np.ndarray]:
     return [np.empty(shape, dtype) for _, shape, dtype in document["leaves"]]
-
-
-def _check_target(document: dict[str, Any], target: PyTree, folder: Path) -> None:
-    saved, expected = document["leaves"], _signature(target)
-    remedy = "restore with the algorithm, learner and optimizer that wrote it"
-    if len(saved) != len(expected):
-        raise _RefusedError(
-            f"{folder} holds {len(saved)} arrays where {len(expected)} are expected: "
-            f"{remedy}"
-        )
-    for (saved_name, *found), (name, *wanted) in zip(saved, expected, strict=True):
-        if found != wanted:
-            raise _RefusedError(
-                f"{folder} holds {saved_name} as {found} where {name} is {wanted}: "
-                f"{remedy}"
-            )
 
 
 def _read_arrays(document: dict[str, Any], folder: Path) -> list[np.ndarray]:
@@ -400,7 +309,7 @@ def _read_arrays(document: dict[str, Any], folder: Path) -> list[np.ndarray]:
     with context:
         read = ocp.load(folder, _numbered(empty))
     values = [np.asarray(read.get(f"{i:06d}", x)) for i, x in enumerate(empty)]
-    if _digest(values) != document["arrays"]:
+    if checkpoint_format.digest(values) != document["arrays"]:
         raise OSError("its arrays do not agree with their digest")
     return values
 

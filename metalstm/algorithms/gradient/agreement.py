@@ -14,15 +14,14 @@ __all__ = ["gradient_agreement"]
 def gradient_agreement(
     algorithm: MetaAlgorithm, *, task_mapping: TaskMapping | None = None
 ) -> MetaAlgorithm:
-    """Weigh tasks by gradient agreement (Eshratifar et al., 2018, equation 5).
+    r"""Weigh tasks by gradient agreement (Eshratifar et al., 2018, equation 5).
 
-    The meta-gradient of T tasks is sum_i w_i g_i with
+    The meta-gradient of T tasks is the sum of w_i g_i with
 
-        w_i = sum_j g_i . g_j / sum_k |sum_j g_k . g_j|,
+    .. math:: w_i = \sum_j g_i \cdot g_j \, / \, \sum_k | \sum_j g_k \cdot g_j |
 
-    so that a task that goes against the others counts little, or is left out of the
-    step in their favour (w_i < 0). The weights' absolute values sum to one; with one
-    task nothing changes.
+    so that a task whose gradient opposes the others' counts little, or negatively. The
+    weights' absolute values sum to one; with one task nothing changes.
 
     Args:
       algorithm: whose gradient of one task is g_i: `reptile` (the paper's), `maml` or
@@ -51,7 +50,7 @@ def gradient_agreement(
         grads, carry, metrics = map_tasks(one, keys, tasks, how=task_mapping)
         weights = agreement_weights(grads)
         grads = jax.tree.map(lambda g: jnp.tensordot(weights, g, axes=1), grads)
-        # averages over meta-training go on from one carry: their mean is what all
+        # averages over meta-training continue from one carry: their mean is what all
         # tasks at once would have made of it
         carry, metrics = jax.tree.map(lambda leaf: leaf.mean(0), (carry, metrics))
         metrics["tasks_against"] = (weights < 0).mean()

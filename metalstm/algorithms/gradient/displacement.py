@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import optax
 
 from metalstm.algorithms.common import accuracy
-from metalstm.algorithms.gradient.adaptation import gradient_of_init, learned_init
+from metalstm.algorithms.gradient.engine import gradient_of_init, learned_init
 from metalstm.base import (
     Array,
     Episode,
@@ -23,7 +23,7 @@ from metalstm.base import (
     UpdateRule,
     make_algorithm,
 )
-from metalstm.inner import InnerState, first_order
+from metalstm.inner import first_order
 from metalstm.rules import as_rule
 from metalstm.tasks import mean_over_tasks
 
@@ -78,13 +78,13 @@ def reptile(
             "reptile gathers no averages over meta-training for query_norm='frozen': "
             "choose support, support+1 or transductive"
         )
-    if isinstance(rule, int | float):
+    if not isinstance(rule, UpdateRule | optax.GradientTransformation):
         rule = optax.adam(rule, b1=0.0)
     rule = as_rule(rule)
     train_way: Any = options.get("train_way")
     fixed: dict[str, Any] = {"differentiation": first_order(), **options}
-    recorded = rule
-    if gradient_weights is not None:
+    recorded, sums = rule, gradient_weights is not None
+    if sums:
         weights = jnp.asarray(gradient_weights, jnp.float32)
         if weights.shape != (num_steps,):
             raise ValueError(
@@ -95,7 +95,7 @@ def reptile(
     inner = learned_init(
         learner, recorded, num_steps=num_steps, batch_size=batch_size, **fixed
     )
-    at_way, adapt = learner.at_way, cast(Any, inner.adapt)
+    adapt = cast(Any, inner.adapt)
     tested = learned_init(
         learner,
         rule,
@@ -103,19 +103,6 @@ def reptile(
         batch_size=test_batch_size,
         **fixed,
     )
-
-    def displacement(start: PyTree, end: InnerState) -> PyTree:
-        def moved(from_: PyTree) -> PyTree:
-            if gradient_weights is not None:
-                return _summed_gradients(end.rule_state)
-            return jax.tree.map(jnp.subtract, from_, end.params)
-
-        if at_way is None:
-            return moved(start)
-        repeated, pull = jax.vjp(lambda p: at_way(p, train_way), start)
-        (total,) = pull(moved(repeated))
-        (copies,) = pull(jax.tree.map(jnp.ones_like, repeated))
-        return jax.tree.map(jnp.divide, total, copies)
 
     def one_task(meta_params: MetaParams, key: Array, episode: Episode):
         support, query = episode
@@ -128,7 +115,9 @@ def reptile(
             "support_loss": trace.losses[0],
             "accuracy": accuracy(outputs, query.y),
         }
-        return displacement(state.params, end), metrics
+        sums_of_rule = _summed_gradients(end.rule_state) if sums else None
+        move = _displacement(learner, train_way, state.params, end.params, sums_of_rule)
+        return move, metrics
 
     def meta_gradient(meta_params: MetaParams, carry, keys: Array, episodes: Episode):
         moves, metrics = mean_over_tasks(
@@ -153,6 +142,30 @@ def reptile(
         train_sampler=train_sampler,
         query_norm=tested.query_norm,
     )
+
+
+def _displacement(
+    learner: Learner,
+    way: int | None,
+    start: PyTree,
+    end: PyTree,
+    summed_gradients: PyTree | None,
+) -> PyTree:
+    """theta_0 - theta_T, or what stands for it, in the shape of the learned theta_0."""
+
+    def moved(from_: PyTree) -> PyTree:
+        if summed_gradients is not None:
+            return summed_gradients
+        return jax.tree.map(jnp.subtract, from_, end)
+
+    if learner.at_way is None:
+        return moved(start)
+    # a head whose classes share their start moves by the mean of their moves
+    at_way = learner.at_way
+    repeated, pull_back = jax.vjp(lambda p: at_way(p, way), start)
+    (total,) = pull_back(moved(repeated))
+    (copies,) = pull_back(jax.tree.map(jnp.ones_like, repeated))
+    return jax.tree.map(jnp.divide, total, copies)
 
 
 class _Summing(NamedTuple):

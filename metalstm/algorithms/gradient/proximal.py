@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, cast
 
 import jax
@@ -9,7 +10,7 @@ import optax
 from jax.scipy.sparse.linalg import cg
 
 from metalstm.algorithms.common import accuracy, task_loss
-from metalstm.algorithms.gradient.adaptation import gradient_of_init, learned_init
+from metalstm.algorithms.gradient.engine import gradient_of_init, learned_init
 from metalstm.algorithms.gradient.published import fixed_sgd
 from metalstm.base import (
     Array,
@@ -90,7 +91,9 @@ def implicit_maml(
             "implicit_maml gathers no averages over meta-training for "
             "query_norm='frozen': choose support, support+1 or transductive"
         )
-    rule = fixed_sgd(rule) if isinstance(rule, int | float) else as_rule(rule)
+    if not isinstance(rule, UpdateRule | optax.GradientTransformation):
+        rule = fixed_sgd(rule)
+    rule = as_rule(rule)
     train_way: Any = options.get("train_way")
     num_test_steps = options.pop("num_test_steps", None)
 
@@ -127,18 +130,16 @@ def implicit_maml(
             outputs = query_outputs(state._replace(params=phi), support, query)
             return task_loss(outputs, query.y), accuracy(outputs, query.y)
 
-        def product(vector: PyTree) -> PyTree:
-            _, curved = jax.jvp(jax.grad(support_loss), (end.params,), (vector,))
-            return jax.tree.map(lambda v, h: v + h / strength, vector, curved)
-
         (loss, correct), slope = jax.value_and_grad(query_loss, has_aux=True)(
             end.params
         )
-        grads, _ = cg(product, slope, tol=0.0, maxiter=cg_steps)
+        grads = _implicit_gradient(
+            support_loss, end.params, slope, strength=strength, cg_steps=cg_steps
+        )
         if at_way is not None:
             start = meta_params.learner.params
-            _, pull = jax.vjp(lambda p: at_way(p, train_way), start)
-            (grads,) = pull(grads)
+            _, pull_back = jax.vjp(lambda p: at_way(p, train_way), start)
+            (grads,) = pull_back(grads)
         metrics = {"loss": loss, "accuracy": correct, "support_loss": trace.losses[0]}
         return grads, metrics
 
@@ -159,3 +160,20 @@ def implicit_maml(
         train_sampler=tested.train_sampler,
         query_norm=tested.query_norm,
     )
+
+
+def _implicit_gradient(
+    support_loss: Callable[[PyTree], Array],
+    phi: PyTree,
+    slope: PyTree,
+    *,
+    strength: float,
+    cg_steps: int,
+) -> PyTree:
+    """(I + H / strength)^-1 slope, H the Hessian of ``support_loss`` at ``phi``."""
+
+    def product(vector: PyTree) -> PyTree:
+        _, curved = jax.jvp(jax.grad(support_loss), (phi,), (vector,))
+        return jax.tree.map(lambda v, h: v + h / strength, vector, curved)
+
+    return cg(product, slope, tol=0.0, maxiter=cg_steps)[0]

@@ -6,7 +6,7 @@ from typing import Any
 
 import optax
 
-from metalstm.algorithms.gradient.adaptation import learned_init
+from metalstm.algorithms.gradient.engine import learned_init
 from metalstm.base import Learner, MetaAlgorithm, QueryNorm, RuleTraits, UpdateRule
 from metalstm.inner import first_order, second_order
 from metalstm.rules import learned_sgd, lstm_gates, only

@@ -120,6 +120,7 @@ def similarity_scale(
         return log_scale, lambda params: jnp.exp(params["log_scale"])
     if scale is None:
         return {}, lambda params: start
-    if isinstance(scale, str) or not scale > 0:
+    number: Any = scale  # the types allow no other string, a caller may give one
+    if isinstance(number, str) or not number > 0:
         raise ValueError(f"scale={scale!r}: choose a number above 0, or 'learned'")
     return {}, lambda params: scale

@@ -60,7 +60,7 @@ class Comparison(NamedTuple):
     # of the comparison's part of the meta-parameters, next to "embedding"
     name: str = "comparison"
     # key -> the keys that draw the learner and the comparison
-    split_key: Callable[[Array], tuple[Array, Array]] = lambda key: (
+    split_key: Callable[[Array], Any] = lambda key: (
         key,
         jax.random.fold_in(key, 1),
     )

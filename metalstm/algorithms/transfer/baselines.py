@@ -79,8 +79,9 @@ def pretrained_features(
             distances = squared_distances(query, features)
             return nearest_of_class(distances, support.y, num_classes)
         means = class_means(features, support.y, num_classes)
-        distance = "cosine" if compare == "cosine" else "euclidean"
-        return similarities(query, means, distance)
+        return similarities(
+            query, means, "cosine" if compare == "cosine" else "euclidean"
+        )
 
     return pretrain(
         learner, num_classes, predict, classifier=classifier, batch_size=batch_size

@@ -68,8 +68,15 @@ def margin_classifier(
 
     def loss_fn(head, features: Array, labels: Array) -> Array:
         weights = head["kernel"].T
-        options = {"loss": loss, "margin": chosen_margin, "scale": chosen_scale}
-        return task_loss(margin_logits(features, weights, labels, **options), labels)
+        logits = margin_logits(
+            features,
+            weights,
+            labels,
+            loss=loss,
+            margin=chosen_margin,
+            scale=chosen_scale,
+        )
+        return task_loss(logits, labels)
 
     def predict(meta_params, key, support: Batch, query_x: Array, *, num_classes: int):
         del key

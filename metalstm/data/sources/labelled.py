@@ -13,7 +13,7 @@ import numpy as np
 
 from metalstm.base import Array
 from metalstm.data.cache import PathLike, cache_folder, cached, fingerprint
-from metalstm.data.images import as_bytes, fit
+from metalstm.data.images import fit_to_set
 from metalstm.data.pools import Dataset, checksum
 from metalstm.data.sources.glyphs import load_glyphs
 from metalstm.data.sources.tfds import check_label, open_builder
@@ -130,13 +130,10 @@ def _read(builder: Any, split: str, size: int | None) -> tuple[np.ndarray, np.nd
     labels: list[int] = []
     num_classes = len(builder.info.features["label"].names)
     for example in builder.as_data_source(split=split):
-        image = as_bytes(example["image"], builder.info.full_name)
-        image = image if size is None else fit(image, size)
-        if images and image.shape != images[0].shape:
-            raise ValueError(
-                f"the images of {builder.info.full_name} have several sizes, such as "
-                f"{images[0].shape} and {image.shape}; choose an image_size"
-            )
+        shape = images[0].shape if images else None
+        image = fit_to_set(
+            example["image"], builder.info.full_name, size=size, shape=shape
+        )
         images.append(image)
         label = int(example["label"])
         check_label(label, num_classes, f"{builder.info.full_name}'s {split}")

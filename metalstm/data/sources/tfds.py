@@ -21,7 +21,7 @@ from metalstm.data.cache import (
     cached_dataset,
     fingerprint,
 )
-from metalstm.data.images import as_bytes, fit
+from metalstm.data.images import fit_to_set
 from metalstm.data.pools import SPLITS, Dataset
 from metalstm.data.splits import check_disjoint, split_classes
 
@@ -195,14 +195,10 @@ def _by_label(
             of_class = images.setdefault(label, [])
             if limit is not None and len(of_class) >= limit:
                 continue
-            image = as_bytes(example[image_key], builder.info.full_name)
-            image = image if size is None else fit(image, size)
-            shape = shape or image.shape
-            if image.shape != shape:
-                raise ValueError(
-                    f"the images of {builder.info.full_name} have several sizes, such "
-                    f"as {shape} and {image.shape}; choose an image_size"
-                )
+            image = fit_to_set(
+                example[image_key], builder.info.full_name, size=size, shape=shape
+            )
+            shape = image.shape
             of_class.append(image)
     return images, unlabelled
 
