@@ -16,8 +16,8 @@ from few_shot_runs import SMALL
 from experiments.common.saved_options import flags_of, from_json, to_json
 from experiments.few_shot import __main__ as few_shot
 from experiments.few_shot import adapting, methods, presets
-from experiments.few_shot.command_line import options_of, parse, parse_evaluation
-from experiments.few_shot.methods import METHODS
+from experiments.few_shot.command_line import parse, parse_evaluation
+from experiments.few_shot.methods import METHODS, options_of
 from experiments.few_shot.options import LEARNERS, Common, Options, Retest
 from experiments.few_shot.presets import Preset
 from experiments.few_shot.train import may_change
@@ -304,7 +304,7 @@ MISTAKES = [
     ("--algorithms maml --schedule cosine --minutes 1", "needs --episodes"),
     ("--algorithms maml --query-norm all", "goes with --evaluate"),
     ("--algorithms maml --query-norm frozen", "add --train-query-norm frozen"),
-    ("--algorithms maml --train-way 4", "add --tied-head"),
+    ("--algorithms maml --queries 2 --train-way 4", "wrap it in metalstm.nn.tied_head"),
     ("--algorithms meta-lstm,sgd --no-learn-init", "drop sgd"),
     ("--algorithms meta-lstm --last 1", "needs --order second"),
     ("--resume nowhere", "not a run folder"),

@@ -1,8 +1,8 @@
 """Read the command line of few_shot; refuse what cannot work before anything runs.
 
-A flag without a prefix is of the run (``--way``), or holds for every chosen method
-that has the option (``--num-steps``); ``--maml.num-steps`` is of one method. Each
-method's flags are parsed by themselves, with its preset as the parser's defaults.
+A flag without a prefix is the run's (``--way``), or holds for every chosen method that
+has the option (``--num-steps``); ``--maml.num-steps`` is of one method. Each method's
+flags are parsed by themselves, with its preset as the parser's defaults.
 """
 
 from __future__ import annotations
@@ -13,15 +13,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
-import tyro
-
 from experiments.common import cli, devices
 from experiments.common.saved_options import (
     did_you_mean,
     flag,
     flags_of,
-    from_json,
-    read_config,
     split_commas,
     with_settings,
 )
@@ -31,6 +27,7 @@ from experiments.few_shot.methods import (
     METHODS,
     init_source,
     kind_of,
+    options_of,
 )
 from experiments.few_shot.options import (
     LEARNERS,
@@ -124,29 +121,6 @@ def parse_evaluation(line: Sequence[str]) -> tuple[Options, Retest]:
     options = Options(common.data, common.test, run, common.devices, chosen)
     devices.check(options.devices)
     return options, _parsed(Retest(), rest)
-
-
-def options_of(folder: Path) -> Options:
-    """The options of a run folder.
-
-    Raises:
-      FileNotFoundError: there is no run.
-      ValueError: its config.json is damaged.
-    """
-    saved, path = read_config(folder)["config"], str(folder / "config.json")
-    common = from_json(Common, saved, path)
-    methods: dict[str, Any] = {}
-    try:
-        for name, own in saved["methods"].items():
-            methods[name] = from_json(
-                kind_of(name, own["learner"]["learner"]), own, path
-            )
-    except (AttributeError, KeyError, TypeError) as error:
-        raise ValueError(
-            f"{path} holds no methods that exist ({type(error).__name__}: {error}): "
-            "put a copy of the file back, or start again"
-        ) from None
-    return Options(common.data, common.test, common.run, common.devices, methods)
 
 
 # -- flags -----------------------------------------------------------------------------
@@ -317,11 +291,11 @@ def check(options: Options) -> None:
             "--no-learn-init learns no theta_0 for the hand-made rules: drop "
             f"{', '.join(tuned)}, or choose scratch"
         )
-    for name, own in options.methods.items():
-        _check_method(name, own, options.data)
+    for own in options.methods.values():
+        _check_method(own, options.data)
 
 
-def _check_method(name: str, options: Any, data: Data) -> None:
+def _check_method(options: Any, data: Data) -> None:
     training, own = options.training, options.method
     if training.schedule != "constant" and training.minutes is not None:
         raise ValueError(
@@ -339,12 +313,6 @@ def _check_method(name: str, options: Any, data: Data) -> None:
             "--query-norm frozen falls to chance unless meta-training uses the same "
             "averages: add --train-query-norm frozen"
         )
-    train_way = getattr(own, "train_way", None)
-    if train_way and not options.learner.tied_head and METHODS[name].learns_init:
-        raise ValueError(
-            f"--train-way {train_way}: the head of {name} has --way classes; add "
-            "--tied-head"
-        )
     last = getattr(own, "last", None)
     if last is not None and getattr(own, "order", "second") == "first":
         raise ValueError(f"--last {last} needs --order second: add it")
@@ -361,10 +329,10 @@ def _check_method(name: str, options: Any, data: Data) -> None:
 
 @dataclasses.dataclass(frozen=True)
 class _Help:
-    run: Run
-    data: Data
-    training: Training
-    test: Test
+    run: cli.Flat[Run]
+    data: cli.Flat[Data]
+    training: cli.Flat[Training]
+    test: cli.Flat[Test]
 
 
 def _help(line: Sequence[str]) -> None:
@@ -376,39 +344,32 @@ def _help(line: Sequence[str]) -> None:
     asked = [i for i, word in enumerate(line) if word in ("--help", "-h")]
     if not asked:
         return
-    topics = [word for word in line[asked[0] + 1 :][:1] if not word.startswith("-")]
-    rest = [word for word in line if word not in ("--help", "-h", *topics)]
-    if not topics:
-        shown: Any = _Help(Run(), Data(), Training(), Test())
-        about = _ABOUT
-    elif topics[0] in METHODS:
-        named = _value("preset", _flags(rest))
+    topic = next(iter(line[asked[0] + 1 :]), "")
+    shown: Any
+    if topic in METHODS:
+        named = _value("preset", _flags(line[: asked[0]]))
         recipe = Preset() if named is None else preset(named)
-        shown = _method(topics[0], topics, (), recipe, None)
-        fields = [("method", type(shown.method)), ("learner", type(shown.learner))]
+        all_of_it = _method(topic, [topic], (), recipe, None)
+        fields = [(n, cli.Flat[type(getattr(all_of_it, n))]) for n in _OWN]  # type: ignore[misc]
         kind = dataclasses.make_dataclass("Flags", fields, frozen=True)
-        shown = kind(shown.method, shown.learner)
+        shown = kind(*(getattr(all_of_it, name) for name in _OWN))
         about = (
-            f"{topics[0]}: {METHODS[topics[0]].about}.\n\nWritten so, a flag holds for "
-            f"every method that has it; --{topics[0]}.FLAG is for this one alone."
+            f"{topic}: {METHODS[topic].about}.\n\nWritten so, a flag holds for every "
+            f"method that has it; --{topic}.FLAG is for this one alone."
         )
-    elif topics[0] in LEARNERS:
-        shown, about = LEARNERS[topics[0]](), "The network that is adapted."
-    elif topics[0] == "devices":
+    elif topic in LEARNERS:
+        shown, about = LEARNERS[topic](), "The network that is adapted."
+    elif topic == "devices":
         shown, about = devices.Devices(), "Where to compute."
+    elif not topic or topic.startswith("-"):
+        shown, about = _Help(Run(), Data(), Training(), Test()), _ABOUT
     else:
         known = [*METHODS, *LEARNERS, "devices"]
-        raise ValueError(f"--help {topics[0]}: {did_you_mean(topics[0], known)}")
-    tyro.cli(
-        type(shown),
-        args=["--help"],
-        default=shown,
-        description=about,
-        prog=f"python -m {MODULE}",
-        config=(tyro.conf.OmitArgPrefixes,),
-    )
+        raise ValueError(f"--help {topic}: {did_you_mean(topic, known)}")
+    cli.parse(shown, ["--help"], module=MODULE, description=about)
 
 
+_OWN = ("method", "learner")  # what the help of a method shows
 _ABOUT = (
     "Learn to learn from few examples: meta-train, meta-test, compare.\n\n"
     "--help METHOD has a method's own flags, --help conv4 (mlp, resnet12) a\n"

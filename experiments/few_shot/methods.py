@@ -17,9 +17,17 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from experiments.common.cli import Flat
+from experiments.common.saved_options import from_json, read_config
 from experiments.few_shot import adapting, embedding
 from experiments.few_shot.arguments import Arguments, Given, Spec, head_of
-from experiments.few_shot.options import LEARNERS, Conv4, Data, Options, Training
+from experiments.few_shot.options import (
+    LEARNERS,
+    Common,
+    Conv4,
+    Data,
+    Options,
+    Training,
+)
 
 GRADIENT, HAND_MADE, METRIC = "gradient-based", "hand-made rule", "metric-based"
 
@@ -70,6 +78,29 @@ def kind_of(method: str, learner: str) -> type:
         for part, default in parts.items()
     ]
     return dataclasses.make_dataclass(name, fields, frozen=True)
+
+
+def options_of(folder: Path) -> Options:
+    """The options of a run folder.
+
+    Raises:
+      FileNotFoundError: there is no run.
+      ValueError: its config.json is damaged.
+    """
+    saved, path = read_config(folder)["config"], str(folder / "config.json")
+    common = from_json(Common, saved, path)
+    methods: dict[str, Any] = {}
+    try:
+        for name, own in saved["methods"].items():
+            methods[name] = from_json(
+                kind_of(name, own["learner"]["learner"]), own, path
+            )
+    except (AttributeError, KeyError, TypeError) as error:
+        raise ValueError(
+            f"{path} holds no methods that exist ({type(error).__name__}: {error}): "
+            "put a copy of the file back, or start again"
+        ) from None
+    return Options(common.data, common.test, common.run, common.devices, methods)
 
 
 # -- specs -----------------------------------------------------------------------------
