@@ -7,7 +7,6 @@ import functools
 import inspect
 import json
 import re
-import typing
 
 import jax
 import pytest
@@ -205,6 +204,9 @@ def test_the_command_line_wins_over_a_preset(mine):
 
 
 def test_flags_override_presets():
+    line = "--preset demo --algorithms meta-lstm --input-bias-of head -1.5 -1"
+    spec = methods.specs_of(parsed(line))["meta-lstm"]
+    assert spec["rule"]["input_bias_of"] == {"head": (-1.5, -1)}
     demo = parsed("--preset demo --way 7 --algorithms maml")
     assert (demo.data.way, demo.data.dataset) == (7, "glyphs")
     assert demo.methods["maml"].learner.tied_head
@@ -390,9 +392,3 @@ def test_evaluation_takes_the_options_of_the_run(tmp_path):
             ValueError, match=f"{flag.split('.')[-1][-4:]}.*as they were"
         ):
             parse_evaluation([*line, flag, "3"])
-
-
-def test_type_hints_of_every_method_resolve():
-    for name in METHODS:
-        for learner in LEARNERS:
-            assert typing.get_type_hints(methods.kind_of(name, learner))

@@ -102,7 +102,7 @@ class Gates:
     """Range of the forget gate's initial bias."""
     input_bias: tuple[float, float] = (-5.0, -4.0)
     """Range of the input gate's initial bias; it sets the first step size."""
-    input_bias_of: dict[str, tuple[float, float]] = field(default_factory=dict)
+    input_bias_of: tuple[tuple[str, float, float], ...] = ()
     """Another range for the tensors of a part, such as `head -0.5 -0.5`; needs
     --bias-per tensor or tensor_and_step."""
     bias_per: Literal["rule", "tensor", "tensor_and_step"] = "rule"
@@ -131,7 +131,8 @@ class FirstOrderMetaLstm(InnerLoop):
         found = super().arguments(given)
         found.setdefault("differentiation", {"order": "first"})
         rule = dataclasses.asdict(self.rule)
-        rule["input_bias_of"] = rule["input_bias_of"] or None
+        of_parts = {part: (low, high) for part, low, high in rule["input_bias_of"]}
+        rule["input_bias_of"] = of_parts or None
         rule["num_bias_steps"] = self.most_steps()
         return found | {"rule": {"rule": "lstm_gates", **rule}}
 
