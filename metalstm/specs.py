@@ -114,7 +114,7 @@ def fixed_way(spec: Mapping[str, Any]) -> int | None:
 
 
 def _call(kind: str, spec: Mapping[str, Any], table: Mapping[str, Any]) -> Any:
-    name = spec.get(kind)
+    name = str(spec.get(kind))
     check_choice(kind, name, sorted(table))
     options = _built(spec)
     del options[kind]

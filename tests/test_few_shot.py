@@ -192,14 +192,13 @@ def test_kill_9_and_resuming_is_the_same_run(tmp_path):
 
 def test_a_damaged_best_is_written_again(finished, copy):
     (step,) = checkpoints.steps(copy / "checkpoints" / "meta-lstm" / "best")
-    (copy / "checkpoints" / "meta-lstm" / "best" / str(step) / METADATA).write_text("{")
+    (
+        copy / "checkpoints" / "meta-lstm" / "best" / str(step) / "_CHECKPOINT_METADATA"
+    ).write_text("{")
     with pytest.raises(FileNotFoundError, match="cannot be read"):
         metalstm.load_run(copy)
     assert few_shot.main(["--resume", str(copy)]) == 0
     assert_same_run(copy, finished)
-
-
-METADATA = "_CHECKPOINT_METADATA"
 
 
 def test_a_longer_budget_resumes_and_other_options_are_refused(copy, capsys):
@@ -242,10 +241,10 @@ def test_a_folder_with_something_else_is_refused(capsys, tmp_path):
 
 def test_default_folders_do_not_collide():
     options = parse(command())
-    first = few_shot._choose_folder(options)
+    first = few_shot.choose_folder(options)
     assert first == Path("runs/few_shot/glyphs-3w1s-0")
     first.mkdir(parents=True)
-    assert few_shot._choose_folder(options).name == "glyphs-3w1s-0-2"
+    assert few_shot.choose_folder(options).name == "glyphs-3w1s-0-2"
 
 
 def test_corrupt_images_are_omitted_on_request(tmp_path, capsys, monkeypatch):
@@ -346,46 +345,6 @@ def test_a_run_with_flags_of_one_method_resumes_and_loads(tmp_path):
     assert few_shot.main(["--resume", str(folder)]) == 0
     assert (folder / "accuracies.npz").read_bytes() == before
     assert few_shot.main(["--resume", str(folder), "--prototypical.widths", "4"]) == 2
-
-
-# -- predictors ------------------------------------------------------------------------
-
-
-@pytest.mark.smoke
-def test_load_run_predicts_as_the_evaluation_did(finished):
-    predict = metalstm.load_run(finished)
-    assert predict.method == "meta-lstm"
-    dataset = tiny_dataset()
-    spec = data.EpisodeSpec(3, 1, 2)
-    accuracies = []
-    for i in range(10):
-        key = data.episode_key(0, "test", 0, i)
-        support, query = jax.device_get(data.sample_episode(key, dataset.test, spec))
-        names = np.array(["ant", "bee", "cat"])
-        labels = predict(support.x, names[support.y], query.x)
-        accuracies.append((labels == names[query.y]).mean())
-    with np.load(finished / "accuracies.npz") as per_episode:
-        np.testing.assert_allclose(accuracies, per_episode["meta-lstm"], atol=1e-6)
-    raw = np.round(255 * support.x).astype(np.uint8)
-    labels_of_bytes = predict(raw, names[support.y], np.round(255 * query.x) / 255)
-    assert list(labels_of_bytes) == list(labels)
-
-
-def test_load_run_refuses(finished, tmp_path):
-    with pytest.raises(FileNotFoundError, match="not a run folder"):
-        metalstm.load_run(tmp_path)
-    with pytest.raises(ValueError, match="choose one of meta-lstm, sgd"):
-        metalstm.load_run(finished, "maml")
-    predict = metalstm.load_run(finished, "sgd")
-    x = np.zeros((3, 6, 6, 1))
-    with pytest.raises(ValueError, match="2 labels for 3 images"):
-        predict(x, [0, 1], x)
-    with pytest.raises(ValueError, match="trained with way=3"):
-        predict(x, [0, 1, 1], x)
-    with pytest.raises(ValueError, match="resize them"):
-        predict(np.zeros((3, 5, 6, 1)), [0, 1, 2], x)
-    with pytest.raises(ValueError, match=r"floats in \[0, 1\]"):
-        predict(x + 200, [0, 1, 2], x)
 
 
 # -- parts -----------------------------------------------------------------------------

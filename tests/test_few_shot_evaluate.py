@@ -5,6 +5,8 @@ from __future__ import annotations
 import shutil
 from pathlib import Path
 
+import jax
+import numpy as np
 import pytest
 from few_shot_runs import command, finished_run, read, tiny_dataset, tiny_images
 
@@ -182,3 +184,43 @@ def test_mistakes_about_shots_and_ways(finished, line, message, capsys, tmp_path
     assert shots_and_ways.main([*line, "--workdir", str(tmp_path / "out")]) == 2
     assert message in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
+
+
+# -- predictors ------------------------------------------------------------------------
+
+
+@pytest.mark.smoke
+def test_load_run_predicts_as_the_evaluation_did(finished):
+    predict = metalstm.load_run(finished)
+    assert predict.method == "meta-lstm"
+    dataset = tiny_dataset()
+    spec = data.EpisodeSpec(3, 1, 2)
+    accuracies = []
+    for i in range(10):
+        key = data.episode_key(0, "test", 0, i)
+        support, query = jax.device_get(data.sample_episode(key, dataset.test, spec))
+        names = np.array(["ant", "bee", "cat"])
+        labels = predict(support.x, names[support.y], query.x)
+        accuracies.append((labels == names[query.y]).mean())
+    with np.load(finished / "accuracies.npz") as per_episode:
+        np.testing.assert_allclose(accuracies, per_episode["meta-lstm"], atol=1e-6)
+    raw = np.round(255 * support.x).astype(np.uint8)
+    labels_of_bytes = predict(raw, names[support.y], np.round(255 * query.x) / 255)
+    assert list(labels_of_bytes) == list(labels)
+
+
+def test_load_run_refuses(finished, tmp_path):
+    with pytest.raises(FileNotFoundError, match="not a run folder"):
+        metalstm.load_run(tmp_path)
+    with pytest.raises(ValueError, match="choose one of meta-lstm, sgd"):
+        metalstm.load_run(finished, "maml")
+    predict = metalstm.load_run(finished, "sgd")
+    x = np.zeros((3, 6, 6, 1))
+    with pytest.raises(ValueError, match="2 labels for 3 images"):
+        predict(x, [0, 1], x)
+    with pytest.raises(ValueError, match="trained with way=3"):
+        predict(x, [0, 1, 1], x)
+    with pytest.raises(ValueError, match="resize them"):
+        predict(np.zeros((3, 5, 6, 1)), [0, 1, 2], x)
+    with pytest.raises(ValueError, match=r"floats in \[0, 1\]"):
+        predict(x + 200, [0, 1, 2], x)

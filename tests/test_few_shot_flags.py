@@ -7,7 +7,6 @@ import functools
 import inspect
 import json
 import re
-import typing
 
 import jax
 import pytest
@@ -15,9 +14,9 @@ from few_shot_runs import SMALL
 
 from experiments.common.saved_options import flags_of, from_json, to_json
 from experiments.few_shot import __main__ as few_shot
-from experiments.few_shot import arguments, methods, presets
-from experiments.few_shot.command_line import options_of, parse, parse_evaluation
-from experiments.few_shot.methods import METHODS
+from experiments.few_shot import adapting, methods, presets
+from experiments.few_shot.command_line import parse, parse_evaluation
+from experiments.few_shot.methods import METHODS, options_of
 from experiments.few_shot.options import LEARNERS, Common, Options, Retest
 from experiments.few_shot.presets import Preset
 from experiments.few_shot.train import may_change
@@ -43,7 +42,7 @@ def arguments_of(factory) -> set[str]:
 # -- flags are constructors' arguments -------------------------------------------------
 
 # What an option of experiments says of an argument in other words, or adds.
-OTHER_NAMES = {"order", "keep", "last", "adam_rate", "outer_step", "of", "rule"}
+OTHER_NAMES = set("optimizer order keep last adam_rate outer_step of rule".split())
 
 
 @pytest.mark.parametrize("name", METHODS)
@@ -54,13 +53,13 @@ def test_options_are_their_constructors_arguments(name):
     if name in ("learned-sgd", "imaml"):
         fields -= {"rate"}  # of the rule
     if name == "gradient-agreement":
-        fields -= {f.name for f in dataclasses.fields(arguments.Maml)}
+        fields -= {f.name for f in dataclasses.fields(adapting.Maml)}
     known = arguments_of(factory)
     assert fields - OTHER_NAMES <= known
 
 
 def test_the_options_of_rules_and_networks_likewise():
-    gates = {field.name for field in dataclasses.fields(arguments.Gates)}
+    gates = {field.name for field in dataclasses.fields(adapting.Gates)}
     assert gates <= set(inspect.signature(rules.lstm_gates).parameters)
     networks = {"conv4": "Conv4", "mlp": "MLP", "resnet12": "ResNet12"}
     for name, options in LEARNERS.items():
@@ -205,6 +204,9 @@ def test_the_command_line_wins_over_a_preset(mine):
 
 
 def test_flags_override_presets():
+    line = "--preset demo --algorithms meta-lstm --input-bias-of head -1.5 -1"
+    spec = methods.specs_of(parsed(line))["meta-lstm"]
+    assert spec["rule"]["input_bias_of"] == {"head": (-1.5, -1)}
     demo = parsed("--preset demo --way 7 --algorithms maml")
     assert (demo.data.way, demo.data.dataset) == (7, "glyphs")
     assert demo.methods["maml"].learner.tied_head
@@ -304,7 +306,7 @@ MISTAKES = [
     ("--algorithms maml --schedule cosine --minutes 1", "needs --episodes"),
     ("--algorithms maml --query-norm all", "goes with --evaluate"),
     ("--algorithms maml --query-norm frozen", "add --train-query-norm frozen"),
-    ("--algorithms maml --train-way 4", "add --tied-head"),
+    ("--algorithms maml --queries 2 --train-way 4", "wrap it in metalstm.nn.tied_head"),
     ("--algorithms meta-lstm,sgd --no-learn-init", "drop sgd"),
     ("--algorithms meta-lstm --last 1", "needs --order second"),
     ("--resume nowhere", "not a run folder"),
@@ -390,9 +392,3 @@ def test_evaluation_takes_the_options_of_the_run(tmp_path):
             ValueError, match=f"{flag.split('.')[-1][-4:]}.*as they were"
         ):
             parse_evaluation([*line, flag, "3"])
-
-
-def test_type_hints_of_every_method_resolve():
-    for name in METHODS:
-        for learner in LEARNERS:
-            assert typing.get_type_hints(methods.kind_of(name, learner))

@@ -11,8 +11,8 @@ import pytest
 
 from experiments.common.saved_options import to_json
 from experiments.few_shot import data as sources
-from experiments.few_shot.command_line import options_of, parse
-from experiments.few_shot.methods import specs_of
+from experiments.few_shot.command_line import parse
+from experiments.few_shot.methods import options_of, specs_of
 from experiments.few_shot.options import Data
 from experiments.few_shot.train import checkpoint_of
 from experiments.studies import verification

@@ -1,8 +1,8 @@
 """Read the command line of few_shot; refuse what cannot work before anything runs.
 
-A flag without a prefix is of the run (``--way``), or holds for every chosen method
-that has the option (``--num-steps``); ``--maml.num-steps`` is of one method. Each
-method's flags are parsed by themselves, with its preset as the parser's defaults.
+A flag without a prefix is the run's (``--way``), or holds for every chosen method that
+has the option (``--num-steps``); ``--maml.num-steps`` is of one method. Each method's
+flags are parsed by themselves, with its preset as the parser's defaults.
 """
 
 from __future__ import annotations
@@ -13,18 +13,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
-import tyro
-
 from experiments.common import cli, devices
 from experiments.common.saved_options import (
     did_you_mean,
     flag,
     flags_of,
-    from_json,
-    read_config,
     split_commas,
-    value_of,
-    values_of,
     with_settings,
 )
 from experiments.few_shot.methods import (
@@ -33,6 +27,7 @@ from experiments.few_shot.methods import (
     METHODS,
     init_source,
     kind_of,
+    options_of,
 )
 from experiments.few_shot.options import (
     LEARNERS,
@@ -46,7 +41,7 @@ from experiments.few_shot.options import (
 )
 from experiments.few_shot.presets import Preset, preset
 
-PROGRAM = "python -m experiments.few_shot"
+MODULE = "experiments.few_shot"
 Parsed = TypeVar("Parsed")
 
 
@@ -67,33 +62,25 @@ def parse(line: Sequence[str]) -> Options:
       SystemExit: after --help, or for a value of another type.
     """
     _help(line)
-    flags, recipe = _flags(line), Preset()
-    named, resumed = value_of("--preset", line), value_of("--resume", line)
-    if named is not None:
-        recipe = preset(named)
-    saved: Options | None = None
+    flags = _flags(line)
+    if _value("query_norm", flags) == "all":
+        raise ValueError("--query-norm all goes with --evaluate RUN; choose one mode")
+    named, resumed = _value("preset", flags), _value("resume", flags)
+    recipe = Preset() if named is None else preset(named)
+    default: Common = with_settings(Common(), recipe.shared)
+    saved: dict[str, Any] = {}
     if resumed is not None:
         if named is not None:
             raise ValueError("--resume takes its options from the run; drop --preset")
-        saved = options_of(Path(resumed))
+        before = options_of(Path(resumed))
+        saved = before.methods
         # it may be resumed elsewhere
-        run = dataclasses.replace(saved.run, resume=None, workdir=None)
-        saved = dataclasses.replace(saved, run=run, devices=devices.Devices())
-    common: Common = with_settings(Common(), recipe.shared) if saved is None else saved
-    _refuse_all_modes(flags)
-    said = any(f.name == "algorithms" for f in flags)
-    names = _chosen(values_of("--algorithms", line) if said else common.run.algorithms)
-    common_flags = flags_of(Common)
-    common = _parsed(
-        Common(common.data, common.test, common.run, common.devices),
-        [f for f in flags if f.method is None and f.name in common_flags],
-    )
-    flags = [f for f in flags if f.method is not None or f.name not in common_flags]
-    methods = {}
-    for name in names:
-        default = None if saved is None else saved.methods.get(name)
-        methods[name] = _method(name, names, flags, recipe, default)
-    _refuse_unknown(flags, methods)
+        run = dataclasses.replace(before.run, resume=None, workdir=None)
+        default = Common(before.data, before.test, run)
+    common, of_methods = _common(default, flags)
+    names = _chosen(common.run.algorithms)
+    methods = {n: _method(n, names, of_methods, recipe, saved.get(n)) for n in names}
+    _refuse_unknown(of_methods, methods)
     run = dataclasses.replace(common.run, algorithms=names)
     options = Options(common.data, common.test, run, common.devices, methods)
     check(options)
@@ -108,63 +95,32 @@ def parse_evaluation(line: Sequence[str]) -> tuple[Options, Retest]:
     Raises:
       ValueError, FileNotFoundError, SystemExit: as `parse`.
     """
-    for other in ("--preset", "--resume"):
-        if value_of(other, line) is not None:
-            raise ValueError(f"--evaluate takes its options from the run; drop {other}")
-    folders = [Path(name) for name in values_of("--evaluate", line)]
+    flags = _flags(line)
+    for other in ("preset", "resume"):
+        if _value(other, flags) is not None:
+            said = flag(other)
+            raise ValueError(f"--evaluate takes its options from the run; drop {said}")
+    folders = next(f for f in flags if f.name == "evaluate").words[1:]
     if not folders:
         raise ValueError("--evaluate is empty: give a run folder")
-    saved = [options_of(folder) for folder in folders]
-    first = saved[0]
-    methods = {n: own for run in reversed(saved) for n, own in run.methods.items()}
-    known, retest = flags_of(Common), flags_of(Retest)
-    flags = _flags(line)
-    for given in flags:
-        if given.method is not None or given.name not in known | retest:
+    runs = [options_of(Path(folder)) for folder in folders]
+    methods = {n: own for run in reversed(runs) for n, own in run.methods.items()}
+    in_runs = tuple(dict.fromkeys(n for run in runs for n in run.methods))
+    first = dataclasses.replace(Run(), algorithms=in_runs, seed=runs[0].run.seed)
+    common, rest = _common(Common(runs[0].data, runs[0].test, first), flags)
+    retest = flags_of(Retest)
+    for given in rest:
+        if given.method is not None or given.name not in retest:
             raise ValueError(
                 f"{flag(given.name)}: --evaluate tests methods as they were trained; "
                 f"drop it, or choose of {', '.join(sorted(map(flag, retest)))}"
             )
-    default = Common(first.data, first.test, Run(), devices.Devices())
-    common = _parsed(default, [f for f in flags if f.name in known])
-    names = tuple(dict.fromkeys(n for run in saved for n in run.methods))
-    if any(f.name == "algorithms" for f in flags):
-        names = _chosen(common.run.algorithms)
-    run = dataclasses.replace(common.run, algorithms=names, seed=first.run.seed)
-    options = Options(
-        common.data,
-        common.test,
-        run,
-        common.devices,
-        {name: methods[name] for name in names if name in methods},
-    )
-    _check_common(options)
-    anew = _parsed(Retest(), [f for f in flags if f.name in retest])
-    cli.check(anew)
-    return options, anew
-
-
-def options_of(folder: Path) -> Options:
-    """The options of a run folder.
-
-    Raises:
-      FileNotFoundError: there is no run.
-      ValueError: its config.json is damaged.
-    """
-    saved, path = read_config(folder)["config"], str(folder / "config.json")
-    common = from_json(Common, saved, path)
-    methods = {}
-    try:
-        for name, own in saved["methods"].items():
-            methods[name] = from_json(
-                kind_of(name, own["learner"]["learner"]), own, path
-            )
-    except (AttributeError, KeyError, TypeError) as error:
-        raise ValueError(
-            f"{path} holds no methods that exist ({type(error).__name__}: {error}): "
-            "put a copy of the file back, or start again"
-        ) from None
-    return Options(common.data, common.test, common.run, common.devices, methods)
+    names = _chosen(common.run.algorithms)
+    run = dataclasses.replace(common.run, algorithms=names)
+    chosen = {name: methods[name] for name in names if name in methods}
+    options = Options(common.data, common.test, run, common.devices, chosen)
+    devices.check(options.devices)
+    return options, _parsed(Retest(), rest)
 
 
 # -- flags -----------------------------------------------------------------------------
@@ -196,6 +152,19 @@ def _dashed() -> frozenset[str]:
     kinds = [kind_of(name, learner) for name in METHODS for learner in LEARNERS]
     names = set().union(*map(flags_of, [Common, Retest, *kinds]))
     return frozenset(name.replace("_", "-") for name in names)
+
+
+def _value(name: str, flags: Sequence[Flag]) -> str | None:
+    """The value of a flag of the run that is not parsed yet."""
+    said = [f.words[1:] for f in flags if f.method is None and f.name == name]
+    return said[-1][0] if said and said[-1] else None
+
+
+def _common(default: Common, flags: Sequence[Flag]) -> tuple[Common, list[Flag]]:
+    """The options that all methods share, and the flags that are left."""
+    known = flags_of(Common)
+    mine = [f for f in flags if f.method is None and f.name in known]
+    return _parsed(default, mine), [f for f in flags if f not in mine]
 
 
 def _method(
@@ -234,13 +203,6 @@ def _method(
     return _parsed(default, mine, of=name)
 
 
-def _refuse_all_modes(flags: Sequence[Flag]) -> None:
-    if any(f.name == "query_norm" and f.words[1:] == ("all",) for f in flags):
-        raise ValueError(
-            "--query-norm all goes with --evaluate RUN; train with one mode"
-        )
-
-
 def _learner(
     settings: Sequence[Mapping[str, Any]], flags: Sequence[Flag], default: Any
 ) -> str:
@@ -252,13 +214,9 @@ def _learner(
 
 
 def _parsed(default: Parsed, flags: Sequence[Flag], of: str | None = None) -> Parsed:
-    return tyro.cli(
-        type(default),
-        args=[word for f in flags for word in f.words],
-        default=default,
-        prog=PROGRAM if of is None else f"{PROGRAM} ({of})",
-        config=(tyro.conf.OmitArgPrefixes,),
-    )
+    module = MODULE if of is None else f"{MODULE} ({of})"
+    words = [word for f in flags for word in f.words]
+    return cli.parse(default, words, module=module, description=None)
 
 
 def _chosen(names: Sequence[str]) -> tuple[str, ...]:
@@ -317,13 +275,13 @@ def check(options: Options) -> None:
     Raises:
       ValueError: names the flag, its value and what would do.
     """
-    _check_common(options)
     run, names = options.run, tuple(options.methods)
     if run.resume is not None and run.workdir is not None:
         raise ValueError("--resume RUN continues in that folder; drop --workdir")
+    devices.check(options.devices)
     tuned = [name for name in names if METHODS[name].family == HAND_MADE]
-    source = init_source(names)
-    if tuned and source is None:
+    source = init_source(names) or ""
+    if tuned and not source:
         raise ValueError(
             f"--algorithms {tuned[0]} starts from a learned theta_0: add one of "
             f"{', '.join(LEARNS_INIT)}"
@@ -333,20 +291,12 @@ def check(options: Options) -> None:
             "--no-learn-init learns no theta_0 for the hand-made rules: drop "
             f"{', '.join(tuned)}, or choose scratch"
         )
-    for name, own in options.methods.items():
-        _check_method(name, own, options.data)
+    for own in options.methods.values():
+        _check_method(own, options.data)
 
 
-def _check_common(options: Common) -> None:
-    for group in (options.data, options.test, options.run):
-        cli.check(group)
-    devices.check(options.devices)
-
-
-def _check_method(name: str, options: Any, data: Data) -> None:
+def _check_method(options: Any, data: Data) -> None:
     training, own = options.training, options.method
-    for group in (own, options.learner, training):
-        cli.check(group)
     if training.schedule != "constant" and training.minutes is not None:
         raise ValueError(
             f"--schedule {training.schedule} needs --episodes, not --minutes"
@@ -362,12 +312,6 @@ def _check_method(name: str, options: Any, data: Data) -> None:
         raise ValueError(
             "--query-norm frozen falls to chance unless meta-training uses the same "
             "averages: add --train-query-norm frozen"
-        )
-    train_way = getattr(own, "train_way", None)
-    if train_way and not options.learner.tied_head and METHODS[name].learns_init:
-        raise ValueError(
-            f"--train-way {train_way}: the head of {name} has --way classes; add "
-            "--tied-head"
         )
     last = getattr(own, "last", None)
     if last is not None and getattr(own, "order", "second") == "first":
@@ -385,10 +329,10 @@ def _check_method(name: str, options: Any, data: Data) -> None:
 
 @dataclasses.dataclass(frozen=True)
 class _Help:
-    run: Run
-    data: Data
-    training: Training
-    test: Test
+    run: cli.Flat[Run]
+    data: cli.Flat[Data]
+    training: cli.Flat[Training]
+    test: cli.Flat[Test]
 
 
 def _help(line: Sequence[str]) -> None:
@@ -400,40 +344,32 @@ def _help(line: Sequence[str]) -> None:
     asked = [i for i, word in enumerate(line) if word in ("--help", "-h")]
     if not asked:
         return
-    topics = [word for word in line[asked[0] + 1 :][:1] if not word.startswith("-")]
-    rest = [word for word in line if word not in ("--help", "-h", *topics)]
-    if not topics:
-        shown: Any = _Help(Run(), Data(), Training(), Test())
-        about = _ABOUT
-    elif topics[0] in METHODS:
-        recipe = Preset()
-        if (named := value_of("--preset", rest)) is not None:
-            recipe = preset(named)
-        shown = _method(topics[0], topics, (), recipe, None)
-        fields = [("method", type(shown.method)), ("learner", type(shown.learner))]
+    topic = next(iter(line[asked[0] + 1 :]), "")
+    shown: Any
+    if topic in METHODS:
+        named = _value("preset", _flags(line[: asked[0]]))
+        recipe = Preset() if named is None else preset(named)
+        all_of_it = _method(topic, [topic], (), recipe, None)
+        fields = [(n, cli.Flat[type(getattr(all_of_it, n))]) for n in _OWN]  # type: ignore[misc]
         kind = dataclasses.make_dataclass("Flags", fields, frozen=True)
-        shown = kind(shown.method, shown.learner)
+        shown = kind(*(getattr(all_of_it, name) for name in _OWN))
         about = (
-            f"{topics[0]}: {METHODS[topics[0]].about}.\n\nWritten so, a flag holds for "
-            f"every method that has it; --{topics[0]}.FLAG is for this one alone."
+            f"{topic}: {METHODS[topic].about}.\n\nWritten so, a flag holds for every "
+            f"method that has it; --{topic}.FLAG is for this one alone."
         )
-    elif topics[0] in LEARNERS:
-        shown, about = LEARNERS[topics[0]](), "The network that is adapted."
-    elif topics[0] == "devices":
+    elif topic in LEARNERS:
+        shown, about = LEARNERS[topic](), "The network that is adapted."
+    elif topic == "devices":
         shown, about = devices.Devices(), "Where to compute."
+    elif not topic or topic.startswith("-"):
+        shown, about = _Help(Run(), Data(), Training(), Test()), _ABOUT
     else:
         known = [*METHODS, *LEARNERS, "devices"]
-        raise ValueError(f"--help {topics[0]}: {did_you_mean(topics[0], known)}")
-    tyro.cli(
-        type(shown),
-        args=["--help"],
-        default=shown,
-        description=about,
-        prog=PROGRAM,
-        config=(tyro.conf.OmitArgPrefixes,),
-    )
+        raise ValueError(f"--help {topic}: {did_you_mean(topic, known)}")
+    cli.parse(shown, ["--help"], module=MODULE, description=about)
 
 
+_OWN = ("method", "learner")  # what the help of a method shows
 _ABOUT = (
     "Learn to learn from few examples: meta-train, meta-test, compare.\n\n"
     "--help METHOD has a method's own flags, --help conv4 (mlp, resnet12) a\n"

@@ -12,6 +12,7 @@ from typing import Annotated, Any, Literal
 
 from msgspec import Meta
 
+from experiments.common.cli import Flat
 from experiments.common.devices import Devices
 
 AtLeast1 = Annotated[int, Meta(ge=1)]
@@ -201,10 +202,10 @@ LEARNERS: dict[str, type[Learner]] = {
 class Common:
     """What is the same for every method of a table."""
 
-    data: Data = field(default_factory=Data)
-    test: Test = field(default_factory=Test)
-    run: Run = field(default_factory=Run)
-    devices: Devices = field(default_factory=Devices)
+    data: Flat[Data] = field(default_factory=Data)
+    test: Flat[Test] = field(default_factory=Test)
+    run: Flat[Run] = field(default_factory=Run)
+    devices: Flat[Devices] = field(default_factory=Devices)
 
 
 @dataclass(frozen=True)

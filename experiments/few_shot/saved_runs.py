@@ -8,9 +8,14 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from experiments.common.saved_options import read_config
-from experiments.few_shot.command_line import options_of
 from experiments.few_shot.data import Source
-from experiments.few_shot.methods import METHODS, Spec, pretrainings, specs_of
+from experiments.few_shot.methods import (
+    METHODS,
+    Spec,
+    options_of,
+    pretrainings,
+    specs_of,
+)
 from experiments.few_shot.options import Options
 from metalstm.runtime import checkpoints
 

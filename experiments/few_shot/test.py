@@ -33,6 +33,7 @@ from metalstm.predictor import load_params
 from metalstm.runtime import processes, sharding
 from metalstm.runtime.files import atomic_write
 from metalstm.specs import COMPARING, build_algorithm, fixed_way
+from metalstm.statistics import mean_and_ci95
 
 Results = dict[str, Any]
 
@@ -118,13 +119,14 @@ def over_seeds(
     reference = results.compared_with(names)
     methods, rows = {}, []
     for name in names:
-        of_seeds = [found["methods"][name] for found in per_seed.values()]
-        means = [row["accuracy"] for row in of_seeds]
-        mean, ci95 = mean_over_seeds(means)
+        of_seeds = [run["methods"][name] for run in per_seed.values()]
+        means = np.array([row["accuracy"] for row in of_seeds])
+        mean, ci95 = mean_and_ci95(means)
         difference = None
         if name != reference:
-            others = [f["methods"][reference]["accuracy"] for f in per_seed.values()]
-            difference = mean_over_seeds(np.subtract(means, others).tolist())
+            found = [run["methods"][reference] for run in per_seed.values()]
+            others = np.array([row["accuracy"] for row in found])
+            difference = mean_and_ci95(means - others)
         trained = [row["meta_training"] or {} for row in of_seeds]
         episodes, seconds = (
             float(np.mean([t[key] for t in trained])) if key in trained[0] else None
@@ -133,7 +135,7 @@ def over_seeds(
         methods[name] = {
             "accuracy": mean,
             "ci95": ci95,
-            "accuracies": means,
+            "accuracies": means.tolist(),
             "paired_difference": difference,
         }
         norm = of_seeds[0]["batch_norm"]
@@ -151,20 +153,13 @@ def over_seeds(
             )
         )
     what = f"mean over {len(per_seed)} meta-training seeds, the CI over seeds"
-    found = {
+    document = {
         "seeds": list(per_seed),
         "ci95_over": "seeds",
         "paired_difference_to": reference,
         "methods": methods,
     }
-    return found, results.table_of(what, reference, rows)
-
-
-def mean_over_seeds(means: Sequence[float]) -> tuple[float, float]:
-    """Mean and half the 95% confidence interval over meta-training seeds."""
-    values = np.asarray(means)
-    half = 1.96 * values.std(ddof=1) / len(values) ** 0.5 if len(values) > 1 else 0
-    return float(values.mean()), float(half)
+    return document, results.table_of(what, reference, rows)
 
 
 def count_parameters(params: PyTree, spec: Spec) -> int:

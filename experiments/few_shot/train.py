@@ -19,12 +19,8 @@ from experiments.common.devices import MAY_CHANGE, mesh_for
 from experiments.common.loop import Loop, Setup
 from experiments.common.run_folder import Metrics
 from experiments.common.tuning import bracketed_best
-from experiments.few_shot.arguments import (
-    Arguments,
-    GradientAgreement,
-    InnerLoop,
-    Reptile,
-)
+from experiments.few_shot.adapting import GradientAgreement, InnerLoop, Reptile
+from experiments.few_shot.arguments import Arguments
 from experiments.few_shot.data import Source
 from experiments.few_shot.methods import (
     HAND_MADE,

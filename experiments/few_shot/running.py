@@ -1,0 +1,141 @@
+"""A run: every method meta-trained, tested on the same episodes, drawn, written."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from experiments.common import devices, report
+from experiments.common.run_folder import (
+    Metrics,
+    locked,
+    refuse_other_data,
+    refuse_other_runs,
+    write_json,
+)
+from experiments.common.saved_options import to_json
+from experiments.common.stopping import Interrupted
+from experiments.few_shot.data import Source, load_source
+from experiments.few_shot.figures import draw, draw_learning_curves
+from experiments.few_shot.heading import header
+from experiments.few_shot.methods import Spec, specs_of
+from experiments.few_shot.options import Options
+from experiments.few_shot.test import meta_test, over_seeds
+from experiments.few_shot.train import (
+    Programs,
+    Trainer,
+    checkpoint_of,
+    make_all_programs,
+    may_change,
+)
+from metalstm.predictor import describe_methods
+from metalstm.runtime import processes
+
+
+class Prepared(NamedTuple):
+    """What serves every seed."""
+
+    source: Source
+    specs: Mapping[str, Spec]
+    programs: Mapping[str, Programs]
+
+
+def run(options: Options, folder: Path) -> int:
+    """Run in ``folder``; return the exit status, 130 for Ctrl-C.
+
+    Raises:
+      ValueError, FileNotFoundError: options or data that cannot work, before anything
+        is compiled or written.
+    """
+    refuse_other_runs(folder, options, may_change(options))
+    if options.run.tensorboard:
+        require_tensorboard()
+    batches = {own.training.meta_batch for own in options.methods.values()}
+    meshes = [devices.mesh_for(options.devices, n, "--meta-batch") for n in batches]
+    source = load_source(options.data, options.methods)
+    source = source.placed(meshes[0], options.devices.devices)
+    specs = specs_of(options, source.dataset.train.num_classes)
+    prepared = Prepared(source, specs, make_all_programs(options, specs, source))
+    print(header(options, source, devices.describe(meshes[0])), flush=True)
+    if devices.is_one_of_several():
+        print(report.resume_hint(folder), flush=True)  # a process may die
+    with locked(folder, options, may_change(options)):
+        try:
+            if options.run.seeds == 1:
+                run_seed(options, prepared, folder)
+            else:
+                run_seeds(options, prepared, folder)
+        except Interrupted:
+            print(f"stopped and saved; {report.resume_hint(folder)}")
+            return 130
+    return 0
+
+
+def run_seed(options: Options, prepared: Prepared, folder: Path) -> dict[str, Any]:
+    """One seed, one folder: meta-train, meta-test, draw, write."""
+    source, specs, programs = prepared
+    write_config(options, source, folder)
+    if processes.is_main():
+        describe_methods(
+            folder,
+            {name: (spec, checkpoint_of(name)) for name, spec in specs.items()},
+            image_shape=source.dataset.image_shape,
+            normalise=source.describe()["normalise"],
+        )
+    metrics = Metrics(folder, tensorboard=options.run.tensorboard)
+    trainer = Trainer(options, specs, programs, source, folder, metrics)
+    try:
+        found = trainer.learn()
+    finally:
+        metrics.close()
+    results, table = meta_test(trainer, found)
+    if not processes.is_main():
+        return results
+    files = ["results.json", *table.write(folder)]
+    files += draw(trainer, found, results["methods"])
+    write_json(folder / "results.json", results)
+    print(report.ending(folder, files), flush=True)
+    return results
+
+
+def run_seeds(options: Options, prepared: Prepared, folder: Path) -> dict[str, Any]:
+    """Repeat with several seeds of meta-training, and aggregate over them."""
+    write_config(options, prepared.source, folder)
+    per_seed, first = {}, options.run.seed
+    for seed in range(first, first + options.run.seeds):
+        print(f"seed {seed}")
+        own = dataclasses.replace(options.run, seed=seed, seeds=1)
+        of_seed = dataclasses.replace(options, run=own)
+        per_seed[seed] = run_seed(of_seed, prepared, folder / f"seed-{seed}")
+    results, table = over_seeds(options, per_seed)
+    if not processes.is_main():
+        return results
+    print(table)
+    files = ["results.json", *table.write(folder)]
+    write_json(folder / "results.json", results)
+    runs = [folder / f"seed-{seed}" for seed in per_seed]
+    files.append(draw_learning_curves(options.data, runs, folder))
+    print(report.ending(folder, files), flush=True)
+    return results
+
+
+def write_config(options: Options, source: Source, folder: Path) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    document = {
+        "config": to_json(options),
+        "data": source.describe(),
+        "versions": report.versions(),
+    }
+    processes.on_main(lambda: refuse_other_data(folder, document["data"]))
+    write_json(folder / "config.json", document)
+
+
+def require_tensorboard() -> None:
+    try:
+        import tensorboardX  # noqa: F401
+    except ImportError:
+        raise ImportError(
+            "--tensorboard needs tensorboardX: pip install 'metalstm[tensorboard]'"
+        ) from None
