@@ -73,7 +73,7 @@ def with_settings(
       ValueError: a value is not of its option's type.
     """
     changes, skip = {}, set(skip)
-    hints = _hints(type(options))
+    hints = _hints(type(options))  # type: ignore[arg-type]
     for name, value in _items(options):
         if dataclasses.is_dataclass(value):
             changes[name] = with_settings(value, settings, skip)
@@ -92,7 +92,7 @@ def flags_of(kind: type) -> set[str]:
     for name, hint in typing.get_type_hints(kind).items():
         if name in {field.name for field in dataclasses.fields(kind)}:
             nested = dataclasses.is_dataclass(hint)
-            found |= flags_of(hint) if nested else {name}  # type: ignore[arg-type]
+            found |= flags_of(hint) if nested else {name}
     return found
 
 

@@ -201,7 +201,7 @@ def _init(options: _Options, key: Array, params: PyTree) -> dict[str, Any]:
         )
 
     def gate(name: int, bias_range):
-        biases = ()
+        biases: tuple[int, ...] = ()
         if options.per_tensor:
             biases = (options.bias_steps, len(leaf_sizes(params)))
         weights = {"bias": uniform(name, biases, *bias_range)}

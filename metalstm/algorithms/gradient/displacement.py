@@ -158,7 +158,7 @@ def _displacement(
             return summed_gradients
         return jax.tree.map(jnp.subtract, from_, end)
 
-    if learner.at_way is None:
+    if learner.at_way is None or way is None:
         return moved(start)
     # a head whose classes share their start moves by the mean of their moves
     at_way = learner.at_way
