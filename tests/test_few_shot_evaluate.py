@@ -96,6 +96,10 @@ def test_runs_that_make_no_common_table_are_refused(finished, copy, capsys):
     assert few_shot.main(["--evaluate", str(finished), str(copy)]) == 2
     message = capsys.readouterr().err
     assert f"{copy} was trained with image_shape [8, 8, 1]" in message
+    del saved["data"]["classes"]
+    write_json(copy / "config.json", saved)
+    assert few_shot.main(["--evaluate", str(copy)]) == 2
+    assert "is damaged (KeyError: 'classes' of its data)" in capsys.readouterr().err
     (copy / "seed-0").mkdir()
     assert few_shot.main(["--evaluate", str(copy)]) == 2
     assert "several seeds" in capsys.readouterr().err

@@ -10,7 +10,6 @@ from typing import Any, NamedTuple
 from experiments.common.saved_options import read_config
 from experiments.few_shot.data import Source
 from experiments.few_shot.methods import (
-    METHODS,
     Spec,
     options_of,
     pretrainings,
@@ -57,7 +56,13 @@ def read_runs(folders: Sequence[Path]) -> list[SavedRun]:
             )
         tested = folder / "results.json"
         results = json.loads(tested.read_text())["methods"] if tested.exists() else {}
-        specs = specs_of(options, saved["data"]["classes"]["train"])
+        try:
+            specs = specs_of(options, saved["data"]["classes"]["train"])
+        except (KeyError, TypeError) as error:
+            raise ValueError(
+                f"{folder / 'config.json'} is damaged ({type(error).__name__}: {error} "
+                "of its data): put a copy of it back"
+            ) from None
         runs.append(SavedRun(folder, options, specs, saved["data"], results))
     return runs
 
@@ -101,9 +106,8 @@ def _meta_training(run: SavedRun, name: str) -> Mapping[str, Any]:
 
 
 def names_in(runs: Sequence[SavedRun]) -> tuple[str, ...]:
-    """The methods that any of the runs has and that still exist."""
-    names = dict.fromkeys(name for run in runs for name in run.specs)
-    return tuple(name for name in names if name in METHODS)
+    """The methods that any of the runs has."""
+    return tuple(dict.fromkeys(name for run in runs for name in run.specs))
 
 
 def short_names(folders: Sequence[Path]) -> list[str]:
