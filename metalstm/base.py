@@ -162,7 +162,8 @@ class RuleTraits(NamedTuple):
     coordinatewise: bool = False
     """Each coordinate's update reads only its own gradient, parameter and state, and
     the loss, by the same rule parameters for every coordinate (a rate for each tensor
-    is not that). The backward pass is then replayed in blocks of coordinates."""
+    is not that). The rule then sees one vector of all coordinates, in blocks: a false
+    promise changes values, not only derivatives."""
     smooth: bool = False
     """Its derivative is finite at a zero gradient too. Without the promise it is
     checked before anything differentiates through the rule."""

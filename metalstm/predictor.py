@@ -237,7 +237,8 @@ def _read(file: Path) -> dict[str, Any]:
             sound &= isinstance(entry["checkpoint"], str)
         if normalise is not None:
             mean, std = (np.array(part, np.float32) for part in normalise)
-            sound &= mean.ndim == std.ndim == 1 and bool((std > 0).all())
+            sound &= mean.shape == std.shape and mean.shape in ((1,), (shape[-1],))
+            sound &= bool(np.isfinite([mean, std]).all() and (std > 0).all())
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise ValueError(
             f"{file} is damaged ({type(error).__name__}: {error}): put a copy of it "

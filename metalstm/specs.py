@@ -95,6 +95,8 @@ def build_rule(spec: Mapping[str, Any]) -> UpdateRule:
         return rules.build_rule(spec)
     options = _built(spec)
     factory = _OPTIMIZERS[options.pop("rule")]
+    if "learning_rate" not in options:
+        raise ValueError(f"rule={spec['rule']!r} has no learning_rate: give one")
     rate = options.pop("learning_rate")
     return rules.tunable(
         lambda learning_rate: factory(learning_rate, **options), learning_rate=rate
@@ -114,6 +116,8 @@ def fixed_way(spec: Mapping[str, Any]) -> int | None:
 
 
 def _call(kind: str, spec: Mapping[str, Any], table: Mapping[str, Any]) -> Any:
+    if not isinstance(spec, Mapping):
+        raise ValueError(f"{kind}={spec!r}: give a mapping, such as a JSON object")
     name = str(spec.get(kind))
     check_choice(kind, name, sorted(table))
     options = _built(spec)

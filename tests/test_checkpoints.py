@@ -344,3 +344,23 @@ def test_kill_9_while_writing_loses_nothing_finished(tmp_path, delay):
     assert checkpoints.best(tmp_path) == 2
     checkpoints.save(tmp_path, restored.state, step=restored.step + 1)
     assert not [p for p in tmp_path.iterdir() if not p.name.isdecimal()]
+
+
+def test_a_score_that_is_nan_is_never_the_best(tmp_path):
+    for step, score in enumerate((float("nan"), 0.5, 0.1), 1):
+        checkpoints.save(tmp_path, {"w": np.zeros(1)}, step=step, score=score, keep=1)
+    assert checkpoints.best(tmp_path) == 2
+
+
+def test_a_step_that_is_no_whole_number_is_refused(tmp_path):
+    with pytest.raises(ValueError, match=r"step=1\.5: choose a whole number"):
+        checkpoints.save(tmp_path, {"w": np.zeros(1)}, step=1.5)
+    assert not checkpoints.steps(tmp_path)
+
+
+def test_a_relative_folder_is_read_without_a_warning(tmp_path, monkeypatch, caplog):
+    monkeypatch.chdir(tmp_path)
+    checkpoints.save("run", {"w": np.zeros(1)}, step=1, metadata={"seconds": 3})
+    assert checkpoints.read_metadata("run")["seconds"] == 3
+    assert checkpoints.best("run") is None
+    assert not caplog.records

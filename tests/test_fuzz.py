@@ -128,6 +128,14 @@ def test_what_is_no_number_is_refused(parse, line):
         (lambda d: d.pop("methods"), r"predictors.json is damaged \(KeyError: 'meth"),
         (lambda d: d.update(methods={}), r"damaged \(no methods, or sizes that cannot"),
         (lambda d: d.update(image_shape=3), r"predictors.json is damaged \(TypeError"),
+        (
+            lambda d: d.update(normalise=[[float("nan")], [1.0]]),
+            r"is damaged \(no methods",
+        ),
+        (
+            lambda d: d.update(normalise=[[0.0], [float("inf")]]),
+            r"is damaged \(no methods",
+        ),
         (lambda d: d.update(image_shape=[3, -3, 1]), r"sizes that cannot be"),
         (lambda d: d.update(normalise=[[0.5], [0]]), r"sizes that cannot be"),
         (lambda d: d.update(format_version=2), r"has format_version=2, and this metal"),

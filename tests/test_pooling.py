@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+from typing import get_args
+
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
-from flax import linen as nn
+from flax import linen
 
+from metalstm import algorithms, nn, second_order, unroll
+from metalstm.base import Batch, Episode
+from metalstm.inner.differentiation import Keep
 from metalstm.nn.pooling import max_pool
 
 
 def flax_pool(x):
-    return nn.max_pool(x, (2, 2), (2, 2))
+    return linen.max_pool(x, (2, 2), (2, 2))
 
 
 def loss(pool, x):
@@ -48,3 +54,48 @@ def test_the_first_of_equal_maxima_takes_the_gradient():
     x = jnp.array([[1.0, 2.0], [2.0, 2.0]]).reshape(1, 2, 2, 1)
     gradient = jax.grad(lambda x: max_pool(x).sum())(x)
     np.testing.assert_array_equal(gradient.reshape(2, 2), [[0, 1], [0, 0]])
+
+
+def test_at_ties_every_derivative_takes_the_same_maximum():
+    """Else the Hessian is not symmetric, and what is kept changes the gradient."""
+    with jax.enable_x64(True):
+        weights = jax.random.normal(jax.random.key(0), (4,))
+        start = jnp.ones((1, 4, 4, 1))
+
+        def fn(x):
+            return (max_pool(x).ravel() * weights).sum() ** 3 / 3
+
+        hessian = jax.hessian(fn)(start).reshape(16, 16)
+        np.testing.assert_allclose(hessian, hessian.T, rtol=1e-12)
+
+        def outer(x, keep):
+            end, _ = unroll(
+                lambda x, stats, batch, key: (fn(x), stats),
+                optax.sgd(0.1),
+                (),
+                x,
+                num_steps=2,
+                differentiation=second_order(keep),
+            )
+            return fn(end.params)
+
+        grads = [jax.grad(outer)(start, keep) for keep in get_args(Keep)]
+        for grad in grads[1:]:
+            np.testing.assert_allclose(grad, grads[0], rtol=1e-12)
+
+
+def test_no_compiler_flag_makes_the_second_order_nan():
+    """XLA may compute the maximum from copies that are rounded otherwise."""
+    learner = nn.conv4(3, 4, norm="layer", num_blocks=2)
+    maml = algorithms.maml(learner, 0.1, num_steps=2)
+    rng = np.random.default_rng(0)
+    x = jnp.asarray(rng.normal(size=(3, 8, 8, 1)), jnp.float32)
+    batch = Batch(x, jnp.arange(3))
+    params = maml.init(jax.random.key(0), Episode(batch, batch))
+    grads = jax.grad(
+        lambda p: maml.loss(p, jax.random.key(1), Episode(batch, batch))[0]
+    )
+    program = (
+        jax.jit(grads).lower(params).compile({"xla_backend_optimization_level": 0})
+    )
+    assert all(bool(jnp.isfinite(g).all()) for g in jax.tree.leaves(program(params)))

@@ -45,6 +45,7 @@ def parse():
     a("--jitter", type=float, default=0.0)
     a("--proto", type=float, default=0.0, help="weight of the episodic loss in the batch")
     a("--per-class", type=int, default=0, help="batches of batch / per-class classes")
+    a("--init-from", default="", help="start at this run's arrays; the rest afresh")
     a("--classes", type=int, default=64, help="only the first so many")
     a("--eval-every", type=float, default=300, help="seconds")
     a("--stop-after", type=float, default=0, help="seconds of this process; 0: none")
@@ -293,6 +294,16 @@ def episodes(feats, episodes, shot, seed=7, way=5, queries=15):
     return [round(accs.mean(), 2), round(1.96 * accs.std() / len(accs) ** 0.5, 2)]
 
 
+def clean_stats(engine, params, train):
+    """Mean batch statistics over 20 whole images of each training class."""
+    r = np.random.default_rng(0)
+    picks = r.choice(train.shape[1], 20, replace=False)
+    x = train[:, picks].reshape(-1, *train.shape[2:])
+    x = x[r.permutation(len(x))].astype(np.float32) / 255
+    found = [engine.forward(params, x[i : i + 64])[1] for i in range(0, len(x) - 63, 64)]
+    return {k: np.mean([s[k] for s in found], 0, dtype=np.float32) for k in found[0]}
+
+
 def validate(engine, params, stats, train, val, num=600):
     base = features(engine, params, stats, train[:, :10]).mean(0)
     f = features(engine, params, stats, val)
@@ -338,6 +349,10 @@ def main():
         step = record["step"]
     else:
         params, stats = init(a.seed, a.classes, a.head)
+        if a.init_from:
+            with np.load(a.init_from + ".npz") as f:
+                params = {k: f[f"params.{k}"] for k in params}
+                stats = {k: f[f"stats.{k}"] for k in stats}
         m1 = {k: np.zeros_like(v) for k, v in params.items()}
         m2 = {k: np.zeros_like(v) for k, v in params.items()} if a.opt == "adam" else {}
         step, record = 0, {"spec": spec, "curve": [], "seconds": 0.0, "step": 0}
@@ -423,7 +438,7 @@ def main():
         if now - last_eval > a.eval_every or step == total or stop:
             rate = (step - start_step) * a.batch / (now - start)
             num = 2000 if step == total else 600
-            some = val if step == total else val[:, :200]
+            some = val if step == total else val[:, ::3]
             entry = {
                 "images": step * a.batch, "lr": round(lr, 5), "size": size,
                 "seconds": round(base_seconds + now - start),
@@ -432,6 +447,9 @@ def main():
                 "acc": round(100 * float(np.mean([x[1] for x in recent])), 2),
                 **validate(engine, params, stats, train, some, num),
             }
+            if step == total:  # averages over whole training images in place of crops
+                clean = clean_stats(engine, params, train)
+                entry["clean"] = validate(engine, params, clean, train, val, num)
             print(json.dumps(entry), flush=True)
             record["curve"].append(entry)
             record["step"], record["seconds"] = step, base_seconds + time.time() - start
@@ -441,6 +459,8 @@ def main():
                 for g, t in (("params", params), ("stats", stats), ("m1", m1), ("m2", m2))
                 for k, v in t.items()
             }
+            if step == total:
+                arrays |= {f"clean.{k}": v for k, v in clean.items()}
             save(path, arrays, record)
             last_eval, recent = time.time(), []
             if stop:

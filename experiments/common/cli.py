@@ -7,6 +7,7 @@ their fields, `check` refuses what their types exclude. No jax is imported here,
 
 from __future__ import annotations
 
+import math
 import typing
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Annotated, Any, TypeVar
@@ -133,7 +134,7 @@ def _check_value(flag: str, value: Any, limits: Sequence[msgspec.Meta]) -> None:
     if limits and not parts:
         raise ValueError(f"{flag} is empty: give at least one")
     for part in parts:
-        if part != part:  # below and above nothing
+        if isinstance(part, float) and not math.isfinite(part):
             raise ValueError(f"{flag} {value}: give a number")
         for limit in limits if part is not None else ():
             if limit.ge is not None and part < limit.ge:

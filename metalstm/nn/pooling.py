@@ -29,14 +29,17 @@ def max_pool(x: Array) -> Array:
 def _max_pool_jvp(primals, tangents):
     (x,), (tangent,) = primals, tangents
     cells = _cells(x)
-    y = cells.max((2, 4))
-    corners = [cells[:, :, i, :, j] for i in (0, 1) for j in (0, 1)]
-    first = jnp.full(y.shape, 3, jnp.int32)
-    for index in (2, 1, 0):
-        first = jnp.where(corners[index] == y, index, first)
+    # corners are compared with each other, never with their maximum: XLA may compute
+    # that from copies that are rounded otherwise, and equal to none of them
+    largest, *others = (cells[:, :, i, :, j] for i in (0, 1) for j in (0, 1))
+    first = jnp.zeros(largest.shape, jnp.int32)
+    for index, corner in enumerate(others, 1):
+        first = jnp.where(corner > largest, index, first)
+        largest = jnp.maximum(largest, corner)
     corner = jnp.arange(4).reshape(2, 1, 2, 1)
     taken = (first[:, :, None, :, None] == corner).astype(x.dtype)
-    return y, (_cells(tangent) * taken).sum((2, 4))
+    # max_pool again, not its maximum: the next derivative is this one too
+    return max_pool(x), (_cells(tangent) * taken).sum((2, 4))
 
 
 def _cells(x: Array) -> Array:

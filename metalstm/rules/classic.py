@@ -49,9 +49,16 @@ def as_rule(
             "with metalstm.rules or optax"
         )
     transform = optax.with_extra_args_support(rule)
-    return UpdateRule(
-        lambda key, params: (), lambda rule_params: transform, traits or RuleTraits()
-    )
+
+    def bind(rule_params: PyTree) -> optax.GradientTransformationExtraArgs:
+        if jax.tree.leaves(rule_params):
+            raise ValueError(
+                "an optax transform has nothing to learn: give rule_params=(), or "
+                "make its arguments the rule's parameters with metalstm.rules.tunable"
+            )
+        return transform
+
+    return UpdateRule(lambda key, params: (), bind, traits or RuleTraits())
 
 
 def tunable(

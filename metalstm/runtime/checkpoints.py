@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import os
 import shutil
 from collections.abc import Iterable, Mapping
@@ -73,7 +74,8 @@ def _best_of(folders: Mapping[int, Path]) -> int | None:
         # unreadable metadata: `restore` says so, this only ranks
         with contextlib.suppress(Exception):
             score = checkpoint_format.read_document(folder)["score"]
-            scored += [] if score is None else [(score, step)]
+            if score is not None and not math.isnan(score):
+                scored.append((score, step))
     return max(scored)[1] if scored else None
 
 
@@ -83,6 +85,7 @@ def read_metadata(directory: str | Path, which: Which = "latest") -> dict[str, A
     Raises:
       FileNotFoundError: there is no such checkpoint.
     """
+    directory = Path(directory).absolute()
     step = _find(directory, which)
     if step is None:
         raise _missing(directory, which)
@@ -114,6 +117,8 @@ def save(
       OSError: it cannot be written; what was there before is as it was.
     """
     check_at_least("keep", keep, 1)
+    if not isinstance(step, int | np.integer):
+        raise ValueError(f"step={step!r}: choose a whole number")
     check_at_least("step", step, 0)
     directory = Path(directory).absolute()
     path = directory / str(step)
@@ -216,7 +221,7 @@ def restore(
 
 def _folders(directory: str | Path) -> dict[int, Path]:
     """The folder of each step: a set-aside one only while there is no other."""
-    directory, found = Path(directory), {}
+    directory, found = Path(directory).absolute(), {}
     for path in sorted(directory.iterdir()) if directory.is_dir() else ():
         name = path.name.removeprefix(_SET_ASIDE)
         if name.isdecimal():  # set-aside ones come first, for their name has a dot

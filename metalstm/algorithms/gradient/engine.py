@@ -169,6 +169,11 @@ def _check(adaptation: Adaptation, train_way: int | None, trainable: bool) -> No
             "classes: wrap it in metalstm.nn.tied_head"
         )
     differentiation = adaptation.differentiation
+    if not isinstance(differentiation, Differentiation):
+        raise ValueError(
+            f"differentiation={differentiation!r}: choose metalstm.first_order() or "
+            "metalstm.second_order()"
+        )
     if differentiation.truncate_every is not None:
         raise ValueError(
             f"truncate_every={differentiation.truncate_every}: the objective is the "
