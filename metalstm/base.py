@@ -361,8 +361,7 @@ def make_algorithm(
     carry is ``()``; the default ``train_sampler`` trains on the test-time spec.
 
     Args:
-      task_mapping: how the default ``meta_gradient`` lays out tasks; see
-        `metalstm.tasks.map_tasks`.
+      task_mapping: of the default ``meta_gradient``; see `metalstm.tasks.map_tasks`.
 
     Raises:
       ValueError: it is trainable, and has neither ``loss`` nor ``meta_gradient``.
