@@ -41,8 +41,7 @@ class ProblemFamily(NamedTuple):
 
     # (key, data) -> task: what makes this instance, () when all share the data
     sample: Callable[[Array, PyTree], PyTree]
-    # (key, task) -> params: theta_0
-    init: Callable[[Array, PyTree], PyTree]
+    init: Callable[[Array, PyTree], PyTree]  # (key, task) -> params: theta_0
     # (key, data, size=None) -> batch: one minibatch of the family's size or another; ()
     # when the loss has none. What depends on the task is computed in the loss.
     batch: Callable[..., PyTree]
