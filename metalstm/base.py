@@ -12,6 +12,7 @@ from typing import Any, Literal, NamedTuple, Protocol
 import jax
 import optax
 
+from metalstm.batches import check_adapt, check_predict
 from metalstm.tasks import TaskMapping, mean_over_tasks
 
 __all__ = [
@@ -65,7 +66,7 @@ meta-training.
 
 
 class Batch(NamedTuple):
-    x: Array  # [N, ...]
+    x: PyTree  # [N, ...], or a pytree of such arrays (token ids and a mask)
     y: Array  # [N] int32 labels in [0, way), or [N, d] float targets
 
 
@@ -364,7 +365,8 @@ def make_algorithm(
       task_mapping: of the default ``meta_gradient``; see `metalstm.tasks.map_tasks`.
 
     Raises:
-      ValueError: it is trainable, and has neither ``loss`` nor ``meta_gradient``.
+      ValueError: it is trainable, and has neither ``loss`` nor ``meta_gradient``. From
+        ``predict`` and ``adapt``: labels or targets that do not fit the task.
     """
     if trainable and loss is None and meta_gradient is None:
         raise ValueError("a trainable algorithm needs loss= or meta_gradient=")
@@ -388,8 +390,8 @@ def make_algorithm(
     return MetaAlgorithm(
         init=init,
         loss=loss_fn,
-        predict=predict,
-        adapt=adapt,
+        predict=check_predict(predict),
+        adapt=None if adapt is None else check_adapt(adapt),
         init_carry=init_carry or (lambda key, meta_params, episode: ()),
         meta_gradient=meta_gradient or mean_gradient,
         absorb=absorb or (lambda meta_params, carry: meta_params),

@@ -32,6 +32,7 @@ from metalstm.algorithms.metric.full_context import (
     support_in_context,
 )
 from metalstm.base import Array, Batch, Learner, MetaAlgorithm, Norm, make_algorithm
+from metalstm.batches import flatten_examples
 from metalstm.checks import check_at_least, check_choice
 
 __all__ = ["matching", "nearest_neighbour", "prototypical", "relation"]
@@ -45,13 +46,19 @@ def nearest_neighbour() -> MetaAlgorithm:
 
     def predict(meta_params, key, support: Batch, query_x, *, num_classes: int):
         del meta_params, key
-        flat = lambda x: x.reshape(x.shape[0], -1)  # noqa: E731
-        distances = squared_distances(flat(query_x), flat(support.x))
+        vectors = [_one_vector(x) for x in (query_x, support.x)]
+        distances = squared_distances(*vectors)
         return nearest_of_class(distances, support.y, num_classes)
 
     return make_algorithm(
         init=lambda key, episode: (), predict=predict, trainable=False
     )
+
+
+def _one_vector(x: Any) -> Array:
+    """Return [N, d]: all numbers of an example, of every part of it."""
+    parts = [flatten_examples(part) for part in jax.tree.leaves(x)]
+    return jnp.concatenate(parts, -1) if len(parts) > 1 else parts[0]
 
 
 def prototypical(

@@ -32,6 +32,7 @@ from metalstm.base import (
     UpdateRule,
     make_algorithm,
 )
+from metalstm.batches import first_example
 from metalstm.checks import check_at_least, check_choice, check_features
 from metalstm.data.classification import ClassificationSpec
 from metalstm.nn.heads import output_shape
@@ -72,10 +73,11 @@ def pretrain(
     check_at_least("num_classes", num_classes, 2)
 
     def init(key: Array, episode: Episode | Batch) -> MetaParams:
-        x = episode.x if isinstance(episode, Batch) else episode.support.x
+        batch = episode if isinstance(episode, Batch) else episode.support
+        x = first_example(batch.x)
         body_key, head_key, rule_key = jax.random.split(key, 3)
-        body = learner.init(body_key, x[:1])
-        features = output_shape(learner, body, x[:1])
+        body = learner.init(body_key, x)
+        features = output_shape(learner, body, x)
         check_features(features.shape, "pre-training")
         width = features.shape[-1]
         kernel = jax.random.normal(head_key, (width, num_classes)) * width**-0.5

@@ -232,10 +232,10 @@ def _count_omitted(root: Path, files: Mapping[str, Files]) -> dict[str, Any]:
     visible = [p for p in relative if not any(n[0] == "." for n in p.split(os.sep))]
     if visible:
         few = ", ".join(map(_printable, visible[:_NUM_NAMED]))
+        few += ", .." * (len(visible) > _NUM_NAMED)
         warnings.warn(
-            f"{len(visible)} files in {root} are not read: {few}"
-            f"{', ..' * (len(visible) > _NUM_NAMED)}. Read are files in the folder of a "
-            f"class that end in {', '.join(_SUFFIXES)}",
+            f"{len(visible)} files in {root} are not read: {few}. Read are "
+            f"files in a class's folder that end in {', '.join(_SUFFIXES)}",
             RuntimeWarning,
             stacklevel=3,
         )
@@ -246,7 +246,7 @@ def _count_omitted(root: Path, files: Mapping[str, Files]) -> dict[str, Any]:
 
 
 def _printable(name: str) -> str:
-    r"""Write bytes that are not UTF-8 as é, so that any name can be printed."""
+    r"""Write bytes that are not UTF-8 as \xe9, so that any name can be printed."""
     return os.fsencode(name).decode(errors="backslashreplace")
 
 
