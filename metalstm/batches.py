@@ -160,7 +160,7 @@ def check_adapt(adapt: Callable) -> Callable:
     """Let an ``adapt`` of `MetaAlgorithm` see only support sets that fit."""
 
     @functools.wraps(adapt)
-    def checked(meta_params, key, support, /, *, num_classes):
+    def checked(meta_params, key, support, /, *, num_classes=None):
         check_batch(support, "support", way=num_classes)
         return adapt(meta_params, key, support, num_classes=num_classes)
 
