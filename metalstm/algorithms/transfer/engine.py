@@ -80,10 +80,11 @@ def pretrain(
         features = output_shape(learner, body, x)
         check_features(features.shape, "pre-training")
         width = features.shape[-1]
-        kernel = jax.random.normal(head_key, (width, num_classes)) * width**-0.5
+        shape = (width, num_classes)
+        kernel = jax.random.normal(head_key, shape, features.dtype) * width**-0.5
         head = {"kernel": kernel}
         if classifier == "linear":
-            head["bias"] = jnp.zeros(num_classes)
+            head["bias"] = jnp.zeros(num_classes, features.dtype)
         state = body._replace(params={"body": body.params, "head": head})
         rule_params = () if rule is None else rule.init(rule_key, state.params)
         return MetaParams(state, rule_params)
@@ -140,4 +141,5 @@ def init_task_head(
     """Start a head for a task: linear at zero, cosine at the classes' mean features."""
     if classifier == "cosine":
         return {"kernel": class_means(unit(features), labels, way).T}
-    return {"kernel": jnp.zeros((features.shape[-1], way)), "bias": jnp.zeros(way)}
+    zeros = lambda *shape: jnp.zeros(shape, features.dtype)  # noqa: E731
+    return {"kernel": zeros(features.shape[-1], way), "bias": zeros(way)}
