@@ -168,4 +168,4 @@ def check_adapt(adapt: Callable) -> Callable:
 
 
 def _is_numeric(y: Any) -> bool:
-    return isinstance(y, jax.Array) or np.asarray(y).dtype.kind in "bifuc"
+    return isinstance(y, jax.Array) or np.asarray(y).dtype.kind in "bifucV"

@@ -45,8 +45,8 @@ def task_loss(outputs: Array, targets: Array) -> Array:
 def accuracy(scores: Array, targets: Array) -> Array:
     """Return the share of correct labels, or minus the squared error of float targets.
 
-    A query with a NaN among its scores counts as wrong. The result is NaN for a label
-    outside [0, way).
+    A query with a NaN among its scores counts as wrong. The result is infinite for a
+    label outside [0, way).
 
     >>> accuracy(jnp.array([[2.0, 1.0], [jnp.nan, 3.0]]), jnp.array([0, 1]))
     Array(0.5, dtype=float32)
@@ -55,7 +55,7 @@ def accuracy(scores: Array, targets: Array) -> Array:
     if are_labels(targets):
         answered = ~jnp.isnan(scores).any(-1)
         correct = (scores.argmax(-1) == targets) & answered
-        return (correct * _one_or_infinite(scores, targets)).mean()
+        return (correct + _one_or_infinite(scores, targets) - 1).mean()
     return -jnp.square(scores - targets).mean()
 
 

@@ -116,7 +116,7 @@ def make_evaluate(
             results.append(grade(params, keys, draw(keys, pool)))
             sharding.block_on_cpu_collectives(results[-1])
         accuracies = np.concatenate(jax.device_get(results))[:num_episodes]
-        if np.isnan(accuracies).any() and not spec.regression:
+        if np.isinf(accuracies).any() and not spec.regression:
             raise ValueError(
                 "the sampler draws queries whose labels are outside [0, way), or more "
                 "than the learner's outputs: give labels 0 .. way - 1"
