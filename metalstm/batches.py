@@ -150,7 +150,8 @@ def check_predict(predict: Callable) -> Callable:
     @functools.wraps(predict)
     def checked(meta_params, key, support, query_x, /, *, num_classes):
         regression = num_classes is None
-        check_batch(support, "support", regression=regression, way=num_classes)
+        if support is not None:  # an optimizer predicts nothing
+            check_batch(support, "support", regression=regression, way=num_classes)
         return predict(meta_params, key, support, query_x, num_classes=num_classes)
 
     return checked

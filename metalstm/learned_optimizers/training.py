@@ -180,7 +180,7 @@ def _init_carry(
         params=tile(draw.params, rows),
         rule_state=tile(rule_state, rows),
         task=tile(draw.task, rows[:1]),
-        first_loss=jnp.full(num_tasks, NOT_YET),
+        first_loss=jnp.full(num_tasks, NOT_YET, jnp.result_type(float)),
         inner_step=-1 - phases.astype(jnp.int32),
         meta_step=jnp.zeros(num_tasks, jnp.int32),
         shift=tile(zeros, rows[:1]),

@@ -134,10 +134,11 @@ def _typed(keys: jax.Array) -> jax.Array:
 
 
 def _has_statistics(params: PyTree) -> bool:
-    """Whether a learner among the meta-parameters has batch statistics."""
+    """Whether a learner has batch statistics; True where no learner is known."""
     is_state = lambda part: isinstance(part, LearnerState)  # noqa: E731
     parts = jax.tree.leaves(params, is_leaf=is_state)
-    return any(is_state(part) and jax.tree.leaves(part.stats) for part in parts)
+    states = [part for part in parts if is_state(part)]
+    return not states or any(jax.tree.leaves(state.stats) for state in states)
 
 
 def _on_every_device(mesh: Mesh | None, score: Callable) -> Callable:
