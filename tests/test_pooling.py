@@ -99,3 +99,25 @@ def test_no_compiler_flag_makes_the_second_order_nan():
         jax.jit(grads).lower(params).compile({"xla_backend_optimization_level": 0})
     )
     assert all(bool(jnp.isfinite(g).all()) for g in jax.tree.leaves(program(params)))
+
+
+@pytest.mark.parametrize(
+    ("shape", "options"),
+    [
+        ((2, 5, 6, 2), {"window_shape": (3, 3), "strides": (2, 2), "padding": "SAME"}),
+        ((2, 5, 6, 2), {"window_shape": (2, 2)}),  # strides of 1, as in flax
+        ((1, 5, 6, 2), {"window_shape": (2, 3), "padding": ((1, 1), (0, 2))}),
+        ((2, 7, 2), {"window_shape": (3,), "strides": (2,)}),
+        ((6, 6, 2), {"window_shape": (2, 2), "strides": (2, 2)}),  # one example
+    ],
+)
+def test_any_window_is_flax_s_value_and_gradient(shape, options):
+    x = jnp.asarray(np.random.default_rng(0).normal(size=shape), jnp.float32)
+    for fn in (lambda p: p(x), lambda p: jax.grad(lambda x: jnp.sin(p(x)).sum())(x)):
+        ours, theirs = (
+            fn(lambda x, pool=pool: pool(x, **options))
+            for pool in (max_pool, linen.max_pool)
+        )
+        np.testing.assert_allclose(ours, theirs, rtol=1e-6)
+    bad = x.at[0].set(jnp.nan)
+    assert jnp.isnan(max_pool(bad, **options)).any()

@@ -12,6 +12,7 @@ from metalstm.nn.networks import (
     relation_net,
     resnet12,
 )
+from metalstm.nn.pooling import max_pool
 
 __all__ = [
     "MLP",
@@ -20,6 +21,7 @@ __all__ = [
     "ResNet12",
     "conv4",
     "from_flax",
+    "max_pool",
     "mlp",
     "relation_net",
     "resnet12",

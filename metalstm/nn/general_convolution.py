@@ -21,7 +21,7 @@ from jax import lax
 from metalstm.base import Array
 from metalstm.nn.convolution import conv2d
 
-__all__ = ["conv_general_dilated"]
+__all__ = ["conv_general_dilated", "pads_of", "shifted_images"]
 
 Pads = Sequence[tuple[int, int]]
 
@@ -55,7 +55,9 @@ def conv_general_dilated(
         plain = set(lhs_dilation) == {1} and batch_group_count == 1
         plain &= preferred_element_type in (None, dtype) and _is_channels_last(numbers)
         if plain and ndim in (1, 2) and jnp.issubdtype(dtype, jnp.floating):
-            pads = _pads(padding, lhs.shape, rhs.shape, window_strides, rhs_dilation)
+            pads = pads_of(
+                padding, lhs.shape, rhs.shape[:-2], window_strides, rhs_dilation
+            )
             # one image axis is a row of two
             more = 2 - ndim
             out = _conv2d(
@@ -102,11 +104,18 @@ def _is_channels_last(numbers: lax.ConvDimensionNumbers) -> bool:
     return numbers == lax.ConvDimensionNumbers(images, kernel, images)
 
 
-def _pads(padding, lhs_shape, rhs_shape, strides, dilation) -> Pads:
+def pads_of(
+    padding: str | Pads,
+    shape: Sequence[int],
+    window: Sequence[int],
+    strides: Sequence[int],
+    dilation: Sequence[int],
+) -> Pads:
+    """Return (low, high) of each image axis of ``shape`` [N, ..., C]."""
     if not isinstance(padding, str):
-        return [tuple(pair) for pair in padding]
-    span = [d * (k - 1) + 1 for k, d in zip(rhs_shape[:-2], dilation, strict=True)]
-    return lax.padtype_to_pads(lhs_shape[1:-1], span, strides, padding)
+        return [(low, high) for low, high in padding]
+    spans = [d * (k - 1) + 1 for k, d in zip(window, dilation, strict=True)]
+    return lax.padtype_to_pads(shape[1:-1], spans, strides, padding)
 
 
 def _conv2d(
@@ -125,7 +134,7 @@ def _conv2d(
     same = set(map(tuple, pads)) == {(1, 1)}
     if ones and same and groups == 1 and kernel.shape[:2] == (3, 3):
         return conv2d(x, kernel, method="blocked")
-    shifted = _shifted(x, kernel.shape[:2], strides, pads, dilation)
+    shifted = shifted_images(x, kernel.shape[:2], strides, pads, dilation)
     shape = (*shifted[0].shape[:3], kernel.shape[-1])
     if groups == 1:  # a product of matrices, as `conv2d` has it
         rows = jnp.concatenate(shifted, -1).reshape(math.prod(shape[:3]), -1)
@@ -143,10 +152,18 @@ def _conv2d(
     return jnp.einsum("nhwkgc,kcgo->nhwgo", parts, kernel).reshape(shape)
 
 
-def _shifted(x: Array, window, strides, pads: Pads, dilation) -> list[Array]:
-    """The images that each pixel of the window sees, [N, H', W', C] each."""
+def shifted_images(
+    x: Array,
+    window: Sequence[int],
+    strides: Sequence[int],
+    pads: Pads,
+    dilation: Sequence[int],
+    *,
+    fill: float = 0.0,
+) -> list[Array]:
+    """Return what each pixel of the window sees of x [N, H, W, C], [N, H', W', C]."""
     config = [(0, 0, 0), *((low, high, 0) for low, high in pads), (0, 0, 0)]
-    x = lax.pad(x, jnp.zeros((), x.dtype), config)  # pads below 0 cut
+    x = lax.pad(x, jnp.asarray(fill, x.dtype), config)  # pads below 0 cut
     spans = [d * (k - 1) + 1 for k, d in zip(window, dilation, strict=True)]
     sizes = [
         max((size - span) // stride + 1, 0)
