@@ -18,7 +18,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from metalstm.base import Array, MetaAlgorithm, PyTree, UpdateRule, make_algorithm
+from metalstm.algorithms.common import make_algorithm
+from metalstm.base import Array, MetaAlgorithm, PyTree, UpdateRule
 from metalstm.checks import check_at_least, check_choice, check_positive
 from metalstm.inner import Differentiation, first_order
 from metalstm.learned_optimizers.estimators import (

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from metalstm.algorithms.common import accuracy
+from metalstm.algorithms.common import accuracy, make_algorithm
 from metalstm.algorithms.gradient.engine import gradient_of_init, learned_init
 from metalstm.base import (
     Array,
@@ -21,7 +21,6 @@ from metalstm.base import (
     MetaParams,
     PyTree,
     UpdateRule,
-    make_algorithm,
 )
 from metalstm.inner import first_order
 from metalstm.rules import as_rule

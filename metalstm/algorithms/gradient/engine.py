@@ -11,7 +11,12 @@ import jax.numpy as jnp
 import optax
 from jax import lax
 
-from metalstm.algorithms.common import accuracy, task_loss, with_running_statistics
+from metalstm.algorithms.common import (
+    accuracy,
+    make_algorithm,
+    task_loss,
+    with_running_statistics,
+)
 from metalstm.algorithms.gradient.adaptation import (
     Adaptation,
     adapt_to,
@@ -29,7 +34,6 @@ from metalstm.base import (
     PyTree,
     QueryNorm,
     UpdateRule,
-    make_algorithm,
 )
 from metalstm.checks import check_choice
 from metalstm.inner import Differentiation, InnerState, Trace

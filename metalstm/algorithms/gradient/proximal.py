@@ -9,7 +9,7 @@ import jax
 import optax
 from jax.scipy.sparse.linalg import cg
 
-from metalstm.algorithms.common import accuracy, task_loss
+from metalstm.algorithms.common import accuracy, make_algorithm, task_loss
 from metalstm.algorithms.gradient.engine import gradient_of_init, learned_init
 from metalstm.algorithms.gradient.published import fixed_sgd
 from metalstm.base import (
@@ -23,7 +23,6 @@ from metalstm.base import (
     PyTree,
     QueryNorm,
     UpdateRule,
-    make_algorithm,
 )
 from metalstm.checks import check_at_least, check_choice, check_positive
 from metalstm.inner import first_order

@@ -20,6 +20,7 @@ from jax import lax
 
 from metalstm.algorithms.common import (
     accuracy,
+    make_algorithm,
     stop_statistics,
     task_loss,
     with_running_statistics,
@@ -35,7 +36,6 @@ from metalstm.base import (
     MetaParams,
     Norm,
     PyTree,
-    make_algorithm,
 )
 from metalstm.nn.heads import output_shape
 
