@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import functools
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -32,6 +34,7 @@ __all__ = [
     "accuracy",
     "make_algorithm",
     "query_loss",
+    "resampled",
     "stop_statistics",
     "task_loss",
     "with_running_statistics",
@@ -86,6 +89,16 @@ def query_loss(predict: Predict, num_classes: int | None) -> TaskLoss:
     return loss
 
 
+def resampled(**numbers: int | None) -> TrainSampler:
+    """Return a `MetaAlgorithm.train_sampler`: the test's spec with other numbers.
+
+    Args:
+      numbers: fields of the spec, such as ``way`` and ``queries``; None: the test's.
+    """
+    changes = {name: n for name, n in numbers.items() if n is not None}
+    return lambda spec: dataclasses.replace(spec, **changes) if changes else spec
+
+
 def stop_statistics(state: LearnerState) -> LearnerState:
     """Stop gradients at everything but the parameters.
 
@@ -127,14 +140,10 @@ def with_running_statistics(
         return RunningStatistics(jnp.float32(0), read(meta_params))
 
     def meta_gradient(meta_params, carry: RunningStatistics, keys, episodes):
-        def one(key, episode):
-            def objective(meta_params):
-                value, aux = loss(meta_params, key, episode)
-                return value, ({"loss": value, **aux.metrics}, aux.gathered)
-
-            return jax.grad(objective, has_aux=True)(meta_params)
-
-        grads, (metrics, stats) = mean_over_tasks(one, keys, episodes, how=task_mapping)
+        gradient = functools.partial(_gradient_of_task, loss, meta_params)
+        grads, (metrics, stats) = mean_over_tasks(
+            gradient, keys, episodes, how=task_mapping
+        )
         # a plain mean at first, so that the initial values leave no trace
         weight = jnp.maximum(1 / (carry.num_steps + 1), 1 / _HORIZON)
         stats = jax.tree.map(
@@ -150,6 +159,18 @@ def with_running_statistics(
         "meta_gradient": meta_gradient,
         "absorb": absorb,
     }
+
+
+def _gradient_of_task(
+    loss: Callable[..., tuple[Array, Aux]], meta_params: PyTree, key: Array, episode
+) -> tuple[PyTree, tuple[dict[str, Array], PyTree]]:
+    """The gradient of one task's loss, with its metrics and what it gathered."""
+
+    def objective(meta_params):
+        value, aux = loss(meta_params, key, episode)
+        return value, ({"loss": value, **aux.metrics}, aux.gathered)
+
+    return jax.grad(objective, has_aux=True)(meta_params)
 
 
 def make_algorithm(
@@ -187,14 +208,11 @@ def make_algorithm(
     loss_fn = no_loss if loss is None else loss
 
     def mean_gradient(meta_params, carry, keys, episodes):
-        def one(key, episode):
-            def objective(meta_params):
-                value, aux = loss_fn(meta_params, key, episode)
-                return value, {"loss": value, **aux.metrics}
+        def gradient(key, episode):
+            grads, (metrics, _) = _gradient_of_task(loss_fn, meta_params, key, episode)
+            return grads, metrics
 
-            return jax.grad(objective, has_aux=True)(meta_params)
-
-        grads, metrics = mean_over_tasks(one, keys, episodes, how=task_mapping)
+        grads, metrics = mean_over_tasks(gradient, keys, episodes, how=task_mapping)
         return grads, carry, metrics
 
     return MetaAlgorithm(

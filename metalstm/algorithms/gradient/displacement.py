@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Sequence
 from typing import Any, NamedTuple, cast
 
@@ -10,8 +9,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from metalstm.algorithms.common import accuracy, make_algorithm
-from metalstm.algorithms.gradient.engine import gradient_of_init, learned_init
+from metalstm.algorithms.common import accuracy, resampled
+from metalstm.algorithms.gradient.engine import learned_init, with_gradient_of_init
 from metalstm.base import (
     Array,
     Episode,
@@ -24,7 +23,6 @@ from metalstm.base import (
 )
 from metalstm.inner import first_order
 from metalstm.rules import as_rule
-from metalstm.tasks import mean_over_tasks
 
 __all__ = ["reptile"]
 
@@ -118,28 +116,11 @@ def reptile(
         move = _displacement(learner, train_way, state.params, end.params, sums_of_rule)
         return move, metrics
 
-    def meta_gradient(meta_params: MetaParams, carry, keys: Array, episodes: Episode):
-        moves, metrics = mean_over_tasks(
-            lambda key, episode: one_task(meta_params, key, episode),
-            keys,
-            episodes,
-            how=options.get("task_mapping"),
-        )
-        return gradient_of_init(meta_params, moves), carry, metrics
-
-    def train_sampler(spec):
-        spec = dataclasses.replace(inner.train_sampler(spec), queries=1)
-        if train_shots is None:
-            return spec
-        return dataclasses.replace(spec, shot=train_shots)
-
-    return make_algorithm(
-        init=tested.init,
-        predict=tested.predict,
-        adapt=tested.adapt,
-        meta_gradient=meta_gradient,
-        train_sampler=train_sampler,
-        query_norm=tested.query_norm,
+    return with_gradient_of_init(
+        tested,
+        one_task,
+        train_sampler=resampled(way=train_way, shot=train_shots, queries=1),
+        task_mapping=options.get("task_mapping"),
     )
 
 

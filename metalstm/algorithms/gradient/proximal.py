@@ -9,8 +9,8 @@ import jax
 import optax
 from jax.scipy.sparse.linalg import cg
 
-from metalstm.algorithms.common import accuracy, make_algorithm, task_loss
-from metalstm.algorithms.gradient.engine import gradient_of_init, learned_init
+from metalstm.algorithms.common import accuracy, task_loss
+from metalstm.algorithms.gradient.engine import learned_init, with_gradient_of_init
 from metalstm.algorithms.gradient.published import fixed_sgd
 from metalstm.base import (
     Array,
@@ -27,7 +27,6 @@ from metalstm.base import (
 from metalstm.checks import check_at_least, check_choice, check_positive
 from metalstm.inner import first_order
 from metalstm.rules import as_rule
-from metalstm.tasks import mean_over_tasks
 
 __all__ = ["implicit_maml", "proximal_pull"]
 
@@ -142,22 +141,11 @@ def implicit_maml(
         metrics = {"loss": loss, "accuracy": correct, "support_loss": trace.losses[0]}
         return grads, metrics
 
-    def meta_gradient(meta_params: MetaParams, carry, keys: Array, episodes: Episode):
-        grads, metrics = mean_over_tasks(
-            lambda key, episode: one_task(meta_params, key, episode),
-            keys,
-            episodes,
-            how=options.get("task_mapping"),
-        )
-        return gradient_of_init(meta_params, grads), carry, metrics
-
-    return make_algorithm(
-        init=tested.init,
-        predict=tested.predict,
-        adapt=tested.adapt,
-        meta_gradient=meta_gradient,
+    return with_gradient_of_init(
+        tested,
+        one_task,
         train_sampler=tested.train_sampler,
-        query_norm=tested.query_norm,
+        task_mapping=options.get("task_mapping"),
     )
 
 
