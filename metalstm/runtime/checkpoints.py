@@ -28,7 +28,7 @@ import jax
 import numpy as np
 
 from metalstm.base import PyTree
-from metalstm.checks import check_at_least
+from metalstm.checks import check_at_least, check_choice
 from metalstm.runtime import checkpoint_format, processes
 from metalstm.runtime.saved_config import ConfigMismatch, check_config
 
@@ -84,12 +84,21 @@ def read_metadata(directory: str | Path, which: Which = "latest") -> dict[str, A
 
     Raises:
       FileNotFoundError: there is no such checkpoint.
+      ValueError: it is damaged; or ``which`` is not a choice.
     """
     directory = Path(directory).absolute()
     step = _find(directory, which)
     if step is None:
         raise _missing(directory, which)
-    return checkpoint_format.read_document(_folders(directory)[step])["metadata"]
+    folder = _folders(directory)[step]
+    try:
+        return checkpoint_format.read_document(folder)["metadata"]
+    except checkpoint_format.RefusedError:
+        raise
+    except Exception as error:  # whatever a broken file makes its reader raise
+        raise ValueError(
+            f"{_unreadable(folder, 'metadata', error)}; {_remedy(directory, [step])}"
+        ) from error
 
 
 def save(
@@ -176,9 +185,10 @@ def restore(
         ``metadata["config"]``.
 
     Raises:
-      FileNotFoundError: no checkpoint, or none that can be read.
+      FileNotFoundError: there is no such checkpoint.
       ConfigMismatch: the checkpoint's config differs from ``config``.
-      ValueError: the checkpoint holds other arrays than ``target``.
+      ValueError: all that may be read are damaged; the checkpoint holds other arrays
+        than ``target``; or ``which`` is not a choice.
     """
     directory = Path(directory).absolute()
     # shared storage may show a folder to one process before another
@@ -187,10 +197,10 @@ def restore(
     if first is None:
         raise _missing(directory, which)
     older = [] if isinstance(which, int) else [s for s in known[::-1] if s != first]
-    failures = []
+    failures, cause = [], None
     for step in [first, *older]:
         folder = _folders(directory).get(step, directory / str(step))
-        failure = None
+        failure, part = None, "metadata"
         try:
             document = checkpoint_format.read_document(folder)
             if config is not None:
@@ -198,14 +208,14 @@ def restore(
                 check_config(saved, config, ignore=ignore)
             expected = _empty(document) if target is None else target
             checkpoint_format.check_target(document, expected, folder)
+            part = "arrays"
             values = _read_arrays(document, folder)
         except (ConfigMismatch, checkpoint_format.RefusedError):
             raise
         except Exception as error:  # whatever a broken file makes its reader raise
-            failure = _first_line(error)
+            failure = cause = error
         if processes.any_process(failure is not None):
-            failure = failure or "by another process"
-            failures.append(f"checkpoint {folder} cannot be read ({failure})")
+            failures.append(_unreadable(folder, part, failure))
             continue
         leaves, treedef = jax.tree.flatten(expected)
         placed = map(_as_in_target, leaves, values)
@@ -214,9 +224,8 @@ def restore(
         return Restored(
             state, step, document["metadata"], message if failures else None
         )
-    raise FileNotFoundError(
-        "; ".join(failures) + "; no earlier one is left: start again in another folder"
-    )
+    tried = [first, *older]
+    raise ValueError("; ".join([*failures, _remedy(directory, tried)])) from cause
 
 
 def _folders(directory: str | Path) -> dict[int, Path]:
@@ -232,6 +241,7 @@ def _folders(directory: str | Path) -> dict[int, Path]:
 def _find(directory: str | Path, which: Which) -> int | None:
     if isinstance(which, int):
         return which if which in steps(directory) else None
+    check_choice("which", which, ("latest", "best", "the number of a step"))
     step = best(directory) if which == "best" else None
     return latest(directory) if step is None else step
 
@@ -240,6 +250,18 @@ def _missing(directory: str | Path, which: Which) -> FileNotFoundError:
     return FileNotFoundError(
         f"no checkpoint {which!r} in {directory} (steps there: {_listed(directory)})"
     )
+
+
+def _unreadable(folder: Path, part: str, error: Exception | None) -> str:
+    reason = "by another process" if error is None else _first_line(error)
+    return f"checkpoint {folder} cannot be read: its {part} are damaged ({reason})"
+
+
+def _remedy(directory: Path, tried: list[int]) -> str:
+    left = [step for step in steps(directory) if step not in tried]
+    if left:
+        return f"choose another step ({', '.join(map(str, left))})"
+    return "no other one is left: start again in another folder"
 
 
 def _listed(directory: str | Path) -> str:
