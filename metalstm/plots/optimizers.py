@@ -7,7 +7,12 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
-from metalstm.plots.style import add_grid_and_legend, line_style, new_figure
+from metalstm.plots.style import (
+    add_grid_and_legend,
+    add_note,
+    line_style,
+    new_figure,
+)
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -57,7 +62,7 @@ def loss_panels(
     for axes in grid.flat[len(panels) :]:
         axes.set_visible(False)
     for axes, (title, drawn) in zip(grid.flat, panels.items(), strict=False):
-        # hand-made optimizers first, so that a learned rule's line is above theirs
+        # hand-designed optimizers first, so that a learned rule's line is above theirs
         for name in sorted(drawn, key=lambda name: name in learned):
             mean, low, high = _band(drawn[name].values, title in geometric)
             style = line_style(names.index(name), name in learned)
@@ -69,6 +74,7 @@ def loss_panels(
         axes.set(xlabel="updates", ylabel=ylabel, yscale="log")
         axes.set_title(title, fontsize=10)
         add_grid_and_legend(axes)
+    add_note(figure, "band: 95% CI over problems")
     return figure
 
 
@@ -124,7 +130,7 @@ def escape_curves(
             low, high = np.quantile(values, [0.1, 0.9], axis=(0, 2))
             axes.plot(steps, values.mean((0, 2)), color=colour, label=name)
             axes.fill_between(steps, low, high, color=colour, alpha=0.2, lw=0)
-        axes.set(xlabel="updates", ylabel="forget gate")
+        axes.set(xlabel="updates", ylabel="forget gate (band: middle 80%)")
     for axes in (left, *right):
         add_grid_and_legend(axes)
     return figure
