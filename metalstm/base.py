@@ -229,7 +229,7 @@ class MetaParams(NamedTuple):
 
 
 class Aux(NamedTuple):
-    """What a task's loss says besides its value; nothing here has a derivative."""
+    """What a task's loss returns besides its value; nothing here has a derivative."""
 
     metrics: dict[str, Array]  # scalars, averaged over the tasks of a meta-step
     gathered: PyTree = ()  # this task's batch statistics, () when none are gathered
@@ -302,14 +302,14 @@ class Adapt(Protocol):
 
 class InitCarry(Protocol):
     def __call__(self, key: Array, meta_params: PyTree, episode: Any, /) -> PyTree:
-        """Start what goes from meta-step to meta-step and no gradient touches."""
+        """Start the carry, which meta-steps pass on and which has no gradient."""
 
 
 class MetaGradient(Protocol):
     def __call__(
         self, meta_params: PyTree, carry: PyTree, keys: Array, episodes: Any, /
     ) -> tuple[PyTree, PyTree, dict[str, Array]]:
-        """Return one meta-step's gradient; all that the train step knows of a method.
+        """Return one meta-step's gradient; the train step needs nothing else.
 
         Args:
           meta_params: of the structure that ``init`` gives.
@@ -331,7 +331,7 @@ class Absorb(Protocol):
 
 class TrainSampler(Protocol):
     def __call__(self, spec: Any, /) -> Any:
-        """Turn the test-time spec into the one to meta-train on (a higher way, say)."""
+        """Turn the test-time spec into that of meta-training (a higher way, say)."""
 
 
 class MetaAlgorithm(NamedTuple):

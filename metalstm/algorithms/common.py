@@ -1,4 +1,4 @@
-"""What several algorithms share: losses, accuracy, averages over meta-training."""
+"""Losses, accuracy and slots that several algorithms share; `make_algorithm`."""
 
 from __future__ import annotations
 
@@ -70,10 +70,9 @@ def accuracy(scores: Array, targets: Array) -> Array:
 
 
 def query_loss(predict: Predict, num_classes: int | None) -> TaskLoss:
-    """Return a meta-training loss: that of the scores `predict` gives the query set.
+    """Return a `MetaAlgorithm.loss`: the `task_loss` of the query set's scores.
 
-    It is the mean cross-entropy, or squared error for float targets (`task_loss`), of
-    a method whose scores have a gradient. The metrics have the accuracy.
+    For a method whose scores have a gradient. The metrics have the accuracy.
 
     Args:
       predict: of `MetaAlgorithm`.

@@ -1,4 +1,4 @@
-"""The images of one task, and what was predicted of them."""
+"""The images of one task, and their predicted classes."""
 
 from __future__ import annotations
 

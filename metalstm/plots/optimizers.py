@@ -1,4 +1,4 @@
-"""What optimizers did: losses, learning rates, plateaus left."""
+"""Losses of optimizers, sweeps over learning rates, and escapes from plateaus."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class Losses(NamedTuple):
 
 
 class Sweep(NamedTuple):
-    """How well each of a grid of learning rates did."""
+    """The score of each learning rate of a grid."""
 
     rates: np.ndarray  # [R] ascending
     scores: np.ndarray  # [R] lower is better; infinite where it diverged
@@ -81,7 +81,7 @@ def loss_panels(
 def rate_sweeps(
     sweeps: Mapping[str, Sweep], *, ylabel: str = "last loss", log: bool = True
 ) -> Figure:
-    """Draw what each learning rate of a grid gave, the best of each line marked.
+    """Draw the score of each learning rate of a grid, the best of each line marked.
 
     Args:
       sweeps: per optimizer its grid; where it diverged there is no point.
@@ -110,7 +110,7 @@ def escape_curves(
     *,
     learned: Sequence[str] = (),
 ) -> Figure:
-    """Draw which share of problems has left a plateau, and what forget gates did.
+    """Draw the share of problems that have left a plateau, and the forget gates.
 
     Args:
       escaped: per optimizer the updates [S] and the share [S] in [0, 1].

@@ -1,4 +1,4 @@
-"""Curves of meta-training, and of what was trained, against time."""
+"""Curves of meta-training and validation."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def learning_curves(
 
     Args:
       loss: per method one curve per seed, on meta-training episodes.
-      accuracy: likewise, in [0, 1]; drawn thin.
+      accuracy: likewise, in [0, 1]; drawn pale.
       validation: likewise, on meta-validation episodes; drawn with markers. The band is
         the 95% CI over seeds, or with one seed that over episodes (``Curve.ci95``).
       chance: a dotted line at this accuracy.

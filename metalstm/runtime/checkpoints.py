@@ -3,8 +3,8 @@
 orbax writes the arrays (each process its part of what is split over them), gives a
 folder its name, the step, only when all of it is written, and removes folders. Added:
 
-- Nothing altered is believed. Arrays and metadata are compared with digests, and a
-  damaged checkpoint is skipped, with a message, for the one before.
+- Damage is noticed. Arrays and metadata are compared with digests. A damaged checkpoint
+  is skipped with a message, and the one before it is read.
 - Saving a step again keeps the old version until the new one has its name.
 - An older checkpoint is removed only when the newer one has reached the disk.
 - The config is compared before any array is read. Errors name the remedy.
@@ -112,18 +112,18 @@ def save(
 ) -> Path:
     """Write ``state`` as the checkpoint of ``step``; atomic and synchronous.
 
-    Later steps, which training must have gone back behind, are removed: the newest is
-    what was saved last.
+    Later steps are removed, since training went back to an earlier one: the newest
+    step is always the one that was saved last.
 
     Args:
       state: any pytree of arrays and numbers. PRNG keys must be raw key data.
       metadata: JSON: the config (under ``"config"``), the validation history and so on.
       score: higher is better; the checkpoint with the highest one is never removed.
-      keep: how many of the newest to keep, next to the best.
+      keep: how many of the newest to keep, besides the best.
 
     Raises:
       ValueError: ``keep`` or ``step`` is out of range, or metadata is not JSON.
-      OSError: it cannot be written; what was there before is as it was.
+      OSError: it cannot be written; older checkpoints are unchanged.
     """
     check_at_least("keep", keep, 1)
     if not isinstance(step, int | np.integer):
@@ -181,8 +181,8 @@ def restore(
         sharding on a leaf is the one its array gets. None: a list of numpy arrays.
       which: "latest" and "best" fall back to the one before when a checkpoint cannot be
         read, and say so in ``message``; a step is that step or an error.
-      config: compared first, but for the keys in ``ignore``, with the saved
-        ``metadata["config"]``.
+      config: compared with the saved ``metadata["config"]`` before any array is read,
+        except for the keys in ``ignore``.
 
     Raises:
       FileNotFoundError: there is no such checkpoint.
@@ -276,8 +276,8 @@ def _set_aside(directory: Path, step: int) -> None:
 
 
 def _superseded(directory: Path, newest: int, keep: int) -> list[int]:
-    # A later step is one that could not be read, or was gone back behind on purpose.
-    # It must not count among the newest, or push out what was just written.
+    # A later step could not be read, or training went back to an earlier one. It must
+    # not count among the newest, or remove what was just written.
     folders = _folders(directory)
     earlier = {step: path for step, path in folders.items() if step <= newest}
     stay = {*sorted(earlier)[-keep:], _best_of(earlier)}
@@ -286,7 +286,7 @@ def _superseded(directory: Path, newest: int, keep: int) -> list[int]:
 
 
 def _clean(directory: Path) -> None:
-    """Remove what is not whole, and name again what was set aside for nothing."""
+    """Remove what is incomplete; give set-aside folders their name back if unused."""
     for path in directory.glob("*.orbax-checkpoint-tmp*"):
         shutil.rmtree(path, ignore_errors=True)
     for aside in directory.glob(_SET_ASIDE + "*"):
@@ -298,7 +298,7 @@ def _clean(directory: Path) -> None:
 
 
 def _flush_to_disk(folder: Path) -> None:
-    """Have a checkpoint reach the disk before an older one goes: power may fail."""
+    """Flush a checkpoint to disk before an older one is removed: power may fail."""
     for path in (folder, *folder.rglob("*"), folder.parent):
         with contextlib.suppress(OSError):  # not every file system syncs folders
             handle = os.open(path, os.O_RDONLY)

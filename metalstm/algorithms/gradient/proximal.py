@@ -1,4 +1,4 @@
-"""Differentiate the end of an inner loop without its path: implicit MAML."""
+"""Implicit MAML: differentiate the end of an inner loop without its path."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ __all__ = ["implicit_maml", "proximal_pull"]
 
 
 def proximal_pull(strength: float) -> optax.GradientTransformation:
-    """Add the gradient of strength / 2 ||theta_t - theta_0||^2 to what comes in."""
+    """Add the gradient of strength / 2 ||theta_t - theta_0||^2 to the updates."""
 
     def update(updates: PyTree, start: PyTree, params: PyTree | None = None):
         if params is None:
@@ -75,11 +75,11 @@ def implicit_maml(
       num_steps: T, in meta-training and, unless ``num_test_steps`` differs, at test.
       cg_steps: steps of conjugate gradient.
       train_query_norm: transductive or support.
-      options: the further ones of `learned_init`.
+      options: further arguments of `learned_init`.
 
     Raises:
-      ValueError: a strength that is not positive, no CG step, or a norm that
-        meta-training does not know here.
+      ValueError: a strength that is not positive, no CG step, or another
+        ``train_query_norm``.
     """
     check_positive("strength", strength)
     check_at_least("cg_steps", cg_steps, 1)

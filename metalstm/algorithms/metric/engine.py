@@ -97,7 +97,7 @@ class Compared(NamedTuple):
 
 
 def cross_entropy(compared: Compared) -> Array:
-    """The loss of most: cross-entropy of the query's scores."""
+    """Return the cross-entropy of the query's scores, the default loss."""
     return task_loss(compared.scores, compared.targets)
 
 
