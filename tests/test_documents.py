@@ -110,6 +110,13 @@ def test_the_reference_has_every_public_name():
             assert f":: metalstm.{room}" in reference or room == "base", name
 
 
+@pytest.mark.parametrize("path", sorted((ROOT / "notebooks").glob("*.ipynb")))
+def test_a_notebook_is_stored_with_small_outputs(path):
+    assert path.stat().st_size < 300_000
+    cells = nbformat.read(path, as_version=4).cells
+    assert any(cell.get("outputs") for cell in cells)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "expected"),
