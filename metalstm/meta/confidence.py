@@ -137,7 +137,7 @@ class Confidence(NamedTuple):
 
     def answer(self, scores: np.ndarray) -> Answers:
         """Return labels, probabilities and label sets of scores [..., way]."""
-        scores = np.asarray(scores)
+        scores = np.asarray(scores, np.float64)
         likely = probabilities(scores, self.temperature)
         known = scores.max(-1) >= self.known_threshold
         labels = np.where(known, scores.argmax(-1), -1)

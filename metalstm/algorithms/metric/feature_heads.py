@@ -206,7 +206,7 @@ def logistic_scores(
     Y - P - lambda A is below 1e-5 everywhere.
 
     Returns:
-      Logits; NaN where 10,000 steps do not suffice, as for penalties below some 1e-6.
+      Logits; NaN where 10,000 steps do not suffice, as for penalties below some 1e-4.
     """
     kernel, of_query, onehot = _kernels(support, labels, query, way)
     kernel, of_query = kernel + 1, of_query + 1
