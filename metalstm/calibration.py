@@ -77,7 +77,7 @@ def fit_temperature(scores: np.ndarray, labels: np.ndarray) -> float:
             f"the scores of the {labels.size} labels are no higher than chance: a "
             "temperature needs a method that has learned something"
         )
-    for _ in range(200):
+    for _ in range(60):  # of a logarithm, to the last digit
         middle = math.sqrt(low * high)
         low, high = (middle, high) if derivative(middle) < 0 else (low, middle)
     return 1 / math.sqrt(low * high)
