@@ -10,6 +10,7 @@ import pytest
 
 from metalstm import plots
 from metalstm.calibration import Reliability
+from metalstm.meta.confidence import ConfidenceReport
 from metalstm.plots import accuracies
 
 
@@ -281,14 +282,16 @@ def test_confidence_panels_draw_what_was_measured(tmp_path):
     bins = Reliability(
         np.array([0.2, 0.5, 0.9]), np.array([0.3, 0.4, 0.8]), np.array([3, 50, 70])
     )
-    curves = plots.ConfidenceCurves(
-        bins,
-        promised=np.array([0.8, 0.9]),
-        coverage=np.array([[0.85, 0.02], [0.91, 0.01]]),
-        false_alarms=np.array([0.2, 0.1]),
-        misses=np.array([0.3, 0.6]),
+    reports = [
+        ConfidenceReport((0.5, 0.1), bins, coverage, (2.0, 0.1), alarms, misses)
+        for coverage, alarms, misses in (
+            ((0.85, 0.02), (0.2, 0.1), (0.3, 0.1)),
+            ((0.91, 0.01), (0.1, 0.1), (0.6, 0.1)),
+        )
+    ]
+    figure = plots.confidence_panels(
+        [0.8, 0.9], {"ridge": reports, "centroid": reports}
     )
-    figure = plots.confidence_panels({"ridge": curves, "centroid": curves})
     calibrated, covered, missed = figure.axes
     # a bin of three answers says nothing
     np.testing.assert_allclose(calibrated.lines[0].get_ydata(), [40, 80])

@@ -14,6 +14,7 @@ import numpy as np
 
 from metalstm.base import Batch, Episode, MetaAlgorithm, PyTree
 from metalstm.calibration import (
+    Reliability,
     episode_quantile,
     fit_temperature,
     label_sets,
@@ -195,7 +196,7 @@ class ConfidenceReport(NamedTuple):
     """Shares in [0, 1]; of each pair the mean over episodes and half a 95% interval."""
 
     accuracy: tuple[float, float]  # of the highest score, nothing abstained
-    calibration_error: float  # expected calibration error, of all queries together
+    reliability: Reliability  # of all known queries; has the calibration error
     coverage: tuple[float, float]  # labels in their sets
     set_size: tuple[float, float]  # labels in a set
     false_alarms: tuple[float, float]  # known queries answered "none of these"
@@ -208,7 +209,7 @@ class ConfidenceReport(NamedTuple):
         size, ci95 = self.set_size
         return (
             f"accuracy {percent(self.accuracy)}, "
-            f"calibration error {100 * self.calibration_error:.1f} %, "
+            f"calibration error {100 * self.reliability.calibration_error:.1f} %, "
             f"coverage {percent(self.coverage)} by {size:.2f} ± {ci95:.2f} labels, "
             f"false alarms {percent(self.false_alarms)}, misses {percent(self.misses)}"
         )
@@ -227,9 +228,7 @@ def measure_confidence(test: EpisodeScores, confidence: Confidence) -> Confidenc
         misses = over_episodes(confidence.answer(test.unknown).labels >= 0)
     return ConfidenceReport(
         accuracy=mean_and_ci95(test.accuracies),
-        calibration_error=reliability(
-            answers.probabilities, test.labels
-        ).calibration_error,
+        reliability=reliability(answers.probabilities, test.labels),
         coverage=over_episodes(covered),
         set_size=over_episodes(answers.sets.sum(-1)),
         false_alarms=over_episodes(answers.labels < 0),

@@ -5,7 +5,7 @@ display, nothing to close.
 """
 
 from metalstm.plots.accuracies import accuracy_bars, accuracy_sweep, roc_curves
-from metalstm.plots.confidence import ConfidenceCurves, confidence_panels
+from metalstm.plots.confidence import confidence_panels
 from metalstm.plots.episodes import episode_picture
 from metalstm.plots.gates import gate_curves, layer_groups
 from metalstm.plots.optimizers import (
@@ -18,7 +18,6 @@ from metalstm.plots.optimizers import (
 from metalstm.plots.training import Curve, learning_curves, meta_training_curves
 
 __all__ = [
-    "ConfidenceCurves",
     "Curve",
     "Losses",
     "Sweep",

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import TYPE_CHECKING, NamedTuple
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from metalstm.calibration import Reliability
 from metalstm.plots.style import (
     COLOURS,
     DASHES,
@@ -19,31 +18,24 @@ from metalstm.plots.style import (
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-__all__ = ["ConfidenceCurves", "confidence_panels"]
-
-
-class ConfidenceCurves(NamedTuple):
-    """Of one method on held-out episodes, at K promised rates; shares in [0, 1]."""
-
-    reliability: Reliability
-    promised: np.ndarray  # [K], coverage asked for
-    coverage: np.ndarray  # [K, 2], measured: mean and half a 95% interval
-    false_alarms: np.ndarray  # [K], measured
-    misses: np.ndarray  # [K], at these false alarms
+__all__ = ["confidence_panels"]
 
 
 _FEW = 20  # answers of a bin that is not drawn
 
 
-def confidence_panels(methods: Mapping[str, ConfidenceCurves]) -> Figure:
-    """Draw calibration, coverage against what was promised, and misses.
+def confidence_panels(
+    asked: Sequence[float], methods: Mapping[str, Sequence[Any]]
+) -> Figure:
+    """Draw calibration, coverage against what was asked for, and misses.
 
     Args:
-      methods: by name, in the order of the legend.
+      asked: K coverages, of `meta.confidence.fit_confidence`.
+      methods: by name, K `meta.confidence.ConfidenceReport`s on held-out episodes.
     """
     figure = new_figure((9.6, 3.3))
     calibrated, covered, missed = figure.subplots(1, 3)
-    for index, (name, curves) in enumerate(methods.items()):
+    for index, (name, reports) in enumerate(methods.items()):
         style = {
             "color": COLOURS[index % len(COLOURS)],
             "linestyle": DASHES[index % len(DASHES)],
@@ -52,18 +44,22 @@ def confidence_panels(methods: Mapping[str, ConfidenceCurves]) -> Figure:
             "linewidth": 1.2,
             "label": name,
         }
-        bins = curves.reliability
+        bins = reports[0].reliability
         enough = bins.counts >= _FEW
         calibrated.plot(
             100 * bins.confidence[enough], 100 * bins.accuracy[enough], **style
         )
-        promised = 100 * curves.promised
-        mean, ci95 = 100 * curves.coverage.T
-        covered.plot(promised, mean, **style)
+        levels = 100 * np.asarray(asked)
+        mean, ci95 = 100 * np.array([report.coverage for report in reports]).T
+        covered.plot(levels, mean, **style)
         covered.fill_between(
-            promised, mean - ci95, mean + ci95, color=style["color"], alpha=0.2, lw=0
+            levels, mean - ci95, mean + ci95, color=style["color"], alpha=0.2, lw=0
         )
-        missed.plot(100 * curves.false_alarms, 100 * curves.misses, **style)
+        missed.plot(
+            [100 * report.false_alarms[0] for report in reports],
+            [100 * report.misses[0] for report in reports],
+            **style,
+        )
     for axes, (x, y) in (
         (calibrated, ("probability of the answer, %", "right answers, %")),
         (covered, ("coverage asked for, %", "labels in their sets, %")),
