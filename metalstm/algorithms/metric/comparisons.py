@@ -10,7 +10,6 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 
-from metalstm.algorithms.common import make_algorithm
 from metalstm.algorithms.metric.distances import (
     Distance,
     Scale,
