@@ -27,6 +27,7 @@ __all__ = [
     "Options",
     "Pair",
     "Positive",
+    "Share",
     "check",
     "check_multiple",
     "check_names",
@@ -71,6 +72,7 @@ Count = Annotated[int, msgspec.Meta(ge=1)]
 Natural = Annotated[int, AT_LEAST_0]
 Pair = Annotated[int, msgspec.Meta(ge=2)]  # what has an interval, or two classes
 Positive = Annotated[float, msgspec.Meta(gt=0)]
+Share = Annotated[float, msgspec.Meta(gt=0, le=1)]
 
 
 def parse(
@@ -141,6 +143,10 @@ def _check_value(flag: str, value: Any, limits: Sequence[msgspec.Meta]) -> None:
                 raise ValueError(f"{flag} {part:g}: choose {limit.ge:g} or more")
             if limit.gt is not None and not part > limit.gt:
                 raise ValueError(f"{flag} {part:g}: choose a number above {limit.gt:g}")
+            if limit.lt is not None and not part < limit.lt:
+                raise ValueError(f"{flag} {part:g}: choose a number below {limit.lt:g}")
+            if limit.le is not None and part > limit.le:
+                raise ValueError(f"{flag} {part:g}: choose {limit.le:g} or less")
 
 
 def _limits(hint: Any) -> Iterator[msgspec.Meta]:

@@ -19,9 +19,9 @@ import optax
 
 from experiments.common.saved_options import to_json
 from experiments.common.tuning import Grid, Tuned, tune
-from experiments.learned_optimizer.command_line import rule_names, trained_rules
+from experiments.learned_optimizer.command_line import rule_files
 from experiments.learned_optimizer.options import Config, Problem, Test
-from experiments.learned_optimizer.problems import NEED_NO_DATA, Source, load_source
+from experiments.learned_optimizer.problems import Source, load_source, task_mapping
 from metalstm import rules
 from metalstm.data.cache import cached
 from metalstm.learned_optimizers import curves
@@ -33,26 +33,26 @@ _BETAS = (0.5, 0.8, 0.9, 0.95, 0.99)
 
 
 class Optimizer(NamedTuple):
-    """What is measured: a bound rule or a tuned baseline."""
+    """What is measured: a bound rule, or a baseline at the best point of its grid."""
 
     name: str
     tx: optax.GradientTransformationExtraArgs
     identity: dict[str, Any]  # JSON that two different optimizers never share
-
-
-class Choice(NamedTuple):
-    """A baseline at the best point of its grid."""
-
-    optimizer: Optimizer
-    tuned: Tuned
-
-    @property
-    def rate(self) -> float:
-        return self.tuned.best["learning_rate"]
+    tuned: Tuned | None = None  # of a baseline
 
     @property
     def beta(self) -> float | None:
-        return self.tuned.best.get("momentum")
+        return self.tuned.best.get("momentum") if self.tuned else None
+
+
+class Measured(NamedTuple):
+    optimizer: Optimizer
+    losses: Losses
+
+    def part(self, which: slice) -> Measured:
+        """Some of what was recorded."""
+        steps, values = self.losses
+        return self._replace(losses=Losses(steps[which], values[:, which]))
 
 
 def baseline(
@@ -92,29 +92,21 @@ class Bench:
         same_test = ("data_dir", "scaling", "scaling_per", "train_image_size")
         what = {k: v for k, v in to_json(problem).items() if k not in same_test}
         self.identity = what | {"eval_batch": test.eval_batch}
+        mapping = task_mapping(problem)
+        self.options: Any = {"eval_batch": test.eval_batch, "task_mapping": mapping}
 
     @functools.cached_property
     def source(self) -> Source:
         """Loaded when something must be measured."""
         return load_source(self.problem)
 
-    @property
-    def _options(self) -> dict[str, Any]:
-        # small problems all at the same time; networks one by one, which fit the cache
-        mapping = "vmap" if self.problem.name in NEED_NO_DATA else None
-        return {"eval_batch": self.test.eval_batch, "task_mapping": mapping}
-
     def losses(
         self, optimizer: Optimizer, *, steps: int, instances: int, every: int = 1
     ) -> Losses:
         """Losses of the test problems, [instances, 1 + steps / every]."""
-        key = self.identity | {
-            "optimizer": optimizer.identity,
-            "steps": steps,
-            "instances": instances,
-            "every": every,
-            "seed": self.test.test_seed,
-        }
+        seed = self.test.test_seed
+        key = {"optimizer": optimizer.identity, "steps": steps, "every": every}
+        key |= {"instances": instances, "seed": seed}
 
         def measure() -> dict[str, np.ndarray]:
             print(f"  measuring {optimizer.name}", file=sys.stderr, flush=True)
@@ -124,9 +116,9 @@ class Bench:
                 self.source.data,
                 num_instances=instances,
                 num_steps=steps,
-                seed=self.test.test_seed,
+                seed=seed,
                 record_every=every,
-                **self._options,
+                **self.options,
             )
             return {"values": np.asarray(values, np.float32)}
 
@@ -138,18 +130,12 @@ class Bench:
         by_log = self.problem.name == "quadratics"
         return self.test.tune_for or ("mean-log" if by_log else "mean")
 
-    def tune(self, name: str, *, steps: int) -> Choice:
+    def tune(self, name: str, *, steps: int) -> Optimizer:
         """Choose rate (and momentum) by the last loss on other problems."""
         factory, grid = baseline(name, steps)
-        seed = _TUNING_SEED + self.test.test_seed
-        key = self.identity | {
-            "baseline": name,
-            "steps": steps,
-            "instances": self.test.tune_instances,
-            "seed": seed,
-            "for": self.tune_for,
-            "grid": {axis: values.tolist() for axis, values in grid.items()},
-        }
+        instances, seed = self.test.tune_instances, _TUNING_SEED + self.test.test_seed
+        key = {"baseline": name, "steps": steps, "instances": instances, "seed": seed}
+        key |= {"for": self.tune_for, "grid": {a: v.tolist() for a, v in grid.items()}}
 
         def score(grid: Grid) -> np.ndarray:
             tried = curves.sweep(
@@ -157,12 +143,12 @@ class Bench:
                 rules.tunable(factory, **dict.fromkeys(grid, 0.1)),
                 {axis: values.tolist() for axis, values in grid.items()},
                 self.source.data,
-                num_instances=self.test.tune_instances,
+                num_instances=instances,
                 num_steps=steps,
                 seed=seed,
                 score="mean_log" if self.tune_for == "mean-log" else "mean",
                 record_every=steps,
-                **self._options,
+                **self.options,
             )
             return tried.scores.reshape([len(values) for values in grid.values()])
 
@@ -178,12 +164,28 @@ class Bench:
         if name == "adam-cosine":
             identity["decay_steps"] = steps
         tx = optax.with_extra_args_support(factory(**tuned.best))
-        return Choice(Optimizer(name, tx, identity), tuned)
+        return Optimizer(name, tx, identity, tuned)
+
+    def compete(
+        self,
+        learned: Sequence[Optimizer],
+        names: Sequence[str],
+        *,
+        steps: int,
+        tune_steps: int | None = None,
+        **options: int,
+    ) -> list[Measured]:
+        """Measure rules and tuned baselines on the same problems."""
+        tuned = [self.tune(name, steps=tune_steps or steps) for name in names]
+        return [
+            Measured(optimizer, self.losses(optimizer, steps=steps, **options))
+            for optimizer in (*learned, *tuned)
+        ]
 
     def _kept(
         self, kind: str, key: dict[str, Any], make: Callable[[], dict[str, np.ndarray]]
     ) -> dict[str, np.ndarray]:
-        text = json.dumps(key, sort_keys=True, default=str)
+        text = json.dumps(self.identity | key, sort_keys=True, default=str)
         name = hashlib.sha256(text.encode()).hexdigest()[:16]
         arrays = cached(
             self.folder / f"{kind}-{name}.npz",
@@ -200,9 +202,9 @@ def saved_rules(config: Config, folder: Path) -> list[Optimizer]:
       FileNotFoundError: one has not been exported yet.
       ValueError: a file is none of a rule.
     """
-    given, found = trained_rules(config), []
-    for name in rule_names(config):
-        path = given.get(name, folder / "rules" / f"{name}.npz")
+    found = []
+    for name, given in rule_files(config).items():
+        path = given or folder / "rules" / f"{name}.npz"
         if not path.exists():
             raise FileNotFoundError(
                 f"{folder} has no trained {name} yet ({path}): resume with --resume "
@@ -212,23 +214,3 @@ def saved_rules(config: Config, folder: Path) -> list[Optimizer]:
         digest = hashlib.sha256(path.read_bytes()).hexdigest()
         found.append(Optimizer(name, tx, {"rule": digest}))
     return found
-
-
-def compete(
-    bench: Bench,
-    learned: Sequence[Optimizer],
-    names: Sequence[str],
-    *,
-    steps: int,
-    instances: int,
-    every: int,
-    tune_steps: int | None = None,
-) -> tuple[dict[str, Losses], dict[str, Choice]]:
-    """Measure rules and tuned baselines on the same problems."""
-    chosen = {name: bench.tune(name, steps=tune_steps or steps) for name in names}
-    optimizers = [*learned, *(choice.optimizer for choice in chosen.values())]
-    measured = {
-        o.name: bench.losses(o, steps=steps, instances=instances, every=every)
-        for o in optimizers
-    }
-    return measured, chosen

@@ -22,6 +22,7 @@ from experiments.common.cli import (
     Options,
     Pair,
     Positive,
+    Share,
 )
 from experiments.common.constructors import options_of
 from experiments.common.devices import Devices
@@ -30,9 +31,8 @@ from experiments.learned_optimizer.rule_options import LstmGates, Rule, named_ru
 
 BASELINES = (
     "sgd", "momentum", "nesterov", "rmsprop", "adam", "adamw", "adagrad", "adadelta",
+    "adam-cosine",
 )  # fmt: skip
-MORE_BASELINES = ("adam-cosine",)
-
 
 # a tag is a constructor of `metalstm.learned_optimizers.problems`
 FAMILIES = {
@@ -119,8 +119,8 @@ class Budget(Options, frozen=True):
     """Updates of each rule's parameters."""
     minutes: Positive | None = None
     """Stop each rule's meta-training after this long (instead of --meta-steps)."""
-    second_order: bool = False
-    """Differentiate through the inner gradients."""
+    order: Literal["first", "second"] = "first"
+    """Whether to differentiate through the inner gradients."""
     keep: Literal["all", "remat", "mixed", "segments"] = "mixed"
     """What the updates of a meta-step keep for the backward pass, from most to least;
     for --unroll-steps of hundreds: segments. docs/memory.md has the figures."""
@@ -162,7 +162,7 @@ class Test(Options, frozen=True):
     """Examples on which a loss is measured."""
     record_every: Count = 1
     """Measure the loss after every so many updates."""
-    baselines: Names = BASELINES
+    baselines: Names = BASELINES[:-1]
     """Hand-made optimizers, their rates tuned; adam-cosine has its rate decay to 0."""
     few_baselines: Names = ("sgd", "nesterov", "rmsprop", "adam")
     """Those of generalisation, panels and plateau, where they are tuned again on every
@@ -175,7 +175,7 @@ class Test(Options, frozen=True):
     """generalisation: updates at the long horizon; 0 omits it."""
     long_instances: Pair = 100
     """generalisation: problems at the long horizon."""
-    escape_below: Positive = 0.1
+    escape_below: Share = 0.1
     """plateau: a problem has escaped when its loss is below this share of the first."""
     test_seed: Natural = 0
     """Which problems."""

@@ -10,7 +10,7 @@ from __future__ import annotations
 # ones first.
 _RECIPE = (
     "--l2l.features moments --l2l.num-layers 1 --l2l.output-scale 0.1 "
-    "--l2l.shortcut 0.2 --second-order --loss-transform log --weights linear "
+    "--l2l.shortcut 0.2 --order second --loss-transform log --weights linear "
     "--learning-rate 3e-3 --schedule cosine --unroll-steps 100 --horizon 100 "
 )
 # Andrychowicz et al. (2016), section 3.2: 784-20-10, sigmoid, batches of 128, 100 steps

@@ -10,6 +10,7 @@ from experiments.learned_optimizer.options import Problem
 from metalstm.data.sources.labelled import load_image_data
 from metalstm.learned_optimizers import problems
 from metalstm.learned_optimizers.problems import ProblemFamily
+from metalstm.tasks import TaskMapping
 
 NEED_NO_DATA = ("quadratics", "logistic", "plateau", "sinusoids")
 
@@ -64,6 +65,11 @@ def _load_data(problem: Problem) -> tuple[Any, dict[str, Any]]:
         "classes": images.num_classes,
         "checksum": images.checksum,
     }
+
+
+def task_mapping(problem: Problem) -> TaskMapping | None:
+    """Small problems all at the same time; networks one by one, which fit the cache."""
+    return "vmap" if problem.name in NEED_NO_DATA else None
 
 
 def describe(problem: Problem) -> str:

@@ -1,8 +1,8 @@
-"""Options of rules; their JSON is the spec that `metalstm.rules.build_rule` reads."""
+"""The rules by name; an option's JSON is the spec `metalstm.rules.build_rule` reads."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import msgspec
 
@@ -36,30 +36,38 @@ if TYPE_CHECKING:
 else:
     Rule = L2L | LstmGates | TwoLayer | LearnedSgd
 
+
+class NamedRule(NamedTuple):
+    about: str
+    options: Rule
+
+
+_V2 = TwoLayer()
 RULES = {
-    "l2l": "a coordinate-wise LSTM",
-    "l2l-published": "the same as Andrychowicz et al. (2016) had it, in every preset",
-    "v2": "a gradient memory chained into gates",
-    "meta-lstm": "the gates of Ravi & Larochelle (2017), with their LSTM",
-    "gates": "the gates alone, on features, without an LSTM",
-    "meta-lstm-f1": "meta-lstm with the forget gate fixed at 1",
-    "gates-f1": "gates with the forget gate fixed at 1",
-    "v2-f1": "v2 with the forget gate fixed at 1",
-    "learned-sgd": "one learned rate",
+    "l2l": NamedRule("a coordinate-wise LSTM", L2L()),
+    "l2l-published": NamedRule(
+        "the same as Andrychowicz et al. (2016) had it, in every preset", L2L()
+    ),
+    "v2": NamedRule("a gradient memory chained into gates", _V2),
+    "meta-lstm": NamedRule(
+        "the gates of Ravi & Larochelle (2017), with their LSTM", LstmGates()
+    ),
+    "gates": NamedRule(
+        "the gates alone, on features, without an LSTM", LstmGates(hidden_size=0)
+    ),
+    "meta-lstm-f1": NamedRule(
+        "meta-lstm with the forget gate fixed at 1", LstmGates(forget="one")
+    ),
+    "gates-f1": NamedRule(
+        "gates with the forget gate fixed at 1", LstmGates(hidden_size=0, forget="one")
+    ),
+    "v2-f1": NamedRule(
+        "v2 with the forget gate fixed at 1",
+        replace(_V2, gates=replace(_V2.gates, forget="one")),
+    ),
+    "learned-sgd": NamedRule("one learned rate", LearnedSgd()),
 }
 
 
 def named_rules() -> dict[str, Rule]:
-    """Every one of `RULES`."""
-    gates, alone, v2 = LstmGates(), LstmGates(hidden_size=0), TwoLayer()
-    return {
-        "l2l": L2L(),
-        "l2l-published": L2L(),
-        "v2": v2,
-        "meta-lstm": gates,
-        "gates": alone,
-        "meta-lstm-f1": replace(gates, forget="one"),
-        "gates-f1": replace(alone, forget="one"),
-        "v2-f1": replace(v2, gates=replace(v2.gates, forget="one")),
-        "learned-sgd": LearnedSgd(),
-    }
+    return {name: rule.options for name, rule in RULES.items()}

@@ -12,19 +12,22 @@ import jax
 import numpy as np
 
 from experiments.common import devices, report
+from experiments.common.loop import Interrupted
 from experiments.common.run_folder import (
     Metrics,
     free_folder,
+    locked,
     refuse_other_data,
+    refuse_other_runs,
     write_json,
 )
 from experiments.common.saved_options import to_json
-from experiments.learned_optimizer.command_line import rule_names, trained_rules
+from experiments.learned_optimizer import training
+from experiments.learned_optimizer.command_line import MODULE, may_change, rule_files
 from experiments.learned_optimizer.measuring import saved_rules
 from experiments.learned_optimizer.options import Config, rule_spec
 from experiments.learned_optimizer.problems import describe, load_source
 from experiments.learned_optimizer.studies import Context, make_studies
-from experiments.learned_optimizer.training import Trained, meta_train
 from metalstm import plots, rules
 from metalstm.runtime import processes
 
@@ -33,23 +36,36 @@ ROOT = Path("runs") / "learned_optimizer"
 
 def choose_folder(config: Config) -> Path:
     """Where the run goes: as told, or a name that no other run has."""
-    if config.run.resume is not None:
-        return config.run.resume
-    if config.run.workdir is not None:
-        return config.run.workdir
-    name = config.run.preset or config.problem.name
-    return free_folder(ROOT / f"{name}-{config.run.seed}")
+    run = config.run
+    name = f"{run.preset or config.problem.name}-{run.seed}"
+    return run.resume or run.workdir or free_folder(ROOT / name)
 
 
-def run(config: Config, folder: Path) -> None:
+def run(config: Config, folder: Path) -> int:
+    """Run in the folder, which nobody else may use; return the exit status."""
+    changeable = may_change(config)
+    refuse_other_runs(folder, config, changeable)
+    hint = report.resume_hint(folder, MODULE)
+    if devices.is_one_of_several():
+        print(hint, flush=True)  # a process may die
+    with locked(folder, config, changeable):
+        try:
+            _run(config, folder)
+        except Interrupted:
+            print(f"stopped and saved; {hint}")
+            return 130
+    return 0
+
+
+def _run(config: Config, folder: Path) -> None:
     """Meta-train, or resume; then every study; then results.json."""
     source = load_source(config.problem)
     mesh = devices.mesh_for(config.devices, config.training.num_tasks, "--num-tasks")
     print(_header(config, devices.describe(mesh)), flush=True)
     specs = {
         name: rule_spec(name, config)
-        for name in rule_names(config)
-        if name not in trained_rules(config)
+        for name, path in rule_files(config).items()
+        if path is None
     }
     built = {name: rules.build_rule(spec) for name, spec in specs.items()}
     folder.mkdir(parents=True, exist_ok=True)
@@ -59,10 +75,10 @@ def run(config: Config, folder: Path) -> None:
     metrics = Metrics(folder, counter="step")
     found: dict[str, Any] = {}
     for name, spec in specs.items():
-        trained = meta_train(name, built[name], config, source, folder, metrics)
-        if not processes.is_main():
-            continue
-        found[name] = _export(name, spec, trained, config, folder)
+        rule = built[name]
+        trained = training.meta_train(name, rule, config, source, folder, metrics)
+        if processes.is_main():
+            found[name] = _export(name, spec, trained, config, folder)
     if not processes.is_main():
         return
     files = ["results.json", "config.json", "metrics.jsonl"]
@@ -80,9 +96,8 @@ def run(config: Config, folder: Path) -> None:
     }
     write_json(folder / "results.json", results)
     print(
-        f"{report.ending(folder, files, 'experiments.learned_optimizer')}\n"
-        "studies again, or others: python -m experiments.learned_optimizer --evaluate "
-        f"{folder} --study ...",
+        f"{report.ending(folder, files, MODULE)}\n"
+        f"studies again, or others: python -m {MODULE} --evaluate {folder} --study ...",
         flush=True,
     )
 
@@ -100,7 +115,11 @@ def evaluate(config: Config, flags: Sequence[str]) -> None:
 
 
 def _export(
-    name: str, spec: dict[str, Any], trained: Trained, config: Config, folder: Path
+    name: str,
+    spec: dict[str, Any],
+    trained: training.Trained,
+    config: Config,
+    folder: Path,
 ) -> dict[str, Any]:
     """Write the rule's file; returns what results.json says about it."""
     learned = sum(int(np.size(x)) for x in jax.tree.leaves(trained.params))
@@ -124,10 +143,8 @@ def _export(
         f"{trained.seconds / 60:.1f} minutes, {learned:,} learned parameters",
         flush=True,
     )
-    return about | {
-        "spec": spec,
-        "sha256": hashlib.sha256(path.read_bytes()).hexdigest(),
-    }
+    digest = hashlib.sha256(path.read_bytes()).hexdigest()
+    return about | {"spec": spec, "sha256": digest}
 
 
 def _header(config: Config, computing: str) -> str:
@@ -154,13 +171,9 @@ def _learning_curves(metrics: Metrics, names: list[str]) -> Any:
 
     def curve(name: str, kind: str, value: str) -> plots.Curve:
         mine = [r for r in rows if (r["method"], r["kind"]) == (name, kind)]
-        mine = [r for r in mine if value in r]
-        ci95 = np.array([r.get("ci95", np.nan) for r in mine])
-        return plots.Curve(
-            np.array([r["step"] for r in mine]),
-            np.array([r[value] for r in mine]),
-            None if kind == "train" else ci95,
-        )
+        found = [(r["step"], r[value], r.get("ci95")) for r in mine if value in r]
+        steps, values, ci95 = np.array(found, float).reshape(-1, 3).T
+        return plots.Curve(steps, values, None if kind == "train" else ci95)
 
     return plots.meta_training_curves(
         {name: curve(name, "train", "loss") for name in names},

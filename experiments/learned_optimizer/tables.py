@@ -2,55 +2,45 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from experiments.common.tables import Table
 from metalstm.learned_optimizers import curves
-from metalstm.plots import Losses
-from metalstm.statistics import mean_and_ci95
+from metalstm.statistics import Estimate, mean_and_ci95
 
 if TYPE_CHECKING:
-    from experiments.learned_optimizer.measuring import Choice
+    from experiments.learned_optimizer.measuring import Measured
 
 Row = dict[str, Any]
 
 
-def rows_of(
-    measured: Mapping[str, Losses],
-    chosen: Mapping[str, Choice],
-    *,
-    at: int | None = None,
-    reference: str | None = None,
-) -> list[Row]:
-    """One row an optimizer: its losses after update ``at`` (default the last).
+def rows_of(measured: Sequence[Measured], reference: str | None = None) -> list[Row]:
+    """One row an optimizer: its losses after the last update.
 
     The columns are those of `metalstm.learned_optimizers.summary`; differences are
-    paired, to ``reference`` (default the first). Those of logs cap a loss at 1000 times
-    its first, so that they exist where a problem diverges, and no divergence is free.
+    paired, to ``reference`` (default the first). Logs are
+    `metalstm.learned_optimizers.capped_logs`, so that they exist where a problem
+    diverges, and no divergence is free.
     """
-    reference = reference or next(iter(measured))
-    index = {name: _index(losses, at) for name, losses in measured.items()}
-    logs = {n: capped_logs(m.values, index[n]) for n, m in measured.items()}
-    rows = []
-    for name, losses in measured.items():
-        values, k = losses.values, index[name]
-        row: Row = {"optimizer": name, "updates": int(losses.steps[k])}
-        row["instances"] = len(values)
-        row |= curves.summary(values, k)._asdict()
-        row["mean_log_ci95"] = mean_and_ci95(logs[name])[1]
-        if name != reference:
-            row["log_difference"] = mean_and_ci95(logs[name] - logs[reference])
-            other = measured[reference].values
-            if np.isfinite(values[:, k]).all() and np.isfinite(other[:, k]).all():
-                difference = curves.curve_difference(values, other, k)
-                row["difference"] = difference
-        if name in chosen:
-            choice = chosen[name]
-            row |= {"rate": choice.rate, "beta": choice.beta}
-            row["inside"] = choice.tuned.inside["learning_rate"]
+    values = {one.optimizer.name: one.losses.values for one in measured}
+    reference = reference or next(iter(values))
+    base, rows = values[reference], []
+    for optimizer, losses in measured:
+        mine = losses.values
+        row: Row = {"optimizer": optimizer.name, "updates": int(losses.steps[-1])}
+        row |= {"instances": len(mine), **curves.summary(mine)._asdict()}
+        row["mean_log"], row["mean_log_ci95"] = mean_and_ci95(curves.capped_logs(mine))
+        if optimizer.name != reference:
+            row["log_difference"] = curves.curve_difference(mine, base, log=True)
+            if np.isfinite([mine[:, -1], base[:, -1]]).all():
+                row["difference"] = curves.curve_difference(mine, base)
+        if optimizer.tuned is not None:
+            row["rate"] = optimizer.tuned.best["learning_rate"]
+            row["inside"] = optimizer.tuned.inside["learning_rate"]
+            row["beta"] = optimizer.beta
         rows.append(row)
     return rows
 
@@ -81,16 +71,17 @@ def grid(rows: Sequence[Row], *, row: str, column: str, caption: str) -> Table:
 
 
 def _cells(row: Row) -> list[str]:
+    difference, log_difference = row.get("difference"), row.get("log_difference")
     return [
         row["optimizer"],
         f"{row['updates']:,}",
         _mean(row),
-        f"{row['mean_log']:.2f} ± {row['mean_log_ci95']:.2f}",
+        f"{Estimate(row['mean_log'], row['mean_log_ci95']):.2f}",
         f"{row['median']:.3g}",
         f"{row['p99']:.3g}",
         _percent(row["share_diverged"]),
-        _difference(row.get("difference"), ".3g"),
-        _difference(row.get("log_difference"), ".2f"),
+        "" if difference is None else f"{difference:+.3g}",
+        "" if log_difference is None else f"{log_difference:+.2f}",
         _tuned(row),
     ]
 
@@ -101,35 +92,12 @@ def _mean(row: Row) -> str:
     return f"{row['mean']:.3g} ± {row['ci95']:.2g}"
 
 
-def _difference(value: tuple[float, float] | None, digits: str) -> str:
-    if value is None:
-        return ""
-    return f"{value[0]:+{digits}} ± {value[1]:{digits.replace('3', '2')}}"
-
-
 def _tuned(row: Row) -> str:
     if "rate" not in row:
         return ""
     beta = "" if row["beta"] is None else f", beta {row['beta']:g}"
     edge = "" if row["inside"] else " (at the edge of the grid)"
     return f"rate {row['rate']:.3g}{beta}{edge}"
-
-
-def _index(losses: Losses, at: int | None) -> int:
-    if at is None:
-        return len(losses.steps) - 1
-    found = np.flatnonzero(losses.steps == at)
-    if not len(found):
-        raise ValueError(f"no loss was recorded after {at} updates: {losses.steps}")
-    return int(found[0])
-
-
-def capped_logs(losses: np.ndarray, at: int) -> np.ndarray:
-    """Logs of column ``at`` of [I, S + 1], no loss above 1000 times its first."""
-    losses = np.asarray(losses, np.float64)
-    worst = 1e3 * losses[:, 0]
-    last = np.where(losses[:, at] < worst, losses[:, at], worst)  # NaN is not below
-    return np.log(np.maximum(last, np.finfo(np.float32).tiny))
 
 
 def _percent(share: float) -> str:

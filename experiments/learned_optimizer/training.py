@@ -19,13 +19,13 @@ from experiments.common.loop import Loop, Setup
 from experiments.common.run_folder import Metrics
 from experiments.learned_optimizer.command_line import Stage, may_change, stages
 from experiments.learned_optimizer.options import Budget, Config
-from experiments.learned_optimizer.problems import NEED_NO_DATA, Source
-from experiments.learned_optimizer.tables import capped_logs
+from experiments.learned_optimizer.problems import Source, task_mapping
 from metalstm import learned_optimizers
 from metalstm.base import MetaAlgorithm, PyTree, UpdateRule
 from metalstm.learned_optimizers import curves, problems
 from metalstm.meta.step import place_state
 from metalstm.runtime import sharding
+from metalstm.statistics import mean_and_ci95
 
 _VALIDATION_SEED = 1_000_003  # far from the seeds of training, tuning and test
 _FOREVER = 10**9  # meta-steps: time decides
@@ -73,25 +73,26 @@ def meta_train(
         mesh=mesh_for(config.devices, num_tasks, "--num-tasks"),
     )
     sampler = problems.ProblemSampler(source.training, config.training.unroll_steps + 1)
-    optimizer = _optimizer(config)
-    algorithm = _algorithm(rule, config, source, planned[0])
+    optimizer = _optimizer(config.budget)
+    algorithms = [_algorithm(rule, config, source, stage) for stage in planned]
+    draw = sampler.sample(jax.random.key(0), source.training_data)
+    seed = config.run.seed
     make_state = functools.partial(
-        metalstm.init_train_state,
-        algorithm,
-        optimizer,
-        config.run.seed,
-        sampler.sample(jax.random.key(0), source.training_data),
+        metalstm.init_train_state, algorithms[0], optimizer, seed, draw
     )
-    loop = Loop(setup, folder, metrics, algorithm, make_state)
+    loop = Loop(setup, folder, metrics, algorithms[0], make_state)
     with loop.running():
-        for stage in planned:
-            if int(loop.state.train.step) >= stage.end:
+        for stage, algorithm in zip(planned, algorithms, strict=True):
+            train = loop.state.train
+            if int(train.step) >= stage.end:
                 continue
-            algorithm = _algorithm(rule, config, source, stage)
-            if int(loop.state.train.step) == stage.start:
-                train = _begin(
-                    loop.state.train, algorithm, sampler, config, source, stage
-                )
+            if int(train.step) == stage.start:
+                # every problem starts afresh, after resuming here too
+                key = jax.random.fold_in(jax.random.key(seed), stage.start)
+                draw = sampler.sample(key, source.training_data)
+                carry = algorithm.init_carry(key, sharding.local(train.params), draw)
+                # copies: a train step donates its state, which may hold no buffer twice
+                train = train._replace(carry=jax.tree.map(jnp.array, carry))
                 train = place_state(algorithm, train, setup.mesh)
                 loop.state = loop.state._replace(train=train)
             train_loop = metalstm.make_train_loop(
@@ -113,22 +114,6 @@ def meta_train(
     )
 
 
-def _begin(
-    train: metalstm.TrainState,
-    algorithm: MetaAlgorithm,
-    sampler: problems.ProblemSampler,
-    config: Config,
-    source: Source,
-    stage: Stage,
-) -> metalstm.TrainState:
-    """Start every problem afresh; resuming from a checkpoint here does the same."""
-    key = jax.random.fold_in(jax.random.key(config.run.seed), stage.start)
-    draw = sampler.sample(key, source.training_data)
-    carry = algorithm.init_carry(key, sharding.local(train.params), draw)
-    # copies: a train step donates its state, which may hold no buffer twice
-    return train._replace(carry=jax.tree.map(jnp.array, carry))
-
-
 def _make_score(
     rule: UpdateRule, config: Config, source: Source
 ) -> Callable[[PyTree], tuple[float, dict[str, float]]]:
@@ -141,14 +126,12 @@ def _make_score(
         num_steps=test.steps,
         record_every=test.steps,
         eval_batch=test.eval_batch,
-        task_mapping="vmap" if config.problem.name in NEED_NO_DATA else None,
+        task_mapping=task_mapping(config.problem),
     )
 
     def score(params: PyTree) -> tuple[float, dict[str, float]]:
         losses = loss_curves(sharding.local(params), source.data, _VALIDATION_SEED)
-        logs = capped_logs(losses, -1)
-        mean = float(logs.mean())
-        ci95 = float(1.96 * logs.std(ddof=1) / len(logs) ** 0.5)
+        mean, ci95 = mean_and_ci95(curves.capped_logs(losses))
         return -mean, {"log_loss": mean, "ci95": ci95}
 
     return score
@@ -177,23 +160,19 @@ def _algorithm(
     linear = lambda step: 2 * step / stage.horizon  # noqa: E731
     options = msgspec.structs.asdict(config.training)
     options |= {"unroll_steps": stage.unroll_steps, "horizon": _horizon(config, stage)}
+    second = budget.order == "second"
+    differentiation = metalstm.second_order if second else metalstm.first_order
     return learned_optimizers.learned_optimizer(
         source.training,
         rule,
-        differentiation=_differentiation(budget),
+        differentiation=differentiation(keep=budget.keep),
         axis_name=sharding.COORDINATE if config.devices.devices_per_task > 1 else None,
         weights=linear if budget.weights == "linear" else None,
         **options,
     )
 
 
-def _differentiation(budget: Budget) -> metalstm.Differentiation:
-    how = metalstm.second_order if budget.second_order else metalstm.first_order
-    return how(keep=budget.keep)
-
-
-def _optimizer(config: Config) -> optax.GradientTransformation:
-    budget = config.budget
+def _optimizer(budget: Budget) -> optax.GradientTransformation:
     rate: optax.ScalarOrSchedule = budget.learning_rate
     if budget.schedule == "cosine":
         rate = optax.cosine_decay_schedule(budget.learning_rate, budget.meta_steps)

@@ -21,26 +21,25 @@ docs/results/gates.md has results, machine and time.
 from __future__ import annotations
 
 import dataclasses
-import os
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import jax
 import numpy as np
-from matplotlib.figure import Figure
 
 import metalstm
 from experiments.common.cli import Count, Natural, Pair
-from experiments.common.study import StudyOptions, read, run_study, write_results
+from experiments.common.study import CharacterOptions, Study, write_results
 from experiments.common.tables import Table
 from experiments.common.tuning import each_point, tune
-from metalstm import algorithms, data, nn, rules
+from metalstm import algorithms, nn, plots, rules
 from metalstm.base import Learner, MetaParams, PyTree, UpdateRule
 from metalstm.data import Dataset, EpisodeSpec
-from metalstm.meta.evaluation import Evaluation, paired_difference
+from metalstm.meta.evaluation import Evaluation
+from metalstm.statistics import Estimate
 
 SGD_RATES = tuple(10 ** (k / 4) for k in range(-8, 7))  # 0.01 to 32
 ABLATIONS: dict[str, dict[str, Any]] = {
@@ -55,12 +54,7 @@ ABLATIONS: dict[str, dict[str, Any]] = {
 }
 
 
-class Config(StudyOptions, frozen=True, kw_only=True):
-    dataset: Literal["glyphs", "omniglot"] = "glyphs"
-    """glyphs (needs no download) or omniglot on held-out alphabets."""
-    data_dir: Path | None = None
-    """Where TFDS keeps omniglot; also the environment's TFDS_DATA_DIR."""
-    way: Pair = 5
+class Config(CharacterOptions, frozen=True, kw_only=True):
     shot: Count = 5
     steps: Count = 5
     """Inner updates."""
@@ -76,30 +70,22 @@ class Config(StudyOptions, frozen=True, kw_only=True):
     validation_episodes: Pair = 100
 
 
-def load_dataset(name: str, data_dir: Path | None) -> Dataset:
-    if name == "glyphs":
-        return data.load_glyphs()
-    return data.load_omniglot(data_dir or os.environ.get("TFDS_DATA_DIR"))
-
-
 def learners(config: Config) -> dict[str, Learner]:
     """By name, the one of meta-training first."""
-
-    def conv(filters: int) -> Learner:
-        return nn.conv4(config.way, filters, downsample="stride", momentum=0.05)
-
-    narrow, wide = config.filters, 2 * config.filters
-    return {
-        f"conv4-{narrow}": conv(narrow),
-        f"conv4-{wide}": conv(wide),
-        "mlp-64": nn.mlp(config.way, (64,)),
+    found: dict[str, Learner] = {
+        f"conv4-{filters}": nn.conv4(
+            config.way, filters, downsample="stride", momentum=0.05
+        )
+        for filters in (config.filters, 2 * config.filters)
     }
+    return found | {"mlp-64": nn.mlp(config.way, (64,))}
 
 
-def make_gates(config: Config, **changes: Any) -> UpdateRule:
+def gates(config: Config, **changes: Any) -> dict[str, Any]:
+    """What `rules.build_rule` makes gates of."""
     # a first step of a useful size: i_0 = sigmoid(0) = 0.5
     start = {"forget_bias": (4.0, 5.0), "input_bias": (0.0, 0.0)}
-    return rules.lstm_gates(**{"hidden_size": config.hidden, **start, **changes})
+    return {"rule": "lstm_gates", "hidden_size": config.hidden, **start, **changes}
 
 
 def method(
@@ -125,18 +111,13 @@ def meta_train(
     spec = EpisodeSpec(config.way, config.shot, 15)
     episode = spec.sample(jax.random.key(0), dataset.train)
     start = metalstm.init_train_state(algorithm, optimizer, config.seed, episode)
-    loop = metalstm.make_train_loop(
-        algorithm,
-        optimizer,
-        dataclasses.replace(spec, queries=5),
-        num_tasks=config.meta_batch,
-    )
+    spec = dataclasses.replace(spec, queries=5)
+    tasks = config.meta_batch
+    loop = metalstm.make_train_loop(algorithm, optimizer, spec, num_tasks=tasks)
 
     def say(step: int, means: Mapping[str, float]) -> None:
-        print(
-            f"  step {step:5d}  loss {means['loss']:.3f}  acc {means['accuracy']:.3f}",
-            flush=True,
-        )
+        loss, accuracy = means["loss"], means["accuracy"]
+        print(f"  step {step:5d}  loss {loss:.3f}  acc {accuracy:.3f}", flush=True)
 
     state = metalstm.fit(
         loop,
@@ -169,50 +150,54 @@ def tester(
 
 
 def run(config: Config, folder: Path) -> None:
-    dataset = load_dataset(config.dataset, config.data_dir)
-    targets = learners(config)
+    """Meta-train what is not in ``folder``/rules yet; test all; write."""
+    dataset, targets, sgd = config.load(), learners(config), rules.learned_sgd()
     trained_on, learner = next(iter(targets.items()))
     rows: list[dict[str, Any]] = []
-    evaluations: dict[tuple[str, str, str], Evaluation] = {}
 
-    def record(part: str, name: str, target: str, found: Evaluation, **more: Any):
-        evaluations[part, name, target] = found
-        row = {"part": part, "rule": name, "learner": target}
-        rows.append(row | {"mean": found.mean, "ci95": found.ci95} | more)
-        print(f"{part:10} {name:28} {target:10} {found}", flush=True)
+    def record(names: Sequence[str], found: Evaluation, to: Evaluation | None, **more):
+        row = dict(zip(("part", "rule", "learner"), names, strict=True)) | more
+        row |= {"mean": found.mean, "ci95": found.ci95}
+        if to is not None:
+            difference = metalstm.paired_difference(found, to)
+            row["difference"], row["difference_ci95"] = difference
+        rows.append(row)
+        print("{:10} {:28} {:10}".format(*names), found, flush=True)
 
-    trained = {}
+    trained: dict[str, PyTree] = {}
+    tested: dict[str, Evaluation] = {}
     for name, changes in ABLATIONS.items():
-        print(f"meta-training: {name}", flush=True)
-        rule, started = make_gates(config, **changes), time.monotonic()
-        trained[name] = meta_train(learner, rule, dataset, config)
-        seconds = time.monotonic() - started
-        test = tester(learner, rule, dataset, "test", config)
-        record("ablation", name, trained_on, test(trained[name]), seconds=seconds)
+        path, spec = folder / "rules" / f"{name}.npz", gates(config, **changes)
+        rule, started = rules.build_rule(spec), time.monotonic()
+        if not path.exists():
+            print(f"meta-training: {name}", flush=True)
+            params = meta_train(learner, rule, dataset, config)
+            info = {"seconds": time.monotonic() - started}
+            path.parent.mkdir(exist_ok=True)
+            rules.save_rule(path, spec, params, info=info)
+        saved = rules.load_rule(path)
+        trained[name] = saved.params
+        tested[name] = tester(learner, rule, dataset, "test", config)(saved.params)
+        to = None if name == "all parts" else tested["all parts"]
+        record(("ablation", name, trained_on), tested[name], to, **saved.info)
     for name, target in targets.items():
-        test = tester(target, make_gates(config), dataset, "test", config)
-        record("transfer", "learned gates", name, test(trained["all parts"]))
-        sgd = rules.learned_sgd()
         validate = tester(target, sgd, dataset, "validation", config)
         score = each_point(lambda rate, v=validate: -v(np.float32(rate)).mean)
         tuned = tune(score, {"rate": SGD_RATES})
         rate = tuned.best["rate"]
-        found = tester(target, sgd, dataset, "test", config)(np.float32(rate))
-        inside = tuned.inside["rate"]
-        record("transfer", "tuned SGD", name, found, rate=rate, rate_inside_grid=inside)
-    for row in rows:
-        key = row["part"], row["rule"], row["learner"]
-        of = {"ablation": "all parts", "transfer": "tuned SGD"}[row["part"]]
-        if row["rule"] != of:
-            other = evaluations[row["part"], of, row["learner"]]
-            difference = paired_difference(evaluations[key], other)
-            row["difference"], row["difference_ci95"] = difference
+        by_sgd = tester(target, sgd, dataset, "test", config)(np.float32(rate))
+        rule = rules.build_rule(gates(config))
+        by_gates = tester(target, rule, dataset, "test", config)(trained["all parts"])
+        record(("transfer", "learned gates", name), by_gates, by_sgd)
+        about = {"rate": rate, "rate_inside_grid": tuned.inside["rate"]}
+        record(("transfer", "tuned SGD", name), by_sgd, None, **about)
+    bars = {f"{r['rule']}, {r['learner']}": (r["mean"], r["ci95"]) for r in rows}
     write_results(
         folder,
         config,
         [table(rows, dataset.name, config)],
         {"rows": rows, "checksum": dataset.checksum},
-        {"gates.png": figure(rows)},
+        {"gates.png": plots.accuracy_bars(bars, chance=1 / config.way)},
     )
 
 
@@ -225,49 +210,22 @@ def table(rows: Sequence[Mapping[str, Any]], dataset: str, config: Config) -> Ta
     )
     cells = []
     for row in rows:
+        accuracy = f"{Estimate(row['mean'], row['ci95']).percent:.1f}"
         difference = note = ""
         if "difference" in row:
-            mean, ci95 = row["difference"], row["difference_ci95"]
-            difference = f"{100 * mean:+.1f} ± {100 * ci95:.1f}"
+            found = Estimate(row["difference"], row["difference_ci95"])
+            difference = f"{found.percent:+.1f}"
         if "rate" in row:
             edge = "" if row["rate_inside_grid"] else " (at the edge of the grid)"
             note = f"rate {row['rate']:.3g}{edge}"
-        accuracy = f"{100 * row['mean']:.1f} ± {100 * row['ci95']:.1f}"
         names = row["part"], row["rule"], row["learner"]
         cells.append([*names, accuracy, difference, note])
     headings = ["part", "rule", "learner", "accuracy % (95% CI)", "paired difference"]
     return Table(caption, [*headings, "note"], cells, left=(0, 1, 2, 5))
 
 
-def figure(rows: Sequence[Mapping[str, Any]]) -> Figure:
-    drawn = Figure(figsize=(10, 4), layout="constrained", dpi=120)
-    for axis, part in zip(drawn.subplots(1, 2), ("ablation", "transfer"), strict=True):
-        chosen = [row for row in rows if row["part"] == part]
-        axis.barh(
-            [
-                row["rule"]
-                if part == "ablation"
-                else f"{row['learner']}\n{row['rule']}"
-                for row in chosen
-            ],
-            [100 * row["mean"] for row in chosen],
-            xerr=[100 * row["ci95"] for row in chosen],
-            color=["C1" if row["rule"] == "tuned SGD" else "C0" for row in chosen],
-        )
-        axis.invert_yaxis()
-        axis.set(xlabel="meta-test accuracy, %", title=part)
-    return drawn
-
-
-def parse(arguments: list[str]) -> Config:
-    module = "experiments.studies.gates"
-    return read(Config(), arguments, module=module, description=__doc__)
-
-
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command line; return the exit status."""
-    return run_study("gates", parse, run, arguments, may_change=("data_dir",))
-
+STUDY = Study("gates", Config(), run, __doc__)
+main = STUDY.main
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -14,16 +14,19 @@ from metalstm.plots.optimizers import (
     loss_panels,
     rate_sweeps,
 )
+from metalstm.plots.regression import FittedTask, function_fits, seed_spread
 from metalstm.plots.training import Curve, learning_curves, meta_training_curves
 
 __all__ = [
     "Curve",
+    "FittedTask",
     "Losses",
     "Sweep",
     "accuracy_bars",
     "accuracy_sweep",
     "episode_picture",
     "escape_curves",
+    "function_fits",
     "gate_curves",
     "layer_groups",
     "learning_curves",
@@ -31,4 +34,5 @@ __all__ = [
     "meta_training_curves",
     "rate_sweeps",
     "roc_curves",
+    "seed_spread",
 ]
