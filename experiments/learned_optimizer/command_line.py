@@ -18,12 +18,13 @@ from experiments.common.saved_options import (
 from experiments.learned_optimizer.options import (
     BASELINES,
     FAMILIES,
+    PRESETS,
+    RULES,
     Config,
     Run,
     Test,
+    named_rules,
 )
-from experiments.learned_optimizer.presets import PRESETS
-from experiments.learned_optimizer.rule_options import RULES, named_rules
 
 MODULE = "experiments.learned_optimizer"
 STUDIES = {

@@ -7,7 +7,7 @@ their constructors.
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, Union
+from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple, Union
 
 import msgspec
 import tyro
@@ -23,16 +23,84 @@ from experiments.common.cli import (
     Pair,
     Positive,
     Share,
+    replace,
 )
 from experiments.common.constructors import options_of
 from experiments.common.devices import Devices
 from experiments.common.saved_options import to_json
-from experiments.learned_optimizer.rule_options import LstmGates, Rule, named_rules
 
 BASELINES = (
     "sgd", "momentum", "nesterov", "rmsprop", "adam", "adamw", "adagrad", "adadelta",
     "adam-cosine",
 )  # fmt: skip
+
+# -- rules: their JSON is the spec that `metalstm.rules.build_rule` reads --------------
+
+_PER_TENSOR = ("input_bias_of", "bias_per", "num_bias_steps")  # no file can hold them
+_GATES: dict[str, Any] = {"omit": _PER_TENSOR, "defaults": {"hidden_size": 20}}
+L2L = options_of("rules/l2l_lstm.py", "l2l", tag_field="rule", tag="l2l")
+Gates = options_of("rules/gates.py", "lstm_gates", **_GATES)
+LstmGates = options_of(
+    "rules/gates.py", "lstm_gates", tag_field="rule", tag="lstm_gates", **_GATES
+)
+Memory = options_of("rules/memory.py", "gradient_memory")
+LearnedSgd = options_of(
+    "rules/classic.py", "learned_sgd", omit=["per"], tag_field="rule", tag="learned_sgd"
+)
+TwoLayer: Any = msgspec.defstruct(
+    "TwoLayer",
+    [
+        ("memory", Memory, Memory()),
+        ("gates", Gates, Gates(hidden_size=0, feature_gradient="full")),
+    ],
+    bases=(Options,),
+    frozen=True,
+    tag_field="rule",
+    tag="two_layer",
+)
+if TYPE_CHECKING:
+    Rule = Any
+else:
+    Rule = L2L | LstmGates | TwoLayer | LearnedSgd
+
+
+class NamedRule(NamedTuple):
+    about: str
+    options: Rule
+
+
+_V2 = TwoLayer()
+RULES = {
+    "l2l": NamedRule("a coordinate-wise LSTM", L2L()),
+    "l2l-published": NamedRule(
+        "the same as Andrychowicz et al. (2016) had it, in every preset", L2L()
+    ),
+    "v2": NamedRule("a gradient memory chained into gates", _V2),
+    "meta-lstm": NamedRule(
+        "the gates of Ravi & Larochelle (2017), with their LSTM", LstmGates()
+    ),
+    "gates": NamedRule(
+        "the gates alone, on features, without an LSTM", LstmGates(hidden_size=0)
+    ),
+    "meta-lstm-f1": NamedRule(
+        "meta-lstm with the forget gate fixed at 1", LstmGates(forget="one")
+    ),
+    "gates-f1": NamedRule(
+        "gates with the forget gate fixed at 1", LstmGates(hidden_size=0, forget="one")
+    ),
+    "v2-f1": NamedRule(
+        "v2 with the forget gate fixed at 1",
+        replace(_V2, gates=replace(_V2.gates, forget="one")),
+    ),
+    "learned-sgd": NamedRule("one learned rate", LearnedSgd()),
+}
+
+
+def named_rules() -> dict[str, Rule]:
+    return {name: rule.options for name, rule in RULES.items()}
+
+
+# -- problems --------------------------------------------------------------------------
 
 # a tag is a constructor of `metalstm.learned_optimizers.problems`
 FAMILIES = {
@@ -230,3 +298,58 @@ def rule_spec(name: str, config: Config) -> dict[str, Any]:
     labels = around.separate.replace("-", "_")
     groups = dict.fromkeys(labels.split("_or_"), spec)
     return {"rule": "by_group", "labels": labels, "groups": groups}
+
+
+# -- recipes: a preset is the flags that differ from their defaults; what each gave is
+# in docs/results/learned_optimizers.md
+
+# What trained best: the LSTM reads what Adam reads, next to a learned shortcut to start
+# from; second order; the log of the loss, late ones more; complete trajectories, short
+# ones first.
+_RECIPE = (
+    "--l2l.features moments --l2l.num-layers 1 --l2l.output-scale 0.1 "
+    "--l2l.shortcut 0.2 --order second --loss-transform log --weights linear "
+    "--learning-rate 3e-3 --schedule cosine --unroll-steps 100 --horizon 100 "
+)
+# Andrychowicz et al. (2016), section 3.2: 784-20-10, sigmoid, batches of 128, 100 steps
+_MLP = "--problem mlp --hidden 20 --activation sigmoid --init-std 0.01 "
+_MNIST = (
+    "--dataset mnist --batch-size 128 --num-tasks 1 --validate-every 50 "
+    "--validation-instances 8 --save-every 25 --tune-instances 8 --long-instances 20 "
+)
+_EIGHT_UNITS = (
+    "--l2l.hidden-size 8 --v2.memory.hidden-size 8 --v2-f1.memory.hidden-size 8 "
+    "--meta-lstm.hidden-size 8 --meta-lstm-f1.hidden-size 8 "
+)
+_LEARNED_MNIST = _RECIPE + _MNIST + _EIGHT_UNITS + "--stages 50:400 --meta-steps 800 "
+
+PRESETS = {
+    # a look at everything in a few minutes
+    "demo": _RECIPE + "--l2l.relative --num-tasks 32 --unroll-steps 50 --stages 20:100 "
+    "--meta-steps 200 --validate-every 50 --save-every 50",
+    # Gaussian quadratics, theta_0 ~ N(0, 1)
+    "quadratics": _RECIPE
+    + "--l2l.relative --num-tasks 128 --stages 20:300,50:300 --meta-steps 1200 "
+    "--validate-every 100 --validation-instances 512 --save-every 100 "
+    "--instances 1000 --tune-instances 256",
+    # as published: W and y uniform, theta_0 ~ N(0, 0.01^2), truncated at 20
+    "quadratics-published": "--distribution uniform --init-std 0.01 "
+    "--rules l2l-published --l2l-published.features raw "
+    "--l2l-published.output-scale 1.0 --num-tasks 128 --unroll-steps 20 "
+    "--horizon 100 --meta-steps 10000 --validate-every 1000",
+    "mnist-mlp": _MLP + _LEARNED_MNIST,
+    # as published: truncated at 20, first order
+    "mnist-mlp-published": _MLP
+    + _MNIST
+    + "--rules l2l-published --unroll-steps 20 --horizon 100 --meta-steps 10000 "
+    "--validate-every 500 --save-every 250",
+    # to hold on other networks and for longer: random scaling, a growing horizon
+    "held": _MLP
+    + _LEARNED_MNIST
+    + "--stages 50:150 --unroll-steps 50 --horizon 1000 --first-horizon 100 "
+    "--weights uniform --scaling 0.33 3 --scaling-per tensor --num-tasks 2 --stagger "
+    "--study comparison,generalisation,cost",
+    "mnist-conv": "--problem conv --separate conv-or-dense " + _LEARNED_MNIST,
+    "plateau": "--problem plateau --rules gates,gates-f1,v2,v2-f1 --horizon 100 "
+    "--num-tasks 64 --study comparison,plateau",
+}

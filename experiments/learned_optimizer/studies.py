@@ -18,7 +18,7 @@ from experiments.common.report import save_figure
 from experiments.common.run_folder import write_json
 from experiments.common.saved_options import from_json, read_config
 from experiments.common.tables import Table
-from experiments.learned_optimizer import tables
+from experiments.learned_optimizer import measuring
 from experiments.learned_optimizer.measuring import (
     Bench,
     Measured,
@@ -146,9 +146,9 @@ def _curves(measured: Sequence[Measured]) -> dict[str, plots.Losses]:
 def _comparison(context: Context) -> Made:
     title, tune_for = describe(context.config.problem), context.bench().tune_for
     measured = context.compete(names=context.config.test.baselines)
-    rows = tables.rows_of(measured)
+    rows = measuring.rows_of(measured)
     caption = f"{title}. {context.protocol()}"
-    table = tables.table(rows, reference=context.reference, caption=caption)
+    table = measuring.table(rows, reference=context.reference, caption=caption)
     figures = {
         "comparison.png": plots.loss_panels(
             {title: _curves(measured)},
@@ -182,10 +182,10 @@ def _side_by_side(
     rows = [
         {"problem": panel.title, **row}
         for panel in panels
-        for row in tables.rows_of(panel.measured, panel.reference)
+        for row in measuring.rows_of(panel.measured, panel.reference)
     ]
-    grid = tables.grid(rows, row="problem", column="optimizer", caption=caption)
-    full = tables.table(rows, reference=context.reference, first="problem")
+    grid = measuring.grid(rows, row="problem", column="optimizer", caption=caption)
+    full = measuring.table(rows, reference=context.reference, first="problem")
     drawn = {p.title: p.measured if p.drawn is None else p.drawn for p in panels}
     curves = {title: _curves(measured) for title, measured in drawn.items() if measured}
     figure = plots.loss_panels(curves, **style)
@@ -265,7 +265,7 @@ def _other_run(folder: Path, context: Context) -> Context:
 def _plateau(context: Context) -> Made:
     """Who leaves a plateau, and what the forget gates do there."""
     test, measured = context.config.test, context.compete()
-    rows, cells = tables.rows_of(measured), []
+    rows, cells = measuring.rows_of(measured), []
     escaped, forget = {}, {}
     for row, (optimizer, losses) in zip(rows, measured, strict=True):
         left = losses.values < test.escape_below * losses.values[:, :1]
@@ -289,7 +289,7 @@ def _plateau(context: Context) -> Made:
         f"below {test.escape_below:g} of the first."
     )
     headings = "optimizer", "escaped", "updates until half have", "mean f"
-    full = tables.table(rows, reference=context.reference)
+    full = measuring.table(rows, reference=context.reference)
     figure = plots.escape_curves(escaped, forget, learned=context.learned)
     shown = Table(caption, headings, cells)
     return Made(rows, [shown, full], {"plateau.png": figure})
