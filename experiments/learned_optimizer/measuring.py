@@ -22,7 +22,7 @@ from experiments.common.tables import Table
 from experiments.common.tuning import Grid, Tuned, tune
 from experiments.learned_optimizer.command_line import rule_files
 from experiments.learned_optimizer.options import Config, Problem, Test
-from experiments.learned_optimizer.problems import Source, load_source, task_mapping
+from experiments.learned_optimizer.problems import Source, load_source
 from metalstm import rules
 from metalstm.data.cache import cached
 from metalstm.learned_optimizers import curves
@@ -97,8 +97,6 @@ class Bench:
         same_test = ("data_dir", "scaling", "scaling_per", "train_image_size")
         what = {k: v for k, v in to_json(problem).items() if k not in same_test}
         self.identity = what | {"eval_batch": test.eval_batch}
-        mapping = task_mapping(problem)
-        self.options: Any = {"eval_batch": test.eval_batch, "task_mapping": mapping}
 
     @functools.cached_property
     def source(self) -> Source:
@@ -114,9 +112,14 @@ class Bench:
 
         def measure() -> dict[str, np.ndarray]:
             print(f"  measuring {optimizer.name}", file=sys.stderr, flush=True)
-            source, options = self.source, self.options | settings
+            source = self.source
             values = curves.loss_curves(
-                source.test, optimizer.tx, source.data, **options
+                source.test,
+                optimizer.tx,
+                source.data,
+                eval_batch=self.test.eval_batch,
+                task_mapping=source.task_mapping,
+                **settings,
             )
             return {"values": np.asarray(values, np.float32)}
 
@@ -143,7 +146,8 @@ class Bench:
                 self.source.data,
                 score="mean_log" if self.tune_for == "mean-log" else "mean",
                 record_every=steps,
-                **self.options,
+                eval_batch=self.test.eval_batch,
+                task_mapping=self.source.task_mapping,
                 **settings,
             )
             return tried.scores.reshape([len(values) for values in grid.values()])
@@ -163,22 +167,6 @@ class Bench:
             identity["decay_steps"] = steps
         tx = optax.with_extra_args_support(factory(**tuned.best))
         return Optimizer(name, tx, identity, tuned)
-
-    def compete(
-        self,
-        learned: Sequence[Optimizer],
-        names: Sequence[str],
-        *,
-        steps: int,
-        tune_steps: int | None = None,
-        **options: int,
-    ) -> list[Measured]:
-        """Measure rules and tuned baselines on the same problems."""
-        tuned = [self.tune(name, steps=tune_steps or steps) for name in names]
-        return [
-            Measured(optimizer, self.losses(optimizer, steps=steps, **options))
-            for optimizer in (*learned, *tuned)
-        ]
 
     def _kept(
         self, kind: str, key: dict[str, Any], make: Callable[[], dict[str, np.ndarray]]

@@ -16,32 +16,15 @@ import numpy as np
 import optax
 
 import metalstm
-from experiments.common import devices, report
+from experiments.common import devices, report, run_folder
 from experiments.common.loop import Interrupted, Loop, Setup
-from experiments.common.run_folder import (
-    Metrics,
-    free_folder,
-    locked,
-    refuse_other_data,
-    refuse_other_runs,
-    write_json,
-)
+from experiments.common.run_folder import Metrics, write_json
 from experiments.common.saved_options import to_json
-from experiments.learned_optimizer.command_line import (
-    MODULE,
-    Stage,
-    may_change,
-    rule_files,
-    stages,
-)
+from experiments.learned_optimizer import command_line
+from experiments.learned_optimizer.command_line import MODULE, Stage, may_change
 from experiments.learned_optimizer.measuring import saved_rules
 from experiments.learned_optimizer.options import Budget, Config, rule_spec
-from experiments.learned_optimizer.problems import (
-    Source,
-    describe,
-    load_source,
-    task_mapping,
-)
+from experiments.learned_optimizer.problems import Source, describe, load_source
 from experiments.learned_optimizer.studies import Context, make_studies
 from metalstm import learned_optimizers, plots, rules
 from metalstm.base import MetaAlgorithm, PyTree, UpdateRule
@@ -59,17 +42,17 @@ def choose_folder(config: Config) -> Path:
     """Where the run goes: as told, or a name that no other run has."""
     run = config.run
     name = f"{run.preset or config.problem.name}-{run.seed}"
-    return run.resume or run.workdir or free_folder(ROOT / name)
+    return run.resume or run.workdir or run_folder.free_folder(ROOT / name)
 
 
 def run(config: Config, folder: Path) -> int:
     """Run in the folder, which nobody else may use; return the exit status."""
     changeable = may_change(config)
-    refuse_other_runs(folder, config, changeable)
+    run_folder.refuse_other_runs(folder, config, changeable)
     hint = report.resume_hint(folder, MODULE)
     if devices.is_one_of_several():
         print(hint, flush=True)  # a process may die
-    with locked(folder, config, changeable):
+    with run_folder.locked(folder, config, changeable):
         try:
             _run(config, folder)
         except Interrupted:
@@ -85,13 +68,13 @@ def _run(config: Config, folder: Path) -> None:
     print(_header(config, devices.describe(mesh)), flush=True)
     specs = {
         name: rule_spec(name, config)
-        for name, path in rule_files(config).items()
+        for name, path in command_line.rule_files(config).items()
         if path is None
     }
     built = {name: rules.build_rule(spec) for name, spec in specs.items()}
     folder.mkdir(parents=True, exist_ok=True)
     document = {"config": to_json(config), "rules": specs, "data": source.about}
-    refuse_other_data(folder, source.about)
+    run_folder.refuse_other_data(folder, source.about)
     write_json(folder / "config.json", document | {"versions": report.versions()})
     metrics = Metrics(folder, counter="step")
     found: dict[str, Any] = {}
@@ -228,7 +211,7 @@ def meta_train(
       NonFiniteLossError: the state before the bad step is saved.
     """
     budget, num_tasks = config.budget, config.training.num_tasks
-    planned = stages(config)
+    planned = command_line.stages(config)
     if budget.minutes is not None:
         planned = [planned[-1]._replace(end=_FOREVER)]
     every = budget.steps_per_call
@@ -300,7 +283,7 @@ def _make_score(
         num_steps=test.steps,
         record_every=test.steps,
         eval_batch=test.eval_batch,
-        task_mapping=task_mapping(config.problem),
+        task_mapping=source.task_mapping,
     )
 
     def score(params: PyTree) -> tuple[float, dict[str, float]]:

@@ -72,14 +72,17 @@ class Context(NamedTuple):
         self,
         problem: Problem | None = None,
         names: Sequence[str] | None = None,
-        **options: Any,
+        tune_steps: int | None = None,
+        **options: int,
     ) -> list[Measured]:
-        """The rules and ``names`` (default the few baselines) on one problem."""
-        test = self.config.test
+        """Measure rules and tuned baselines (default the few) on the same problems."""
+        bench, test = self.bench(problem), self.config.test
+        settings = {"steps": test.steps, "instances": test.instances}
+        settings |= {"every": test.record_every} | options
         names = test.few_baselines if names is None else names
-        given = {"steps": test.steps, "instances": test.instances}
-        given |= {"every": test.record_every} | options
-        return self.bench(problem).compete(self.rules, names, **given)
+        steps = tune_steps or settings["steps"]
+        optimizers = *self.rules, *(bench.tune(name, steps=steps) for name in names)
+        return [Measured(one, bench.losses(one, **settings)) for one in optimizers]
 
     def protocol(self) -> str:
         test = self.config.test
