@@ -8,13 +8,12 @@ import pytest
 
 from experiments.few_shot import methods, published, results
 from experiments.few_shot.command_line import parse
+from experiments.few_shot.options import Data
 
 
 def reference(method, batch_norm="support", *, dataset="omniglot", shot=1, **options):
-    options = {"split": "alphabets", "way": 5} | options
-    return published.published_reference(
-        method, dataset=dataset, shot=shot, batch_norm=batch_norm, **options
-    )
+    data = Data(dataset=dataset, shot=shot, **options)
+    return published.published_reference(method, data, batch_norm)
 
 
 def test_published_numbers_carry_their_protocol():

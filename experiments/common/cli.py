@@ -1,12 +1,14 @@
 """The command line of a script: typed options, and the flags made of them.
 
-Options are dataclasses or `Options`, nested in one config. `parse` makes flags of
+Options are groups, nested in one config. `parse` makes flags of
 their fields, `check` refuses what their types exclude. No jax is imported here, so that
 --help is quick.
 """
 
 from __future__ import annotations
 
+import contextlib
+import io
 import math
 import typing
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -33,6 +35,7 @@ __all__ = [
     "check_names",
     "parse",
     "replace",
+    "said",
     "split_names",
 ]
 
@@ -49,6 +52,11 @@ Flat = Annotated[Config, _FLAT]
 """A group whose flags have no prefix."""
 ByName = Annotated[dict[str, Config], _BY_NAME]
 """Groups whose flags have their names as prefix: --NAME.OPTION."""
+
+
+def said(kind: Any, text: str) -> Any:
+    """The type of an option whose help is ``text``."""
+    return Annotated[kind, tyro.conf.arg(help=text)]
 
 
 def split_names(words: Sequence[str]) -> tuple[str, ...]:
@@ -82,14 +90,17 @@ def parse(
     module: str,
     description: str | None,
     topics: Sequence[str] = (),
+    prefix: str = "--",
 ) -> Config:
     """Read the flags of ``python -m MODULE``; ``default`` says what others are.
 
     Args:
       topics: groups that --help shows when it is asked for them: --help TOPIC.
+      prefix: of the flags in error messages.
 
     Raises:
-      ValueError: an option outside its limits; names the flag and what would do.
+      ValueError: an unknown flag, a value of another type or outside its limits.
+      SystemExit: after --help.
     """
     shown: Any = default
     if topics and "--help" in arguments:
@@ -100,16 +111,31 @@ def parse(
         shown = kind(*(getattr(default, name) for name in names))
         arguments = ["--help"]
         description = f"{description}\n\nMore: --help {', --help '.join(topics)}"
-    config: Config = tyro.cli(
-        type(shown),
-        args=list(arguments),
-        default=shown,
-        description=description,
-        prog=f"python -m {module}",
-        config=(tyro.conf.AvoidSubcommands,),
-    )
-    check(config)
+    said = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(said):
+            config: Config = tyro.cli(
+                type(shown),
+                args=list(arguments),
+                default=shown,
+                description=description,
+                prog=f"python -m {module}",
+                config=(tyro.conf.AvoidSubcommands,),
+            )
+    except SystemExit as stop:
+        if not stop.code:
+            raise
+        raise ValueError(_sentence(said.getvalue(), prefix)) from None
+    check(config, prefix)
     return config
+
+
+def _sentence(box: str, prefix: str) -> str:
+    """What tyro says in a box, its title, its hints and its frame omitted."""
+    _, *lines = (line.strip("│ ") for line in box.splitlines())
+    blocks = " ".join(line if line.strip("─-╰╯") else "\n" for line in lines)
+    text = blocks.strip().split("\n")[0].strip().removeprefix("Error parsing ")
+    return prefix + text.removeprefix("--") if text.startswith("--") else text
 
 
 def check(options: Any, prefix: str = "--") -> None:

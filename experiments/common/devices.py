@@ -9,14 +9,12 @@ import os
 import sys
 import traceback
 from collections.abc import Callable
-from dataclasses import dataclass, fields
 from typing import Any, NoReturn
 
 from experiments.common import cli
 
 
-@dataclass(frozen=True)
-class Devices:
+class Devices(cli.Options, frozen=True):
     """Where to compute."""
 
     devices: cli.Count | None = None
@@ -43,7 +41,7 @@ class Devices:
 
 
 # none of them is part of the recipe: a run may be resumed elsewhere
-MAY_CHANGE = tuple(f"devices.{field.name}" for field in fields(Devices))
+MAY_CHANGE = tuple(f"devices.{name}" for name in Devices.__struct_fields__)
 
 
 def check(devices: Devices) -> None:

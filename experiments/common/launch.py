@@ -23,7 +23,6 @@ import sys
 import threading
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 from experiments.common import cli
@@ -35,8 +34,7 @@ _TAIL = 15  # lines
 _SAVED = 130  # what a script returns after Ctrl-C
 
 
-@dataclass(frozen=True)
-class Options:
+class Options(cli.Options, frozen=True):
     """Start a script in several processes on this machine, and watch over them.
 
     What comes after -- is the script and its own options.

@@ -14,6 +14,17 @@ from metalstm.specs import learner_spec
 REFERENCE = "meta-lstm"  # what the others are compared with, where it is
 
 
+class Tested(NamedTuple):
+    """A method's test, before it is compared with the others."""
+
+    name: str  # as the table has it
+    method: str
+    evaluation: Evaluation
+    batch_norm: str | None
+    learned: int  # numbers
+    meta_training: Mapping[str, Any]  # what results.json has of it, or nothing
+
+
 class Row(NamedTuple):
     """One line. Accuracies are in [0, 1], published ones in %."""
 
@@ -40,7 +51,7 @@ class Row(NamedTuple):
             "published_percent": number and number.value,
             "published_ci95_percent": number and number.ci95,
             "published_by": number and number.source,
-            "published_marks": self.published and marks_of(self.published),
+            "published_marks": self.published and self.published.marks,
             "batch_norm": self.batch_norm,
             "learned": self.learned,
             "meta_training_episodes": self.episodes,
@@ -62,17 +73,6 @@ class Row(NamedTuple):
             "-" if self.episodes is None else f"{self.episodes:,}",
             "-" if self.seconds is None else f"{self.seconds:,.0f}",
         ]
-
-
-class Tested(NamedTuple):
-    """A method's test, before it is compared with the others."""
-
-    name: str  # as the table has it
-    method: str
-    evaluation: Evaluation
-    batch_norm: str | None
-    learned: int
-    meta_training: Mapping[str, Any]  # what results.json has of it, or nothing
 
 
 _HEADINGS = (
@@ -102,45 +102,28 @@ def rows_of(
 ) -> list[Row]:
     """A row for each, with its paired difference to the row named ``compared_to``."""
     by_name = {one.name: one.evaluation for one in tested}
-    rows = []
-    for one in tested:
-        to, difference = compared_to(one), None
-        if one.name != to:
-            difference = paired_difference(one.evaluation, by_name[to])
+    rows: list[Row] = []
+    for name, method, evaluation, batch_norm, learned, meta_training in tested:
+        to = compared_to(tested[len(rows)])
         rows.append(
             Row(
-                one.name,
-                one.evaluation.mean,
-                one.evaluation.ci95,
-                difference,
-                one.batch_norm,
-                one.learned,
-                one.meta_training.get("episodes"),
-                one.meta_training.get("wall_seconds"),
-                reference_for(one.method, data, one.batch_norm),
+                name,
+                evaluation.mean,
+                evaluation.ci95,
+                None if name == to else paired_difference(evaluation, by_name[to]),
+                batch_norm,
+                learned,
+                meta_training.get("episodes"),
+                meta_training.get("wall_seconds"),
+                published_reference(method, data, batch_norm),
             )
         )
     return rows
 
 
-def marks_of(number: Reference) -> str:
-    return "".join(mark for mark in str(number) if mark in "*~?")
-
-
 def compared_with(names: Sequence[str]) -> str:
     """The method that the others are compared with: Meta-LSTM, or else the first."""
     return REFERENCE if REFERENCE in names else names[0]
-
-
-def reference_for(method: str, data: Data, batch_norm: str | None) -> Reference | None:
-    return published_reference(
-        method,
-        dataset=data.dataset,
-        split=data.split,
-        way=data.way,
-        shot=data.shot,
-        batch_norm=batch_norm,
-    )
 
 
 def batch_norm_of(spec: Mapping[str, Any], mode: str | None) -> str | None:

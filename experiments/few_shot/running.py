@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from experiments.common import devices, report
+from experiments.common.cli import replace
 from experiments.common.run_folder import (
     Metrics,
     locked,
@@ -106,8 +106,8 @@ def run_seeds(options: Options, prepared: Prepared, folder: Path) -> dict[str, A
     per_seed, first = {}, options.run.seed
     for seed in range(first, first + options.run.seeds):
         print(f"seed {seed}")
-        own = dataclasses.replace(options.run, seed=seed, seeds=1)
-        of_seed = dataclasses.replace(options, run=own)
+        own = replace(options.run, seed=seed, seeds=1)
+        of_seed = replace(options, run=own)
         per_seed[seed] = run_seed(of_seed, prepared, folder / f"seed-{seed}")
     results, table = over_seeds(options, per_seed)
     if not processes.is_main():

@@ -100,7 +100,7 @@ def run(config: Config) -> None:
     methods = choose_methods(runs, config.algorithms or names_in(runs))
     first = runs[0].options.data
     if config.data_dir is not None:
-        first = dataclasses.replace(first, data_dir=config.data_dir)
+        first = cli.replace(first, data_dir=config.data_dir)
     source = load_source(first, {})
     refuse_other_images(runs, source)
 

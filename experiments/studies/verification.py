@@ -15,7 +15,6 @@ of raw pixels. docs/data.md has an example.
 
 from __future__ import annotations
 
-import dataclasses
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -203,9 +202,9 @@ def _identities(config: Config, run: SavedRun) -> Identities:
         )
         return _pooled(found, list(data.SPLITS))
     # no episodes are drawn, so none need be possible
-    of_run = dataclasses.replace(run.options.data, shot=1, queries=1)
+    of_run = cli.replace(run.options.data, shot=1, queries=1)
     if config.data_dir is not None:
-        of_run = dataclasses.replace(of_run, data_dir=config.data_dir)
+        of_run = cli.replace(of_run, data_dir=config.data_dir)
     found = load_source(of_run, {}).dataset
     if found.checksum != run.data["checksum"]:
         print("note: the data differ from those of the run (another checksum)")
