@@ -37,7 +37,7 @@ STUDIES = {
 _WITHOUT_BATCHES = ("plateau", "quadratics", "logistic")
 _DESCRIPTION = (
     "Learn an optimizer, compare it with tuned hand-made ones.\n\nRules: "
-    + "; ".join(f"{name} ({rule.about})" for name, rule in RULES.items())
+    + "; ".join(f"{name} ({what})" for name, (what, _) in RULES.items())
     + "\n\nStudies: "
     + "; ".join(f"{name} ({what})" for name, what in STUDIES.items())
 )

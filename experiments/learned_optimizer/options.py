@@ -7,7 +7,7 @@ their constructors.
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple, Union
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Union
 
 import msgspec
 import tyro
@@ -23,7 +23,6 @@ from experiments.common.cli import (
     Pair,
     Positive,
     Share,
-    replace,
 )
 from experiments.common.constructors import options_of
 from experiments.common.devices import Devices
@@ -36,68 +35,51 @@ BASELINES = (
 
 # -- rules: their JSON is the spec that `metalstm.rules.build_rule` reads --------------
 
-_PER_TENSOR = ("input_bias_of", "bias_per", "num_bias_steps")  # no file can hold them
-_GATES: dict[str, Any] = {"omit": _PER_TENSOR, "defaults": {"hidden_size": 20}}
-L2L = options_of("rules/l2l_lstm.py", "l2l", tag_field="rule", tag="l2l")
+_GATES: dict[str, Any] = {
+    "omit": ["input_bias_of", "bias_per", "num_bias_steps"],  # no file can hold them
+    "defaults": {"hidden_size": 20},
+}
 Gates = options_of("rules/gates.py", "lstm_gates", **_GATES)
-LstmGates = options_of(
-    "rules/gates.py", "lstm_gates", tag_field="rule", tag="lstm_gates", **_GATES
-)
 Memory = options_of("rules/memory.py", "gradient_memory")
-LearnedSgd = options_of(
-    "rules/classic.py", "learned_sgd", omit=["per"], tag_field="rule", tag="learned_sgd"
-)
-TwoLayer: Any = msgspec.defstruct(
-    "TwoLayer",
-    [
-        ("memory", Memory, Memory()),
-        ("gates", Gates, Gates(hidden_size=0, feature_gradient="full")),
-    ],
-    bases=(Options,),
-    frozen=True,
-    tag_field="rule",
-    tag="two_layer",
+
+
+def _rule(path: str, name: str, **options: Any) -> Any:
+    return options_of(f"rules/{path}.py", name, tag_field="rule", tag=name, **options)
+
+
+L2L = _rule("l2l_lstm", "l2l")
+LstmGates = _rule("gates", "lstm_gates", **_GATES)
+LearnedSgd = _rule("classic", "learned_sgd", omit=["per"])
+TwoLayer = _rule(
+    "memory",
+    "two_layer",
+    types={"memory": Memory, "gates": Gates},
+    defaults={
+        "memory": Memory(),
+        "gates": Gates(hidden_size=0, feature_gradient="full"),
+    },
 )
 if TYPE_CHECKING:
     Rule = Any
 else:
     Rule = L2L | LstmGates | TwoLayer | LearnedSgd
 
-
-class NamedRule(NamedTuple):
-    about: str
-    options: Rule
-
-
-_V2 = TwoLayer()
-RULES = {
-    "l2l": NamedRule("a coordinate-wise LSTM", L2L()),
-    "l2l-published": NamedRule(
-        "the same as Andrychowicz et al. (2016) had it, in every preset", L2L()
-    ),
-    "v2": NamedRule("a gradient memory chained into gates", _V2),
-    "meta-lstm": NamedRule(
-        "the gates of Ravi & Larochelle (2017), with their LSTM", LstmGates()
-    ),
-    "gates": NamedRule(
-        "the gates alone, on features, without an LSTM", LstmGates(hidden_size=0)
-    ),
-    "meta-lstm-f1": NamedRule(
-        "meta-lstm with the forget gate fixed at 1", LstmGates(forget="one")
-    ),
-    "gates-f1": NamedRule(
-        "gates with the forget gate fixed at 1", LstmGates(hidden_size=0, forget="one")
-    ),
-    "v2-f1": NamedRule(
-        "v2 with the forget gate fixed at 1",
-        replace(_V2, gates=replace(_V2.gates, forget="one")),
-    ),
-    "learned-sgd": NamedRule("one learned rate", LearnedSgd()),
+_GATES_F1 = Gates(hidden_size=0, feature_gradient="full", forget="one")
+RULES: dict[str, tuple[str, Rule]] = {
+    "l2l": ("a coordinate-wise LSTM", L2L()),
+    "l2l-published": ("the same as Andrychowicz et al. (2016) had it", L2L()),
+    "v2": ("a gradient memory chained into gates", TwoLayer()),
+    "meta-lstm": ("the gates of Ravi & Larochelle (2017), with an LSTM", LstmGates()),
+    "gates": ("the gates alone, without an LSTM", LstmGates(hidden_size=0)),
+    "meta-lstm-f1": ("meta-lstm, the forget gate fixed at 1", LstmGates(forget="one")),
+    "gates-f1": ("gates, likewise", LstmGates(hidden_size=0, forget="one")),
+    "v2-f1": ("v2, likewise", TwoLayer(gates=_GATES_F1)),
+    "learned-sgd": ("one learned rate", LearnedSgd()),
 }
 
 
 def named_rules() -> dict[str, Rule]:
-    return {name: rule.options for name, rule in RULES.items()}
+    return {name: options for name, (_, options) in RULES.items()}
 
 
 # -- problems --------------------------------------------------------------------------
@@ -161,23 +143,21 @@ class Composition(Options, frozen=True):
     """A rule of its own for each kind of tensor."""
 
 
-class Training(Options, frozen=True):
-    """How meta-training differentiates: arguments of `learned_optimizer`."""
-
-    num_tasks: Count = 16
-    """Problems optimized at the same time."""
-    unroll_steps: Count = 20
-    """Inner updates of one meta-step; what came before is a constant to it."""
-    horizon: Count = 100
-    """Inner updates after which a problem starts again; a multiple of unroll_steps."""
-    loss_transform: Literal["none", "log", "relative"] = "none"
-    """Of the losses of a trajectory, before they are averaged."""
-    estimator: Literal["backprop", "pes"] = "backprop"
-    """backprop: truncated; pes: persistent evolution strategies, unbiased."""
-    pes_std: Positive = 0.01
-    """Standard deviation of the perturbations of pes."""
-    stagger: bool = False
-    """Start the problems of a meta-step at different points of their horizons."""
+_ARGUMENTS = options_of(
+    "learned_optimizers/training.py",
+    "learned_optimizer",
+    omit=[
+        "family", "rule", "differentiation", "weights", "scan_unroll", "task_mapping",
+        "axis_name",
+    ],
+    types={"horizon": Count, "pes_std": Positive},
+    defaults={"num_tasks": 16},
+    integer=Count,
+)  # fmt: skip
+if TYPE_CHECKING:
+    Training = Any
+else:
+    Training = _ARGUMENTS
 
 
 class Budget(Options, frozen=True):
@@ -271,14 +251,18 @@ class Run(Options, frozen=True):
     """Show tracebacks."""
 
 
+_RULES_HELP = (
+    "Rules to meta-train on the same problems and budget and to compare in one table; "
+    "each has flags of its own, --NAME.OPTION. NAME=FILE.npz takes a trained rule."
+)
+
+
 class Config(Options, frozen=True):
-    rules: Names = ("l2l",)
-    """Rules to meta-train on the same problems and budget and to compare in one table;
-    each has flags of its own, --NAME.OPTION. NAME=FILE.npz takes a trained rule."""
+    rules: Annotated[Names, tyro.conf.arg(help=_RULES_HELP)] = ("l2l",)
     problem: Flat[Problem] = Problem()
     rule: ByName[Rule] = msgspec.field(default_factory=named_rules)
     around: Flat[Composition] = Composition()
-    training: Flat[Training] = Training()
+    training: Flat[Training] = _ARGUMENTS()
     budget: Flat[Budget] = Budget()
     test: Flat[Test] = Test()
     devices: Flat[Devices] = Devices()
