@@ -319,7 +319,6 @@ def test_the_launcher_passes_ctrl_c_on_and_waits(tmp_path, monkeypatch, capsys):
         ("--processes 2", "no script"),
         ("--processes 0 -- x", "--processes 0: choose 1 or more"),
         ("--heartbeat-timeout 0 -- x", "--heartbeat-timeout 0: choose 1 or more"),
-        ("--devices-per-process 0 -- x", "--devices-per-process 0"),
     ],
 )
 def test_the_launcher_refuses(line, message, capsys, tmp_path, monkeypatch):

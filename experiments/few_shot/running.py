@@ -16,7 +16,7 @@ from experiments.common.run_folder import (
     write_json,
 )
 from experiments.common.saved_options import to_json
-from experiments.common.stopping import Interrupted
+from experiments.common.script_end import Interrupted
 from experiments.few_shot.data import Source, load_source
 from experiments.few_shot.figures import draw, draw_learning_curves
 from experiments.few_shot.heading import header

@@ -51,7 +51,7 @@ def _run(config: Config, folder: Path) -> int:
 
     changeable = may_change(config)
     refuse_other_runs(folder, config, changeable)
-    from experiments.common.stopping import Interrupted
+    from experiments.common.script_end import Interrupted
     from experiments.learned_optimizer.running import run
 
     if devices.is_one_of_several():
