@@ -142,15 +142,15 @@ def _watch(workers: list[Worker]) -> Worker | None:
     """Wait until all have ended well, or return the first that has not."""
     left, saved, deadline = len(workers), workers[0], math.inf
     with workers[0].log.open("rb") as said:
-        while True:
-            with contextlib.suppress(OSError):  # nobody reads
-                sys.stdout.buffer.write(said.read())
-                sys.stdout.buffer.flush()
-            if left == 0:
-                return None
+        while left > 0:
             try:
                 worker = workers[0].ended.get(timeout=_POLL)
             except Empty:
+                worker = None
+            with contextlib.suppress(OSError):  # nobody reads
+                sys.stdout.buffer.write(said.read())
+                sys.stdout.buffer.flush()
+            if worker is None:
                 # interrupted before it had found the others, one leaves them waiting
                 if time.monotonic() > deadline:
                     return saved
@@ -160,6 +160,7 @@ def _watch(workers: list[Worker]) -> Worker | None:
                 return worker
             if worker.process.returncode == _SAVED and deadline == math.inf:
                 saved, deadline = worker, time.monotonic() + _LAST_SAVE
+    return None
 
 
 def _report(

@@ -80,7 +80,7 @@ def run(config: Config, folder: Path) -> None:
     }
     write_json(folder / "results.json", results)
     print(
-        f"{report.ending(folder, files, 'experiments.learned_optimizer')}\n"
+        f"{report.ending(folder, files)}\n"
         "studies again, or others: python -m experiments.learned_optimizer --evaluate "
         f"{folder} --study ...",
         flush=True,
