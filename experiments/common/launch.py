@@ -25,6 +25,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 from queue import Empty, SimpleQueue
+from typing import BinaryIO
 
 from experiments.common import cli
 from experiments.common.script_end import handled
@@ -80,11 +81,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
             worker.process.send_signal(number)  # nothing, once it has ended
 
     try:
-        with handled(pass_on):
-            first = _watch(workers)
+        with handled(pass_on), workers[0].log.open("rb") as said:
+            first = _watch(workers, said)
             if first is None:
                 return max(worker.process.returncode for worker in workers)
             _report(first, workers, options, script)
+            _show(said)
             status = first.process.returncode
             return status if status > 0 else 128 - status
     finally:
@@ -138,29 +140,34 @@ def _free_port() -> int:
         return probe.getsockname()[1]
 
 
-def _watch(workers: list[Worker]) -> Worker | None:
+def _watch(workers: list[Worker], said: BinaryIO) -> Worker | None:
     """Wait until all have ended well, or return the first that has not."""
     left, saved, deadline = len(workers), workers[0], math.inf
-    with workers[0].log.open("rb") as said:
-        while left > 0:
-            try:
-                worker = workers[0].ended.get(timeout=_POLL)
-            except Empty:
-                worker = None
-            with contextlib.suppress(OSError):  # nobody reads
-                sys.stdout.buffer.write(said.read())
-                sys.stdout.buffer.flush()
-            if worker is None:
-                # interrupted before it had found the others, one leaves them waiting
-                if time.monotonic() > deadline:
-                    return saved
-                continue
-            left -= 1
-            if worker.process.returncode not in (0, _SAVED):
-                return worker
-            if worker.process.returncode == _SAVED and deadline == math.inf:
-                saved, deadline = worker, time.monotonic() + _LAST_SAVE
+    while left > 0:
+        try:
+            worker = workers[0].ended.get(timeout=_POLL)
+        except Empty:
+            worker = None
+        _show(said)
+        if worker is None:
+            # interrupted before it had found the others, one leaves them waiting
+            if time.monotonic() > deadline:
+                return saved
+            continue
+        left -= 1
+        if worker.process.returncode not in (0, _SAVED):
+            return worker
+        if worker.process.returncode == _SAVED and deadline == math.inf:
+            saved, deadline = worker, time.monotonic() + _LAST_SAVE
     return None
+
+
+def _show(said: BinaryIO) -> None:
+    """Print what process 0 has said since."""
+    with contextlib.suppress(OSError):  # nobody reads
+        sys.stdout.flush()
+        sys.stdout.buffer.write(said.read())
+        sys.stdout.buffer.flush()
 
 
 def _report(
