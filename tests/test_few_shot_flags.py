@@ -112,7 +112,9 @@ def test_help_is_short(topic, capsys):
     with pytest.raises(SystemExit) as info:
         parse(["--help", *topic.split()])
     assert info.value.code == 0
-    shown = re.findall(r"^\W{0,3}(--[a-z][\w-]*)", capsys.readouterr().out, re.MULTILINE)
+    shown = re.findall(
+        r"^\W{0,3}(--[a-z][\w-]*)", capsys.readouterr().out, re.MULTILINE
+    )
     assert 3 < len(shown) <= 45
     expected = {"": "--way", "meta-lstm": "--forget-bias", "maml": "--rate"}
     assert expected.get(topic, shown[0]) in shown

@@ -100,7 +100,7 @@ def _run(config: Config, folder: Path) -> None:
     }
     write_json(folder / "results.json", results)
     print(
-        f"{report.ending(folder, files, MODULE)}\n"
+        f"{report.ending(folder, files)}\n"
         f"studies again, or others: python -m {MODULE} --evaluate {folder} --study ...",
         flush=True,
     )

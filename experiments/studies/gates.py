@@ -81,7 +81,7 @@ def learners(config: Config) -> dict[str, Learner]:
     return found | {"mlp-64": nn.mlp(config.way, (64,))}
 
 
-def gates(config: Config, **changes: Any) -> dict[str, Any]:
+def gate_spec(config: Config, **changes: Any) -> dict[str, Any]:
     """What `rules.build_rule` makes gates of."""
     # a first step of a useful size: i_0 = sigmoid(0) = 0.5
     start = {"forget_bias": (4.0, 5.0), "input_bias": (0.0, 0.0)}
@@ -167,7 +167,7 @@ def run(config: Config, folder: Path) -> None:
     trained: dict[str, PyTree] = {}
     tested: dict[str, Evaluation] = {}
     for name, changes in ABLATIONS.items():
-        path, spec = folder / "rules" / f"{name}.npz", gates(config, **changes)
+        path, spec = folder / "rules" / f"{name}.npz", gate_spec(config, **changes)
         rule, started = rules.build_rule(spec), time.monotonic()
         if not path.exists():
             print(f"meta-training: {name}", flush=True)
@@ -186,7 +186,7 @@ def run(config: Config, folder: Path) -> None:
         tuned = tune(score, {"rate": SGD_RATES})
         rate = tuned.best["rate"]
         by_sgd = tester(target, sgd, dataset, "test", config)(np.float32(rate))
-        rule = rules.build_rule(gates(config))
+        rule = rules.build_rule(gate_spec(config))
         by_gates = tester(target, rule, dataset, "test", config)(trained["all parts"])
         record(("transfer", "learned gates", name), by_gates, by_sgd)
         about = {"rate": rate, "rate_inside_grid": tuned.inside["rate"]}
