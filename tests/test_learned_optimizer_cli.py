@@ -32,10 +32,10 @@ from experiments.learned_optimizer.command_line import parse, stages
 from experiments.learned_optimizer.measuring import Measured, Optimizer
 from experiments.learned_optimizer.options import (
     FAMILIES,
-    PRESETS,
     RULES,
     Problem,
     Training,
+    read_presets,
     rule_spec,
 )
 from metalstm import data, rules
@@ -414,7 +414,7 @@ def test_help_shows_what_one_rule_needs_and_the_rest_by_topic(capsys):
 
 
 def test_every_preset_and_every_rule_can_be_built():
-    for name in PRESETS:
+    for name in read_presets():
         assert parse(["--preset", name]).run.preset == name
     params = {"conv": jnp.zeros((3, 3, 1, 2)), "dense": jnp.zeros((2, 2))}
     for separate in ("none", "conv-or-dense", "matrix-or-vector"):

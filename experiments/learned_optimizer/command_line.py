@@ -18,12 +18,12 @@ from experiments.common.saved_options import (
 from experiments.learned_optimizer.options import (
     BASELINES,
     FAMILIES,
-    PRESETS,
     RULES,
     Config,
     Run,
     Test,
     named_rules,
+    read_presets,
 )
 
 MODULE = "experiments.learned_optimizer"
@@ -75,9 +75,9 @@ def _read(arguments: list[str], default: Config, all_rules: bool = False) -> Con
 
 
 def _default(arguments: list[str]) -> Config:
-    preset = value_of("--preset", arguments)
+    preset, presets = value_of("--preset", arguments), read_presets()
     if preset is not None:
-        cli.check_names("--preset", [preset], PRESETS)
+        cli.check_names("--preset", [preset], presets)
     for flag in ("--resume", "--evaluate"):
         folder = value_of(flag, arguments)
         if folder is None:
@@ -91,7 +91,7 @@ def _default(arguments: list[str]) -> Config:
         return replace(saved, run=run, rule=rules, devices=Devices())
     if preset is None:
         return Config()
-    return _read(PRESETS[preset].split(), Config(), all_rules=True)
+    return _read(presets[preset], Config(), all_rules=True)
 
 
 def other_flags(arguments: list[str]) -> list[str]:

@@ -7,7 +7,7 @@ import hashlib
 import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -119,32 +119,30 @@ def evaluate(config: Config, flags: Sequence[str]) -> None:
 
 
 def _export(
-    name: str,
-    spec: dict[str, Any],
-    trained: Trained,
-    config: Config,
-    folder: Path,
+    name: str, spec: dict[str, Any], trained: Loop, config: Config, folder: Path
 ) -> dict[str, Any]:
     """Write the rule's file; returns what results.json says about it."""
-    learned = sum(int(np.size(x)) for x in jax.tree.leaves(trained.params))
+    state, seconds = trained.state, trained.saved.seconds()
+    params, best = state.best_params, int(state.best_step)
     about = {
         "trained_on": describe(config.problem),
-        "meta_steps": trained.meta_steps,
-        "best_step": trained.best_step,
-        "wall_seconds": round(trained.seconds, 1),
-        "validation_mean_log_loss": trained.validation,
-        "learned_parameters": learned,
+        "meta_steps": int(state.train.step),
+        "best_step": best,
+        "wall_seconds": round(seconds, 1),
+        "validation_mean_log_loss": -float(state.best_score),
+        "learned_parameters": sum(int(np.size(x)) for x in jax.tree.leaves(params)),
         "seed": config.run.seed,
     }
     said = to_json(config)
     info = about | {name: said[name] for name in ("training", "budget")}
     path = folder / "rules" / f"{name}.npz"
     path.parent.mkdir(exist_ok=True)
-    rules.save_rule(path, spec, trained.params, info=info)
+    rules.save_rule(path, spec, params, info=info)
     print(
-        f"{name}: best on validation at meta-step {trained.best_step:,} of "
-        f"{trained.meta_steps:,} (mean log-loss {trained.validation:.3f}), "
-        f"{trained.seconds / 60:.1f} minutes, {learned:,} learned parameters",
+        f"{name}: best on validation at meta-step {best:,} of "
+        f"{about['meta_steps']:,} (mean log-loss {-float(state.best_score):.3f}), "
+        f"{seconds / 60:.1f} minutes, {about['learned_parameters']:,} learned "
+        "parameters",
         flush=True,
     )
     digest = hashlib.sha256(path.read_bytes()).hexdigest()
@@ -188,14 +186,6 @@ def _learning_curves(metrics: Metrics, names: list[str]) -> Any:
 # -- meta-training ---------------------------------------------------------------------
 
 
-class Trained(NamedTuple):
-    params: PyTree  # the best on validation
-    meta_steps: int
-    seconds: float  # of meta-training and validation, over all sessions
-    best_step: int
-    validation: float  # mean log-loss after the last update
-
-
 def meta_train(
     name: str,
     rule: UpdateRule,
@@ -203,7 +193,7 @@ def meta_train(
     source: Source,
     folder: Path,
     metrics: Metrics,
-) -> Trained:
+) -> Loop:
     """Train, or resume training, until the budget is spent.
 
     Raises:
@@ -261,14 +251,7 @@ def meta_train(
                 mesh=setup.mesh,
             )
             loop.fit(train_loop, source.training_data, until=stage.end)
-    state = loop.state
-    return Trained(
-        state.best_params,
-        int(state.train.step),
-        loop.saved.seconds(),
-        int(state.best_step),
-        -float(state.best_score),
-    )
+    return loop
 
 
 def _make_score(
