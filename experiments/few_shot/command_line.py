@@ -336,7 +336,9 @@ def _help(line: Sequence[str]) -> None:
     if not asked:
         return
     topic = next(iter(line[asked[0] + 1 :]), "")
-    shown: Any
+    shown: Any = {"": _Help(), "devices": devices.Devices()}
+    shown |= {name: network() for name, network in LEARNERS.items()}
+    about = _ABOUT
     if topic in METHODS:
         named = _value("preset", _flags(line[: asked[0]]))
         recipe = Preset() if named is None else preset(named)
@@ -345,21 +347,18 @@ def _help(line: Sequence[str]) -> None:
             (name, cli.Flat[type(part)], part)  # type: ignore[misc]
             for name, part in (("method", own.method), ("learner", own.learner))
         ]
-        shown = msgspec.defstruct("Flags", fields, frozen=True)()
+        shown[topic] = msgspec.defstruct("Flags", fields, frozen=True)()
         about = (
             f"{topic}: {METHODS[topic].about}.\n\nWritten so, a flag holds for every "
             f"method that has it; --{topic}.FLAG is for this one alone."
         )
-    elif topic in LEARNERS:
-        shown, about = LEARNERS[topic](), "The network that is adapted."
-    elif topic == "devices":
-        shown, about = devices.Devices(), "Where to compute."
-    elif not topic or topic.startswith("-"):
-        shown, about = _Help(), _ABOUT
-    else:
-        known = [*METHODS, *LEARNERS, "devices"]
-        raise ValueError(f"--help {topic}: {did_you_mean(topic, known)}")
-    cli.parse(shown, ["--help"], module=MODULE, description=about)
+    elif topic.startswith("-"):
+        topic = ""
+    elif topic not in shown:
+        raise ValueError(f"--help {topic}: {did_you_mean(topic, [*METHODS, *shown])}")
+    elif topic:
+        about = type(shown[topic]).__doc__ or ""
+    cli.parse(shown[topic], ["--help"], module=MODULE, description=about)
 
 
 _ABOUT = (

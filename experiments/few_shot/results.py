@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -28,50 +29,42 @@ class Tested(NamedTuple):
 class Row(NamedTuple):
     """One line. Accuracies are in [0, 1], published ones in %."""
 
-    name: str
-    mean: float
-    ci95: float
+    tested: Tested
     difference: tuple[float, float] | None  # mean and half-interval, paired
-    batch_norm: str | None
-    learned: int  # numbers
-    episodes: int | None = None  # of meta-training
-    seconds: float | None = None
-    published: Reference | None = None
+    published: Reference | None
 
     def record(self) -> dict[str, Any]:
         """For JSON and CSV: plain values under names that say their unit."""
-        number = self.published and self.published.number
+        one, number = self.tested, self.published and self.published.number
         difference = self.difference or (None, None)
         return {
-            "name": self.name,
-            "mean": self.mean,
-            "ci95": self.ci95,
+            "name": one.name,
+            "mean": one.evaluation.mean,
+            "ci95": one.evaluation.ci95,
             "difference": difference[0],
             "difference_ci95": difference[1],
             "published_percent": number and number.value,
             "published_ci95_percent": number and number.ci95,
             "published_by": number and number.source,
             "published_marks": self.published and self.published.marks,
-            "batch_norm": self.batch_norm,
-            "learned": self.learned,
-            "meta_training_episodes": self.episodes,
-            "meta_training_seconds": self.seconds,
+            "batch_norm": one.batch_norm,
+            "learned": one.learned,
+            "meta_training_episodes": one.meta_training.get("episodes"),
+            "meta_training_seconds": one.meta_training.get("wall_seconds"),
         }
 
     def cells(self) -> list[str]:
-        difference = ""
-        if self.difference is not None:
-            mean, ci95 = self.difference
-            difference = f"{100 * mean:+.1f} ± {100 * ci95:.1f}"
+        one, spent = self.tested, self.tested.meta_training
+        mean, ci95 = self.difference or (math.nan, math.nan)
         return [
-            self.name,
-            f"{100 * self.mean:.1f} ± {100 * self.ci95:.1f}",
-            difference,
+            one.name,
+            f"{100 * one.evaluation.mean:.1f} ± {100 * one.evaluation.ci95:.1f}",
+            f"{100 * mean:+.1f} ± {100 * ci95:.1f}" if self.difference else "",
             str(self.published or ""),
-            self.batch_norm or "-",
-            f"{self.learned:,}",
-            "-" if self.episodes is None else f"{self.episodes:,}",
-            "-" if self.seconds is None else f"{self.seconds:,.0f}",
+            one.batch_norm or "-",
+            f"{one.learned:,}",
+            f"{spent['episodes']:,}" if "episodes" in spent else "-",
+            f"{spent['wall_seconds']:,.0f}" if "wall_seconds" in spent else "-",
         ]
 
 
@@ -92,7 +85,7 @@ def table_of(what: str, reference: str, rows: Iterable[Row]) -> Table:
         _HEADINGS,
         [row.cells() for row in rows],
         [row.record() for row in rows],
-        list(legend({r.name: r.published for r in rows if r.published})),
+        list(legend({r.tested.name: r.published for r in rows if r.published})),
         left=(0, 3, 4),
     )
 
@@ -102,22 +95,13 @@ def rows_of(
 ) -> list[Row]:
     """A row for each, with its paired difference to the row named ``compared_to``."""
     by_name = {one.name: one.evaluation for one in tested}
-    rows: list[Row] = []
-    for name, method, evaluation, batch_norm, learned, meta_training in tested:
-        to = compared_to(tested[len(rows)])
-        rows.append(
-            Row(
-                name,
-                evaluation.mean,
-                evaluation.ci95,
-                None if name == to else paired_difference(evaluation, by_name[to]),
-                batch_norm,
-                learned,
-                meta_training.get("episodes"),
-                meta_training.get("wall_seconds"),
-                published_reference(method, data, batch_norm),
-            )
-        )
+    rows = []
+    for one in tested:
+        to, difference = compared_to(one), None
+        if one.name != to:
+            difference = paired_difference(one.evaluation, by_name[to])
+        published = published_reference(one.method, data, one.batch_norm)
+        rows.append(Row(one, difference, published))
     return rows
 
 

@@ -113,17 +113,17 @@ def _compare(
     reference = results.compared_with([one.name for one in tested])
     rows = results.rows_of(tested, options.data, lambda _: reference)
     methods = {
-        row.name: {
-            "accuracy": row.mean,
-            "ci95": row.ci95,
-            "paired_difference": row.difference,
-            "batch_norm": row.batch_norm,
-            "learned_parameters": row.learned,
+        one.name: {
+            "accuracy": one.evaluation.mean,
+            "ci95": one.evaluation.ci95,
+            "paired_difference": difference,
+            "batch_norm": one.batch_norm,
+            "learned_parameters": one.learned,
             "meta_training": one.meta_training or None,
-            "published": row.published and row.published.number._asdict(),
-            "published_marks": row.published and row.published.marks,
+            "published": published and published.number._asdict(),
+            "published_marks": published and published.marks,
         }
-        for row, one in zip(rows, tested, strict=True)
+        for one, difference, published in rows
     }
     document = {"paired_difference_to": reference, "methods": methods}
     return results.table_of(what, reference, rows), document
