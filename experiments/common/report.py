@@ -29,10 +29,8 @@ def save_figure(figure: Any, path: Path) -> str:
     return path.name
 
 
-def ending(
-    folder: Path, files: Sequence[str], command: str = "experiments.few_shot"
-) -> str:
-    return f"{', '.join(files)} in {folder}\n{resume_hint(folder, command)}"
+def ending(folder: Path, files: Sequence[str]) -> str:
+    return f"{', '.join(files)} in {folder}"
 
 
 def resume_hint(folder: Path, command: str = "experiments.few_shot") -> str:

@@ -30,7 +30,7 @@ def draw(
 ) -> list[str]:
     """Draw what applies, add what the gates did to the results; return file names."""
     files, folder, data = [], run.folder, run.options.data
-    if any(one.trained for one in found.values()):
+    if any(one.is_trained for one in found.values()):
         files.append(draw_learning_curves(data, [folder], folder))
     if "meta-lstm" in found:
         algorithm = run.programs["meta-lstm"].algorithm
