@@ -66,7 +66,9 @@ def _write_rule(folder: Path, version: int) -> None:
     from metalstm import rules
 
     spec = {"rule": "learned_sgd"}
-    rates = rules.build_rule(spec).init(jax.random.key(0), np.float32(0))
+    init = rules.build_rule(spec).init
+    rates = jax.eval_shape(lambda: init(jax.random.key(0), np.float32(0)))
+    rates = jax.tree.map(lambda x: np.full(x.shape, 0.1 * version, x.dtype), rates)
     rules.save_rule(folder / "rule.npz", spec, rates, info={"version": version})
 
 
