@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import os
+import shutil
 from pathlib import Path
 
 import pytest
@@ -34,6 +35,37 @@ REAL_DATA = "METALSTM_TEST_DATA"
 def real_data_dir() -> Path:
     """The folder with tensorflow_datasets/ and mini_imagenet/; see `real_data`."""
     return Path(os.environ[REAL_DATA])
+
+
+@pytest.fixture
+def tiny_instead_of_glyphs(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """The commands' default data set, and an empty folder for their runs."""
+    import few_shot_runs
+
+    from metalstm import data
+
+    monkeypatch.setattr(data, "load_glyphs", few_shot_runs.tiny_dataset)
+    monkeypatch.chdir(tmp_path)
+
+
+@pytest.fixture(scope="session")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of few_shot with a method of every kind; `copy` it before changing it."""
+    import few_shot_runs
+
+    from experiments.few_shot import __main__ as few_shot
+    from metalstm import data
+
+    folder = tmp_path_factory.mktemp("finished") / "run"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(data, "load_glyphs", few_shot_runs.tiny_dataset)
+        assert few_shot.main(few_shot_runs.four_methods(folder)) == 0
+    return folder
+
+
+@pytest.fixture
+def copy(finished: Path, tmp_path: Path) -> Path:
+    return shutil.copytree(finished, tmp_path / "copy")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

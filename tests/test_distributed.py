@@ -18,6 +18,7 @@ import optax
 import pytest
 import tiny
 from devices_run import CASES, SHARED
+from faults.scripts import draw_images
 from test_training import EPISODE, SPEC, toy
 
 from benchmarks import scaling
@@ -153,7 +154,8 @@ def test_only_the_meta_gradient_travels(ran, case):
 
 
 @pytest.mark.parametrize(
-    ("case", "each"), [(case, each) for case, groups in SHARED.items() for each in groups]
+    ("case", "each"),
+    [(case, each) for case, groups in SHARED.items() for each in groups],
 )
 def test_devices_that_share_a_task_take_the_steps_of_one(ran, case, each):
     """Also where shares and blocks do not divide the coordinates."""
@@ -332,10 +334,8 @@ def test_the_launcher_refuses(line, message, capsys, tmp_path, monkeypatch):
 
 def test_a_killed_host_stops_the_run_and_the_run_goes_on(tmp_path):
     """kill -9 of one of two processes; the same command line resumes on one."""
-    from few_shot_runs import tiny_images
-
     folder, logs = tmp_path / "run", tmp_path / "logs"
-    write_images(tmp_path / "images", tiny_images)
+    draw_images(tmp_path / "images")
     line = (
         "--dataset folders --image-size 8 --learner mlp --widths 4 --num-steps 1 "
         "--way 3 --queries 2 --meta-batch 4 --algorithms fomaml "
@@ -398,17 +398,6 @@ def test_a_killed_host_stops_the_run_and_the_run_goes_on(tmp_path):
     seen = [row["episode"] for row in rows if row["kind"] == "train"]
     assert seen == sorted(set(seen))
     assert seen[-1] == 4 * saved + 40
-
-
-def write_images(images: Path, draw) -> None:
-    from PIL import Image
-
-    for split, number in (("train", 12), ("val", 5), ("test", 5)):
-        for k, of_class in enumerate(draw(number, seed=number)):
-            (images / split / f"{split}{k}").mkdir(parents=True)
-            for m, image in enumerate(of_class):
-                path = images / split / f"{split}{k}" / f"{m}.png"
-                Image.fromarray(image[..., 0]).save(path)
 
 
 def test_the_model_of_step_times():
