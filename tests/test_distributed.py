@@ -332,6 +332,7 @@ def test_the_launcher_refuses(line, message, capsys, tmp_path, monkeypatch):
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.slow
 def test_a_killed_host_stops_the_run_and_the_run_goes_on(tmp_path):
     """kill -9 of one of two processes; the same command line resumes on one."""
     folder, logs = tmp_path / "run", tmp_path / "logs"

@@ -209,6 +209,7 @@ def tiny_images(name, data_dir=None, *, image_size=None) -> data.LabelledImages:
     return data.LabelledImages(name, images, images, ("a", "b", "c"), f"tiny-{size}")
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("grids_as_they_are")
 def test_the_six_panels(finished, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(problems, "load_image_data", tiny_images)
