@@ -1,5 +1,6 @@
 """Meta-learners: functions from a support set to a predictor."""
 
+from metalstm.algorithms.common import make_algorithm, query_loss, task_loss
 from metalstm.algorithms.gradient.agreement import gradient_agreement
 from metalstm.algorithms.gradient.displacement import reptile
 from metalstm.algorithms.gradient.engine import learned_init
@@ -35,6 +36,7 @@ __all__ = [
     "hallucination",
     "implicit_maml",
     "learned_init",
+    "make_algorithm",
     "maml",
     "mann",
     "margin_classifier",
@@ -44,7 +46,9 @@ __all__ = [
     "nearest_neighbour",
     "pretrained_features",
     "prototypical",
+    "query_loss",
     "relation",
     "reptile",
     "siamese",
+    "task_loss",
 ]

@@ -1,4 +1,4 @@
-"""The metric methods of the literature: nothing is adapted, any way and shot will do.
+"""The metric methods of the literature: nothing is adapted, any way and shot works.
 
 Shapes: N support and M query images, d features.
 """
@@ -10,6 +10,7 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 
+from metalstm.algorithms.common import make_algorithm
 from metalstm.algorithms.metric.distances import (
     Distance,
     Scale,
@@ -31,7 +32,7 @@ from metalstm.algorithms.metric.full_context import (
     query_in_context,
     support_in_context,
 )
-from metalstm.base import Array, Batch, Learner, MetaAlgorithm, Norm, make_algorithm
+from metalstm.base import Array, Batch, Learner, MetaAlgorithm, Norm
 from metalstm.checks import check_at_least, check_choice
 
 __all__ = ["matching", "nearest_neighbour", "prototypical", "relation"]
