@@ -131,7 +131,8 @@ def test_ctrl_c_saves_and_resuming_is_the_same_run(
 def test_kill_9_and_resuming_is_the_same_run(tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("METALSTM_CACHE_DIR", str(tmp_path / "cache"))
     images = draw_images(tmp_path / "images")
-    line = command("--algorithms", "meta-lstm", *META_LSTM, "--episodes", "300")
+    line = command("--algorithms", "meta-lstm", *META_LSTM, "--episodes", "120")
+    line += ["--validate-every", "60"]
     line += ["--dataset", "folders", "--data-dir", str(images), "--image-size", "8"]
     killed, whole = tmp_path / "killed", tmp_path / "whole"
     victim = subprocess.Popen(
