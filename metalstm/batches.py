@@ -17,6 +17,7 @@ import numpy as np
 
 __all__ = [
     "are_labels",
+    "as_vectors",
     "check_adapt",
     "check_batch",
     "check_episode",
@@ -34,6 +35,12 @@ PyTree = Any
 def first_example(x: PyTree) -> PyTree:
     """Return [1, ...] of examples [N, ...], whose shapes initialisation reads."""
     return jax.tree.map(lambda leaf: leaf[:1], x)
+
+
+def as_vectors(x: PyTree) -> jax.Array:
+    """Return [N, d]: all numbers of an example, of every part of it."""
+    parts = [flatten_examples(part) for part in jax.tree.leaves(x)]
+    return jnp.concatenate(parts, -1) if len(parts) > 1 else parts[0]
 
 
 def join_examples(*parts: PyTree) -> PyTree:

@@ -1,4 +1,4 @@
-"""Meta-test: the same episodes for every method, a mean, and an honest interval."""
+"""Meta-test: the same episodes for every method, a mean and its interval."""
 
 from __future__ import annotations
 
@@ -17,17 +17,18 @@ from metalstm.base import Episode, LearnerState, MetaAlgorithm, PyTree
 from metalstm.data.episodes import Sampler, episode_key, sample_checked
 from metalstm.runtime import sharding
 from metalstm.runtime.compilation import Jitted
-from metalstm.statistics import mean_and_ci95
+from metalstm.statistics import Estimate, mean_and_ci95
 from metalstm.tasks import TaskMapping, map_tasks
 
 __all__ = [
+    "METHOD_STREAM",
     "Evaluation",
     "evaluate",
     "make_evaluate",
     "paired_difference",
 ]
 
-_TASK = 103  # folded into an episode's key: randomness inside the method
+METHOD_STREAM = 103  # folded into an episode's key: randomness inside the method
 
 
 class Evaluation(NamedTuple):
@@ -80,7 +81,7 @@ def make_evaluate(
 
     def score(params: PyTree, keys: jax.Array, episodes: Episode) -> jax.Array:
         def one(key: jax.Array, episode: Episode) -> jax.Array:
-            key = jax.random.fold_in(key, _TASK)
+            key = jax.random.fold_in(key, METHOD_STREAM)
             support, query = episode
             scores = algorithm.predict(
                 params, key, support, query.x, num_classes=classes
@@ -172,7 +173,7 @@ def evaluate(
     return run(params, pool, num_episodes=num_episodes, seed=seed, split=split)
 
 
-def paired_difference(a: Evaluation, b: Evaluation) -> tuple[float, float]:
+def paired_difference(a: Evaluation, b: Evaluation) -> Estimate:
     """Mean and 95% half-interval of ``a - b`` on the same episodes.
 
     Raises:
