@@ -27,6 +27,7 @@ __all__ = [
     "flatten_examples",
     "join_examples",
     "num_examples",
+    "to_rank_of",
 ]
 
 PyTree = Any
@@ -46,6 +47,15 @@ def as_vectors(x: PyTree) -> jax.Array:
 def join_examples(*parts: PyTree) -> PyTree:
     """Put examples one behind the other, leaf by leaf."""
     return jax.tree.map(lambda *leaves: jnp.concatenate(leaves), *parts)
+
+
+def to_rank_of(vector: jax.Array, x: jax.Array) -> jax.Array:
+    """Give ``vector`` leading axes of 1, as ``jax_numpy_rank_promotion="raise"`` asks.
+
+    >>> to_rank_of(jnp.ones(3), jnp.ones((5, 2, 3))).shape
+    (1, 1, 3)
+    """
+    return jnp.expand_dims(vector, tuple(range(x.ndim - vector.ndim)))
 
 
 def num_examples(x: PyTree) -> int:

@@ -79,10 +79,15 @@ def mean_over_tasks(
     With ``has_per_task``, ``fn`` returns a pair, the second of which is not averaged:
     it comes back with a leading [T].
 
+    Raises:
+      ValueError: there is no task.
+
     >>> float(mean_over_tasks(lambda x: x**2, jnp.array([1.0, 3.0])))
     5.0
     """
     how = default_task_mapping() if how is None else how
+    if any(leaf.shape[0] == 0 for leaf in jax.tree.leaves(args)):
+        raise ValueError("there are 0 tasks, which have no mean: give at least one")
     if how == "scan":
 
         def one(nothing, *xs):

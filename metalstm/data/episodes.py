@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from metalstm.base import Array, Batch, Episode
-from metalstm.batches import check_episode
+from metalstm.batches import check_episode, to_rank_of
 from metalstm.checks import check_at_least, check_choice
 from metalstm.data.drawing import draw_distinct, draw_grouped, grouped_capacity
 from metalstm.data.pools import SPLITS, ClassPool, Dataset, Normalisation
@@ -219,7 +219,8 @@ def finish_images(key: Array, x: Array, turns: Array, spec: EpisodeSpec) -> Arra
     if spec.augment is not None:
         x = spec.augment(key, x)
     if spec.normalise is not None:
-        x = (x - jnp.array(spec.normalise.mean)) / jnp.array(spec.normalise.std)
+        mean, std = (to_rank_of(jnp.array(part, x.dtype), x) for part in spec.normalise)
+        x = (x - mean) / std
     return x
 
 

@@ -14,7 +14,7 @@ import optax
 from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 
-from metalstm.base import Array, PyTree, UpdateRule
+from metalstm.base import Array, PyTree, RuleTraits, UpdateRule
 from metalstm.checks import check_at_least
 from metalstm.inner import mixed_mode
 from metalstm.inner.coordinatewise import (
@@ -108,12 +108,13 @@ def unroll(
       The state after the last update, and the `Trace` of all of them.
 
     Raises:
-      ValueError: ``num_steps`` is below 1, or ``batches`` does not lead with it.
+      ValueError: ``num_steps`` is below 1, ``batches`` does not lead with it, or the
+        loss is a vector that the rule would mix.
     """
     check_at_least("num_steps", num_steps, 1)
     _check_batches(batches, num_steps)
     rule = as_rule(rule)
-    gradient = _gradient_fn(loss_fn, differentiation, key)
+    gradient = _gradient_fn(loss_fn, differentiation, key, rule.traits)
     steps = _Steps(
         jnp.arange(num_steps),
         _truncation_points(num_steps, differentiation.truncate_every),
@@ -290,20 +291,31 @@ def _in_blocks(
 
 
 def _gradient_fn(
-    loss_fn: Callable, differentiation: Differentiation, key: Array | None
+    loss_fn: Callable,
+    differentiation: Differentiation,
+    key: Array | None,
+    traits: RuleTraits,
 ) -> Callable:
     """``(t, params, stats, batch, is_second) -> (loss, stats, gradient)``."""
+    separates = traits.coordinatewise and not traits.reads_loss
     mixed = differentiation.keep in ("mixed", "segments")
     through = mixed_mode.value_and_gradient if mixed else _value_and_gradient
 
     def gradient(t: Array, params, stats, batch, *, is_second: bool):
         step_key = None if key is None else jax.random.fold_in(key, t)
+        args = (params, stats, batch, step_key)
         if is_second:
-            return through(loss_fn, params, stats, batch, step_key)
-        params, stats = lax.stop_gradient((params, stats))
-        return lax.stop_gradient(
-            _value_and_gradient(loss_fn, params, stats, batch, step_key)
-        )
+            found = through(loss_fn, *args)
+        else:
+            args = (*lax.stop_gradient((params, stats)), batch, step_key)
+            found = lax.stop_gradient(_value_and_gradient(loss_fn, *args))
+        if jnp.ndim(found[0]) and not separates:
+            raise ValueError(
+                f"loss_fn returned losses of shape {jnp.shape(found[0])}: return one "
+                "scalar, such as their mean; several problems in one need a rule that "
+                "is coordinate-wise and reads no loss"
+            )
+        return found
 
     return gradient
 

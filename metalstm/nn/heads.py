@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from metalstm.base import Array, Learner, LearnerState, PyTree
+from metalstm.batches import to_rank_of
 from metalstm.checks import check_features
 
 __all__ = ["output_shape", "tied_head"]
@@ -51,9 +52,9 @@ def tied_head(body: Learner) -> Learner:
         inner = state._replace(params=state.params["body"])
         features, after = body.apply(inner, x, norm=norm, key=key)
         head = state.params["head"]
-        return features @ head["kernel"] + head["bias"], after._replace(
-            params=state.params
-        )
+        outputs = features @ head["kernel"]
+        outputs = outputs + to_rank_of(head["bias"], outputs)
+        return outputs, after._replace(params=state.params)
 
     def at_way(params: PyTree, way: int) -> PyTree:
         head = jax.tree.map(lambda leaf: jnp.repeat(leaf, way, axis=-1), params["head"])

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from metalstm.base import Array
+from metalstm.batches import to_rank_of
 from metalstm.nn.convolution import Method, conv2d
 from metalstm.nn.pooling import max_pool
 
@@ -96,14 +97,14 @@ def normalise(
     scale_init = _uniform(0.0, 1.0) if is_uniform else nn.initializers.ones
     if module.norm == "batch":
         norm = BatchNorm(module.momentum, module.epsilon, scale_init, name=name)
-        slope, offset = norm(x, bias, train)
+        slope, offset = (to_rank_of(part, x) for part in norm(x, bias, train))
         if pool:
             # The maximum of slope * x is |slope| times that of sign * x: a quarter of
             # the pixels remains to normalise, in both passes.
             sign = jnp.where(jax.lax.stop_gradient(slope) < 0, -1.0, 1.0)
             x, slope = max_pool(sign * x), sign * slope
         return slope * x + offset
-    x = x + bias
+    x = x + to_rank_of(bias, x)
     if module.norm != "none":
         num_groups = 1 if module.norm == "layer" else math.gcd(8, x.shape[-1])
         x = nn.GroupNorm(

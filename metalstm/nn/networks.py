@@ -15,7 +15,7 @@ import jax
 from flax import linen as nn
 
 from metalstm.base import Array, Learner
-from metalstm.batches import flatten_examples
+from metalstm.batches import flatten_examples, to_rank_of
 from metalstm.checks import check_choice
 from metalstm.nn.convolution import Method, conv2d
 from metalstm.nn.flax_modules import from_flax
@@ -155,7 +155,7 @@ class RelationNet(nn.Module):
             features = self._block(*conv(features), "norm2", train)
             features = flatten_examples(features)
         else:
-            features = jax.nn.relu(features + bias)
+            features = jax.nn.relu(features + to_rank_of(bias, features))
         features = jax.nn.relu(self._dense(self.hidden, features, "hidden"))
         return self._dense(1, features, "output").reshape(shape)
 

@@ -85,8 +85,8 @@ def _forward(kernel: Array, bias: Array, x: Array, hidden: Array, cell: Array):
         z = (scale[:, None] * kernel) @ jnp.concatenate([x, hidden])
         return _gates(z + bias[:, None], cell, 0)
     # within this step the hidden units are last
-    z = jnp.concatenate([x.T, hidden.T], axis=1) @ (scale * kernel.T)
-    hidden, cell, kept = _gates(z + bias, cell.T, 1)
+    z = jnp.concatenate([x.T, hidden.T], axis=1) @ (scale[None] * kernel.T)
+    hidden, cell, kept = _gates(z + bias[None], cell.T, 1)
     return hidden.T, cell.T, tuple(array.T for array in kept)
 
 

@@ -74,14 +74,12 @@ def adapt_to(
     """
     learner = adaptation.learner
     state = _start(adaptation, meta_params, key, support.x, way)
-    stats = state.stats
-    if adaptation.gathers and norm != "frozen" and adaptation.learn_init:
-        # not the averages over meta-training, which are other tasks'
-        stats = learner.init(
-            jax.random.fold_in(key, _INIT), first_example(support.x)
-        ).stats
-    elif norm == "frozen":
-        stats = meta_params.learner.stats
+    stats = meta_params.learner.stats if norm == "frozen" else state.stats
+    moving = adaptation.support_stats == "moving" and norm == "support"
+    if moving and jax.tree.leaves(stats):
+        # each episode's own: not what meta-training has averaged over others
+        drawn = learner.init(jax.random.fold_in(key, _INIT), first_example(support.x))
+        stats = drawn.stats
     support_norm: Norm = "stored" if norm == "frozen" else "batch"
 
     def loss_fn(params, stats, batch, step_key):

@@ -47,7 +47,7 @@ def squared_distances(a: Array, b: Array) -> Array:
     >>> squared_distances(jnp.array([[0.0, 0.0]]), jnp.array([[3.0, 4.0], [1.0, 0.0]]))
     Array([[25.,  1.]], dtype=float32)
     """
-    origin = lax.stop_gradient(b.mean(0))  # no distance depends on it
+    origin = lax.stop_gradient(b.mean(0, keepdims=True))  # no distance depends on it
     a, b = a - origin, b - origin
     cross = jnp.matmul(a, b.T, precision=lax.Precision.HIGHEST)
     squares = jnp.square(a).sum(-1)[:, None] + jnp.square(b).sum(-1)[None]

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from metalstm.algorithms.metric.distances import class_means, squared_distances
 from metalstm.algorithms.metric.engine import Comparison, compare_embeddings
 from metalstm.base import Array, Learner, LearnerState, MetaAlgorithm, Norm, PyTree
+from metalstm.batches import to_rank_of
 from metalstm.checks import check_at_least, check_features
 
 __all__ = ["generate", "hallucination"]
@@ -72,8 +73,9 @@ def generate(generator: PyTree, x: Array, noise: Array) -> Array:
     seeds = jnp.broadcast_to(x, noise.shape)
     hidden = jnp.concatenate([seeds, noise], -1)
     for layer in (first, second):
-        hidden = jax.nn.relu(hidden @ layer["kernel"] + layer["bias"])
-    return seeds + hidden @ last["kernel"] + last["bias"]
+        hidden = hidden @ layer["kernel"]
+        hidden = jax.nn.relu(hidden + to_rank_of(layer["bias"], hidden))
+    return seeds + hidden @ last["kernel"] + to_rank_of(last["bias"], hidden)
 
 
 def _init_generator(key: Array, embedded: Array) -> LearnerState:

@@ -32,7 +32,7 @@ from metalstm.base import (
     PyTree,
     UpdateRule,
 )
-from metalstm.batches import first_example
+from metalstm.batches import first_example, to_rank_of
 from metalstm.checks import check_at_least, check_choice, check_features
 from metalstm.data.classification import ClassificationSpec
 from metalstm.nn.heads import output_shape
@@ -131,7 +131,8 @@ def features_of(learner: Learner, state: LearnerState, x: Array) -> Array:
 def classify(classifier: Classifier, head: PyTree, features: Array) -> Array:
     """Return the logits of features [N, d], one column for each class of ``head``."""
     if classifier == "linear":
-        return features @ head["kernel"] + head["bias"]
+        outputs = features @ head["kernel"]
+        return outputs + to_rank_of(head["bias"], outputs)
     return _COSINE_SCALE * unit(features) @ unit(head["kernel"].T).T
 
 
