@@ -58,7 +58,8 @@ def task_loss(outputs: Array, targets: Array) -> Array:
     check_outputs(outputs, targets)
     if are_labels(targets):
         losses = optax.softmax_cross_entropy_with_integer_labels(outputs, targets)
-        return (losses * _one_or_infinite(outputs, targets)).mean()
+        is_class = _is_class(outputs, targets)
+        return (losses * jnp.where(is_class, 1.0, jnp.inf).astype(losses.dtype)).mean()
     return jnp.square(outputs - targets).mean()
 
 
@@ -75,7 +76,8 @@ def accuracy(scores: Array, targets: Array) -> Array:
     if are_labels(targets):
         answered = ~jnp.isnan(scores).any(-1)
         correct = (scores.argmax(-1) == targets) & answered
-        return (correct + _one_or_infinite(scores, targets) - 1).mean()
+        is_class = _is_class(scores, targets)
+        return jnp.where(is_class, correct.astype(jnp.float32), jnp.inf).mean()
     return -jnp.square(scores - targets).mean()
 
 
@@ -108,10 +110,9 @@ def resampled(**numbers: int | None) -> TrainSampler:
     return lambda spec: dataclasses.replace(spec, **changes) if changes else spec
 
 
-def _one_or_infinite(scores: Array, labels: Array) -> Array:
-    """[N]: infinite where a label is no class, which JAX would clip or wrap."""
-    is_class = (labels >= 0) & (labels < scores.shape[-1])
-    return jnp.where(is_class, 1.0, jnp.inf).astype(scores.dtype)
+def _is_class(scores: Array, labels: Array) -> Array:
+    """[N]: False for a label that is no class, which JAX would clip or wrap."""
+    return (labels >= 0) & (labels < scores.shape[-1])
 
 
 def stop_statistics(state: LearnerState) -> LearnerState:

@@ -23,7 +23,8 @@ def to_integers(uniform: Array, size: Any) -> Array:
     Array([0, 0, 1], dtype=int32)
     """
     # the product may round up to size
-    return jnp.minimum((uniform * size).astype(jnp.int32), size - 1)
+    scaled = uniform * jnp.asarray(size, uniform.dtype)
+    return jnp.minimum(scaled.astype(jnp.int32), size - 1)
 
 
 def draw_distinct(uniform: Array, size: Any) -> Array:
@@ -54,7 +55,9 @@ def draw_grouped(
         in_support = _support_side(uniform[0], count, groups)
         valid = jnp.arange(groups.shape[0]) < count
         # The support's side in random order, then the query's; padding is last.
-        order = jnp.argsort(jnp.where(valid, uniform[1] + ~in_support, jnp.inf))
+        order = jnp.argsort(
+            jnp.where(valid, uniform[1] + jnp.where(in_support, 0, 1), jnp.inf)
+        )
         start = jnp.sum(in_support & valid)
         query = jax.lax.dynamic_slice_in_dim(order, start, queries)
         return jnp.concatenate([order[:shot], query])

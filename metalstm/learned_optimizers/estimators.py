@@ -238,10 +238,10 @@ def _objective(
     if settings.loss_transform == "log":
         terms = jnp.log(terms + _TINY)
     elif settings.loss_transform == "relative":
-        terms = terms / (first + _TINY)
+        terms = terms / (first + _TINY)[None]
     if settings.weights is not None:
         steps = jnp.arange(1, settings.unroll_steps + 1)
-        steps = steps.reshape(-1, *(1,) * first.ndim) + runs.inner_step
+        steps = steps.reshape(-1, *(1,) * first.ndim) + runs.inner_step[None]
         terms = terms * settings.weights(steps)
     return terms.mean(), first
 

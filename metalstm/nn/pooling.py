@@ -76,7 +76,7 @@ def _halved_jvp(primals, tangents):
     for index, corner in enumerate(others, 1):
         first = jnp.where(corner > largest, index, first)
         largest = jnp.maximum(largest, corner)
-    corner = jnp.arange(4).reshape(2, 1, 2, 1)
+    corner = jnp.arange(4).reshape(1, 1, 2, 1, 2, 1)
     taken = (first[:, :, None, :, None] == corner).astype(x.dtype)
     # _halved again, not its maximum: the next derivative is this one too
     return _halved(x), (_cells(tangent) * taken).sum((2, 4))

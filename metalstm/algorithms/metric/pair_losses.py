@@ -108,4 +108,5 @@ def _pairs(labels: Array) -> tuple[Array, Array]:
 
 
 def _mean(values: Array, mask: Array) -> Array:
-    return jnp.where(mask, values, 0).sum() / jnp.maximum(mask.sum(), 1)
+    num = jnp.maximum(mask.sum(dtype=values.dtype), 1)
+    return jnp.where(mask, values, 0).sum() / num

@@ -165,5 +165,9 @@ def _outputs(
 
 def _stopping_sgd(learning_rate: Array, num_steps: Array) -> Any:
     """SGD with momentum 0.9 whose updates are zero from step ``num_steps`` on."""
-    rate = lambda step: jnp.where(step < num_steps, learning_rate, 0.0)  # noqa: E731
+
+    def rate(step: Array) -> Array:
+        continues = step.astype(jnp.float32) < num_steps
+        return jnp.where(continues, learning_rate, 0.0)
+
     return optax.sgd(rate, momentum=0.9)
