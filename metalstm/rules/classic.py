@@ -217,7 +217,7 @@ def check_differentiable(rule: UpdateRule) -> None:
     """
     if rule.traits.smooth:
         return
-    params = {"dead": jnp.zeros(2), "half": jnp.zeros(2)}
+    params = {"dead": jnp.ones(2), "half": jnp.ones(2)}
 
     def total(grads):
         tx = rule.bind(rule.init(jax.random.key(0), params))
