@@ -22,7 +22,7 @@ LAYERS = (
         "runtime.saved_config",
         "statistics",
     },
-    {"runtime.processes", "runtime.sharding"},
+    {"calibration", "runtime.processes", "runtime.sharding"},
     {"tasks"},
     {"base"},
     {"runtime.checkpoint_format"},

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import importlib.metadata
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+
+import jax
 
 from metalstm.runtime.files import atomic_write
 
@@ -21,6 +24,16 @@ def versions() -> dict[str, str]:
 
             found[name] = metalstm.__version__ if name == "metalstm" else "unknown"
     return found
+
+
+def machine(computing: str) -> str:
+    """The first line that a run prints: versions, and on what is computed."""
+    have, first = versions(), jax.devices()[0]
+    kind = "cpu" if first.platform == "cpu" else first.device_kind
+    return (
+        f"metalstm {have['metalstm']}  jax {have['jax']}  {kind}, {computing}, "
+        f"{os.cpu_count()} cores"
+    )
 
 
 def save_figure(figure: Any, path: Path) -> str:

@@ -18,7 +18,7 @@ from experiments.common.devices import MAY_CHANGE, mesh_for
 from experiments.common.loop import Loop, Setup
 from experiments.common.run_folder import Metrics
 from experiments.common.saved_options import to_json
-from experiments.common.tuning import bracketed_best
+from experiments.common.tuning import each_point, tune
 from experiments.few_shot.data import Source
 from experiments.few_shot.methods import (
     HAND_MADE,
@@ -303,7 +303,10 @@ class Trainer(NamedTuple):
                 candidate = with_rate(params, rate, steps)
                 return self._validate(name, candidate, episodes).mean
 
-            rate, tried = bracketed_best(METHODS[name].rates, score)
+            grid = {"rate": METHODS[name].rates}
+            best = tune(each_point(lambda rate: -score(rate)), grid, grow="rate")
+            rate = best.best["rate"]
+            tried = dict(zip(best.grid["rate"].tolist(), -best.scores, strict=True))
             chosen, text = {"rate": rate}, f"rate {rate:.3g}"
             tuned = {"rate": rate, "tried": _keys(tried)}
             if "num_steps" in params.rule:
@@ -322,7 +325,7 @@ class Trainer(NamedTuple):
 
 
 def _keys(tried: Mapping[Any, float]) -> dict[str, float]:
-    return {str(value): score for value, score in tried.items()}
+    return {str(value): float(score) for value, score in tried.items()}
 
 
 def checkpoint_of(method: str) -> str:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import hashlib
-import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -150,8 +149,6 @@ def _export(
 
 
 def _header(config: Config, computing: str) -> str:
-    have, device = report.versions(), jax.devices()[0]
-    kind = device.platform if device.platform == "cpu" else device.device_kind
     budget, training = config.budget, config.training
     how_long = f"{budget.meta_steps:,} meta-steps"
     if budget.minutes is not None:
@@ -161,8 +158,8 @@ def _header(config: Config, computing: str) -> str:
     if training.estimator == "pes":
         how = f"in pieces of {unroll}, by pes"
     return (
-        f"metalstm {have['metalstm']}  jax {have['jax']}  {kind}, {computing}, "
-        f"{os.cpu_count()} cores  seed {config.run.seed}\n{describe(config.problem)}\n"
+        f"{report.machine(computing)}  seed {config.run.seed}\n"
+        f"{describe(config.problem)}\n"
         f"meta-training: {how_long} of {training.num_tasks} problems, "
         f"{training.horizon} updates, {how}"
     )

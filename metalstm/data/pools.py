@@ -1,6 +1,6 @@
-"""Pools of uint8 images on the device, grouped by class: episodes are drawn from them.
+"""Pools of examples on the device, grouped by class: episodes are drawn from them.
 
-Shapes: C classes, M image slots a class, H x W pixels, ch channels.
+Shapes: C classes, M slots a class, H x W pixels, ch channels, D features.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ class ClassPool(NamedTuple):
     drawings of one person): support and query of an episode then share no group.
     """
 
-    images: Array  # uint8 [C, M, H, W, ch]
+    images: Array  # uint8 [C, M, H, W, ch], or floats [C, M, ...] such as features
     counts: Array  # int32 [C], images of each class
     groups: Array | None = None  # int32 [C, M], ids in [0, M)
 
@@ -66,7 +66,7 @@ class Dataset(NamedTuple):
     validation: ClassPool
     test: ClassPool
     class_names: dict[str, tuple[str, ...]]  # by split, in the pool's order
-    image_shape: tuple[int, ...]  # (H, W, ch)
+    image_shape: tuple[int, ...]  # (H, W, ch), or of what else an example is
     checksum: str  # of all images and counts; goes into results
     info: dict[str, Any]  # how it was split, versions, counts of merged or skipped
 
@@ -83,18 +83,23 @@ def make_pool(
 ) -> ClassPool:
     """Build a pool from uint8 [C, M, H, W, ch], or from C arrays [M_c, H, W, ch].
 
-    Classes of unequal size are padded to the largest.
+    Floats of any shape [C, M, ...] are kept as they are: an episode's x then holds
+    the same numbers, neither divided by 255 nor quantised. Classes of unequal size are
+    padded to the largest.
 
     Raises:
-      ValueError: if there is no class, an image is not uint8, the shape is another, a
-        count is outside [1, M], or all images of a class are of one group.
+      ValueError: if there is no class, an image is neither uint8 nor float, the shape
+        is another, a count is outside [1, M], or all images of a class are of one
+        group.
     """
     if not isinstance(images, np.ndarray):
         images, counts = pad_classes(images)
-    if images.dtype != np.uint8 or images.ndim != 5 or images.shape[0] == 0:
+    is_image = images.dtype == np.uint8 and images.ndim == 5
+    is_float = jnp.issubdtype(images.dtype, jnp.floating) and images.ndim >= 3
+    if not (is_image or is_float) or images.shape[0] == 0:
         raise ValueError(
-            f"images must be uint8 of shape [C, M, H, W, ch] with C >= 1, got "
-            f"{images.dtype} {list(images.shape)}"
+            f"images must be uint8 of shape [C, M, H, W, ch], or floats [C, M, ...], "
+            f"with C >= 1, got {images.dtype} {list(images.shape)}"
         )
     num_classes, num_slots = images.shape[:2]
     if counts is None:
@@ -114,18 +119,22 @@ def make_pool(
 
 
 def pad_classes(images: Sequence[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
-    """Pad C arrays uint8 [M_c, ...] to the largest: [C, M, ...] and counts int32 [C].
+    """Pad C arrays [M_c, ...] to the largest: [C, M, ...] and counts int32 [C].
 
     Raises:
-      ValueError: if there is no class, an image is not uint8, or shapes differ.
+      ValueError: if there is no class, or dtypes or shapes differ.
     """
     if not images:
         raise ValueError("images is empty: a pool needs at least one class")
     counts = np.array([len(of_class) for of_class in images], np.int32)
-    padded = np.zeros((len(images), counts.max(), *images[0].shape[1:]), np.uint8)
+    shape = (len(images), counts.max(), *images[0].shape[1:])
+    padded = np.zeros(shape, images[0].dtype)
     for i, (row, of_class) in enumerate(zip(padded, images, strict=True)):
-        if of_class.dtype != np.uint8:
-            raise ValueError(f"images must be uint8, got {of_class.dtype}")
+        if of_class.dtype != padded.dtype:
+            raise ValueError(
+                f"images[{i}] are {of_class.dtype} and images[0] {padded.dtype}: give "
+                "all as uint8, or all as one type of floats"
+            )
         if of_class.shape[1:] != images[0].shape[1:]:
             raise ValueError(
                 f"images[{i}] are of shape {list(of_class.shape[1:])} and images[0] of "

@@ -21,13 +21,14 @@ from metalstm.statistics import Estimate, mean_and_ci95
 from metalstm.tasks import TaskMapping, map_tasks
 
 __all__ = [
+    "METHOD_STREAM",
     "Evaluation",
     "evaluate",
     "make_evaluate",
     "paired_difference",
 ]
 
-_TASK = 103  # folded into an episode's key: randomness inside the method
+METHOD_STREAM = 103  # folded into an episode's key: randomness inside the method
 
 
 class Evaluation(NamedTuple):
@@ -74,7 +75,7 @@ def make_evaluate(
 
     def score(params: PyTree, keys: jax.Array, episodes: Episode) -> jax.Array:
         def one(key: jax.Array, episode: Episode) -> jax.Array:
-            key = jax.random.fold_in(key, _TASK)
+            key = jax.random.fold_in(key, METHOD_STREAM)
             support, query = episode
             scores = algorithm.predict(
                 params, key, support, query.x, num_classes=classes

@@ -5,6 +5,7 @@ display, nothing to close.
 """
 
 from metalstm.plots.accuracies import accuracy_bars, accuracy_sweep, roc_curves
+from metalstm.plots.confidence import confidence_panels
 from metalstm.plots.episodes import episode_picture
 from metalstm.plots.gates import gate_curves, layer_groups
 from metalstm.plots.optimizers import (
@@ -24,6 +25,7 @@ __all__ = [
     "Sweep",
     "accuracy_bars",
     "accuracy_sweep",
+    "confidence_panels",
     "episode_picture",
     "escape_curves",
     "function_fits",
