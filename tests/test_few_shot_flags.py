@@ -309,7 +309,7 @@ MISTAKES = [
     ("--algorithms maml --batch-size 2", "does not divide the 5 images"),
     (
         "--algorithms maml --accumulate-tasks 3 --meta-batch 4",
-        "--accumulate-tasks 3 does not divide --meta-batch 4",
+        "--meta-batch 4 is not a multiple of --accumulate-tasks 3: choose 3, say",
     ),
     ("--algorithms maml --schedule cosine --minutes 1", "needs --episodes"),
     ("--algorithms maml --query-norm all", "goes with --evaluate"),

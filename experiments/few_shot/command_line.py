@@ -293,12 +293,8 @@ def _check_method(options: Any, data: Data) -> None:
         raise ValueError(
             f"--schedule {training.schedule} needs --episodes, not --minutes"
         )
-    chunk = training.accumulate_tasks
-    if chunk is not None and training.meta_batch % chunk:
-        raise ValueError(
-            f"--accumulate-tasks {chunk} does not divide --meta-batch "
-            f"{training.meta_batch}: choose a divisor"
-        )
+    chunk = training.accumulate_tasks or 1
+    cli.check_multiple("--meta-batch", training.meta_batch, "--accumulate-tasks", chunk)
     norms = getattr(own, "query_norm", None), getattr(own, "train_query_norm", None)
     if norms[0] == "frozen" and norms[1] not in ("frozen", None):
         raise ValueError(

@@ -110,7 +110,7 @@ class Training(cli.Options, frozen=True):
     train_shots: Count | None = None
     """Support images of each class in meta-training; default --shot."""
     rotations: bool = False
-    """Meta-train with turned characters as classes of their own (Omniglot's custom)."""
+    """Meta-train with rotated characters as further classes (Omniglot's custom)."""
     augment: Literal["none", "shift", "crop-flip", "crop-flip-jitter"] = "none"
     """What happens to images in meta-training: shifts by up to 2 pixels, or resized
     crops and flips, or these and colour jitter."""
