@@ -45,7 +45,7 @@ class StudyOptions(cli.Options, frozen=True, kw_only=True):
     """What every study has."""
 
     seed: cli.Natural = 0
-    """Of meta-training and of the episodes."""
+    """Of all that is drawn: starts, tasks, episodes, pairs."""
     preset: str | None = None
     """Start from a named recipe; other flags override it."""
     workdir: Path | None = None
