@@ -14,6 +14,7 @@ import pytest
 import tiny
 
 from metalstm import algorithms, rules
+from metalstm.algorithms.common import make_algorithm
 from metalstm.algorithms.gradient import adaptation
 from metalstm.base import (
     Batch,
@@ -22,7 +23,6 @@ from metalstm.base import (
     LearnerState,
     MetaAlgorithm,
     MetaParams,
-    make_algorithm,
 )
 from metalstm.inner import first_order, second_order
 from metalstm.nn import relation_net, tied_head
@@ -115,6 +115,9 @@ CASES = {
         task=EPISODE.query,
     ),
     "nearest_neighbour": Case(algorithms.nearest_neighbour()),
+    "nearest_centroid": Case(algorithms.nearest_centroid()),
+    "ridge": Case(algorithms.ridge()),
+    "logistic_regression": Case(algorithms.logistic_regression()),
     "from_scratch": Case(
         algorithms.from_scratch(NET, rules.as_rule(optax.sgd(0.3)), **STEPS)
     ),
@@ -130,6 +133,9 @@ COMPARING = (
 )
 EQUIVARIANT = (
     "nearest_neighbour",
+    "nearest_centroid",
+    "ridge",
+    "logistic_regression",
     "tied_head",
     "hallucination",
     "pretrained_features",

@@ -200,7 +200,7 @@ def test_an_array_that_no_process_has_whole_is_saved_whole_with_its_digest(
     del document["digest"]
     document["digest"] = checkpoint_format.digest_of_json(document)
     metadata.write_text(json.dumps(stored))
-    with pytest.raises(FileNotFoundError, match="do not agree with their digest"):
+    with pytest.raises(ValueError, match="do not agree with their digest"):
         checkpoints.restore(path, None, which=10)
 
 
@@ -570,9 +570,11 @@ def test_devices_that_do_not_divide_the_tasks_are_refused(monkeypatch):
         sharding.task_mesh(8, devices_per_task=3)
     with pytest.raises(ValueError, match="of the 2 groups of 2 devices: choose"):
         sharding.task_mesh(3, num_devices=4, devices_per_task=2)
-    with pytest.raises(ValueError, match="--devices-per-task 3: .*choose a divisor of"):
+    with pytest.raises(
+        ValueError, match=r"--devices-per-task 3: .*choose a divisor of"
+    ):
         devices.mesh_for(devices.Devices(devices_per_task=3), 8, "--tasks")
-    with pytest.raises(ValueError, match="--tasks 3, .*of the 2 groups of 2 devices"):
+    with pytest.raises(ValueError, match=r"--tasks 3, .*of the 2 groups of 2 devices"):
         devices.mesh_for(devices.Devices(devices=4, devices_per_task=2), 3, "--tasks")
     with pytest.raises(ValueError, match="--devices 9: num_devices=9"):
         devices.mesh_for(devices.Devices(devices=9), 9, "--tasks")
@@ -582,7 +584,7 @@ def test_devices_that_do_not_divide_the_tasks_are_refused(monkeypatch):
         sharding.task_mesh(4)
     with pytest.raises(ValueError, match="num_devices=4: choose 8, all of them"):
         sharding.task_mesh(8, num_devices=4)
-    with pytest.raises(ValueError, match="--meta-batch 4: .*multiple of the 8 d"):
+    with pytest.raises(ValueError, match=r"--meta-batch 4: .*multiple of the 8 d"):
         devices.mesh_for(devices.Devices(), 4, "--meta-batch")
 
 

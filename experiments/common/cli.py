@@ -29,6 +29,7 @@ __all__ = [
     "Options",
     "Pair",
     "Positive",
+    "Share",
     "check",
     "check_multiple",
     "check_names",
@@ -79,6 +80,7 @@ Count = Annotated[int, msgspec.Meta(ge=1)]
 Natural = Annotated[int, AT_LEAST_0]
 Pair = Annotated[int, msgspec.Meta(ge=2)]  # what has an interval, or two classes
 Positive = Annotated[float, msgspec.Meta(gt=0)]
+Share = Annotated[float, msgspec.Meta(gt=0, le=1)]
 
 
 def parse(

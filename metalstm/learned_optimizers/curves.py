@@ -20,12 +20,13 @@ from metalstm.checks import check_at_least, check_choice
 from metalstm.inner import second_order, unroll
 from metalstm.learned_optimizers.problems import ProblemFamily
 from metalstm.rules import as_rule
-from metalstm.statistics import mean_and_ci95
+from metalstm.statistics import Estimate, mean_and_ci95
 from metalstm.tasks import TaskMapping, map_tasks
 
 __all__ = [
     "Summary",
     "Sweep",
+    "capped_logs",
     "curve_difference",
     "loss_curves",
     "make_loss_curves",
@@ -78,11 +79,11 @@ def make_loss_curves(
 
     Args:
       record_every: updates from one recorded loss to the next.
-      eval_batch: examples that a recorded loss is the mean over, others at every
-        record but the same for every optimizer (1,000 or more for a claim). None: the
-        minibatch that the next update is made on, as published curves have it.
+      eval_batch: number of examples that a recorded loss is the mean over; new ones at
+        every record, the same for every optimizer (take 1,000 or more to report). None:
+        the minibatch of the next update, as in published curves.
       task_mapping: how instances are laid out; see `metalstm.tasks.map_tasks`. "vmap"
-        is much the fastest for small problems.
+        is by far the fastest for small problems.
 
     Raises:
       ValueError: ``num_steps`` is no multiple of ``record_every``, or either or
@@ -180,7 +181,7 @@ def _curves(
 
 
 class Sweep(NamedTuple):
-    """What a grid of hyper-parameters came to."""
+    """The scores and curves of a grid of hyper-parameters."""
 
     grid: dict[str, np.ndarray]  # each [G]: the product of the axes
     scores: np.ndarray  # [G], lower is better
@@ -268,8 +269,8 @@ def _logs(losses: np.ndarray) -> np.ndarray:
 class Summary(NamedTuple):
     """Losses over instances at one step; infinite where one of them is not finite.
 
-    ``mean`` alone hides nothing but is ruled by the worst; ``mean_log`` alone can be
-    gamed by a rule that diverges sometimes.
+    ``mean`` is dominated by the worst instances; ``mean_log`` alone can favour a rule
+    that sometimes diverges.
     """
 
     mean: float
@@ -297,21 +298,35 @@ def summary(curves: np.ndarray, at: int = -1) -> Summary:
     )
 
 
+def capped_logs(curves: np.ndarray, at: int = -1) -> np.ndarray:
+    """Return the logs of column ``at`` of ``curves`` [I, S + 1], float64 [I].
+
+    No loss counts as more than 1,000 times its first, and one that is not a number as
+    that, so that a mean exists where an instance diverges, and none does so for free.
+
+    >>> print(capped_logs(np.array([[1.0, 1.0], [1.0, np.nan], [1.0, 1e9]])).round(2))
+    [0.   6.91 6.91]
+    """
+    start, losses = np.asarray(curves, np.float64)[:, [0, at]].T
+    worst = 1e3 * start
+    return _logs(np.where(losses < worst, losses, worst))  # NaN is not below
+
+
 def curve_difference(
     a: np.ndarray, b: np.ndarray, at: int = -1, *, log: bool = False
-) -> tuple[float, float]:
+) -> Estimate:
     """Mean and 95% half-interval of ``a - b`` at column ``at``, instance by instance.
 
     Args:
       a, b: [I, S + 1] over the same instances.
-      log: compare logarithms.
+      log: compare `capped_logs`.
 
     Raises:
       ValueError: the shapes differ.
     """
     if a.shape != b.shape:
         raise ValueError(f"curves of shapes {a.shape} and {b.shape} are not in pairs")
-    last_a, last_b = (np.asarray(x, np.float64)[:, at] for x in (a, b))
     if log:
-        last_a, last_b = _logs(last_a), _logs(last_b)
+        return mean_and_ci95(capped_logs(a, at) - capped_logs(b, at))
+    last_a, last_b = (np.asarray(x, np.float64)[:, at] for x in (a, b))
     return mean_and_ci95(last_a - last_b)

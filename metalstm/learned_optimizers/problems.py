@@ -18,6 +18,7 @@ from flax import linen as nn
 
 from metalstm.algorithms.common import task_loss
 from metalstm.base import Array, Learner, LearnerState, PyTree
+from metalstm.batches import first_example, num_examples
 from metalstm.checks import check_at_least, check_choice, check_positive
 from metalstm.nn import MLP, conv4, from_flax
 
@@ -64,7 +65,7 @@ class ProblemSampler:
     Args:
       family: a `ProblemFamily`.
       num_batches: minibatches of a draw. `learned_optimizer` takes one more
-        than it makes updates: the loss behind the last update has its own.
+        than it makes updates, for the loss after the last update.
     """
 
     family: ProblemFamily
@@ -164,7 +165,7 @@ def plateau(
     num_examples: int = 32,
     steepness: tuple[float, float] = (5.0, 20.0),
 ) -> ProblemFamily:
-    """High loss, hardly any gradient: a saturated neuron that is wrong about all.
+    """High loss, hardly any gradient: a saturated neuron whose answers are all wrong.
 
     Mean squared error of sigmoid(theta.x) against labels [w.x > 0], w a random unit
     vector, x ~ N(0, I). theta_0 = -s w + N(0, 1): confidently wrong, on a plateau that
@@ -202,7 +203,7 @@ def sinusoids(
 ) -> ProblemFamily:
     """Fit a (sin(x - phase)) by a tanh MLP: a ~ U(0.1, 5), phase ~ U(0, pi).
 
-    Minibatches are drawn afresh: x ~ U(-5, 5), as in MAML's regression.
+    Every minibatch is drawn anew: x ~ U(-5, 5), as in MAML's regression.
     """
     _check_positive(batch_size=batch_size)
     learner = from_flax(MLP(1, tuple(hidden), jnp.tanh))
@@ -265,7 +266,7 @@ def supervised(
     measure = task_loss if loss_fn is None else loss_fn
 
     def sample(key: Array, data: PyTree) -> PyTree:
-        example = _floats(data.x[:1])
+        example = _floats(first_example(data.x))
         state = learner.init(key, example)
         return _Start(example, state._replace(params=()))
 
@@ -273,8 +274,8 @@ def supervised(
         return _redrawn(key, learner.init(key, task.example).params, init_std)
 
     def batch(key: Array, data: PyTree, size: int | None = None) -> PyTree:
-        rows = jax.random.randint(key, (size or batch_size,), 0, data.x.shape[0])
-        return data.x[rows], data.y[rows]
+        rows = jax.random.randint(key, (size or batch_size,), 0, num_examples(data.x))
+        return jax.tree.map(lambda leaf: leaf[rows], (data.x, data.y))
 
     def loss(params: PyTree, task: PyTree, batch: PyTree) -> Array:
         x, y = batch
@@ -369,8 +370,9 @@ def with_random_scaling(
     return ProblemFamily(sample, init, family.batch, loss)
 
 
-def _floats(x: Array) -> Array:
-    return x.astype(jnp.float32) / 255 if x.dtype == jnp.uint8 else x
+def _floats(x: PyTree) -> PyTree:
+    scale = lambda a: a.astype(jnp.float32) / 255 if a.dtype == jnp.uint8 else a  # noqa: E731
+    return jax.tree.map(scale, x)
 
 
 def _redrawn(key: Array, params: PyTree, std: float | None) -> PyTree:

@@ -9,7 +9,6 @@ Shapes: N support and M query images, d features; an embedding is [d], or a map
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -20,6 +19,8 @@ from jax import lax
 
 from metalstm.algorithms.common import (
     accuracy,
+    make_algorithm,
+    resampled,
     stop_statistics,
     task_loss,
     with_running_statistics,
@@ -35,8 +36,8 @@ from metalstm.base import (
     MetaParams,
     Norm,
     PyTree,
-    make_algorithm,
 )
+from metalstm.batches import first_example, join_examples, num_examples
 from metalstm.nn.heads import output_shape
 
 __all__ = [
@@ -97,7 +98,7 @@ class Compared(NamedTuple):
 
 
 def cross_entropy(compared: Compared) -> Array:
-    """The loss of most: cross-entropy of the query's scores."""
+    """Return the cross-entropy of the query's scores, the default loss."""
     return task_loss(compared.scores, compared.targets)
 
 
@@ -124,7 +125,7 @@ def compare_embeddings(
 
     def init(key: Array, episode: Episode) -> LearnerState:
         learner_key, comparison_key = comparison.split_key(key)
-        x = episode.support.x[:1]
+        x = first_example(episode.support.x)
         state = learner.init(learner_key, x)
         if comparison.init is None:
             return state
@@ -137,11 +138,11 @@ def compare_embeddings(
     def loss(state: LearnerState, key: Array, episode: Episode):
         support, query = episode
         # no task has more classes than support images
-        way = support.x.shape[0] if train_way is None else train_way
+        way = num_examples(support.x) if train_way is None else train_way
         scores, embedded, stats = scores_of(
             stop_statistics(state), key, support, query.x, way=way, norm="gather"
         )
-        present = jnp.arange(way)[None] <= support.y.max()
+        present = jnp.zeros(way, bool).at[support.y].set(True)[None]
         scores = jnp.where(present, scores, -jnp.inf)
         labels = jnp.concatenate([support.y, query.y])
         metrics = {"accuracy": accuracy(scores, query.y)}
@@ -163,7 +164,7 @@ def compare_embeddings(
         init=init,
         loss=loss,
         predict=predict,
-        train_sampler=_with_train_options(train_way, train_queries),
+        train_sampler=resampled(way=train_way, queries=train_queries),
         query_norm="frozen",
         **slots,
     )
@@ -184,25 +185,16 @@ def _scores_of(
     embedding, learned = state, LearnerState((), {}, {})
     if comparison.init is not None:
         embedding, learned = _split(state, comparison.name)
-    images = jnp.concatenate([support.x, query_x])
+    images = join_examples(support.x, query_x)
     dropout_key = key if norm == "gather" else None
     embedded, embedding = learner.apply(embedding, images, norm=norm, key=dropout_key)
-    of_support, of_query = jnp.split(embedded, [support.x.shape[0]])
+    of_support, of_query = jnp.split(embedded, [num_examples(support.x)])
     scores, learned = comparison.apply(
         learned, key, of_support, support.y, of_query, way=way, norm=norm
     )
     if comparison.init is not None:
         embedding = _join(embedding, learned, comparison.name)
     return scores, embedded, embedding.stats
-
-
-def _with_train_options(
-    train_way: int | None, train_queries: int | None
-) -> Callable[[Any], Any]:
-    """Return a `MetaAlgorithm.train_sampler`: the test's spec with other numbers."""
-    changes = {"way": train_way, "queries": train_queries}
-    changes = {name: n for name, n in changes.items() if n is not None}
-    return lambda spec: dataclasses.replace(spec, **changes) if changes else spec
 
 
 _LEARNED_PARTS = ("comparison", "generator", "memory_net")
