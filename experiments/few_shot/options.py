@@ -125,15 +125,6 @@ class Common(cli.Options, frozen=True):
     devices: Flat[Devices] = Devices()
 
 
-class Options(Common, frozen=True):
-    methods: dict[str, Any] = msgspec.field(default_factory=dict)
-    """Name -> the options of the method, of `experiments.few_shot.methods.kind_of`."""
-
-
-def with_methods(common: Common, methods: dict[str, Any]) -> Options:
-    return Options(common.data, common.test, common.run, common.devices, methods)
-
-
 class Retest(cli.Options, frozen=True):
     """What a finished run may be tested again with."""
 
@@ -144,3 +135,16 @@ class Retest(cli.Options, frozen=True):
     sense. Default: the run's."""
     num_test_steps: Count | None = None
     """Inner updates. Default: the run's."""
+
+
+class Options(Common, frozen=True):
+    methods: dict[str, Any] = msgspec.field(default_factory=dict)
+    """Name -> the options of the method, of `experiments.few_shot.methods.kind_of`."""
+    retest: Retest = Retest()
+
+
+def with_methods(
+    common: Common, methods: dict[str, Any], retest: Retest | None = None
+) -> Options:
+    parts = common.data, common.test, common.run, common.devices
+    return Options(*parts, methods, retest or Retest())

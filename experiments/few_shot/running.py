@@ -9,21 +9,22 @@ from typing import Any
 
 from experiments.common import devices, report
 from experiments.common.cli import replace
+from experiments.common.command import run_in
 from experiments.common.run_folder import (
     Metrics,
-    locked,
+    free_folder,
     refuse_other_data,
     refuse_other_runs,
     write_json,
 )
 from experiments.common.saved_options import to_json
-from experiments.common.script_end import Interrupted
+from experiments.few_shot.command_line import MODULE
 from experiments.few_shot.data import Source, load_source
 from experiments.few_shot.figures import draw, draw_learning_curves
 from experiments.few_shot.heading import header
 from experiments.few_shot.methods import specs_of
 from experiments.few_shot.options import Options
-from experiments.few_shot.test import meta_test, over_seeds
+from experiments.few_shot.test import evaluate_again, meta_test, over_seeds
 from experiments.few_shot.train import (
     Trainer,
     checkpoint_of,
@@ -32,6 +33,21 @@ from experiments.few_shot.train import (
 )
 from metalstm.predictor import describe_methods
 from metalstm.runtime import processes
+
+ROOT = Path("runs") / "few_shot"
+
+
+def choose_folder(options: Options) -> Path:
+    """Where the run goes: as told, or a name that no other run has."""
+    run, data = options.run, options.data
+    dataset = data.dataset.replace("tfds:", "").replace("/", "-")
+    name = f"{dataset}-{data.way}w{data.shot}s-{run.seed}"
+    return run.resume or run.workdir or free_folder(ROOT / name)
+
+
+def evaluate(options: Options, arguments: Sequence[str]) -> None:
+    del arguments
+    evaluate_again(options)
 
 
 def run(options: Options, folder: Path) -> int:
@@ -54,16 +70,9 @@ def run(options: Options, folder: Path) -> int:
     programs = make_all_programs(options, specs, source)
     trainer = Trainer(options, specs, programs, source, folder)
     print(header(options, source, devices.describe(meshes[0])), flush=True)
-    if devices.is_one_of_several():
-        print(report.resume_hint(folder), flush=True)  # a process may die
-    run = run_seed if options.run.seeds == 1 else run_seeds
-    with locked(folder, options, may_change(options)):
-        try:
-            run(trainer)
-        except Interrupted:
-            print(f"stopped and saved; {report.resume_hint(folder)}")
-            return 130
-    return 0
+    seeds = run_seed if options.run.seeds == 1 else run_seeds
+    changeable = may_change(options)
+    return run_in(folder, options, changeable, lambda: seeds(trainer), MODULE)
 
 
 def run_seed(trainer: Trainer) -> dict[str, Any]:
@@ -103,7 +112,7 @@ def run_seeds(trainer: Trainer) -> None:
     print(table)
     if processes.is_main():
         runs = [folder / f"seed-{seed}" for seed in per_seed]
-        curves = draw_learning_curves(options.data, runs, folder)
+        curves = draw_learning_curves(options, runs, folder)
         _write_results(folder, results, [*table.write(folder), curves])
 
 
