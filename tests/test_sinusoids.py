@@ -42,7 +42,9 @@ def test_a_trajectory_ends_where_prediction_does_and_starts_unadapted():
         state = params.learner._replace(params=jax.tree.map(lambda p: p[-1], path))
         outputs, _ = learner.apply(state, episode.query.x, norm="batch")
         key = jax.random.key(1)
-        predicted = maml.predict(params, key, episode.support, episode.query.x)
+        predicted = maml.predict(
+            params, key, episode.support, episode.query.x, num_classes=None
+        )
         return path, outputs, predicted
 
     path, outputs, predicted = both(params)
