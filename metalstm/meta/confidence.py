@@ -155,7 +155,7 @@ def fit_confidence(
 
     The temperature is fitted on every other episode and the sets on the rest, so that
     no probability in a set's threshold was fitted to the label it is compared with. For
-    one query, of one of the classes, of a new episode
+    a query drawn from those of a new episode's classes
 
         P(its label is in the set)          >= coverage
         P(it is answered "none of these")   <= false_alarm_rate
