@@ -5,6 +5,7 @@ meta-learner is a function from a support set to a predictor.
 """
 
 from metalstm import algorithms, data, learned_optimizers, nn, rules
+from metalstm.algorithms.common import make_algorithm
 from metalstm.base import (
     Aux,
     Batch,
@@ -15,7 +16,6 @@ from metalstm.base import (
     MetaParams,
     RuleTraits,
     UpdateRule,
-    make_algorithm,
 )
 from metalstm.inner import (
     Differentiation,

@@ -7,12 +7,10 @@ target dimensions. Every function below is written for ONE task; the caller vmap
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, Literal, NamedTuple, Protocol
+from typing import Any, Literal, NamedTuple, Protocol, get_type_hints
 
 import jax
 import optax
-
-from metalstm.tasks import TaskMapping, mean_over_tasks
 
 __all__ = [
     "Absorb",
@@ -40,7 +38,6 @@ __all__ = [
     "TaskLoss",
     "TrainSampler",
     "UpdateRule",
-    "make_algorithm",
 ]
 
 Array = jax.Array
@@ -108,18 +105,32 @@ class ApplyLearner(Protocol):
 class Learner(NamedTuple):
     """A network as two pure functions; `metalstm.from_flax` makes one of a flax module.
 
+    A linear classifier of five classes is
+
     >>> def init(key, x):
     ...     return LearnerState({"w": jnp.zeros((x.shape[-1], 5))}, {}, {})
     >>> def apply(state, x, *, norm, key=None):
     ...     return x @ state.params["w"], state
     >>> linear = Learner(init, apply)
+    >>> state = linear.init(jax.random.key(0), jnp.ones((1, 3)))
+    >>> outputs, state = linear.apply(state, jnp.ones((2, 3)), norm="batch")
+    >>> outputs.shape
+    (2, 5)
+
+    Attributes:
+      init: ``(key, x) -> state``. Draws a `LearnerState` for inputs like x [N, ...].
+      apply: ``(state, x, *, norm, key=None) -> (outputs, state)``. Runs the network on
+        x [N, ...] and returns outputs [N, way], or [N, d]; ``norm`` is ``"batch"``,
+        ``"gather"`` or ``"stored"``. Without batch norm, ignore ``norm`` and return the
+        state as it was.
+      at_way: ``(params, way) -> params``. Gives the learned parameters a head of that
+        many classes, for a head whose classes share their start. None: the head has a
+        fixed number of outputs.
     """
 
-    init: InitLearner  # (key, x [N, ...]) -> LearnerState
-    apply: ApplyLearner  # (state, x [N, ...], *, norm, key) -> outputs, state
+    init: InitLearner
+    apply: ApplyLearner
     at_way: Callable[[PyTree, int], PyTree] | None = None
-    """(learned params, way) -> params with a head of that many classes, for a head
-    whose classes share their start. None: the head has a fixed number of outputs."""
 
 
 class InitRule(Protocol):
@@ -157,19 +168,22 @@ class BindRule(Protocol):
 
 
 class RuleTraits(NamedTuple):
-    """Promises by the author of a rule. All are safe to leave at their defaults."""
+    """Promises by the author of a rule. All are safe to leave at their defaults.
+
+    Attributes:
+      coordinatewise: each coordinate's update reads only its own gradient, parameter
+        and state, and the loss, by the same rule parameters for every coordinate (a
+        rate for each tensor breaks this). The rule then sees one vector of all
+        coordinates, in blocks: a false promise changes values, not only derivatives.
+      smooth: its derivative is finite at a zero gradient too. Without the promise it is
+        checked before anything differentiates through the rule.
+      reads_loss: False: ``value=`` changes nothing. A coordinate-wise rule that
+        promises it may run many tasks as one, which share no loss.
+    """
 
     coordinatewise: bool = False
-    """Each coordinate's update reads only its own gradient, parameter and state, and
-    the loss, by the same rule parameters for every coordinate (a rate for each tensor
-    is not that). The rule then sees one vector of all coordinates, in blocks: a false
-    promise changes values, not only derivatives."""
     smooth: bool = False
-    """Its derivative is finite at a zero gradient too. Without the promise it is
-    checked before anything differentiates through the rule."""
     reads_loss: bool = True
-    """False: ``value=`` changes nothing. A coordinate-wise rule that promises it may
-    run many tasks as one, which share no loss."""
 
 
 class UpdateRule(NamedTuple):
@@ -180,9 +194,8 @@ class UpdateRule(NamedTuple):
     >>> def init(key, params):
     ...     return jnp.float32(0.1)  # alpha
     >>> def bind(alpha):
-    ...     def update(grads, state, params=None, **extra):
-    ...         return jax.tree.map(lambda g: -alpha * g, grads), state
-    ...     return optax.GradientTransformationExtraArgs(lambda params: (), update)
+    ...     tx = optax.stateless_with_tree_map(lambda g, param: -alpha * g)
+    ...     return optax.with_extra_args_support(tx)  # update() takes value=, too
     >>> promises = RuleTraits(coordinatewise=True, smooth=True, reads_loss=False)
     >>> rule = UpdateRule(init, bind, promises)
     >>> tx = rule.bind(0.5)
@@ -192,9 +205,15 @@ class UpdateRule(NamedTuple):
     An optax transform is accepted wherever a rule is (`metalstm.rules.as_rule`).
 
     Attributes:
-      init: ``(key, params) -> rule_params``, documented in `InitRule`.
-      bind: ``(rule_params) -> optax transform``, documented in `BindRule`.
-      traits: what its author promises: `RuleTraits`.
+      init: ``(key, params) -> rule_params``. Draws what is meta-learned, any pytree of
+        float arrays, to update a learner's ``params``; ``()`` when there is nothing.
+      bind: ``(rule_params) -> optax.GradientTransformationExtraArgs``. The transform's
+        ``init(params)`` gives a state of arrays of fixed shape; its ``update(grads,
+        state, params, *, value, **extra)`` returns ``(delta, state)``, where ``delta``
+        has the shapes of ``grads`` and is *added* to the parameters, and ``value`` is
+        the loss before the update. It raises ValueError when it needs ``params`` or
+        ``value`` and does not get them.
+      traits: what its author promises, for speed: `RuleTraits`.
     """
 
     init: InitRule
@@ -210,7 +229,7 @@ class MetaParams(NamedTuple):
 
 
 class Aux(NamedTuple):
-    """What a task's loss says besides its value; nothing here has a derivative."""
+    """What a task's loss returns besides its value; nothing here has a derivative."""
 
     metrics: dict[str, Array]  # scalars, averaged over the tasks of a meta-step
     gathered: PyTree = ()  # this task's batch statistics, () when none are gathered
@@ -283,14 +302,14 @@ class Adapt(Protocol):
 
 class InitCarry(Protocol):
     def __call__(self, key: Array, meta_params: PyTree, episode: Any, /) -> PyTree:
-        """Start what goes from meta-step to meta-step and no gradient touches."""
+        """Start the carry, which meta-steps pass on and which has no gradient."""
 
 
 class MetaGradient(Protocol):
     def __call__(
         self, meta_params: PyTree, carry: PyTree, keys: Array, episodes: Any, /
     ) -> tuple[PyTree, PyTree, dict[str, Array]]:
-        """Return one meta-step's gradient; all that the train step knows of a method.
+        """Return one meta-step's gradient; the train step needs nothing else.
 
         Args:
           meta_params: of the structure that ``init`` gives.
@@ -312,89 +331,70 @@ class Absorb(Protocol):
 
 class TrainSampler(Protocol):
     def __call__(self, spec: Any, /) -> Any:
-        """Turn the test-time spec into the one to meta-train on (a higher way, say)."""
+        """Turn the test-time spec into that of meta-training (a higher way, say)."""
 
 
 class MetaAlgorithm(NamedTuple):
     """A function from a support set to a predictor, and how it is meta-trained.
 
-    `make_algorithm` builds one and fills in what is optional. Each slot's type says
-    what it takes and gives: `InitAlgorithm`, `TaskLoss`, `Predict`, `Adapt`,
-    `InitCarry`, `MetaGradient`, `Absorb`, `TrainSampler`.
+    `metalstm.make_algorithm` fills in what is optional. A method that learns a scale
+    for the distance to the mean of a class is
+
+    >>> from metalstm.algorithms import make_algorithm, query_loss
+    >>> def init(key, episode):
+    ...     return jnp.float32(1)
+    >>> def predict(scale, key, support, query_x, *, num_classes):
+    ...     of_class = jax.nn.one_hot(support.y, num_classes)  # [N, way]
+    ...     means = of_class.T @ support.x / of_class.sum(0)[:, None]  # [way, d]
+    ...     return -scale * jnp.square(query_x[:, None] - means).sum(-1)  # [M, way]
+    >>> nearest_mean = make_algorithm(
+    ...     init=init, predict=predict, loss=query_loss(predict, 2)
+    ... )
+    >>> support = Batch(jnp.array([[0.0], [4.0]]), jnp.array([0, 1]))
+    >>> nearest_mean.predict(0.5, None, support, jnp.array([[1.0]]), num_classes=2)
+    Array([[-0.5, -4.5]], dtype=float32)
+
+    Attributes:
+      init: ``(key, episode) -> meta_params``. Draws what is meta-learned, any pytree of
+        float arrays, for tasks like this one.
+      loss: ``(meta_params, key, episode) -> (scalar, Aux)``. One task's loss.
+      predict: ``(meta_params, key, support, query_x, *, num_classes) -> scores``.
+        Adapts to the support set (x [N, ...], y [N]) and scores the queries [M, ...]:
+        [M, way], higher is better; for regression values [M, d]. It raises ValueError
+        for a task that the method does not fit.
+      adapt: as ``predict``, returns ``(InnerState, Trace)`` of the inner loop, or None.
+      init_carry: ``(key, meta_params, episode) -> carry``. Starts what goes from
+        meta-step to meta-step and has no gradient.
+      meta_gradient: ``(meta_params, carry, keys, episodes) -> (gradient, carry,
+        metrics)``. One meta-step over T tasks: keys [T], episodes with a leading [T].
+      absorb: ``(meta_params, carry) -> meta_params``. Puts what the carry gathered
+        where ``predict`` reads it, after each meta-step.
+      train_sampler: ``(spec) -> spec``. From the tasks of the test to those of
+        meta-training.
+      query_norm: printed with every result; None when there is no batch norm.
+      trainable: False: there is nothing to meta-learn, and it is never trained.
+      per_task_carry: True: every leaf of the carry has a leading [T], each task's own
+        part, which chunks of tasks and devices split. False: one carry for all tasks.
     """
 
-    init: InitAlgorithm  # (key, episode) -> meta_params
-    loss: TaskLoss  # (meta_params, key, episode) -> (scalar, Aux)
-    predict: Predict  # (meta_params, key, support, query_x, *, num_classes) -> scores
-    adapt: Adapt | None  # (meta_params, key, support) -> (InnerState, Trace)
-    init_carry: InitCarry  # (key, meta_params, episode) -> carry
-    meta_gradient: MetaGradient  # (meta_params, carry, keys, episodes) -> grads, ..
-    absorb: Absorb  # (meta_params, carry) -> meta_params
-    train_sampler: TrainSampler  # test-time spec -> training spec
+    init: InitAlgorithm
+    loss: TaskLoss
+    predict: Predict
+    adapt: Adapt | None
+    init_carry: InitCarry
+    meta_gradient: MetaGradient
+    absorb: Absorb
+    train_sampler: TrainSampler
     query_norm: str | None
-    """Printed with every result; None when there is no batch norm."""
     trainable: bool
-    """False: nothing to meta-learn, never trained."""
     per_task_carry: bool
-    """True: every leaf of the carry has a leading [T], each task's own part; chunks of
-    tasks and devices then get theirs. False: one carry for all tasks."""
 
 
-def make_algorithm(
-    *,
-    init: InitAlgorithm,
-    predict: Predict,
-    loss: TaskLoss | None = None,
-    adapt: Adapt | None = None,
-    init_carry: InitCarry | None = None,
-    meta_gradient: MetaGradient | None = None,
-    absorb: Absorb | None = None,
-    train_sampler: TrainSampler | None = None,
-    query_norm: str | None = None,
-    trainable: bool = True,
-    per_task_carry: bool = False,
-    task_mapping: TaskMapping | None = None,
-) -> MetaAlgorithm:
-    """Fill in a `MetaAlgorithm`'s optional slots.
-
-    The default ``meta_gradient`` is the mean over tasks of ``grad(loss)``; the default
-    carry is ``()``; the default ``train_sampler`` trains on the test-time spec.
-
-    Args:
-      task_mapping: of the default ``meta_gradient``; see `metalstm.tasks.map_tasks`.
-
-    Raises:
-      ValueError: it is trainable, and has neither ``loss`` nor ``meta_gradient``.
-    """
-    if trainable and loss is None and meta_gradient is None:
-        raise ValueError("a trainable algorithm needs loss= or meta_gradient=")
-
-    def no_loss(meta_params, key, episode):
-        raise ValueError("this algorithm has no meta-training loss (trainable=False)")
-
-    loss_fn = no_loss if loss is None else loss
-
-    def mean_gradient(meta_params, carry, keys, episodes):
-        def one(key, episode):
-            def objective(meta_params):
-                value, aux = loss_fn(meta_params, key, episode)
-                return value, {"loss": value, **aux.metrics}
-
-            return jax.grad(objective, has_aux=True)(meta_params)
-
-        grads, metrics = mean_over_tasks(one, keys, episodes, how=task_mapping)
-        return grads, carry, metrics
-
-    return MetaAlgorithm(
-        init=init,
-        loss=loss_fn,
-        predict=predict,
-        adapt=adapt,
-        init_carry=init_carry or (lambda key, meta_params, episode: ()),
-        meta_gradient=meta_gradient or mean_gradient,
-        absorb=absorb or (lambda meta_params, carry: meta_params),
-        train_sampler=train_sampler or (lambda spec: spec),
-        query_norm=query_norm,
-        trainable=trainable,
-        per_task_carry=per_task_carry,
-    )
+# help() of a NamedTuple then shows, at each function, what the function's type says
+for _type in (Learner, UpdateRule, MetaAlgorithm):
+    _hints = get_type_hints(_type)
+    _type.__new__.__annotations__ = _hints  # classes, not ForwardRefs
+    for _name, _hint in _hints.items():
+        _function = getattr(_hint, "__args__", (_hint,))[0]  # Adapt of Adapt | None
+        if getattr(_function, "_is_protocol", False):
+            getattr(_type, _name).__doc__ = _function.__call__.__doc__

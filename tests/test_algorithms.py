@@ -14,6 +14,7 @@ import pytest
 import tiny
 
 from metalstm import algorithms, rules
+from metalstm.algorithms.common import make_algorithm
 from metalstm.algorithms.gradient import adaptation
 from metalstm.base import (
     Batch,
@@ -22,7 +23,6 @@ from metalstm.base import (
     LearnerState,
     MetaAlgorithm,
     MetaParams,
-    make_algorithm,
 )
 from metalstm.inner import first_order, second_order
 from metalstm.nn import relation_net, tied_head

@@ -130,11 +130,26 @@ def test_a_truncated_newest_falls_back_and_says_so(tmp_path):
     assert "2 cannot be read" in restored.message
     assert "fell back to step 1" in restored.message
     assert_equal(restored.state, make_state(1))
-    with pytest.raises(FileNotFoundError, match="cannot be read"):
+    damaged = r"2 cannot be read: its arrays are damaged .*; choose another step \(1\)"
+    with pytest.raises(ValueError, match=damaged) as caught:
         checkpoints.restore(tmp_path, make_state(0), which=2)
+    assert caught.value.__cause__ is not None
     truncate(tmp_path / "1")
-    with pytest.raises(FileNotFoundError, match="start again in another folder"):
+    with pytest.raises(ValueError, match="start again in another folder"):
         checkpoints.restore(tmp_path, make_state(0))
+
+
+def test_damaged_metadata_are_named(tmp_path):
+    checkpoints.save(tmp_path, make_state(1), step=1)
+    (tmp_path / "1" / METADATA).write_text("{")
+    damaged = "1 cannot be read: its metadata are damaged .*no other one is left"
+    for read in (
+        lambda: checkpoints.read_metadata(tmp_path),
+        lambda: checkpoints.restore(tmp_path, None, which="best"),
+    ):
+        with pytest.raises(ValueError, match=damaged) as caught:
+            read()
+        assert caught.value.__cause__ is not None
 
 
 def test_arrays_that_changed_on_disk_are_noticed(tmp_path):
@@ -310,6 +325,8 @@ def test_bad_arguments(tmp_path):
             checkpoints.restore(tmp_path / "nowhere", {}, which=which)
     with pytest.raises(FileNotFoundError, match="no checkpoint"):
         checkpoints.read_metadata(tmp_path)
+    with pytest.raises(ValueError, match="which='newest': choose one of latest, best"):
+        checkpoints.restore(tmp_path, {}, which="newest")
 
 
 WRITER = """

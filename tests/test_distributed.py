@@ -200,7 +200,7 @@ def test_an_array_that_no_process_has_whole_is_saved_whole_with_its_digest(
     del document["digest"]
     document["digest"] = checkpoint_format.digest_of_json(document)
     metadata.write_text(json.dumps(stored))
-    with pytest.raises(FileNotFoundError, match="do not agree with their digest"):
+    with pytest.raises(ValueError, match="do not agree with their digest"):
         checkpoints.restore(path, None, which=10)
 
 

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import doctest
 import importlib
+import pydoc
+import re
 import types
+import typing
 from pathlib import Path
 
 import jax
@@ -50,15 +53,25 @@ def test_what_write_your_own_shows_runs_and_is_as_short_as_it_says():
     tx = names["tanh_descent"]().bind({"alpha": 0.1, "beta": 2.0})
     updates, _ = tx.update(jnp.array([0.5, -2.0]), tx.init(()))
     np.testing.assert_allclose(updates, -0.1 * np.tanh([1.0, -4.0]), rtol=1e-6)
-    for function, lines in (("tanh_descent", 10), ("proto_maml", 20)):
+    for function, limit in (("net", 5), ("tanh_descent", 10), ("proto_maml", 20)):
         (block,) = (
             block
             for block in blocks(DOCS / "write_your_own.md")
-            if f"def {function}" in block
+            if f"def {function}(" in block
         )
-        _, body = block.split(f"def {function}")
-        rows = [row for row in body.splitlines() if row.strip()]
-        assert len(rows) <= lines + 2  # the formatter breaks a statement or two
+        block = re.sub('""".*?"""', "", block, flags=re.DOTALL)
+        assert len([row for row in block.splitlines() if row.strip()]) <= limit
+        assert max(map(len, block.splitlines())) <= 88
+
+
+@pytest.mark.parametrize("of", ["UpdateRule", "Learner", "MetaAlgorithm"])
+def test_help_teaches_how_to_write_one(of):
+    said = pydoc.plain(pydoc.render_doc(getattr(metalstm, of)))
+    assert "ForwardRef" not in said.split("Method resolution order")[0]
+    for slot in typing.get_type_hints(getattr(metalstm, of)).values():
+        if getattr(slot, "_is_protocol", False):
+            for row in slot.__call__.__doc__.splitlines():
+                assert row.strip() in said
 
 
 @pytest.mark.parametrize("name", WITH_DOCTESTS)
@@ -85,12 +98,23 @@ def test_the_reference_has_every_public_name():
     contract = (DOCS / "api" / "contract.md").read_text()
     for name in metalstm.base.__all__:
         assert f":: {name}\n" in contract or name in ("Array", "PyTree")
+    for package in (metalstm.algorithms, metalstm.rules):  # listed by hand
+        page = (DOCS / "api" / f"{package.__name__.split('.')[1]}.md").read_text()
+        for name in package.__all__:
+            assert f":: {name}\n" in page, name
     reference = "".join(page.read_text() for page in (DOCS / "api").glob("*.md"))
     for name in metalstm.__all__:
         thing = getattr(metalstm, name)
         if not isinstance(thing, types.ModuleType):
             room = thing.__module__.split(".")[1]
             assert f":: metalstm.{room}" in reference or room == "base", name
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "notebooks").glob("*.ipynb")))
+def test_a_notebook_is_stored_with_small_outputs(path):
+    assert path.stat().st_size < 300_000
+    cells = nbformat.read(path, as_version=4).cells
+    assert any(cell.get("outputs") for cell in cells)
 
 
 @pytest.mark.slow

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from metalstm import algorithms
-from metalstm.base import make_algorithm
+from metalstm.algorithms.common import make_algorithm
 from metalstm.data import ClusterSpec, SinusoidSpec
 from metalstm.data.episodes import episode_key
 from metalstm.meta.evaluation import (

@@ -15,7 +15,8 @@ import pytest
 import tiny
 
 from metalstm import algorithms, rules, tasks
-from metalstm.base import Aux, make_algorithm
+from metalstm.algorithms.common import make_algorithm
+from metalstm.base import Aux
 from metalstm.data import ClusterSpec
 from metalstm.meta import step as meta_step
 from metalstm.meta.seeds import init_seeds, map_seeds

@@ -15,7 +15,8 @@ import pytest
 import tiny
 
 from metalstm import algorithms, rules
-from metalstm.base import Aux, LearnerState, make_algorithm
+from metalstm.algorithms.common import make_algorithm
+from metalstm.base import Aux, LearnerState
 from metalstm.data import ClusterSpec
 from metalstm.meta import fitting
 from metalstm.meta import step as meta_step

@@ -1,5 +1,6 @@
 """Meta-learners: functions from a support set to a predictor."""
 
+from metalstm.algorithms.common import make_algorithm, query_loss, task_loss
 from metalstm.algorithms.gradient.agreement import gradient_agreement
 from metalstm.algorithms.gradient.displacement import reptile
 from metalstm.algorithms.gradient.engine import learned_init
@@ -43,6 +44,7 @@ __all__ = [
     "implicit_maml",
     "learned_init",
     "logistic_regression",
+    "make_algorithm",
     "maml",
     "mann",
     "margin_classifier",
@@ -53,8 +55,10 @@ __all__ = [
     "nearest_neighbour",
     "pretrained_features",
     "prototypical",
+    "query_loss",
     "relation",
     "reptile",
     "ridge",
     "siamese",
+    "task_loss",
 ]

@@ -1,7 +1,9 @@
-"""What several algorithms share: losses, accuracy, averages over meta-training."""
+"""Losses, accuracy and slots that several algorithms share; `make_algorithm`."""
 
 from __future__ import annotations
 
+import dataclasses
+import functools
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -9,12 +11,30 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from metalstm.base import Array, Aux, LearnerState, PyTree
+from metalstm.base import (
+    Absorb,
+    Adapt,
+    Array,
+    Aux,
+    Episode,
+    InitAlgorithm,
+    InitCarry,
+    LearnerState,
+    MetaAlgorithm,
+    MetaGradient,
+    Predict,
+    PyTree,
+    TaskLoss,
+    TrainSampler,
+)
 from metalstm.tasks import TaskMapping, mean_over_tasks
 
 __all__ = [
     "RunningStatistics",
     "accuracy",
+    "make_algorithm",
+    "query_loss",
+    "resampled",
     "stop_statistics",
     "task_loss",
     "with_running_statistics",
@@ -47,6 +67,35 @@ def accuracy(scores: Array, targets: Array) -> Array:
         answered = ~jnp.isnan(scores).any(-1)
         return ((scores.argmax(-1) == targets) & answered).mean()
     return -jnp.square(scores - targets).mean()
+
+
+def query_loss(predict: Predict, num_classes: int | None) -> TaskLoss:
+    """Return a `MetaAlgorithm.loss`: the `task_loss` of the query set's scores.
+
+    For a method whose scores have a gradient. The metrics have the accuracy.
+
+    Args:
+      predict: of `MetaAlgorithm`.
+      num_classes: way of the tasks that meta-training samples; None for regression.
+    """
+
+    def loss(meta_params: PyTree, key: Array, episode: Episode) -> tuple[Array, Aux]:
+        support, query = episode
+        scores = predict(meta_params, key, support, query.x, num_classes=num_classes)
+        metrics = {"accuracy": accuracy(scores, query.y)}
+        return task_loss(scores, query.y), Aux(metrics)
+
+    return loss
+
+
+def resampled(**numbers: int | None) -> TrainSampler:
+    """Return a `MetaAlgorithm.train_sampler`: the test's spec with other numbers.
+
+    Args:
+      numbers: fields of the spec, such as ``way`` and ``queries``; None: the test's.
+    """
+    changes = {name: n for name, n in numbers.items() if n is not None}
+    return lambda spec: dataclasses.replace(spec, **changes) if changes else spec
 
 
 def stop_statistics(state: LearnerState) -> LearnerState:
@@ -90,14 +139,10 @@ def with_running_statistics(
         return RunningStatistics(jnp.float32(0), read(meta_params))
 
     def meta_gradient(meta_params, carry: RunningStatistics, keys, episodes):
-        def one(key, episode):
-            def objective(meta_params):
-                value, aux = loss(meta_params, key, episode)
-                return value, ({"loss": value, **aux.metrics}, aux.gathered)
-
-            return jax.grad(objective, has_aux=True)(meta_params)
-
-        grads, (metrics, stats) = mean_over_tasks(one, keys, episodes, how=task_mapping)
+        gradient = functools.partial(_gradient_of_task, loss, meta_params)
+        grads, (metrics, stats) = mean_over_tasks(
+            gradient, keys, episodes, how=task_mapping
+        )
         # a plain mean at first, so that the initial values leave no trace
         weight = jnp.maximum(1 / (carry.num_steps + 1), 1 / _HORIZON)
         stats = jax.tree.map(
@@ -113,3 +158,72 @@ def with_running_statistics(
         "meta_gradient": meta_gradient,
         "absorb": absorb,
     }
+
+
+def _gradient_of_task(
+    loss: Callable[..., tuple[Array, Aux]], meta_params: PyTree, key: Array, episode
+) -> tuple[PyTree, tuple[dict[str, Array], PyTree]]:
+    """The gradient of one task's loss, with its metrics and what it gathered."""
+
+    def objective(meta_params):
+        value, aux = loss(meta_params, key, episode)
+        return value, ({"loss": value, **aux.metrics}, aux.gathered)
+
+    return jax.grad(objective, has_aux=True)(meta_params)
+
+
+def make_algorithm(
+    *,
+    init: InitAlgorithm,
+    predict: Predict,
+    loss: TaskLoss | None = None,
+    adapt: Adapt | None = None,
+    init_carry: InitCarry | None = None,
+    meta_gradient: MetaGradient | None = None,
+    absorb: Absorb | None = None,
+    train_sampler: TrainSampler | None = None,
+    query_norm: str | None = None,
+    trainable: bool = True,
+    per_task_carry: bool = False,
+    task_mapping: TaskMapping | None = None,
+) -> MetaAlgorithm:
+    """Fill in a `MetaAlgorithm`'s optional slots.
+
+    The default ``meta_gradient`` is the mean over tasks of ``grad(loss)``; the default
+    carry is ``()``; the default ``train_sampler`` trains on the test-time spec.
+
+    Args:
+      task_mapping: of the default ``meta_gradient``; see `metalstm.tasks.map_tasks`.
+
+    Raises:
+      ValueError: it is trainable, and has neither ``loss`` nor ``meta_gradient``.
+    """
+    if trainable and loss is None and meta_gradient is None:
+        raise ValueError("a trainable algorithm needs loss= or meta_gradient=")
+
+    def no_loss(meta_params, key, episode):
+        raise ValueError("this algorithm has no meta-training loss (trainable=False)")
+
+    loss_fn = no_loss if loss is None else loss
+
+    def mean_gradient(meta_params, carry, keys, episodes):
+        def gradient(key, episode):
+            grads, (metrics, _) = _gradient_of_task(loss_fn, meta_params, key, episode)
+            return grads, metrics
+
+        grads, metrics = mean_over_tasks(gradient, keys, episodes, how=task_mapping)
+        return grads, carry, metrics
+
+    return MetaAlgorithm(
+        init=init,
+        loss=loss_fn,
+        predict=predict,
+        adapt=adapt,
+        init_carry=init_carry or (lambda key, meta_params, episode: ()),
+        meta_gradient=meta_gradient or mean_gradient,
+        absorb=absorb or (lambda meta_params, carry: meta_params),
+        train_sampler=train_sampler or (lambda spec: spec),
+        query_norm=query_norm,
+        trainable=trainable,
+        per_task_carry=per_task_carry,
+    )

@@ -78,11 +78,11 @@ def make_loss_curves(
 
     Args:
       record_every: updates from one recorded loss to the next.
-      eval_batch: examples that a recorded loss is the mean over, others at every
-        record but the same for every optimizer (1,000 or more for a claim). None: the
-        minibatch that the next update is made on, as published curves have it.
+      eval_batch: number of examples that a recorded loss is the mean over; new ones at
+        every record, the same for every optimizer (take 1,000 or more to report). None:
+        the minibatch of the next update, as in published curves.
       task_mapping: how instances are laid out; see `metalstm.tasks.map_tasks`. "vmap"
-        is much the fastest for small problems.
+        is by far the fastest for small problems.
 
     Raises:
       ValueError: ``num_steps`` is no multiple of ``record_every``, or either or
@@ -180,7 +180,7 @@ def _curves(
 
 
 class Sweep(NamedTuple):
-    """What a grid of hyper-parameters came to."""
+    """The scores and curves of a grid of hyper-parameters."""
 
     grid: dict[str, np.ndarray]  # each [G]: the product of the axes
     scores: np.ndarray  # [G], lower is better
@@ -268,8 +268,8 @@ def _logs(losses: np.ndarray) -> np.ndarray:
 class Summary(NamedTuple):
     """Losses over instances at one step; infinite where one of them is not finite.
 
-    ``mean`` alone hides nothing but is ruled by the worst; ``mean_log`` alone can be
-    gamed by a rule that diverges sometimes.
+    ``mean`` is dominated by the worst instances; ``mean_log`` alone can favour a rule
+    that sometimes diverges.
     """
 
     mean: float

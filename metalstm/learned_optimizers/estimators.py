@@ -67,13 +67,13 @@ class InnerRuns(NamedTuple):
     rule_state: PyTree  # likewise
     task: PyTree
     first_loss: Array  # [T] at theta_0
-    inner_step: Array  # int32 [T] updates done; -1 - k: start afresh, as if k were done
+    inner_step: Array  # int32 [T] updates done; -1 - k: start again, as if k were done
     meta_step: Array  # int32 [T] meta-steps done, the same for all
     shift: PyTree  # "pes": sum of the perturbations since the start; otherwise ()
 
 
 class Estimate(NamedTuple):
-    """What a segment came to, next to its gradient; of one task, or with a leading [T].
+    """The values of a segment besides its gradient, of one task or with a leading [T].
 
     Stacked tasks share ``value``.
     """

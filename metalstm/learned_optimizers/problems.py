@@ -64,7 +64,7 @@ class ProblemSampler:
     Args:
       family: a `ProblemFamily`.
       num_batches: minibatches of a draw. `learned_optimizer` takes one more
-        than it makes updates: the loss behind the last update has its own.
+        than it makes updates, for the loss after the last update.
     """
 
     family: ProblemFamily
@@ -164,7 +164,7 @@ def plateau(
     num_examples: int = 32,
     steepness: tuple[float, float] = (5.0, 20.0),
 ) -> ProblemFamily:
-    """High loss, hardly any gradient: a saturated neuron that is wrong about all.
+    """High loss, hardly any gradient: a saturated neuron whose answers are all wrong.
 
     Mean squared error of sigmoid(theta.x) against labels [w.x > 0], w a random unit
     vector, x ~ N(0, I). theta_0 = -s w + N(0, 1): confidently wrong, on a plateau that
@@ -202,7 +202,7 @@ def sinusoids(
 ) -> ProblemFamily:
     """Fit a (sin(x - phase)) by a tanh MLP: a ~ U(0.1, 5), phase ~ U(0, pi).
 
-    Minibatches are drawn afresh: x ~ U(-5, 5), as in MAML's regression.
+    Every minibatch is drawn anew: x ~ U(-5, 5), as in MAML's regression.
     """
     _check_positive(batch_size=batch_size)
     learner = from_flax(MLP(1, tuple(hidden), jnp.tanh))

@@ -18,7 +18,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from metalstm.base import Array, MetaAlgorithm, PyTree, UpdateRule, make_algorithm
+from metalstm.algorithms.common import make_algorithm
+from metalstm.base import Array, MetaAlgorithm, PyTree, UpdateRule
 from metalstm.checks import check_at_least, check_choice, check_positive
 from metalstm.inner import Differentiation, first_order
 from metalstm.learned_optimizers.estimators import (
@@ -69,9 +70,9 @@ def learned_optimizer(
     number of batches is set here.
 
     ``estimator="backprop"`` differentiates each segment, with theta_s and the rule's
-    state constants: cheap, and biased where a segment's updates show their worth later.
+    state constants: cheap, and biased where updates pay off only after their segment.
     ``"pes"`` is persistent evolution strategies (Vicol et al., 2021, equation 10): each
-    task runs twice, under meta-parameters perturbed by :math:`\pm\epsilon` drawn anew
+    task runs twice, under meta-parameters perturbed by :math:`\pm\epsilon` drawn again
     in every segment, and
 
     .. math:: \hat g = \xi \, (O^+ - O^-) / (2 \sigma^2), \qquad \xi = \sum \epsilon
@@ -86,10 +87,10 @@ def learned_optimizer(
         function of the meta-step (traced: a curriculum compiles nothing twice), of
         which the next multiple of K counts.
       differentiation: `metalstm.first_order` or `metalstm.second_order`, of a segment.
-        To recompute the rule needs less memory and is, on a CPU, faster. "pes"
+        Recomputing the rule needs less memory and is faster on a CPU. "pes"
         differentiates nothing.
       weights: inner step t = 1, 2, ... -> w_t, elementwise. None: 1.
-      loss_transform: "none"; "log", which weighs digits gained alike at any height;
+      loss_transform: "none"; "log", so that equal ratios of losses count the same;
         "relative" divides by the instance's loss at theta_0.
       pes_std: sigma.
       stagger: let the first runs end at different times, so that every meta-step sees
@@ -314,5 +315,5 @@ def _check_batches(draws: Draw, unroll_steps: int) -> None:
         if leaf.shape[1] != unroll_steps + 1:
             raise ValueError(
                 f"a draw has {leaf.shape[1]} batches but unroll_steps={unroll_steps}: "
-                f"one for each update and one behind the last, {unroll_steps + 1}"
+                f"one for each update and one after the last, {unroll_steps + 1}"
             )

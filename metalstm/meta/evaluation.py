@@ -1,4 +1,4 @@
-"""Meta-test: the same episodes for every method, a mean, and an honest interval."""
+"""Meta-test: the same episodes for every method, a mean and its interval."""
 
 from __future__ import annotations
 

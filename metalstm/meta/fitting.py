@@ -109,7 +109,7 @@ def fit(
         over = time.monotonic() - started > max_seconds
         if jax.process_count() == 1:
             return over
-        # clocks differ, and asking costs: at every report all do what one wants
+        # clocks differ and asking costs: at every report all stop if one must
         every = report_every or steps_per_call
         return step % every == 0 and processes.any_process(over)
 

@@ -46,7 +46,7 @@ class TrainState(NamedTuple):
 def adam_clipped(
     learning_rate: optax.ScalarOrSchedule = 1e-3, max_norm: float = 0.25
 ) -> optax.GradientTransformation:
-    """Adam behind global-norm clipping (Ravi & Larochelle: 1e-3 and 0.25)."""
+    """Adam after global-norm clipping (Ravi & Larochelle: 1e-3 and 0.25)."""
     return optax.chain(optax.clip_by_global_norm(max_norm), optax.adam(learning_rate))
 
 
@@ -58,7 +58,7 @@ def init_train_state(
 ) -> TrainState:
     """Draw meta-parameters for episodes shaped like ``episode`` (ONE task).
 
-    It is whatever the sampler returns: an `Episode`, a `learned_optimizers.Draw`.
+    The sampler returns ``episode``, an `Episode` or a `learned_optimizers.Draw`.
     """
     seed = jnp.asarray(seed, jnp.uint32)
     key = jax.random.fold_in(jax.random.key(seed), _INIT)

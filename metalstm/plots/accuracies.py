@@ -43,9 +43,11 @@ def accuracy_bars(
     axes.barh(rows, means, xerr=errors, color=colours, alpha=0.85, capsize=3)
     for row, mean, error in zip(rows, means, errors, strict=True):
         axes.text(mean + error + 1, row, f"{mean:.1f} ± {error:.1f}", va="center")
+    xlabel = "accuracy, % ± 95% CI"
     if chance is not None:
         axes.axvline(100 * chance, color="grey", linestyle=":")
-    axes.set(yticks=rows, yticklabels=names, xlabel="accuracy, %", title=title)
+        xlabel += " (dotted: chance)"
+    axes.set(yticks=rows, yticklabels=names, xlabel=xlabel, title=title)
     axes.set_xlim(0, 118)
     axes.set_xticks(range(0, 101, 20))
     axes.invert_yaxis()
@@ -108,7 +110,7 @@ def accuracy_sweep(
     axes.set(xscale="log", xlim=(0.94 * xs[0], xs[-1] * 1.02))
     axes.set_xticks(xs, [f"{x:g}" for x in xs])
     axes.minorticks_off()
-    axes.set(xlabel=xlabel, ylabel="accuracy, %", title=title)
+    axes.set(xlabel=xlabel, ylabel="accuracy, % (band: 95% CI)", title=title)
     axes.grid(alpha=0.3)
     _name_ends(axes, sweeps, colours, bold)
     _family_legend(figure, order)

@@ -1,4 +1,4 @@
-"""The images of one task, and what was predicted of them."""
+"""The images of one task, and their predicted classes."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from metalstm.plots.style import RIGHT, WRONG, new_figure
+from metalstm.plots.style import RIGHT, WRONG, add_note, new_figure
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -67,6 +67,10 @@ def episode_picture(
     right = [f"{np.mean(labels == query_y):.0%}" for labels in (before, after)]
     figure.suptitle(
         f"right: {right[0]} before, {right[1]} after adaptation", fontsize=9
+    )
+    add_note(
+        figure,
+        "row: a class; below each query: the class predicted before → after adaptation",
     )
     return figure
 

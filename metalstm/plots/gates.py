@@ -9,7 +9,7 @@ import jax
 import numpy as np
 
 from metalstm.base import PyTree
-from metalstm.plots.style import COLOURS, new_figure
+from metalstm.plots.style import COLOURS, add_note, new_figure
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -69,4 +69,9 @@ def gate_curves(
                 axes.xaxis.get_major_locator().set_params(integer=True)
             axes.tick_params(labelsize=7)
         grid[row][0].set_ylabel(f"{gate} gate")
+    add_note(
+        figure,
+        "line: mean over a layer's parameters in one task\n"
+        "band: the middle 80% of parameters and tasks",
+    )
     return figure

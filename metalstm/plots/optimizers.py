@@ -1,4 +1,4 @@
-"""What optimizers did: losses, learning rates, plateaus left."""
+"""Losses of optimizers, sweeps over learning rates, and escapes from plateaus."""
 
 from __future__ import annotations
 
@@ -7,7 +7,12 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
-from metalstm.plots.style import add_grid_and_legend, line_style, new_figure
+from metalstm.plots.style import (
+    add_grid_and_legend,
+    add_note,
+    line_style,
+    new_figure,
+)
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -23,7 +28,7 @@ class Losses(NamedTuple):
 
 
 class Sweep(NamedTuple):
-    """How well each of a grid of learning rates did."""
+    """The score of each learning rate of a grid."""
 
     rates: np.ndarray  # [R] ascending
     scores: np.ndarray  # [R] lower is better; infinite where it diverged
@@ -57,7 +62,7 @@ def loss_panels(
     for axes in grid.flat[len(panels) :]:
         axes.set_visible(False)
     for axes, (title, drawn) in zip(grid.flat, panels.items(), strict=False):
-        # hand-made optimizers first, so that a learned rule's line is above theirs
+        # hand-designed optimizers first, so that a learned rule's line is above theirs
         for name in sorted(drawn, key=lambda name: name in learned):
             mean, low, high = _band(drawn[name].values, title in geometric)
             style = line_style(names.index(name), name in learned)
@@ -69,13 +74,14 @@ def loss_panels(
         axes.set(xlabel="updates", ylabel=ylabel, yscale="log")
         axes.set_title(title, fontsize=10)
         add_grid_and_legend(axes)
+    add_note(figure, "band: 95% CI over problems")
     return figure
 
 
 def rate_sweeps(
     sweeps: Mapping[str, Sweep], *, ylabel: str = "last loss", log: bool = True
 ) -> Figure:
-    """Draw what each learning rate of a grid gave, the best of each line marked.
+    """Draw the score of each learning rate of a grid, the best of each line marked.
 
     Args:
       sweeps: per optimizer its grid; where it diverged there is no point.
@@ -104,7 +110,7 @@ def escape_curves(
     *,
     learned: Sequence[str] = (),
 ) -> Figure:
-    """Draw which share of problems has left a plateau, and what forget gates did.
+    """Draw the share of problems that have left a plateau, and the forget gates.
 
     Args:
       escaped: per optimizer the updates [S] and the share [S] in [0, 1].
@@ -124,7 +130,7 @@ def escape_curves(
             low, high = np.quantile(values, [0.1, 0.9], axis=(0, 2))
             axes.plot(steps, values.mean((0, 2)), color=colour, label=name)
             axes.fill_between(steps, low, high, color=colour, alpha=0.2, lw=0)
-        axes.set(xlabel="updates", ylabel="forget gate")
+        axes.set(xlabel="updates", ylabel="forget gate (band: middle 80%)")
     for axes in (left, *right):
         add_grid_and_legend(axes)
     return figure

@@ -14,6 +14,7 @@ __all__ = [
     "RIGHT",
     "WRONG",
     "add_grid_and_legend",
+    "add_note",
     "line_style",
     "new_figure",
 ]
@@ -50,6 +51,11 @@ def new_figure(size: tuple[float, float]) -> Figure:
             "plots need matplotlib: pip install 'metalstm[experiments]'"
         ) from error
     return Figure(figsize=size, layout="constrained", dpi=120)
+
+
+def add_note(figure: Figure, text: str) -> None:
+    """Say below a figure what its bands and lines are."""
+    figure.supxlabel(text, fontsize=8, color="0.35")
 
 
 def add_grid_and_legend(axes: Any, *, fontsize: float = 7) -> None:

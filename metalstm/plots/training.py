@@ -1,4 +1,4 @@
-"""Curves of meta-training, and of what was trained, against time."""
+"""Curves of meta-training and validation."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import numpy as np
 from metalstm.plots.style import (
     COLOURS,
     add_grid_and_legend,
+    add_note,
     line_style,
     new_figure,
 )
@@ -35,15 +36,18 @@ def learning_curves(
     *,
     title: str = "",
     chance: float | None = None,
+    train_tasks: str = "meta-training tasks",
 ) -> Figure:
     """Draw loss and accuracy against episodes, one colour a method.
 
     Args:
       loss: per method one curve per seed, on meta-training episodes.
-      accuracy: likewise, in [0, 1]; drawn thin.
+      accuracy: likewise, in [0, 1]; drawn pale.
       validation: likewise, on meta-validation episodes; drawn with markers. The band is
         the 95% CI over seeds, or with one seed that over episodes (``Curve.ci95``).
       chance: a dotted line at this accuracy.
+      train_tasks: what ``loss`` and ``accuracy`` are of; say it where it differs from
+        the validation, such as "20-way meta-training tasks".
     """
     methods = list(dict.fromkeys([*loss, *accuracy, *validation]))
     crowded = len(methods) > len(COLOURS)
@@ -64,6 +68,13 @@ def learning_curves(
         right.axhline(100 * chance, color="grey", linestyle=":", label="chance")
     left.set(xlabel="meta-training episodes", ylabel="query loss", title=title)
     right.set(xlabel="meta-training episodes", ylabel="query accuracy, %")
+    seeds = max((len(of_seeds) for of_seeds in validation.values()), default=1)
+    over = "validation episodes" if seeds == 1 else f"{seeds} seeds"
+    add_note(
+        figure,
+        f"loss and pale lines: {train_tasks}; marked lines: validation, with a band "
+        f"for the 95% CI over {over}",
+    )
     for axes in (left, right):
         axes.grid(alpha=0.3)
         if axes.get_legend_handles_labels()[0] and not crowded:
@@ -96,6 +107,7 @@ def meta_training_curves(
     right.set(xlabel="meta-steps", ylabel="validation, mean log of the last loss")
     for axes in (left, right):
         add_grid_and_legend(axes, fontsize=8)
+    add_note(figure, "band: 95% CI over validation problems")
     return figure
 
 

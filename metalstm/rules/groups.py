@@ -32,7 +32,7 @@ def by_group(
       coordinate-wise: the tensor a coordinate lies in decides its rule.
 
     Raises:
-      ValueError: no rules; or, with the parameters at hand, a label without a rule.
+      ValueError: no rules; or, from ``init``, a label without a rule.
     """
     if not rules:
         raise ValueError(
@@ -79,7 +79,7 @@ def only(rule: UpdateRule | optax.GradientTransformation, part: str) -> UpdateRu
     library. The rule's parameters are those of ``rule`` alone.
 
     Raises:
-      ValueError: with the parameters at hand, none of them lies in ``part``.
+      ValueError: from ``init``, when no parameter lies in ``part``.
     """
 
     def label(path: Any, leaf: Array) -> str:

@@ -38,7 +38,7 @@ class SavedRule(NamedTuple):
     rule: UpdateRule
     params: PyTree
     spec: dict[str, Any]  # what `build_rule` made the rule of
-    info: dict[str, Any]  # what was said about it when it was saved
+    info: dict[str, Any]  # as given to `save_rule`
 
     def transform(self) -> optax.GradientTransformationExtraArgs:
         """Return the optax transform, trained parameters inside."""

@@ -102,6 +102,6 @@ def _gates(z: Array, cell: Array, axis: int):
 def tanh_sigmoid(x: Array) -> Array:
     """Return the sigmoid by way of tanh: five times faster than exp on XLA:CPU.
 
-    It is blind to values below 1e-7: for an LSTM's inside, not for gates on theta.
+    Values below 1e-7 become 0: use it inside an LSTM, not for gates on theta.
     """
     return 0.5 * (1.0 + jnp.tanh(0.5 * x))

@@ -131,7 +131,7 @@ def two_layer(
     memory: Mapping[str, Any] | None = None,
     gates: Mapping[str, Any] | None = None,
 ) -> UpdateRule:
-    r"""Let gates act on what a memory of the gradients says: the two-layer rule (v2).
+    r"""Apply gates to a memory of past gradients: the two-layer rule (v2).
 
     .. math::
         m_t &= \mathrm{memory}(\nabla_t) \\

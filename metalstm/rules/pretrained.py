@@ -1,4 +1,4 @@
-"""The trained rules that ship with the package, by name."""
+"""The trained rules of the package, by name."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _SHIPPED = Path(__file__).parent / "shipped"
 
 
 class RuleCard(NamedTuple):
-    """What a person should know before using a rule."""
+    """What to know before using a rule."""
 
     name: str
     trained_on: str
@@ -36,9 +36,9 @@ def pretrained_optimizer(
 
 
 def pretrained_optimizer(name=None, *, directory=_SHIPPED):
-    """Return a shipped rule as an optax transform; without a name, list them all.
+    """Return a trained rule as an optax transform; without a name, list them all.
 
-    Shipped rules do without the loss, so they fit wherever an optax optimizer does::
+    These rules do not read the loss, so they work wherever an optax optimizer does::
 
         learned = metalstm.pretrained_optimizer("l2l-mnist")
         tx = optax.chain(optax.clip_by_global_norm(1.0), learned)

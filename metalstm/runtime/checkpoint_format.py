@@ -1,4 +1,4 @@
-"""What a checkpoint says of itself: its format, its arrays, and their digests."""
+"""A checkpoint's description of itself: its format, its arrays and their digests."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ FORMAT_VERSION = 2
 
 
 class RefusedError(ValueError):
-    """A checkpoint that is whole, and not what was asked for."""
+    """A checkpoint that is complete but not the one that was asked for."""
 
 
 def describe(

@@ -3,8 +3,8 @@
 orbax writes the arrays (each process its part of what is split over them), gives a
 folder its name, the step, only when all of it is written, and removes folders. Added:
 
-- Nothing altered is believed. Arrays and metadata are compared with digests, and a
-  damaged checkpoint is skipped, with a message, for the one before.
+- Damage is noticed. Arrays and metadata are compared with digests. A damaged checkpoint
+  is skipped with a message, and the one before it is read.
 - Saving a step again keeps the old version until the new one has its name.
 - An older checkpoint is removed only when the newer one has reached the disk.
 - The config is compared before any array is read. Errors name the remedy.
@@ -28,7 +28,7 @@ import jax
 import numpy as np
 
 from metalstm.base import PyTree
-from metalstm.checks import check_at_least
+from metalstm.checks import check_at_least, check_choice
 from metalstm.runtime import checkpoint_format, processes
 from metalstm.runtime.saved_config import ConfigMismatch, check_config
 
@@ -84,12 +84,21 @@ def read_metadata(directory: str | Path, which: Which = "latest") -> dict[str, A
 
     Raises:
       FileNotFoundError: there is no such checkpoint.
+      ValueError: it is damaged; or ``which`` is not a choice.
     """
     directory = Path(directory).absolute()
     step = _find(directory, which)
     if step is None:
         raise _missing(directory, which)
-    return checkpoint_format.read_document(_folders(directory)[step])["metadata"]
+    folder = _folders(directory)[step]
+    try:
+        return checkpoint_format.read_document(folder)["metadata"]
+    except checkpoint_format.RefusedError:
+        raise
+    except Exception as error:  # whatever a broken file makes its reader raise
+        raise ValueError(
+            f"{_unreadable(folder, 'metadata', error)}; {_remedy(directory, [step])}"
+        ) from error
 
 
 def save(
@@ -103,18 +112,18 @@ def save(
 ) -> Path:
     """Write ``state`` as the checkpoint of ``step``; atomic and synchronous.
 
-    Later steps, which training must have gone back behind, are removed: the newest is
-    what was saved last.
+    Later steps are removed, since training went back to an earlier one: the newest
+    step is always the one that was saved last.
 
     Args:
       state: any pytree of arrays and numbers. PRNG keys must be raw key data.
       metadata: JSON: the config (under ``"config"``), the validation history and so on.
       score: higher is better; the checkpoint with the highest one is never removed.
-      keep: how many of the newest to keep, next to the best.
+      keep: how many of the newest to keep, besides the best.
 
     Raises:
       ValueError: ``keep`` or ``step`` is out of range, or metadata is not JSON.
-      OSError: it cannot be written; what was there before is as it was.
+      OSError: it cannot be written; older checkpoints are unchanged.
     """
     check_at_least("keep", keep, 1)
     if not isinstance(step, int | np.integer):
@@ -172,13 +181,14 @@ def restore(
         sharding on a leaf is the one its array gets. None: a list of numpy arrays.
       which: "latest" and "best" fall back to the one before when a checkpoint cannot be
         read, and say so in ``message``; a step is that step or an error.
-      config: compared first, but for the keys in ``ignore``, with the saved
-        ``metadata["config"]``.
+      config: compared with the saved ``metadata["config"]`` before any array is read,
+        except for the keys in ``ignore``.
 
     Raises:
-      FileNotFoundError: no checkpoint, or none that can be read.
+      FileNotFoundError: there is no such checkpoint.
       ConfigMismatch: the checkpoint's config differs from ``config``.
-      ValueError: the checkpoint holds other arrays than ``target``.
+      ValueError: all that may be read are damaged; the checkpoint holds other arrays
+        than ``target``; or ``which`` is not a choice.
     """
     directory = Path(directory).absolute()
     # shared storage may show a folder to one process before another
@@ -187,10 +197,10 @@ def restore(
     if first is None:
         raise _missing(directory, which)
     older = [] if isinstance(which, int) else [s for s in known[::-1] if s != first]
-    failures = []
+    failures, cause = [], None
     for step in [first, *older]:
         folder = _folders(directory).get(step, directory / str(step))
-        failure = None
+        failure, part = None, "metadata"
         try:
             document = checkpoint_format.read_document(folder)
             if config is not None:
@@ -198,14 +208,14 @@ def restore(
                 check_config(saved, config, ignore=ignore)
             expected = _empty(document) if target is None else target
             checkpoint_format.check_target(document, expected, folder)
+            part = "arrays"
             values = _read_arrays(document, folder)
         except (ConfigMismatch, checkpoint_format.RefusedError):
             raise
         except Exception as error:  # whatever a broken file makes its reader raise
-            failure = _first_line(error)
+            failure = cause = error
         if processes.any_process(failure is not None):
-            failure = failure or "by another process"
-            failures.append(f"checkpoint {folder} cannot be read ({failure})")
+            failures.append(_unreadable(folder, part, failure))
             continue
         leaves, treedef = jax.tree.flatten(expected)
         placed = map(_as_in_target, leaves, values)
@@ -214,9 +224,8 @@ def restore(
         return Restored(
             state, step, document["metadata"], message if failures else None
         )
-    raise FileNotFoundError(
-        "; ".join(failures) + "; no earlier one is left: start again in another folder"
-    )
+    tried = [first, *older]
+    raise ValueError("; ".join([*failures, _remedy(directory, tried)])) from cause
 
 
 def _folders(directory: str | Path) -> dict[int, Path]:
@@ -232,6 +241,7 @@ def _folders(directory: str | Path) -> dict[int, Path]:
 def _find(directory: str | Path, which: Which) -> int | None:
     if isinstance(which, int):
         return which if which in steps(directory) else None
+    check_choice("which", which, ("latest", "best", "the number of a step"))
     step = best(directory) if which == "best" else None
     return latest(directory) if step is None else step
 
@@ -240,6 +250,18 @@ def _missing(directory: str | Path, which: Which) -> FileNotFoundError:
     return FileNotFoundError(
         f"no checkpoint {which!r} in {directory} (steps there: {_listed(directory)})"
     )
+
+
+def _unreadable(folder: Path, part: str, error: Exception | None) -> str:
+    reason = "by another process" if error is None else _first_line(error)
+    return f"checkpoint {folder} cannot be read: its {part} are damaged ({reason})"
+
+
+def _remedy(directory: Path, tried: list[int]) -> str:
+    left = [step for step in steps(directory) if step not in tried]
+    if left:
+        return f"choose another step ({', '.join(map(str, left))})"
+    return "no other one is left: start again in another folder"
 
 
 def _listed(directory: str | Path) -> str:
@@ -254,8 +276,8 @@ def _set_aside(directory: Path, step: int) -> None:
 
 
 def _superseded(directory: Path, newest: int, keep: int) -> list[int]:
-    # A later step is one that could not be read, or was gone back behind on purpose.
-    # It must not count among the newest, or push out what was just written.
+    # A later step could not be read, or training went back to an earlier one. It must
+    # not count among the newest, or remove what was just written.
     folders = _folders(directory)
     earlier = {step: path for step, path in folders.items() if step <= newest}
     stay = {*sorted(earlier)[-keep:], _best_of(earlier)}
@@ -264,7 +286,7 @@ def _superseded(directory: Path, newest: int, keep: int) -> list[int]:
 
 
 def _clean(directory: Path) -> None:
-    """Remove what is not whole, and name again what was set aside for nothing."""
+    """Remove what is incomplete; give set-aside folders their name back if unused."""
     for path in directory.glob("*.orbax-checkpoint-tmp*"):
         shutil.rmtree(path, ignore_errors=True)
     for aside in directory.glob(_SET_ASIDE + "*"):
@@ -276,7 +298,7 @@ def _clean(directory: Path) -> None:
 
 
 def _flush_to_disk(folder: Path) -> None:
-    """Have a checkpoint reach the disk before an older one goes: power may fail."""
+    """Flush a checkpoint to disk before an older one is removed: power may fail."""
     for path in (folder, *folder.rglob("*"), folder.parent):
         with contextlib.suppress(OSError):  # not every file system syncs folders
             handle = os.open(path, os.O_RDONLY)

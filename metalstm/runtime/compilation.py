@@ -2,10 +2,10 @@
 
 On a CPU, XLA gives convolutions and matrix products to YNNPACK. It computes a
 convolution on one core however many there are, and long products on several cores at
-two thirds of the speed of XLA's own. So where a device has several cores YNNPACK keeps
-its sums, at which it is the faster one, and nothing else (docs/performance.md has what
-it brings). With one device to each core, or on one core, nothing is changed: there
-YNNPACK's are as fast or faster.
+two thirds of the speed of XLA's own. So where a device has several cores YNNPACK
+computes sums alone, at which it is the faster one (docs/performance.md has the gains).
+With one device for each core, or on one core, nothing is changed: there YNNPACK is as
+fast or faster.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Files that are whole or not there, whatever happens while they are written."""
+"""Atomic writes: a file is complete or absent, whatever happens meanwhile."""
 
 from __future__ import annotations
 
@@ -12,19 +12,19 @@ from pathlib import Path
 __all__ = ["atomic_write", "is_unfinished"]
 
 _PREFIX = ".part-"
-_ABANDONED_AFTER = 3600.0  # seconds without a write: no other process is still at it
+_ABANDONED_AFTER = 3600.0  # seconds without a write: no process is writing it any more
 
 
 @contextlib.contextmanager
 def atomic_write(path: Path) -> Iterator[Path]:
     """Give another name in the same folder to write to; at the end it becomes ``path``.
 
-    Until then, and when something is raised, ``path`` is as it was; so it is after a
-    kill at any moment. What a killed process left is removed an hour later by the next
-    that writes ``path``. The name given has the suffix of ``path``.
+    Until then, when something is raised, and after a kill at any moment, ``path`` is
+    unchanged. An hour later, the next write of ``path`` removes what a killed process
+    left. The name given has the suffix of ``path``.
 
     Raises:
-      OSError: it cannot be written; names ``path`` and what would do.
+      OSError: it cannot be written; names ``path`` and the remedy.
     """
     _remove_abandoned(path)
     part = path.with_name(f"{_PREFIX}{secrets.token_hex(4)}-{path.name}")

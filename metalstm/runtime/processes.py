@@ -37,8 +37,8 @@ def initialize(
       coordinator: ``host:port`` where process 0 listens. Without it and the next two,
         the cluster's environment says: a TPU pod, Slurm, Open MPI, Kubernetes.
       num_processes, process_id: how many processes, and which one this is, from 0.
-      heartbeat_timeout: seconds. When a process was not heard of for this long, the
-        runtime ends the others; no exception can be caught then.
+      heartbeat_timeout: seconds. When a process is silent for this long, the runtime
+        ends the others; no exception can be caught then.
 
     Raises:
       ValueError: some of the three are missing, or there is no cluster's environment.

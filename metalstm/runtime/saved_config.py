@@ -1,4 +1,4 @@
-"""Whether what was saved belongs to the configuration that is asked for."""
+"""Compare a saved configuration with the present one."""
 
 from __future__ import annotations
 

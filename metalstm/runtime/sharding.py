@@ -44,10 +44,10 @@ def task_mesh(
     num_devices: int | None = None,
     devices_per_task: int = 1,
 ) -> Mesh | None:
-    """A mesh for the tasks of a meta-step; None when one device is all there is.
+    """A mesh for the tasks of a meta-step; None with a single device.
 
     Args:
-      num_tasks: tasks of a meta-step. None: any number will do.
+      num_tasks: tasks of a meta-step. None: any number.
       num_devices: how many to use. None: all, but in one process only as many as
         divide ``num_tasks``; several processes leave no device out.
       devices_per_task: share the coordinates of each task between so many. In first
@@ -122,8 +122,8 @@ def axis_devices(axis_name: str | None) -> int:
         return lax.axis_size(axis_name)
     except NameError as error:
         raise ValueError(
-            f"axis_name={axis_name!r} is no axis of the mesh at hand: call this over a "
-            "mesh that has it (task_mesh(devices_per_task=..)), or leave it out"
+            f"axis_name={axis_name!r} is no axis of the current mesh: call this over a "
+            "mesh that has it (task_mesh(devices_per_task=..)), or omit it"
         ) from error
 
 

@@ -50,8 +50,8 @@ def gradient_agreement(
         grads, carry, metrics = map_tasks(one, keys, tasks, how=task_mapping)
         weights = agreement_weights(grads)
         grads = jax.tree.map(lambda g: jnp.tensordot(weights, g, axes=1), grads)
-        # averages over meta-training continue from one carry: their mean is what all
-        # tasks at once would have made of it
+        # averages over meta-training continue from one carry, so their mean is that of
+        # all tasks at once
         carry, metrics = jax.tree.map(lambda leaf: leaf.mean(0), (carry, metrics))
         metrics["tasks_against"] = (weights < 0).mean()
         return grads, carry, metrics

@@ -1,8 +1,7 @@
-"""Meta-train by where the inner loop goes, not by a query loss: Reptile."""
+"""Reptile: meta-train by the displacement of the inner loop, not by a query loss."""
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Sequence
 from typing import Any, NamedTuple, cast
 
@@ -10,8 +9,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from metalstm.algorithms.common import accuracy
-from metalstm.algorithms.gradient.engine import gradient_of_init, learned_init
+from metalstm.algorithms.common import accuracy, resampled
+from metalstm.algorithms.gradient.engine import learned_init, with_gradient_of_init
 from metalstm.base import (
     Array,
     Episode,
@@ -21,11 +20,9 @@ from metalstm.base import (
     MetaParams,
     PyTree,
     UpdateRule,
-    make_algorithm,
 )
 from metalstm.inner import first_order
 from metalstm.rules import as_rule
-from metalstm.tasks import mean_over_tasks
 
 __all__ = ["reptile"]
 
@@ -49,14 +46,14 @@ def reptile(
     The meta-gradient is the mean over tasks of theta_0 - theta_T (algorithm 2), so that
     SGD with the rate epsilon takes the paper's step, theta_0 + epsilon (mean theta_T -
     theta_0). One task in a meta-step is the serial version (algorithm 1), several the
-    batched one. Any outer optimizer will do; published: epsilon from 1 to 0.
+    batched one. Any outer optimizer works; published: epsilon from 1 to 0.
 
     Args:
       learner: as in `learned_init`. A head whose classes share their start moves by
         their mean.
-      rule: the inner rule; a number is Adam's rate with beta1 = 0. Its state starts
-        afresh with each task, where the authors' code continues Adam's. A rule's own
-        parameters are not learned.
+      rule: the inner rule; a number is Adam's rate with beta1 = 0. Its state restarts
+        in each task; the authors' code continues Adam's. A rule's own parameters are
+        not learned.
       num_steps, num_test_steps: T in meta-training and at meta-test. None: 50, as
         published.
       batch_size, test_batch_size: images in one update. Published: 10, of which an
@@ -67,7 +64,7 @@ def reptile(
         inner loop's gradient at update t, instead of theta_0 - theta_T (the paper's
         figure 3). With SGD inside, all ones give (theta_0 - theta_T) / rate, and 1 for
         g_1 alone is the gradient of joint training on all tasks. May be traced.
-      options: the further ones of `learned_init`.
+      options: further arguments of `learned_init`.
 
     Raises:
       ValueError: ``query_norm="frozen"``, since averages are not gathered here;
@@ -119,28 +116,11 @@ def reptile(
         move = _displacement(learner, train_way, state.params, end.params, sums_of_rule)
         return move, metrics
 
-    def meta_gradient(meta_params: MetaParams, carry, keys: Array, episodes: Episode):
-        moves, metrics = mean_over_tasks(
-            lambda key, episode: one_task(meta_params, key, episode),
-            keys,
-            episodes,
-            how=options.get("task_mapping"),
-        )
-        return gradient_of_init(meta_params, moves), carry, metrics
-
-    def train_sampler(spec):
-        spec = dataclasses.replace(inner.train_sampler(spec), queries=1)
-        if train_shots is None:
-            return spec
-        return dataclasses.replace(spec, shot=train_shots)
-
-    return make_algorithm(
-        init=tested.init,
-        predict=tested.predict,
-        adapt=tested.adapt,
-        meta_gradient=meta_gradient,
-        train_sampler=train_sampler,
-        query_norm=tested.query_norm,
+    return with_gradient_of_init(
+        tested,
+        one_task,
+        train_sampler=resampled(way=train_way, shot=train_shots, queries=1),
+        task_mapping=options.get("task_mapping"),
     )
 
 
@@ -151,7 +131,7 @@ def _displacement(
     end: PyTree,
     summed_gradients: PyTree | None,
 ) -> PyTree:
-    """theta_0 - theta_T, or what stands for it, in the shape of the learned theta_0."""
+    """theta_0 - theta_T, or the summed gradients, shaped like the learned theta_0."""
 
     def moved(from_: PyTree) -> PyTree:
         if summed_gradients is not None:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import dataclasses
 import functools
+from collections.abc import Callable
 from typing import Any, Literal, get_args
 
 import jax
@@ -11,7 +11,14 @@ import jax.numpy as jnp
 import optax
 from jax import lax
 
-from metalstm.algorithms.common import accuracy, task_loss, with_running_statistics
+from metalstm.algorithms.common import (
+    accuracy,
+    make_algorithm,
+    resampled,
+    stop_statistics,
+    task_loss,
+    with_running_statistics,
+)
 from metalstm.algorithms.gradient.adaptation import (
     Adaptation,
     adapt_to,
@@ -28,16 +35,16 @@ from metalstm.base import (
     MetaParams,
     PyTree,
     QueryNorm,
+    TrainSampler,
     UpdateRule,
-    make_algorithm,
 )
 from metalstm.checks import check_choice
 from metalstm.inner import Differentiation, InnerState, Trace
 from metalstm.rules import as_rule, find_gates
 from metalstm.rules.classic import check_differentiable
-from metalstm.tasks import TaskMapping
+from metalstm.tasks import TaskMapping, mean_over_tasks
 
-__all__ = ["gradient_of_init", "learned_init"]
+__all__ = ["learned_init", "with_gradient_of_init"]
 
 
 def learned_init(
@@ -140,9 +147,7 @@ def learned_init(
         adapt=functools.partial(
             _adapt, adaptation, num_steps=test_steps, norm=query_norm
         ),
-        train_sampler=functools.partial(
-            _train_sampler, way=train_way, queries=train_queries
-        ),
+        train_sampler=resampled(way=train_way, queries=train_queries),
         query_norm=query_norm,
         trainable=trainable,
         task_mapping=task_mapping,
@@ -150,10 +155,42 @@ def learned_init(
     )
 
 
-def gradient_of_init(meta_params: MetaParams, gradient: PyTree) -> MetaParams:
-    """Return the meta-gradient that is ``gradient`` by theta_0 and zero elsewhere."""
-    zeros = jax.tree.map(jnp.zeros_like, meta_params)
-    return zeros._replace(learner=zeros.learner._replace(params=gradient))
+def with_gradient_of_init(
+    tested: MetaAlgorithm,
+    gradient: Callable[[MetaParams, Array, Episode], tuple[PyTree, dict[str, Array]]],
+    *,
+    train_sampler: TrainSampler,
+    task_mapping: TaskMapping | None,
+) -> MetaAlgorithm:
+    """Return an algorithm tested as ``tested`` that meta-trains theta_0 alone.
+
+    Args:
+      tested: a `learned_init`.
+      gradient: ``(meta_params, key, episode) -> (gradient by theta_0, metrics)`` of one
+        task. The meta-gradient is its mean over tasks, and zero elsewhere.
+      train_sampler: of `MetaAlgorithm`.
+      task_mapping: see `metalstm.tasks.map_tasks`.
+    """
+
+    def meta_gradient(meta_params: MetaParams, carry, keys: Array, episodes: Episode):
+        by_init, metrics = mean_over_tasks(
+            lambda key, episode: gradient(meta_params, key, episode),
+            keys,
+            episodes,
+            how=task_mapping,
+        )
+        zeros = jax.tree.map(jnp.zeros_like, meta_params)
+        learner = zeros.learner._replace(params=by_init)
+        return zeros._replace(learner=learner), carry, metrics
+
+    return make_algorithm(
+        init=tested.init,
+        predict=tested.predict,
+        adapt=tested.adapt,
+        meta_gradient=meta_gradient,
+        train_sampler=train_sampler,
+        query_norm=tested.query_norm,
+    )
 
 
 def _check(adaptation: Adaptation, train_way: int | None, trainable: bool) -> None:
@@ -207,11 +244,7 @@ def _query_loss(
     gathers: bool,
 ) -> tuple[Array, Aux]:
     support, query = episode
-    # averages are gathered, never learned: a gradient step could make a variance
-    # negative
-    state = meta_params.learner
-    stats, other = lax.stop_gradient((state.stats, state.other))
-    meta_params = meta_params._replace(learner=state._replace(stats=stats, other=other))
+    meta_params = meta_params._replace(learner=stop_statistics(meta_params.learner))
     adapted = adapt_to(
         adaptation, meta_params, key, support, num_steps=num_steps, norm=norm, way=way
     )
@@ -278,12 +311,6 @@ def _predict(
             "learner wrapped in metalstm.nn.tied_head"
         )
     return outputs
-
-
-def _train_sampler(spec: Any, *, way: int | None, queries: int | None) -> Any:
-    changes = {"way": way, "queries": queries}
-    changes = {name: n for name, n in changes.items() if n is not None}
-    return dataclasses.replace(spec, **changes) if changes else spec
 
 
 def _check_other(other: PyTree) -> None:

@@ -1,4 +1,4 @@
-"""Differentiate the end of an inner loop without its path: implicit MAML."""
+"""Implicit MAML: differentiate the end of an inner loop without its path."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import optax
 from jax.scipy.sparse.linalg import cg
 
 from metalstm.algorithms.common import accuracy, task_loss
-from metalstm.algorithms.gradient.engine import gradient_of_init, learned_init
+from metalstm.algorithms.gradient.engine import learned_init, with_gradient_of_init
 from metalstm.algorithms.gradient.published import fixed_sgd
 from metalstm.base import (
     Array,
@@ -23,18 +23,16 @@ from metalstm.base import (
     PyTree,
     QueryNorm,
     UpdateRule,
-    make_algorithm,
 )
 from metalstm.checks import check_at_least, check_choice, check_positive
 from metalstm.inner import first_order
 from metalstm.rules import as_rule
-from metalstm.tasks import mean_over_tasks
 
 __all__ = ["implicit_maml", "proximal_pull"]
 
 
 def proximal_pull(strength: float) -> optax.GradientTransformation:
-    """Add the gradient of strength / 2 ||theta_t - theta_0||^2 to what comes in."""
+    """Add the gradient of strength / 2 ||theta_t - theta_0||^2 to the updates."""
 
     def update(updates: PyTree, start: PyTree, params: PyTree | None = None):
         if params is None:
@@ -77,11 +75,11 @@ def implicit_maml(
       num_steps: T, in meta-training and, unless ``num_test_steps`` differs, at test.
       cg_steps: steps of conjugate gradient.
       train_query_norm: transductive or support.
-      options: the further ones of `learned_init`.
+      options: further arguments of `learned_init`.
 
     Raises:
-      ValueError: a strength that is not positive, no CG step, or a norm that
-        meta-training does not know here.
+      ValueError: a strength that is not positive, no CG step, or another
+        ``train_query_norm``.
     """
     check_positive("strength", strength)
     check_at_least("cg_steps", cg_steps, 1)
@@ -143,22 +141,11 @@ def implicit_maml(
         metrics = {"loss": loss, "accuracy": correct, "support_loss": trace.losses[0]}
         return grads, metrics
 
-    def meta_gradient(meta_params: MetaParams, carry, keys: Array, episodes: Episode):
-        grads, metrics = mean_over_tasks(
-            lambda key, episode: one_task(meta_params, key, episode),
-            keys,
-            episodes,
-            how=options.get("task_mapping"),
-        )
-        return gradient_of_init(meta_params, grads), carry, metrics
-
-    return make_algorithm(
-        init=tested.init,
-        predict=tested.predict,
-        adapt=tested.adapt,
-        meta_gradient=meta_gradient,
+    return with_gradient_of_init(
+        tested,
+        one_task,
         train_sampler=tested.train_sampler,
-        query_norm=tested.query_norm,
+        task_mapping=options.get("task_mapping"),
     )
 
 

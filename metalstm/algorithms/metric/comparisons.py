@@ -1,4 +1,4 @@
-"""The metric methods of the literature: nothing is adapted, any way and shot will do.
+"""The metric methods of the literature: nothing is adapted, any way and shot works.
 
 Shapes: N support and M query images, d features.
 """

@@ -9,7 +9,6 @@ Shapes: N support and M query images, d features; an embedding is [d], or a map
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -20,6 +19,8 @@ from jax import lax
 
 from metalstm.algorithms.common import (
     accuracy,
+    make_algorithm,
+    resampled,
     stop_statistics,
     task_loss,
     with_running_statistics,
@@ -35,7 +36,6 @@ from metalstm.base import (
     MetaParams,
     Norm,
     PyTree,
-    make_algorithm,
 )
 from metalstm.nn.heads import output_shape
 
@@ -97,7 +97,7 @@ class Compared(NamedTuple):
 
 
 def cross_entropy(compared: Compared) -> Array:
-    """The loss of most: cross-entropy of the query's scores."""
+    """Return the cross-entropy of the query's scores, the default loss."""
     return task_loss(compared.scores, compared.targets)
 
 
@@ -163,7 +163,7 @@ def compare_embeddings(
         init=init,
         loss=loss,
         predict=predict,
-        train_sampler=_with_train_options(train_way, train_queries),
+        train_sampler=resampled(way=train_way, queries=train_queries),
         query_norm="frozen",
         **slots,
     )
@@ -194,15 +194,6 @@ def _scores_of(
     if comparison.init is not None:
         embedding = _join(embedding, learned, comparison.name)
     return scores, embedded, embedding.stats
-
-
-def _with_train_options(
-    train_way: int | None, train_queries: int | None
-) -> Callable[[Any], Any]:
-    """Return a `MetaAlgorithm.train_sampler`: the test's spec with other numbers."""
-    changes = {"way": train_way, "queries": train_queries}
-    changes = {name: n for name, n in changes.items() if n is not None}
-    return lambda spec: dataclasses.replace(spec, **changes) if changes else spec
 
 
 _LEARNED_PARTS = ("comparison", "generator", "memory_net")

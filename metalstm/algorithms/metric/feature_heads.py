@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from metalstm.algorithms.common import make_algorithm
 from metalstm.algorithms.metric.distances import (
     class_means,
     nearest_of_class,
@@ -20,7 +21,7 @@ from metalstm.algorithms.metric.distances import (
     squared_distances,
     unit,
 )
-from metalstm.base import Array, Batch, MetaAlgorithm, PyTree, make_algorithm
+from metalstm.base import Array, Batch, MetaAlgorithm, PyTree
 from metalstm.checks import check_at_least, check_positive
 from metalstm.data.pools import ClassPool
 

@@ -25,12 +25,12 @@ def hallucination(
 ) -> MetaAlgorithm:
     """Prototypical networks that imagine support examples (Wang et al., 2018).
 
-    A generator makes of a support image's features x and noise z ~ N(0, I) the features
-    of another example of its class, G(x, z) (section 4.1); real and generated together
-    make the prototypes. Embedding and generator are trained end to end by the query
-    loss; the generator has no other loss. G has three layers of d units and
-    starts near the identity as in the paper, here as x plus a small correction, which
-    serves features of either sign. At meta-test the noise follows the episode's key.
+    From a support image's features x and noise z ~ N(0, I) a generator makes G(x, z),
+    the features of another example of its class (section 4.1). Real and generated
+    features together make the prototypes. Embedding and generator are trained end to
+    end by the query loss alone. G has three layers of d units and starts near the
+    identity as in the paper, here as x plus a small correction, which serves features
+    of either sign. At meta-test the noise follows the episode's key.
 
     Batch norm uses averages over meta-training (``query_norm="frozen"``).
 

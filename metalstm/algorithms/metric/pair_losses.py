@@ -33,7 +33,7 @@ def siamese(
     train_way: int | None = None,
     train_queries: int | None = None,
 ) -> MetaAlgorithm:
-    """Siamese networks: learn which images are of one class, then ask the nearest.
+    """Siamese networks: learn which images share a class; the nearest decides.
 
     Embeddings have length 1. All images of a meta-training task, support and query,
     are compared with each other; at meta-test a class scores minus the squared

@@ -14,6 +14,7 @@ from jax import lax
 
 from metalstm.algorithms.common import (
     accuracy,
+    make_algorithm,
     stop_statistics,
     task_loss,
     with_running_statistics,
@@ -30,7 +31,6 @@ from metalstm.base import (
     MetaParams,
     PyTree,
     UpdateRule,
-    make_algorithm,
 )
 from metalstm.checks import check_at_least, check_choice, check_features
 from metalstm.data.classification import ClassificationSpec
