@@ -126,6 +126,10 @@ def test_the_report_is_shares_over_episodes_by_definition():
 def test_bad_input_is_refused(pool):
     with pytest.raises(ValueError, match="num_unknown=-1: choose 0 or more"):
         collect_scores(HEAD, (), pool, SPEC, num_unknown=-1)
+    with pytest.raises(
+        ValueError, match="num_unknown=28 and way=3 are more than the 30"
+    ):
+        collect_scores(HEAD, (), pool, SPEC, num_unknown=28)
     with pytest.raises(ValueError, match="num_episodes=0: choose 1 or more"):
         collect_scores(HEAD, (), pool, SPEC, num_episodes=0)
     with pytest.raises(ValueError, match="a regression has no confidence"):
