@@ -319,7 +319,6 @@ def test_the_launcher_passes_ctrl_c_on_and_waits(tmp_path, monkeypatch, capsys):
         ("--processes 2", "no script"),
         ("--processes 0 -- x", "--processes 0: choose 1 or more"),
         ("--heartbeat-timeout 0 -- x", "--heartbeat-timeout 0: choose 1 or more"),
-        ("--devices-per-process 0 -- x", "--devices-per-process 0"),
     ],
 )
 def test_the_launcher_refuses(line, message, capsys, tmp_path, monkeypatch):
@@ -534,7 +533,7 @@ def test_a_run_is_resumed_where_its_command_line_says(tmp_path):
         again = parse(["--resume", str(tmp_path), "--devices", "2"])
         assert again.devices == devices.Devices(devices=2)
     assert {name.split(".")[1] for name in devices.MAY_CHANGE} == {
-        *vars(devices.Devices())
+        *devices.Devices.__struct_fields__
     }
 
 
@@ -565,15 +564,15 @@ def test_devices_that_do_not_divide_the_tasks_are_refused(monkeypatch):
         sharding.task_mesh(num_devices=9)
     with pytest.raises(ValueError, match="num_tasks=6 is not a multiple of the 4 d"):
         sharding.task_mesh(6, num_devices=4)
-    with pytest.raises(ValueError, match=r"--tasks 6 is not .*: choose --tasks 4, 8"):
+    with pytest.raises(ValueError, match=r"--tasks 6, --devices 4: num.* of 4, 8"):
         devices.mesh_for(devices.Devices(devices=4), 6, "--tasks")
     with pytest.raises(ValueError, match="devices_per_task=3: choose a divisor of the"):
         sharding.task_mesh(8, devices_per_task=3)
     with pytest.raises(ValueError, match="of the 2 groups of 2 devices: choose"):
         sharding.task_mesh(3, num_devices=4, devices_per_task=2)
-    with pytest.raises(ValueError, match="--devices-per-task 3: choose a divisor of"):
+    with pytest.raises(ValueError, match=r"--devices-per-task 3: .*choose a divisor of"):
         devices.mesh_for(devices.Devices(devices_per_task=3), 8, "--tasks")
-    with pytest.raises(ValueError, match="of the 2 groups of 2 devices of 1 process"):
+    with pytest.raises(ValueError, match=r"--tasks 3, .*of the 2 groups of 2 devices"):
         devices.mesh_for(devices.Devices(devices=4, devices_per_task=2), 3, "--tasks")
     with pytest.raises(ValueError, match="--devices 9: num_devices=9"):
         devices.mesh_for(devices.Devices(devices=9), 9, "--tasks")
@@ -583,7 +582,7 @@ def test_devices_that_do_not_divide_the_tasks_are_refused(monkeypatch):
         sharding.task_mesh(4)
     with pytest.raises(ValueError, match="num_devices=4: choose 8, all of them"):
         sharding.task_mesh(8, num_devices=4)
-    with pytest.raises(ValueError, match="--meta-batch 4 is not a multiple of the 8 d"):
+    with pytest.raises(ValueError, match=r"--meta-batch 4: .*multiple of the 8 d"):
         devices.mesh_for(devices.Devices(), 4, "--meta-batch")
 
 

@@ -29,7 +29,7 @@ from few_shot_runs import (
 import metalstm
 from experiments.common import run_folder
 from experiments.common.loop import Loop
-from experiments.common.tuning import bracketed_best
+from experiments.common.tuning import each_point, tune
 from experiments.few_shot import __main__ as few_shot
 from experiments.few_shot.command_line import parse
 from metalstm import data
@@ -121,7 +121,8 @@ def test_what_a_run_prints(copy, capsys):
     assert "best on validation: episode" in out
     assert "the same 10 episodes for every method" in out
     assert "gates: mean f" in out
-    assert f"to resume: python -m experiments.few_shot --resume {copy}" in out
+    assert "to resume" not in out, "it is finished"
+    assert "results.json, table.md, table.csv, learning_curve.png, " in out
 
 
 def test_ctrl_c_saves_and_resuming_is_the_same_run(
@@ -351,13 +352,17 @@ def test_a_run_with_flags_of_one_method_resumes_and_loads(tmp_path):
 
 
 def test_a_tuning_grid_brackets_its_best():
-    best, tried = bracketed_best((1.0, 3.0, 9.0), lambda r: -abs(r - 81))
-    assert best == 81
+    def best(values, score) -> tuple[float, list[float]]:
+        tuned = tune(each_point(score), {"r": values}, grow="r")
+        return tuned.best["r"], tuned.grid["r"].tolist()
+
+    rate, tried = best((1.0, 3.0, 9.0), lambda r: abs(r - 81))
+    assert rate == 81
     assert max(tried) > 81
-    best, tried = bracketed_best((1.0, 3.0, 9.0), lambda r: -abs(r - 3))
-    assert best == 3
+    rate, tried = best((1.0, 3.0, 9.0), lambda r: abs(r - 3))
+    assert rate == 3
     assert len(tried) == 3
-    _, tried = bracketed_best((1.0, 2.0), lambda r: -r)
+    _, tried = best((1.0, 2.0), lambda r: r)
     assert len(tried) == 6, "not without end"
 
 

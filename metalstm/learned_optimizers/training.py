@@ -82,17 +82,18 @@ def learned_optimizer(
 
     Args:
       num_tasks: T, problems in training at once; the trainer's ``num_tasks``.
-      unroll_steps: K.
-      horizon: updates after which a task starts again from a new instance; an int, or a
-        function of the meta-step (traced: a curriculum compiles nothing twice), of
-        which the next multiple of K counts.
+      unroll_steps: K, updates of a segment, which are differentiated together.
+      horizon: updates after which a task starts again from a new instance, a multiple
+        of K; or a function of the meta-step (traced: a curriculum compiles nothing
+        twice), of which the next multiple of K counts.
       differentiation: `metalstm.first_order` or `metalstm.second_order`, of a segment.
         Recomputing the rule needs less memory and is faster on a CPU. "pes"
         differentiates nothing.
       weights: inner step t = 1, 2, ... -> w_t, elementwise. None: 1.
       loss_transform: "none"; "log", so that equal ratios of losses count the same;
         "relative" divides by the instance's loss at theta_0.
-      pes_std: sigma.
+      estimator: "backprop" or "pes".
+      pes_std: sigma, of the perturbations of "pes".
       stagger: let the first runs end at different times, so that every meta-step sees
         all phases of training.
       scan_unroll: see `metalstm.inner.unroll`.

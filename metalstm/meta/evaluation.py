@@ -17,7 +17,7 @@ from metalstm.base import Episode, MetaAlgorithm, PyTree
 from metalstm.data.episodes import Sampler, episode_key
 from metalstm.runtime import sharding
 from metalstm.runtime.compilation import Jitted
-from metalstm.statistics import mean_and_ci95
+from metalstm.statistics import Estimate, mean_and_ci95
 from metalstm.tasks import TaskMapping, map_tasks
 
 __all__ = [
@@ -153,7 +153,7 @@ def evaluate(
     return run(params, pool, num_episodes=num_episodes, seed=seed, split=split)
 
 
-def paired_difference(a: Evaluation, b: Evaluation) -> tuple[float, float]:
+def paired_difference(a: Evaluation, b: Evaluation) -> Estimate:
     """Mean and 95% half-interval of ``a - b`` on the same episodes.
 
     Raises:

@@ -52,9 +52,12 @@ class Conv4(nn.Module):
     0.1.
 
     Attributes:
+      filters: of each convolution.
+      num_blocks: how many blocks.
       downsample: "max_pool" (2x2, an odd last row or column is dropped) or "stride"
         (the convolution itself moves by 2, MAML's Omniglot network).
       norm: "batch"; "group" or "layer", which look at one image only; or "none".
+      momentum: weight of the old value in the batch norm's moving average.
       initializer: "torch" draws weights and biases from U(+-1/sqrt(fan_in)), as
         published; "flax" is lecun_normal and zero biases.
       scale_init: of the norm's scale, "ones" or "uniform" for U(0, 1).
@@ -198,6 +201,11 @@ class MLP(nn.Module):
 
     ``num_classes`` may also be the number of regression targets, or None to return the
     last hidden layer.
+
+    Attributes:
+      widths: units of each hidden layer.
+      initializer: as `Conv4`'s.
+      zero_head: start from equal scores for every class.
     """
 
     num_classes: int | None
@@ -226,7 +234,14 @@ class ResNet12(nn.Module):
 
     Each block: (convolution, norm, leaky ReLU 0.1) three times with a 1x1 shortcut
     added before the last leaky ReLU, then 2x2 max-pool, then DropBlock (Ghiasi et al.,
-    2018) when ``drop_rate`` is positive and the pass was given a key.
+    2018) when ``drop_rate`` is positive and the pass was given a key. Attributes that
+    are not below are as `Conv4`'s.
+
+    Attributes:
+      widths: filters of each block.
+      norm: "batch"; "group" or "layer", which look at one image only; or "none".
+      momentum: weight of the old value in the batch norm's moving average.
+      zero_head: start from equal scores for every class.
     """
 
     num_classes: int | None

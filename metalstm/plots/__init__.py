@@ -15,10 +15,12 @@ from metalstm.plots.optimizers import (
     loss_panels,
     rate_sweeps,
 )
+from metalstm.plots.regression import FittedTask, function_fits, seed_spread
 from metalstm.plots.training import Curve, learning_curves, meta_training_curves
 
 __all__ = [
     "Curve",
+    "FittedTask",
     "Losses",
     "Sweep",
     "accuracy_bars",
@@ -26,6 +28,7 @@ __all__ = [
     "confidence_panels",
     "episode_picture",
     "escape_curves",
+    "function_fits",
     "gate_curves",
     "layer_groups",
     "learning_curves",
@@ -33,4 +36,5 @@ __all__ = [
     "meta_training_curves",
     "rate_sweeps",
     "roc_curves",
+    "seed_spread",
 ]
