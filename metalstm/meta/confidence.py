@@ -26,7 +26,7 @@ from metalstm.calibration import (
 from metalstm.checks import check_at_least
 from metalstm.data.episodes import Sampler, episode_key
 from metalstm.meta.evaluation import METHOD_STREAM
-from metalstm.statistics import mean_and_ci95
+from metalstm.statistics import Estimate, mean_and_ci95
 from metalstm.tasks import TaskMapping, map_tasks
 
 __all__ = [
@@ -232,25 +232,22 @@ def fit_confidence(
 
 
 class ConfidenceReport(NamedTuple):
-    """Shares in [0, 1]; of each pair the mean over episodes and half a 95% interval."""
+    """Shares in [0, 1], over episodes."""
 
-    accuracy: tuple[float, float]  # of the highest score, nothing abstained
+    accuracy: Estimate  # of the highest score, nothing abstained
     reliability: Reliability  # of all known queries; has the calibration error
-    coverage: tuple[float, float]  # labels in their sets
-    set_size: tuple[float, float]  # labels in a set
-    false_alarms: tuple[float, float]  # known queries answered "none of these"
-    misses: tuple[float, float]  # unknown queries given a label; NaN without any
+    coverage: Estimate  # labels in their sets
+    set_size: Estimate  # labels in a set
+    false_alarms: Estimate  # known queries answered "none of these"
+    misses: Estimate  # unknown queries given a label; NaN without any
 
     def __str__(self) -> str:
-        def percent(pair: tuple[float, float]) -> str:
-            return f"{100 * pair[0]:.1f} ± {100 * pair[1]:.1f} %"
-
-        size, ci95 = self.set_size
         return (
-            f"accuracy {percent(self.accuracy)}, "
+            f"accuracy {self.accuracy.percent:.1f} %, "
             f"calibration error {100 * self.reliability.calibration_error:.1f} %, "
-            f"coverage {percent(self.coverage)} by {size:.2f} ± {ci95:.2f} labels, "
-            f"false alarms {percent(self.false_alarms)}, misses {percent(self.misses)}"
+            f"coverage {self.coverage.percent:.1f} % by {self.set_size:.2f} labels, "
+            f"false alarms {self.false_alarms.percent:.1f} %, "
+            f"misses {self.misses.percent:.1f} %"
         )
 
 
@@ -259,10 +256,10 @@ def measure_confidence(test: EpisodeScores, confidence: Confidence) -> Confidenc
     answers = confidence.answer(test.known)
     covered = np.take_along_axis(answers.sets, test.labels[..., None], -1)[..., 0]
 
-    def over_episodes(values: np.ndarray) -> tuple[float, float]:
+    def over_episodes(values: np.ndarray) -> Estimate:
         return mean_and_ci95(values.mean(-1))
 
-    misses = (np.nan, np.nan)
+    misses = Estimate(np.nan, np.nan)
     if test.unknown.shape[1]:
         misses = over_episodes(confidence.answer(test.unknown).labels >= 0)
     return ConfidenceReport(
