@@ -16,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from metalstm.base import Array, Batch, Episode
+from metalstm.batches import check_episode
 from metalstm.checks import check_at_least, check_choice
 from metalstm.data.drawing import draw_distinct, draw_grouped, grouped_capacity
 from metalstm.data.pools import SPLITS, ClassPool, Dataset, Normalisation
@@ -26,6 +27,7 @@ __all__ = [
     "TaskSampler",
     "episode_key",
     "finish_images",
+    "sample_checked",
     "sample_episode",
     "sample_episodes",
     "validate",
@@ -180,6 +182,17 @@ def sample_episode(key: Array, pool: ClassPool, spec: EpisodeSpec) -> Episode:
         support=Batch(x[:num_support], y[:num_support]),
         query=Batch(x[num_support:], y[num_support:]),
     )
+
+
+def sample_checked(spec: TaskSampler, key: Array, pool: Any) -> Any:
+    """Draw a task by ``spec``, and refuse labels or targets that do not fit.
+
+    Where the spec says whether it is a ``regression``, they must be of that kind.
+    """
+    task = spec.sample(key, pool)
+    if isinstance(task, Episode):
+        check_episode(task, getattr(spec, "regression", None))
+    return task
 
 
 def sample_episodes(keys: Array, pool: ClassPool, spec: EpisodeSpec) -> Episode:

@@ -5,15 +5,17 @@ Shapes: C classes, M slots a class, H x W pixels, ch channels, D features.
 
 from __future__ import annotations
 
+import bisect
 import hashlib
-from collections.abc import Sequence
+import warnings
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
 
 from metalstm.base import Array
-from metalstm.checks import check_choice
+from metalstm.checks import check_at_least, check_choice
 
 __all__ = [
     "IMAGENET",
@@ -22,6 +24,8 @@ __all__ = [
     "Dataset",
     "Normalisation",
     "checksum",
+    "evenly_spaced",
+    "images_per_class",
     "make_pool",
     "pad_classes",
 ]
@@ -142,6 +146,60 @@ def pad_classes(images: Sequence[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
             )
         row[: len(of_class)] = of_class
     return padded, counts
+
+
+_PADDING = 3  # the memory of a pool is at most so many times that of its images
+
+
+def images_per_class(
+    counts: Mapping[str, int], max_per_class: int | None, where: str
+) -> int:
+    """Return how many images of a class to keep, at most.
+
+    A pool gives every class the memory of the largest. ``max_per_class=None`` keeps
+    all, unless that is more than three times the memory of the images: then it warns,
+    names the largest class and says how many images are omitted.
+
+    >>> images_per_class({"a": 3, "b": 5}, None, "train")
+    5
+
+    Raises:
+      ValueError: ``max_per_class`` is below 1.
+    """
+    if max_per_class is not None:
+        check_at_least("max_per_class", max_per_class, 1, "or None")
+        return max_per_class
+    sizes = np.array(list(counts.values()))
+    largest = int(sizes.max(initial=0))
+
+    def too_large(limit: int) -> bool:
+        return len(sizes) * limit > _PADDING * np.minimum(sizes, limit).sum()
+
+    if not too_large(largest):
+        return largest
+    limit = bisect.bisect_left(range(largest), True, lo=1, key=too_large) - 1
+    name = max(counts, key=lambda name: counts[name])
+    omitted = int(np.maximum(sizes - limit, 0).sum())
+    warnings.warn(
+        f"class {name!r} of {where} has {largest} images, and each of its {len(sizes)} "
+        f"classes would take as much memory: {limit} images of a class are kept and "
+        f"{omitted} are omitted; choose max_per_class, or divide the class",
+        RuntimeWarning,
+        stacklevel=3,
+    )
+    return limit
+
+
+def evenly_spaced(items: Sequence, limit: int) -> Sequence:
+    """Return at most ``limit`` of the items, in order.
+
+    >>> evenly_spaced("abcdefgh", 3)
+    ['a', 'e', 'h']
+    """
+    if len(items) <= limit:
+        return items
+    chosen = np.linspace(0, len(items) - 1, limit).round().astype(int)
+    return [items[i] for i in chosen]
 
 
 def checksum(*arrays: np.ndarray) -> str:

@@ -24,6 +24,7 @@ from metalstm.checks import check_at_least, check_choice, check_positive
 from metalstm.inner import Differentiation, first_order
 from metalstm.learned_optimizers.estimators import (
     DIVERGED,
+    NOT_YET,
     Estimate,
     Horizon,
     InnerRuns,
@@ -181,7 +182,7 @@ def _init_carry(
         params=tile(draw.params, rows),
         rule_state=tile(rule_state, rows),
         task=tile(draw.task, rows[:1]),
-        first_loss=jnp.ones(num_tasks),
+        first_loss=jnp.full(num_tasks, NOT_YET, jnp.result_type(float)),
         inner_step=-1 - phases.astype(jnp.int32),
         meta_step=jnp.zeros(num_tasks, jnp.int32),
         shift=tile(zeros, rows[:1]),
@@ -284,6 +285,7 @@ def _restart(
         params=params,
         rule_state=rule_state,
         task=draws.task,
+        first_loss=jnp.full_like(runs.first_loss, NOT_YET),
         inner_step=jnp.where(runs.inner_step < 0, -1 - runs.inner_step, 0),
         shift=jax.tree.map(jnp.zeros_like, runs.shift),
     )

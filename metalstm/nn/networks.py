@@ -15,6 +15,7 @@ import jax
 from flax import linen as nn
 
 from metalstm.base import Array, Learner
+from metalstm.batches import flatten_examples
 from metalstm.checks import check_choice
 from metalstm.nn.convolution import Method, conv2d
 from metalstm.nn.flax_modules import from_flax
@@ -111,7 +112,7 @@ class Conv4(nn.Module):
             x = normalise(self, f"norm{index}", x, bias, train, pooled)
             if index < self.num_blocks or self.final_relu:
                 x = jax.nn.relu(x)
-        return x if self.feature_maps else linear_head(self, x.reshape(x.shape[0], -1))
+        return x if self.feature_maps else linear_head(self, flatten_examples(x))
 
 
 class RelationNet(nn.Module):
@@ -152,7 +153,7 @@ class RelationNet(nn.Module):
             features = self._block(features, bias, "norm1", train)
             conv = Conv(self.filters, **options, name="conv")
             features = self._block(*conv(features), "norm2", train)
-            features = features.reshape(features.shape[0], -1)
+            features = flatten_examples(features)
         else:
             features = jax.nn.relu(features + bias)
         features = jax.nn.relu(self._dense(self.hidden, features, "hidden"))
@@ -193,7 +194,7 @@ class _PairLayer(nn.Module):
         of_classes = layer(classes, kernel[..., :channels, :])
         of_queries = layer(queries, kernel[..., channels:, :])
         pairs = of_queries[:, None] + of_classes[None]
-        return pairs.reshape(-1, *pairs.shape[2:]), bias
+        return pairs.reshape(len(queries) * len(classes), *pairs.shape[2:]), bias
 
 
 class MLP(nn.Module):
@@ -220,7 +221,7 @@ class MLP(nn.Module):
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
-        x = x.reshape(x.shape[0], -1)
+        x = flatten_examples(x)
         for index, width in enumerate(self.widths, 1):
             layer = dense_layer(
                 width, x.shape[-1], self.initializer, name=f"dense{index}"

@@ -22,6 +22,7 @@ from metalstm.algorithms.metric.distances import (
     unit,
 )
 from metalstm.base import Array, Batch, MetaAlgorithm, PyTree
+from metalstm.batches import as_vectors
 from metalstm.checks import check_at_least, check_positive
 from metalstm.data.pools import ClassPool
 
@@ -128,8 +129,8 @@ def base_mean(pool: ClassPool) -> Array:
 
 
 def _on_features(head: Head, unit_length: bool) -> MetaAlgorithm:
-    def prepare(mean: PyTree, x: Array) -> Array:
-        x = x.reshape(x.shape[0], -1)
+    def prepare(mean: PyTree, x: PyTree) -> Array:
+        x = as_vectors(x)
         x = x.astype(jnp.promote_types(x.dtype, jnp.float32))
         if jax.tree.leaves(mean):
             if mean.shape != x.shape[1:]:
