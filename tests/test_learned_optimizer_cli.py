@@ -58,6 +58,15 @@ def in_an_empty_folder(monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
 
 
+@pytest.fixture
+def grids_as_they_are(monkeypatch):
+    """Tuning tries the rates of its first grid: of another size it compiles again."""
+    real = measuring.tune
+    monkeypatch.setattr(
+        measuring, "tune", lambda score, grid, **grow: real(score, grid)
+    )
+
+
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory) -> Path:
     """One finished run of two rules with every study it can have."""
@@ -204,6 +213,8 @@ def tiny_images(name, data_dir=None, *, image_size=None) -> data.LabelledImages:
     return data.LabelledImages(name, images, images, ("a", "b", "c"), f"tiny-{size}")
 
 
+@pytest.mark.slow
+@pytest.mark.usefixtures("grids_as_they_are")
 def test_the_six_panels(finished, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(problems, "load_image_data", tiny_images)
     real = problems.variants
@@ -229,6 +240,7 @@ def test_the_six_panels(finished, tmp_path, monkeypatch, capsys):
     assert "quadratics" in capsys.readouterr().out
 
 
+@pytest.mark.usefixtures("grids_as_they_are")
 def test_who_leaves_a_plateau(finished, tmp_path):
     folder = tmp_path / "run"
     trained = f"gates={finished / 'rules' / 'gates.npz'}"
