@@ -9,7 +9,7 @@ what was asked for, if the episodes are exchangeable. With ``--fit-on test`` the
     python -m experiments.studies.frozen_backbone               # glyphs, no download
     python -m experiments.studies.frozen_backbone --dataset omniglot --data-dir DIR
 
-5 minutes on a CPU core for Omniglot. Expected: a calibration error below 1%; what was
+5 minutes on a CPU core for Omniglot. Expected: a calibration error below 2%; what was
 asked for to within a point with ``--fit-on test``, and to within 3 points from 90%
 coverage up where alphabets differ; distances that notice more unknown classes than
 logits do. docs/results/frozen_backbone.md has results, machine and time.
