@@ -98,7 +98,7 @@ def test_a_sampler_whose_labels_are_no_classes_stops_training_and_evaluation():
         with pytest.raises(ValueError, match=r"labels are outside \[0, way\), or more"):
             metalstm.evaluate(algorithm, state.params, None, Own(kind), num_episodes=2)
     with pytest.raises(
-        ValueError, match="query.y|support.y is .*a classification: give"
+        ValueError, match=r"query.y|support.y is .*a classification: give"
     ):
         train(Own("one-hot"))
 

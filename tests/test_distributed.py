@@ -562,9 +562,7 @@ def test_devices_that_do_not_divide_the_tasks_are_refused(monkeypatch):
         sharding.task_mesh(8, devices_per_task=3)
     with pytest.raises(ValueError, match="of the 2 groups of 2 devices: choose"):
         sharding.task_mesh(3, num_devices=4, devices_per_task=2)
-    with pytest.raises(
-        ValueError, match=r"--devices-per-task 3: .*choose a divisor of"
-    ):
+    with pytest.raises(ValueError, match=r"--devices-per-task 3: .*choose a divisor"):
         devices.mesh_for(devices.Devices(devices_per_task=3), 8, "--tasks")
     with pytest.raises(ValueError, match=r"--tasks 3, .*of the 2 groups of 2 devices"):
         devices.mesh_for(devices.Devices(devices=4, devices_per_task=2), 3, "--tasks")

@@ -212,7 +212,8 @@ def make_algorithm(
       task_mapping: of the default ``meta_gradient``; see `metalstm.tasks.map_tasks`.
 
     Raises:
-      ValueError: it is trainable, and has neither ``loss`` nor ``meta_gradient``.
+      ValueError: it is trainable, and has neither ``loss`` nor ``meta_gradient``. From
+        ``predict`` and ``adapt``: labels or targets that do not fit the task.
     """
     if trainable and loss is None and meta_gradient is None:
         raise ValueError("a trainable algorithm needs loss= or meta_gradient=")
