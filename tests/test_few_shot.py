@@ -134,8 +134,7 @@ def test_kill_9_and_resuming_is_the_same_run(tmp_path, monkeypatch, capsys):
     images = draw_images(tmp_path / "images")
     line = command("--algorithms", "meta-lstm", *META_LSTM, "--episodes", "120")
     line += ["--validate-every", "60"]
-    # shapes as of the tiny data set: the programs are those of `finished`
-    line += ["--dataset", "folders", "--data-dir", str(images), "--image-size", "6"]
+    line += ["--dataset", "folders", "--data-dir", str(images), "--image-size", "8"]
     killed, whole = tmp_path / "killed", tmp_path / "whole"
     said = tmp_path / "said.txt"
     with said.open("w") as file:
