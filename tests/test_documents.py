@@ -123,8 +123,8 @@ SMALLER = {
     "range(200)": "range(20)",
     "steps=100": "steps=20",
     "num_episodes=200": "num_episodes=8",
-    "conv4(5, filters=16": "conv4(5, num_blocks=2, filters=2",
-    '{"filters": 16': '{"num_blocks": 2, "filters": 2',
+    "conv4(5, filters=16": "conv4(5, num_blocks=1, filters=2",
+    '{"filters": 16': '{"num_blocks": 1, "filters": 2',
 }
 
 
