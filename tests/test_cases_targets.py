@@ -16,8 +16,8 @@ from tiny import tanh_net
 
 import metalstm
 from metalstm import algorithms, data, learned_optimizers, rules
-from metalstm.algorithms.common import accuracy, task_loss
-from metalstm.base import Batch, Episode, make_algorithm
+from metalstm.algorithms.common import accuracy, make_algorithm, task_loss
+from metalstm.base import Batch, Episode
 from metalstm.batches import check_batch
 from metalstm.learned_optimizers import problems
 

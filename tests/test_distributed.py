@@ -153,10 +153,7 @@ def test_only_the_meta_gradient_travels(ran, case):
     assert learned < travels <= learned + 4  # and the metrics' means
 
 
-@pytest.mark.parametrize(
-    ("case", "each"),
-    [(case, each) for case, groups in SHARED.items() for each in groups],
-)
+@pytest.mark.parametrize(("case", "each"), SHARED.items())
 def test_devices_that_share_a_task_take_the_steps_of_one(ran, case, each):
     """Also where shares and blocks do not divide the coordinates."""
     for kind in ("gradient", "end", "carry"):
