@@ -5,9 +5,9 @@
     python -m benchmarks.memory --problems l2l --steps 100
 
 The first two problems are L2L's MNIST network (784-20-10, sigmoid, minibatches of 128;
-the images are random, memory and speed do not care): the gradient of the mean of the T
-losses on the way, by the parameters of the rule that trains it, a learned rate for
-every coordinate or L2L's LSTM. "truncated" cuts it into windows of 10 steps and adds up
+the images are random, which changes neither memory nor speed). The gradient is that of
+the mean of the T losses, by the parameters of the rule that trains it: a learned rate
+for every coordinate, or L2L's LSTM. "truncated" cuts it into windows of 10 steps and adds up
 their gradients, which is another gradient. The third is one task of MAML (T steps on 5
 images, the loss of 75), conv4 with 32 filters on 28x28.
 
@@ -148,7 +148,7 @@ def build(problem: str, steps: int) -> tuple[dict[str, Callable], tuple]:
 
 
 def measure(problem: str, steps: int, rounds: int, limit: float) -> list[dict]:
-    """Compile all choices for one problem and length, and run them in turn."""
+    """Compile all choices for one problem and length, and interleave them."""
     import jax
     import numpy as np
     from jax.flatten_util import ravel_pytree
