@@ -25,6 +25,14 @@ from metalstm.inner import (
     second_order,
     unroll,
 )
+from metalstm.meta.confidence import (
+    Confidence,
+    ConfidenceReport,
+    EpisodeScores,
+    collect_scores,
+    fit_confidence,
+    measure_confidence,
+)
 from metalstm.meta.evaluation import (
     Evaluation,
     evaluate,
@@ -53,8 +61,11 @@ from metalstm.rules.pretrained import RuleCard, pretrained_optimizer
 __all__ = [
     "Aux",
     "Batch",
+    "Confidence",
+    "ConfidenceReport",
     "Differentiation",
     "Episode",
+    "EpisodeScores",
     "Evaluation",
     "FitState",
     "InnerState",
@@ -71,10 +82,12 @@ __all__ = [
     "UpdateRule",
     "adam_clipped",
     "algorithms",
+    "collect_scores",
     "data",
     "evaluate",
     "first_order",
     "fit",
+    "fit_confidence",
     "from_flax",
     "init_fit_state",
     "init_seeds",
@@ -87,6 +100,7 @@ __all__ = [
     "make_train_loop",
     "make_train_step",
     "map_seeds",
+    "measure_confidence",
     "nn",
     "paired_difference",
     "pretrained_optimizer",

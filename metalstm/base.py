@@ -62,7 +62,7 @@ meta-training.
 
 
 class Batch(NamedTuple):
-    x: Array  # [N, ...]
+    x: PyTree  # [N, ...], or a pytree of such arrays (token ids and a mask)
     y: Array  # [N] int32 labels in [0, way), or [N, d] float targets
 
 

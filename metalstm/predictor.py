@@ -93,6 +93,9 @@ class Predictor:
 
         predict = metalstm.load_run("runs/few_shot/glyphs-5w1s-0")
         labels = predict(support_images, ["cat", "dog", ...], query_images)
+
+    It can be pickled, copied and sent to another process, which loads the run folder
+    itself: the folder must be there.
     """
 
     method: str
@@ -102,6 +105,22 @@ class Predictor:
     image_shape: tuple[int, ...]
     normalise: tuple[tuple[float, ...], tuple[float, ...]] | None
     message: str | None = None  # which checkpoints could not be read
+    path: Path | None = None  # the run folder that it was loaded from
+
+    def __reduce__(self):
+        # programs and closures cannot be pickled: another process loads the run itself
+        if self.path is None:
+            raise TypeError(
+                "a Predictor without a run folder cannot be pickled: give the process "
+                "what it needs to build one, or load one by metalstm.load_run"
+            )
+        return load_run, (self.path, self.method)
+
+    def __copy__(self) -> Predictor:
+        return self
+
+    def __deepcopy__(self, memo) -> Predictor:
+        return self
 
     def __call__(
         self, images: Any, labels: Sequence[Any], query_images: Any
@@ -122,13 +141,13 @@ class Predictor:
           seed: of what is random in a method, such as a fresh initialisation.
 
         Raises:
-          ValueError: images of another shape or range than in training, as many labels
-            as images are not given, or a number of classes the learner's head lacks.
+          ValueError: images of another shape or range than in training, labels that are
+            not N numbers or strings, or a number of classes the learner's head lacks.
         """
         x, query = (self._prepare(a) for a in (images, query_images))
         if len(labels) != len(x):
             raise ValueError(f"{len(labels)} labels for {len(x)} images: give one each")
-        classes, y = np.unique(np.asarray(labels), return_inverse=True)
+        classes, y = _classes(labels)
         if self.way is not None and len(classes) != self.way:
             raise ValueError(
                 f"labels name {len(classes)} classes, but this {self.method} was "
@@ -143,6 +162,10 @@ class Predictor:
 
     def _prepare(self, images: Any) -> np.ndarray:
         images = np.asarray(images)
+        if images.dtype.kind not in "uif":
+            raise ValueError(
+                f"images are of type {images.dtype}: give uint8, or floats in [0, 1]"
+            )
         if images.shape[1:] != self.image_shape:
             raise ValueError(
                 f"images have the shape {images.shape}, but this run was trained on "
@@ -203,7 +226,25 @@ def load_run(path: str | Path, method: str | None = None) -> Predictor:
         image_shape=tuple(shape),
         normalise=document.get("normalise"),
         message=message,
+        path=path.absolute(),
     )
+
+
+def _classes(labels: Sequence[Any]) -> tuple[np.ndarray, np.ndarray]:
+    """Return the classes, and which of them each label is."""
+    try:
+        array = np.asarray(labels)
+    except ValueError:  # rows of unequal length
+        array = np.empty((0, 0))
+    kinds = {np.asarray(label).dtype.kind for label in labels}
+    kinds = {"number" if kind in "iufb" else kind for kind in kinds}
+    missing = array.dtype.kind == "f" and np.isnan(array).any()
+    if array.ndim != 1 or len(kinds) > 1 or kinds - {"number", "U"} or missing:
+        raise ValueError(
+            f"labels are {labels!r:.60}: give one number or one string for each image, "
+            "none of them NaN (y.argmax(-1) of a one-hot coding)"
+        )
+    return np.unique(array, return_inverse=True)
 
 
 def _not_there(path: Path) -> str:

@@ -46,12 +46,15 @@ _ALGORITHMS: dict[str, Callable[..., MetaAlgorithm]] = COMPARING | {
     "gradient_agreement": algorithms.gradient_agreement,
     "implicit_maml": algorithms.implicit_maml,
     "learned_init": algorithms.learned_init,
+    "logistic_regression": algorithms.logistic_regression,
     "maml": algorithms.maml,
     "mann": algorithms.mann,
     "meta_lstm": algorithms.meta_lstm,
     "meta_sgd": algorithms.meta_sgd,
+    "nearest_centroid": algorithms.nearest_centroid,
     "nearest_neighbour": algorithms.nearest_neighbour,
     "reptile": algorithms.reptile,
+    "ridge": algorithms.ridge,
 }
 _LEARNERS: dict[str, Callable[..., Learner]] = {
     "conv4": nn.conv4,

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import os
+import shutil
 from pathlib import Path
 
 import pytest
@@ -22,6 +24,10 @@ QUICK = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=
 if QUICK not in os.environ.get("XLA_FLAGS", ""):
     os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {QUICK}".strip()
 
+# Tracing makes millions of objects that reference counts free: looking so often for
+# cycles among them would be a tenth of the time.
+gc.set_threshold(50_000, 20, 20)
+
 REAL_DATA = "METALSTM_TEST_DATA"
 
 
@@ -31,7 +37,41 @@ def real_data_dir() -> Path:
     return Path(os.environ[REAL_DATA])
 
 
+@pytest.fixture
+def tiny_instead_of_glyphs(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """The commands' default data set, and an empty folder for their runs."""
+    import few_shot_runs
+
+    from metalstm import data
+
+    monkeypatch.setattr(data, "load_glyphs", few_shot_runs.tiny_dataset)
+    monkeypatch.chdir(tmp_path)
+
+
+@pytest.fixture(scope="session")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of few_shot with a method of every kind; `copy` it before changing it."""
+    import few_shot_runs
+
+    from experiments.few_shot import __main__ as few_shot
+    from metalstm import data
+
+    folder = tmp_path_factory.mktemp("finished") / "run"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(data, "load_glyphs", few_shot_runs.tiny_dataset)
+        assert few_shot.main(few_shot_runs.four_methods(folder)) == 0
+    return folder
+
+
+@pytest.fixture
+def copy(finished: Path, tmp_path: Path) -> Path:
+    return shutil.copytree(finished, tmp_path / "copy")
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    # a worker that begins a long file last leaves the others idle
+    slow = {item.path for item in items if "slow" in item.keywords}
+    items.sort(key=lambda item: item.path not in slow)
     if os.environ.get(REAL_DATA):
         return
     skip = pytest.mark.skip(reason=f"{REAL_DATA} names no folder with real data")

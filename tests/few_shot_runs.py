@@ -6,7 +6,6 @@ import json
 from pathlib import Path
 
 import numpy as np
-import pytest
 
 from metalstm import data
 
@@ -50,15 +49,6 @@ def four_methods(folder: Path) -> list[str]:
     """A method of every kind that needs no pre-training."""
     own = ["--scratch.num-steps", "3", *META_LSTM]
     return command("--algorithms", *CHOSEN, *own, workdir=folder)
-
-
-def finished_run(folder: Path) -> Path:
-    from experiments.few_shot import __main__ as few_shot
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(data, "load_glyphs", tiny_dataset)
-        assert few_shot.main(four_methods(folder)) == 0
-    return folder
 
 
 def read(path: Path) -> dict:

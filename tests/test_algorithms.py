@@ -115,6 +115,9 @@ CASES = {
         task=EPISODE.query,
     ),
     "nearest_neighbour": Case(algorithms.nearest_neighbour()),
+    "nearest_centroid": Case(algorithms.nearest_centroid()),
+    "ridge": Case(algorithms.ridge()),
+    "logistic_regression": Case(algorithms.logistic_regression()),
     "from_scratch": Case(
         algorithms.from_scratch(NET, rules.as_rule(optax.sgd(0.3)), **STEPS)
     ),
@@ -130,6 +133,9 @@ COMPARING = (
 )
 EQUIVARIANT = (
     "nearest_neighbour",
+    "nearest_centroid",
+    "ridge",
+    "logistic_regression",
     "tied_head",
     "hallucination",
     "pretrained_features",

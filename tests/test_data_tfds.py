@@ -192,9 +192,15 @@ def test_unknown_names_and_a_missing_tfds_are_refused(tmp_path, monkeypatch):
 
 
 @pytest.mark.real_data
-def test_real_mnist(real_data_dir):
-    root = real_data_dir / "tensorflow_datasets"
-    dataset = load_tfds("mnist", root, max_per_class=100)  # then from the cache
+def test_real_mnist(real_data_dir, tmp_path, monkeypatch):
+    """The first images of each split; `test_data_labelled` reads it whole."""
+    whole = open_builder("mnist", real_data_dir / "tensorflow_datasets")
+    first = SimpleNamespace(
+        info=whole.info,
+        as_data_source=lambda split: whole.as_data_source(split=f"{split}[:2000]"),
+    )
+    monkeypatch.setattr("metalstm.data.sources.tfds.open_builder", lambda *_: first)
+    dataset = load_tfds("mnist", cache_dir=tmp_path, max_per_class=100)
     assert sorted(n for s in SPLITS for n in dataset.class_names[s]) == list(
         "0123456789"
     )

@@ -18,6 +18,7 @@ import optax
 import pytest
 import tiny
 from devices_run import CASES, SHARED
+from faults.scripts import draw_images
 from test_training import EPISODE, SPEC, toy
 
 from benchmarks import scaling
@@ -44,13 +45,13 @@ def environment(num_devices: int) -> dict[str, str]:
 
 @pytest.fixture(scope="module")
 def ran(tmp_path_factory) -> Path:
-    """A process of 1, 2 and 8 devices, and next to it two processes of two each."""
+    """A process of 1 and of 8 devices, and next to it two processes of two each."""
     folder = tmp_path_factory.mktemp("devices")
     script = [sys.executable, str(TESTS / "devices_run.py"), str(folder)]
     place = [f"localhost:{launch._free_port()}", "2"]
     started, logs = [], []
     for arguments, num_devices in (
-        (["1,2,8", "4-of-2"], 8),
+        (["1,8", "4-of-2"], 8),
         (["4", "8-of-1", *place, "0"], 2),
         (["4", "8-of-1", *place, "1"], 2),
     ):
@@ -94,7 +95,7 @@ def assert_same(folder: Path, name: str, other: str, kind: str) -> None:
         np.testing.assert_allclose(a, b, rtol=1e-5, atol=rounding)
 
 
-@pytest.mark.parametrize("where", ["2-of-1", "8-of-1", "4-of-2"])
+@pytest.mark.parametrize("where", ["8-of-1", "4-of-2"])
 @pytest.mark.parametrize("case", CASES)
 def test_any_devices_take_the_steps_of_one(ran, case, where):
     """The gradient itself, and the meta-parameters after 20 steps of Adam."""
@@ -152,8 +153,10 @@ def test_only_the_meta_gradient_travels(ran, case):
     assert learned < travels <= learned + 4  # and the metrics' means
 
 
-@pytest.mark.parametrize("each", [2, 3])
-@pytest.mark.parametrize("case", SHARED)
+@pytest.mark.parametrize(
+    ("case", "each"),
+    [(case, each) for case, groups in SHARED.items() for each in groups],
+)
 def test_devices_that_share_a_task_take_the_steps_of_one(ran, case, each):
     """Also where shares and blocks do not divide the coordinates."""
     for kind in ("gradient", "end", "carry"):
@@ -319,7 +322,6 @@ def test_the_launcher_passes_ctrl_c_on_and_waits(tmp_path, monkeypatch, capsys):
         ("--processes 2", "no script"),
         ("--processes 0 -- x", "--processes 0: choose 1 or more"),
         ("--heartbeat-timeout 0 -- x", "--heartbeat-timeout 0: choose 1 or more"),
-        ("--devices-per-process 0 -- x", "--devices-per-process 0"),
     ],
 )
 def test_the_launcher_refuses(line, message, capsys, tmp_path, monkeypatch):
@@ -329,12 +331,11 @@ def test_the_launcher_refuses(line, message, capsys, tmp_path, monkeypatch):
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.slow
 def test_a_killed_host_stops_the_run_and_the_run_goes_on(tmp_path):
     """kill -9 of one of two processes; the same command line resumes on one."""
-    from few_shot_runs import tiny_images
-
     folder, logs = tmp_path / "run", tmp_path / "logs"
-    write_images(tmp_path / "images", tiny_images)
+    draw_images(tmp_path / "images")
     line = (
         "--dataset folders --image-size 8 --learner mlp --widths 4 --num-steps 1 "
         "--way 3 --queries 2 --meta-batch 4 --algorithms fomaml "
@@ -397,17 +398,6 @@ def test_a_killed_host_stops_the_run_and_the_run_goes_on(tmp_path):
     seen = [row["episode"] for row in rows if row["kind"] == "train"]
     assert seen == sorted(set(seen))
     assert seen[-1] == 4 * saved + 40
-
-
-def write_images(images: Path, draw) -> None:
-    from PIL import Image
-
-    for split, number in (("train", 12), ("val", 5), ("test", 5)):
-        for k, of_class in enumerate(draw(number, seed=number)):
-            (images / split / f"{split}{k}").mkdir(parents=True)
-            for m, image in enumerate(of_class):
-                path = images / split / f"{split}{k}" / f"{m}.png"
-                Image.fromarray(image[..., 0]).save(path)
 
 
 def test_the_model_of_step_times():
@@ -480,27 +470,24 @@ def test_flags_that_do_not_go_together(flags, message):
 def test_a_cpu_counts_as_several_devices(tmp_path):
     """The same meta-steps over two devices that split tasks, or each task; refused once
     JAX has started."""
+    from experiments.learned_optimizer import __main__ as learned_optimizer
+
     jax.devices()
     with pytest.raises(ValueError, match="--cpu-devices 2: JAX has started"):
         devices.join(devices.Devices(cpu_devices=2))
     line = (
         "--dim 2 --l2l.hidden-size 3 --l2l.num-layers 1 --num-tasks 2 "
-        "--unroll-steps 2 --horizon 4 --meta-steps 20 --steps 4 "
-        "--instances 6 --tune-instances 2 --baselines sgd"
-    )
-    losses = []
-    both = (2, "cpu, 2 devices,")
-    for name, (count, said), more in (
-        ("one", (1, "cpu, 1 device,"), []),
-        ("tasks", both, []),
-        ("coordinates", both, ["--devices-per-task", "2"]),
-    ):
+        "--unroll-steps 2 --horizon 4 --meta-steps 6 --validate-every 6 --steps 4 "
+        "--study none"
+    ).split()
+    assert learned_optimizer.main([*line, "--workdir", str(tmp_path / "one")]) == 0
+    losses = [losses_of(tmp_path / "one")]
+    for name, more in (("tasks", []), ("coordinates", ["--devices-per-task", "2"])):
         folder = tmp_path / name
         done = subprocess.run(
             [
                 *(sys.executable, "-m", "experiments.learned_optimizer"),
-                *(*line.split(), "--workdir", str(folder)),
-                *("--cpu-devices", str(count), *more),
+                *(*line, "--workdir", str(folder), "--cpu-devices", "2", *more),
             ],
             env=os.environ | {"XLA_FLAGS": QUICK_XLA, "JAX_PLATFORMS": "cpu"},
             cwd=TESTS.parent,
@@ -509,12 +496,16 @@ def test_a_cpu_counts_as_several_devices(tmp_path):
             check=False,
         )
         assert done.returncode == 0, done.stderr
-        assert said in done.stdout
-        rows = [json.loads(row) for row in (folder / "metrics.jsonl").open()]
-        losses.append([row["loss"] for row in rows if row["kind"] == "train"])
-    assert len(losses[0]) == 20
+        assert "cpu, 2 devices," in done.stdout
+        losses.append(losses_of(folder))
+    assert len(losses[0]) == 6
     np.testing.assert_allclose(losses[1], losses[0], rtol=1e-4)
     np.testing.assert_allclose(losses[2], losses[0], rtol=1e-4)
+
+
+def losses_of(folder: Path) -> list[float]:
+    rows = [json.loads(row) for row in (folder / "metrics.jsonl").open()]
+    return [row["loss"] for row in rows if row["kind"] == "train"]
 
 
 def test_a_run_is_resumed_where_its_command_line_says(tmp_path):
@@ -534,7 +525,7 @@ def test_a_run_is_resumed_where_its_command_line_says(tmp_path):
         again = parse(["--resume", str(tmp_path), "--devices", "2"])
         assert again.devices == devices.Devices(devices=2)
     assert {name.split(".")[1] for name in devices.MAY_CHANGE} == {
-        *vars(devices.Devices())
+        *devices.Devices.__struct_fields__
     }
 
 
@@ -565,15 +556,15 @@ def test_devices_that_do_not_divide_the_tasks_are_refused(monkeypatch):
         sharding.task_mesh(num_devices=9)
     with pytest.raises(ValueError, match="num_tasks=6 is not a multiple of the 4 d"):
         sharding.task_mesh(6, num_devices=4)
-    with pytest.raises(ValueError, match=r"--tasks 6 is not .*: choose --tasks 4, 8"):
+    with pytest.raises(ValueError, match=r"--tasks 6, --devices 4: num.* of 4, 8"):
         devices.mesh_for(devices.Devices(devices=4), 6, "--tasks")
     with pytest.raises(ValueError, match="devices_per_task=3: choose a divisor of the"):
         sharding.task_mesh(8, devices_per_task=3)
     with pytest.raises(ValueError, match="of the 2 groups of 2 devices: choose"):
         sharding.task_mesh(3, num_devices=4, devices_per_task=2)
-    with pytest.raises(ValueError, match="--devices-per-task 3: choose a divisor of"):
+    with pytest.raises(ValueError, match=r"--devices-per-task 3: .*choose a divisor"):
         devices.mesh_for(devices.Devices(devices_per_task=3), 8, "--tasks")
-    with pytest.raises(ValueError, match="of the 2 groups of 2 devices of 1 process"):
+    with pytest.raises(ValueError, match=r"--tasks 3, .*of the 2 groups of 2 devices"):
         devices.mesh_for(devices.Devices(devices=4, devices_per_task=2), 3, "--tasks")
     with pytest.raises(ValueError, match="--devices 9: num_devices=9"):
         devices.mesh_for(devices.Devices(devices=9), 9, "--tasks")
@@ -583,7 +574,7 @@ def test_devices_that_do_not_divide_the_tasks_are_refused(monkeypatch):
         sharding.task_mesh(4)
     with pytest.raises(ValueError, match="num_devices=4: choose 8, all of them"):
         sharding.task_mesh(8, num_devices=4)
-    with pytest.raises(ValueError, match="--meta-batch 4 is not a multiple of the 8 d"):
+    with pytest.raises(ValueError, match=r"--meta-batch 4: .*multiple of the 8 d"):
         devices.mesh_for(devices.Devices(), 4, "--meta-batch")
 
 

@@ -256,6 +256,21 @@ def test_shapes_alone_are_checked_under_jit(pool):
         episode_key(0, "val", 0)
 
 
+@pytest.mark.parametrize("shape", [(7,), (4, 3), (2, 2, 3)])
+def test_floats_come_as_they_are(shape):
+    rng = np.random.default_rng(0)
+    features = rng.normal(300, 100, (4, 6, *shape)).astype(np.float32)
+    pool = make_pool(features)
+    spec = EpisodeSpec(3, 2, 2)
+    for part in sample(jax.random.key(0), pool, spec):
+        assert part.x.shape == (6, *shape)
+        for x in np.asarray(part.x):
+            assert (features == x).reshape(4, 6, -1).all(-1).any()
+    wide = make_pool(features[..., None])
+    with pytest.raises(ValueError, match="rotations=True needs square images"):
+        sample(jax.random.key(0), wide, EpisodeSpec(2, 1, 1, rotations=True))
+
+
 def test_make_pool_pads_and_refuses():
     ragged = [np.full((n, 2, 2, 1), n, np.uint8) for n in (3, 1, 2)]
     pool = make_pool(ragged)
@@ -265,8 +280,10 @@ def test_make_pool_pads_and_refuses():
         make_pool([])
     with pytest.raises(ValueError, match="must be uint8 of shape"):
         make_pool(np.zeros((3, 2, 2, 1), np.uint8))
-    with pytest.raises(ValueError, match="must be uint8, got float64"):
-        make_pool([np.zeros((3, 2, 2, 1))])
+    with pytest.raises(ValueError, match=r"or floats .*, got int64 \[1, 3, 2, 2, 1\]"):
+        make_pool([np.zeros((3, 2, 2, 1), np.int64)])
+    with pytest.raises(ValueError, match=r"images\[1\] are float32 and images"):
+        make_pool([ragged[0], ragged[1].astype(np.float32)])
     images = np.zeros((2, 3, 2, 2, 1), np.uint8)
     with pytest.raises(ValueError, match=r"2 integers in \[1, 3\], got \[4, 1\]"):
         make_pool(images, np.array([4, 1]))

@@ -53,29 +53,25 @@ def test_learned_optimizer(tmp_path, monkeypatch, capsys):
     assert "meta-step     2" in capsys.readouterr().out
 
 
-def test_own_learner_on_devices(tmp_path):
+def test_own_learner_on_devices(tmp_path, capsys):
     """Two devices give the loss of one."""
-    said = []
-    for count in (1, 2):
-        flags = os.environ.get("XLA_FLAGS", "")
-        flags += f" --xla_force_host_platform_device_count={count}"
-        line = ["--data-file", "x.npz", "--meta-steps", "4", "--num-tasks", "2"]
-        done = subprocess.run(
-            [
-                sys.executable,
-                "-m",
-                "experiments.examples.own_learner_on_devices",
-                *line,
-            ],
-            env=os.environ | {"XLA_FLAGS": flags, "PYTHONPATH": str(ROOT)},
-            cwd=tmp_path,
-            capture_output=True,
-            text=True,
-            check=False,
-        )
-        assert done.returncode == 0, done.stderr
-        lines = done.stdout.splitlines()
-        assert f"{count} devices, 2 tasks a meta-step" in lines[-1]
-        said.append(lines[:-1])
-    assert len(said[0]) == 4
-    assert said[0] == said[1]
+    path = tmp_path / "x.npz"
+    own_learner_on_devices.main(path, meta_steps=4, num_tasks=2)
+    alone = capsys.readouterr().out.splitlines()
+    flags = os.environ.get("XLA_FLAGS", "")
+    flags += " --xla_force_host_platform_device_count=2"
+    line = ["--data-file", str(path), "--meta-steps", "4", "--num-tasks", "2"]
+    done = subprocess.run(
+        [sys.executable, "-m", own_learner_on_devices.__name__, *line],
+        env=os.environ | {"XLA_FLAGS": flags, "PYTHONPATH": str(ROOT)},
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    together = done.stdout.splitlines()
+    assert "1 devices, 2 tasks a meta-step" in alone[-1]
+    assert "2 devices, 2 tasks a meta-step" in together[-1]
+    assert len(alone) == 5
+    assert alone[:-1] == together[:-1]

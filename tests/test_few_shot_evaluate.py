@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import shutil
-from pathlib import Path
 
 import jax
 import numpy as np
 import pytest
-from few_shot_runs import command, finished_run, read, tiny_dataset, tiny_images
+from few_shot_runs import command, read, tiny_dataset, tiny_images
 
 import metalstm
 from experiments.common.run_folder import write_json
@@ -17,22 +16,7 @@ from experiments.few_shot.saved_runs import choose_methods, read_runs
 from experiments.studies import shots_and_ways
 from metalstm import data
 
-
-@pytest.fixture(autouse=True)
-def tiny_instead_of_glyphs(monkeypatch, tmp_path):
-    monkeypatch.setattr(data, "load_glyphs", tiny_dataset)
-    monkeypatch.chdir(tmp_path)
-
-
-@pytest.fixture(scope="module")
-def finished(tmp_path_factory) -> Path:
-    """One finished run with a method of every kind; copy it before changing it."""
-    return finished_run(tmp_path_factory.mktemp("finished") / "run")
-
-
-@pytest.fixture
-def copy(finished, tmp_path) -> Path:
-    return shutil.copytree(finished, tmp_path / "copy")
+pytestmark = pytest.mark.usefixtures("tiny_instead_of_glyphs")
 
 
 def test_evaluate_again_at_another_shot(copy, capsys):

@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import csv
 
+import numpy as np
 import pytest
 
 from experiments.few_shot import methods, published, results
 from experiments.few_shot.command_line import parse
+from experiments.few_shot.options import Data
+from metalstm.meta.evaluation import Evaluation
 
 
 def reference(method, batch_norm="support", *, dataset="omniglot", shot=1, **options):
-    options = {"split": "alphabets", "way": 5} | options
-    return published.published_reference(
-        method, dataset=dataset, shot=shot, batch_norm=batch_norm, **options
-    )
+    data = Data(dataset=dataset, shot=shot, **options)
+    return published.published_reference(method, data, batch_norm)
 
 
 def test_published_numbers_carry_their_protocol():
@@ -54,13 +55,10 @@ def rows(names=("maml", "meta-lstm")):
     found = []
     for index, name in enumerate(names):
         difference = None if name == "meta-lstm" else (-0.1234, 0.0123)
-        number = reference(name, "support")
-        trained = (123_456, 4_321.7) if index % 2 else (None, None)
-        found.append(
-            results.Row(
-                name, 0.98765, 0.00432, difference, "support", 112_234, *trained, number
-            )
-        )
+        spent = {"episodes": 123_456, "wall_seconds": 4_321.7} if index % 2 else {}
+        evaluation = Evaluation(np.zeros(2), 0.98765, 0.00432, "support", "test", 0)
+        one = results.Tested(name, name, evaluation, "support", 112_234, spent)
+        found.append(results.Row(one, difference, reference(name, "support")))
     return found
 
 

@@ -122,8 +122,15 @@ def numpy_unroll(weights, theta, task: Task, variant: str, **held):
     return run, NET.objective(*task.query)(run.thetas[-1])[0]
 
 
-def numpy_gradient(weights, task: Task, variant: str, **held):
-    """Finite differences by every rule parameter and by theta_0."""
+@functools.cache
+def numpy_gradient(variant: str, hidden: int, held: str | None = None):
+    """Finite differences by every rule parameter and by theta_0.
+
+    ``held`` names what of the undisturbed run is held fixed: see `reference`.
+    """
+    task, (_, weights) = make_task(), make_rule(variant, hidden)
+    run, _ = numpy_unroll(weights, task.theta, task, variant)
+    fixed = {held: run.records} if held else {}
     leaves, treedef = jax.tree.flatten(weights)
     sizes = [leaf.size for leaf in leaves]
     start = np.concatenate([*(leaf.ravel() for leaf in leaves), task.theta])
@@ -134,7 +141,7 @@ def numpy_gradient(weights, task: Task, variant: str, **held):
             part.reshape(leaf.shape) for part, leaf in zip(parts, leaves, strict=True)
         ]
         unflat = jax.tree.unflatten(treedef, parts)
-        return numpy_unroll(unflat, theta, task, variant, **held)[1]
+        return numpy_unroll(unflat, theta, task, variant, **fixed)[1]
 
     return reference.central_difference(loss, start, 1e-4)
 
@@ -176,7 +183,7 @@ def test_first_order(task, variant, hidden, blocked):
     losses = [record.loss for record in run.records]
     np.testing.assert_allclose(trace.losses, losses, **TOLERANCE)
 
-    numeric = numpy_gradient(weights, task, variant, held=run.records)
+    numeric = numpy_gradient(variant, hidden, "held")
     np.testing.assert_allclose(flat(grads), numeric, **TOLERANCE)
 
 
@@ -194,8 +201,8 @@ def test_second_order(task, variant, hidden, features):
     faint = magnitudes < np.exp(-10)
     assert magnitudes[faint].max() < 0.5 * np.exp(-10)
     assert magnitudes[~faint].min() > 10 * np.exp(-10)
-    held = {} if features == "full" else {"held_features": run.records}
-    numeric = numpy_gradient(weights, task, variant, **held)
+    held = None if features == "full" else "held_features"
+    numeric = numpy_gradient(variant, hidden, held)
     np.testing.assert_allclose(flat(grads), numeric, **TOLERANCE)
 
 
@@ -214,10 +221,10 @@ def test_meta_lstm_is_the_published_algorithm(task, how):
     (loss, _), grads = tiny.quick_jit(jax.value_and_grad(algorithm.loss, has_aux=True))(
         params, jax.random.key(0), episode
     )
-    run, numpy_loss = numpy_unroll(weights, task.theta, task, "code")
+    _, numpy_loss = numpy_unroll(weights, task.theta, task, "code")
     np.testing.assert_allclose(loss, numpy_loss, **TOLERANCE)
-    held = {"held_features" if how.order == "second" else "held": run.records}
-    numeric = numpy_gradient(weights, task, "code", **held)
+    held = "held_features" if how.order == "second" else "held"
+    numeric = numpy_gradient("code", HIDDEN, held)
     np.testing.assert_allclose(
         np.concatenate([flat(grads.rule), flat(grads.learner)]), numeric, **TOLERANCE
     )

@@ -15,6 +15,7 @@ ROOT = Path(__file__).parents[1]
 # A module may import from the layers above its own line, and from itself.
 LAYERS = (
     {
+        "batches",
         "checks",
         "runtime",
         "runtime.compilation",
@@ -22,7 +23,7 @@ LAYERS = (
         "runtime.saved_config",
         "statistics",
     },
-    {"runtime.processes", "runtime.sharding"},
+    {"calibration", "runtime.processes", "runtime.sharding"},
     {"tasks"},
     {"base"},
     {"runtime.checkpoint_format"},

@@ -13,7 +13,7 @@ import pytest
 from experiments.common import progress
 from experiments.common.progress import ProgressBar, Stopwatch
 from experiments.common.saved_training import SavedTraining
-from experiments.common.stopping import stops_on_ctrl_c
+from experiments.common.script_end import stops_on_ctrl_c
 from metalstm.meta.fitting import FitState
 from metalstm.meta.step import TrainState
 from metalstm.runtime import checkpoints

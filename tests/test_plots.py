@@ -9,6 +9,8 @@ import numpy as np
 import pytest
 
 from metalstm import plots
+from metalstm.calibration import Reliability
+from metalstm.meta.confidence import ConfidenceReport
 from metalstm.plots import accuracies
 
 
@@ -274,3 +276,27 @@ def test_roc_curves_have_a_line_and_an_equal_error_dot_for_each_method():
     np.testing.assert_allclose(found, [(0.5, 80.0), (0.01, 100.0)])
     assert axes.get_xscale() == "log"
     assert axes.get_title() == "letters"
+
+
+def test_confidence_panels_draw_what_was_measured(tmp_path):
+    bins = Reliability(
+        np.array([0.2, 0.5, 0.9]), np.array([0.3, 0.4, 0.8]), np.array([3, 50, 70])
+    )
+    reports = [
+        ConfidenceReport((0.5, 0.1), bins, coverage, (2.0, 0.1), alarms, misses)
+        for coverage, alarms, misses in (
+            ((0.85, 0.02), (0.2, 0.1), (0.3, 0.1)),
+            ((0.91, 0.01), (0.1, 0.1), (0.6, 0.1)),
+        )
+    ]
+    figure = plots.confidence_panels(
+        [0.8, 0.9], {"ridge": reports, "centroid": reports}
+    )
+    calibrated, covered, missed = figure.axes
+    # a bin of three answers says nothing
+    np.testing.assert_allclose(calibrated.lines[0].get_ydata(), [40, 80])
+    np.testing.assert_allclose(covered.lines[1].get_ydata(), [85, 91])
+    band = covered.collections[0].get_paths()[0].vertices[:, 1]
+    assert (band.min(), band.max()) == pytest.approx((83, 92))
+    np.testing.assert_allclose(missed.lines[0].get_ydata(), [30, 60])
+    saves(figure, tmp_path)

@@ -97,7 +97,7 @@ def test_the_figure_draws_the_chosen_rate():
     config = reptile_gradients.Config(outer_rates=(0.1, 0.2))
     axes = reptile_gradients.figure(found, config).axes[0]
     first, second, chance = axes.lines
-    np.testing.assert_allclose(first.get_ydata(), [20, 40])
-    np.testing.assert_allclose(second.get_ydata(), [20, 90])
+    np.testing.assert_allclose(first.get_ydata(), [0.2, 0.4])
+    np.testing.assert_allclose(second.get_ydata(), [0.2, 0.9])
     assert second.get_linestyle() == "--"
-    assert chance.get_ydata()[0] == 20
+    assert chance.get_ydata()[0] == 0.2

@@ -14,7 +14,7 @@ import optax
 import pytest
 import tiny
 
-from metalstm import algorithms, rules, tasks
+from metalstm import algorithms, tasks
 from metalstm.algorithms.common import make_algorithm
 from metalstm.base import Aux
 from metalstm.data import ClusterSpec
@@ -30,9 +30,9 @@ CALLS, STEPS = 2, 3
 OPTIMIZER = optax.chain(optax.trace(0.0), meta_step.adam_clipped(0.05))
 
 
-def meta_lstm():
-    rule = rules.lstm_gates(hidden_size=2, input_bias=(-1.0, 0.0))
-    return algorithms.meta_lstm(tiny.tanh_net(), rule, num_steps=2, gradient_scale=1.0)
+def meta_sgd():
+    """A learned initialisation and a learned rule."""
+    return algorithms.meta_sgd(tiny.tanh_net(), num_steps=1)
 
 
 def toy(**slots):
@@ -94,7 +94,7 @@ def check(algorithm, mesh=None):
 def test_each_seed_goes_where_it_goes_alone(how, monkeypatch):
     """Also as on an accelerator, where the seeds are an axis of every operation."""
     monkeypatch.setattr(tasks, "default_task_mapping", lambda: how)
-    check(meta_lstm())
+    check(meta_sgd())
 
 
 def test_a_seed_whose_loss_is_not_finite_stays_and_the_others_go_on():
@@ -118,8 +118,8 @@ from metalstm.runtime.sharding import place, task_mesh
 
 mesh = task_mesh(len(t.SEEDS))
 assert mesh.size == 2
-t.check(t.meta_lstm(), mesh)
-algorithm = t.meta_lstm()
+algorithm = t.meta_sgd()
+t.check(algorithm, mesh)
 loop = map_seeds(t.make_loop(algorithm), mesh=mesh)
 states = init_seeds(algorithm, t.OPTIMIZER, t.SEEDS, t.EPISODE)
 states = place(states, mesh, per_task=True)

@@ -131,6 +131,23 @@ def test_features_are_compared_as_asked(compare):
     )
 
 
+@pytest.mark.parametrize("compare", ["ridge", "logistic"])
+def test_heads_on_pretrained_features_are_those_of_frozen_ones(compare):
+    params = meta_params("pretrained_features")
+    baseline = algorithms.pretrained_features(FEATURES, 3, compare=compare)
+    state = params.learner._replace(params=params.learner.params["body"])
+    embed = lambda x: FEATURES.apply(state, x, norm="stored")[0]  # noqa: E731
+    frozen = {
+        "ridge": algorithms.ridge(),
+        "logistic": algorithms.logistic_regression(),
+    }
+    support = SUPPORT._replace(x=embed(SUPPORT.x))
+    expected = frozen[compare].predict((), KEY, support, embed(QUERY.x), num_classes=3)
+    np.testing.assert_allclose(
+        predict(baseline, params), expected, rtol=1e-4, atol=1e-5
+    )
+
+
 # -- fine-tuning -----------------------------------------------------------------------
 
 

@@ -180,7 +180,7 @@ def test_images_are_normalised_as_in_training():
 
 def test_a_run_on_arrays_needs_to_know_which(run):
     config = Data("arrays")
-    with pytest.raises(ValueError, match=r"say which .npz with --data-dir FILE"):
+    with pytest.raises(ValueError, match=r"say where with --data-dir FILE.npz"):
         sources.load_source(config, {})
     sized = Data("arrays", run / "people.npz", image_size=28)
     with pytest.raises(ValueError, match=r"--image-size: arrays are used at their own"):

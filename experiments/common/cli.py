@@ -1,12 +1,14 @@
 """The command line of a script: typed options, and the flags made of them.
 
-Options are dataclasses or `Options`, nested in one config. `parse` makes flags of
+Options are groups, nested in one config. `parse` makes flags of
 their fields, `check` refuses what their types exclude. No jax is imported here, so that
 --help is quick.
 """
 
 from __future__ import annotations
 
+import contextlib
+import io
 import math
 import typing
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -27,11 +29,13 @@ __all__ = [
     "Options",
     "Pair",
     "Positive",
+    "Share",
     "check",
     "check_multiple",
     "check_names",
     "parse",
     "replace",
+    "said",
     "split_names",
 ]
 
@@ -48,6 +52,11 @@ Flat = Annotated[Config, _FLAT]
 """A group whose flags have no prefix."""
 ByName = Annotated[dict[str, Config], _BY_NAME]
 """Groups whose flags have their names as prefix: --NAME.OPTION."""
+
+
+def said(kind: Any, text: str) -> Any:
+    """The type of an option whose help is ``text``."""
+    return Annotated[kind, tyro.conf.arg(help=text)]
 
 
 def split_names(words: Sequence[str]) -> tuple[str, ...]:
@@ -71,6 +80,7 @@ Count = Annotated[int, msgspec.Meta(ge=1)]
 Natural = Annotated[int, AT_LEAST_0]
 Pair = Annotated[int, msgspec.Meta(ge=2)]  # what has an interval, or two classes
 Positive = Annotated[float, msgspec.Meta(gt=0)]
+Share = Annotated[float, msgspec.Meta(gt=0, le=1)]
 
 
 def parse(
@@ -80,14 +90,17 @@ def parse(
     module: str,
     description: str | None,
     topics: Sequence[str] = (),
+    prefix: str = "--",
 ) -> Config:
     """Read the flags of ``python -m MODULE``; ``default`` says what others are.
 
     Args:
       topics: groups that --help shows when it is asked for them: --help TOPIC.
+      prefix: of the flags in error messages.
 
     Raises:
-      ValueError: an option outside its limits; names the flag and what would do.
+      ValueError: an unknown flag, a value of another type or outside its limits.
+      SystemExit: after --help.
     """
     shown: Any = default
     if topics and "--help" in arguments:
@@ -98,16 +111,31 @@ def parse(
         shown = kind(*(getattr(default, name) for name in names))
         arguments = ["--help"]
         description = f"{description}\n\nMore: --help {', --help '.join(topics)}"
-    config: Config = tyro.cli(
-        type(shown),
-        args=list(arguments),
-        default=shown,
-        description=description,
-        prog=f"python -m {module}",
-        config=(tyro.conf.AvoidSubcommands,),
-    )
-    check(config)
+    said = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(said):
+            config: Config = tyro.cli(
+                type(shown),
+                args=list(arguments),
+                default=shown,
+                description=description,
+                prog=f"python -m {module}",
+                config=(tyro.conf.AvoidSubcommands,),
+            )
+    except SystemExit as stop:
+        if not stop.code:
+            raise
+        raise ValueError(_sentence(said.getvalue(), prefix)) from None
+    check(config, prefix)
     return config
+
+
+def _sentence(box: str, prefix: str) -> str:
+    """What tyro says in a box, its title, its hints and its frame omitted."""
+    _, *lines = (line.strip("│ ") for line in box.splitlines())
+    blocks = " ".join(line if line.strip("─-╰╯") else "\n" for line in lines)
+    text = blocks.strip().split("\n")[0].strip().removeprefix("Error parsing ")
+    return prefix + text.removeprefix("--") if text.startswith("--") else text
 
 
 def check(options: Any, prefix: str = "--") -> None:
@@ -141,6 +169,10 @@ def _check_value(flag: str, value: Any, limits: Sequence[msgspec.Meta]) -> None:
                 raise ValueError(f"{flag} {part:g}: choose {limit.ge:g} or more")
             if limit.gt is not None and not part > limit.gt:
                 raise ValueError(f"{flag} {part:g}: choose a number above {limit.gt:g}")
+            if limit.lt is not None and not part < limit.lt:
+                raise ValueError(f"{flag} {part:g}: choose a number below {limit.lt:g}")
+            if limit.le is not None and part > limit.le:
+                raise ValueError(f"{flag} {part:g}: choose {limit.le:g} or less")
 
 
 def _limits(hint: Any) -> Iterator[msgspec.Meta]:

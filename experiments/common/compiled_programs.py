@@ -21,7 +21,7 @@ import re
 import subprocess
 import sys
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -109,7 +109,7 @@ def _make_private(folder: Path) -> None:
 def remove_oldest(root: Path, max_bytes: int) -> None:
     """Remove programs that were not read for longest, until the rest fits."""
     entries = []
-    for path in _files(root):
+    for path in root.glob("*/*"):
         with contextlib.suppress(FileNotFoundError):  # by another process
             stat = path.stat()
             entries.append((max(stat.st_atime, stat.st_mtime), stat.st_size, path))
@@ -119,11 +119,6 @@ def remove_oldest(root: Path, max_bytes: int) -> None:
             break
         path.unlink(missing_ok=True)
         total -= size
-
-
-def _files(root: Path) -> Iterator[Path]:
-    for folder, _, names in os.walk(root):
-        yield from (Path(folder) / name for name in names)
 
 
 def _mend_broken_entries(folder: Path) -> None:

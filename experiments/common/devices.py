@@ -9,14 +9,12 @@ import os
 import sys
 import traceback
 from collections.abc import Callable
-from dataclasses import dataclass, fields
 from typing import Any, NoReturn
 
 from experiments.common import cli
 
 
-@dataclass(frozen=True)
-class Devices:
+class Devices(cli.Options, frozen=True):
     """Where to compute."""
 
     devices: cli.Count | None = None
@@ -43,7 +41,7 @@ class Devices:
 
 
 # none of them is part of the recipe: a run may be resumed elsewhere
-MAY_CHANGE = tuple(f"devices.{field.name}" for field in fields(Devices))
+MAY_CHANGE = tuple(f"devices.{name}" for name in Devices.__struct_fields__)
 
 
 def check(devices: Devices) -> None:
@@ -98,33 +96,16 @@ def mesh_for(devices: Devices, num_tasks: int, flag: str) -> Any:
     Raises:
       ValueError: the devices do not divide the tasks, or there are not so many.
     """
-    import jax
-
     from metalstm.runtime import sharding
 
-    total = jax.device_count()
-    count = total if devices.devices is None else devices.devices
-    each = devices.devices_per_task
-    if count <= total and count % each:
-        raise ValueError(
-            f"--devices-per-task {each}: choose a divisor of the {count} devices of "
-            f"{_processes()}"
-        )
-    groups = count // each
-    must_divide = devices.devices is not None or jax.process_count() > 1
-    if must_divide and count <= total and num_tasks % groups:
-        what = f"groups of {each} devices" if each > 1 else "devices"
-        raise ValueError(
-            f"{flag} {num_tasks} is not a multiple of the {groups} {what} of "
-            f"{_processes()}: choose {flag} {groups}, {2 * groups} and so on, or fewer "
-            "devices"
-        )
+    count, each = devices.devices, devices.devices_per_task
+    given = f"{flag} {num_tasks}"
+    given += "" if count is None else f", --devices {count}"
+    given += "" if each == 1 else f", --devices-per-task {each}"
     try:
-        return sharding.task_mesh(
-            num_tasks, num_devices=devices.devices, devices_per_task=each
-        )
+        return sharding.task_mesh(num_tasks, num_devices=count, devices_per_task=each)
     except ValueError as error:
-        raise ValueError(f"--devices {devices.devices}: {error}") from error
+        raise ValueError(f"{given}: {error}") from error
 
 
 def describe(mesh: Any) -> str:
@@ -137,15 +118,8 @@ def describe(mesh: Any) -> str:
     if used < total:
         text = f"{used} of {text}"
     if jax.process_count() > 1:
-        text += f" in {_processes()}"
+        text += f" in {jax.process_count()} processes"
     return text
-
-
-def _processes() -> str:
-    import jax
-
-    count = jax.process_count()
-    return f"{count} process" + "es" * (count != 1)
 
 
 def exit_with(main: Callable[[], int]) -> NoReturn:

@@ -22,11 +22,13 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from pathlib import Path
+from queue import Empty, SimpleQueue
+from typing import BinaryIO
 
 from experiments.common import cli
+from experiments.common.script_end import handled
 
 _GRACE = 5.0  # seconds in which the others may end by themselves
 _LAST_SAVE = 60.0  # seconds between the first and the last to end after Ctrl-C
@@ -35,8 +37,7 @@ _TAIL = 15  # lines
 _SAVED = 130  # what a script returns after Ctrl-C
 
 
-@dataclass(frozen=True)
-class Options:
+class Options(cli.Options, frozen=True):
     """Start a script in several processes on this machine, and watch over them.
 
     What comes after -- is the script and its own options.
@@ -44,8 +45,6 @@ class Options:
 
     processes: cli.Count = 2
     """How many."""
-    devices_per_process: cli.Count | None = None
-    """Split the CPU of each process into this many devices."""
     heartbeat_timeout: cli.Count = 100
     """Seconds after which processes end when one of them was not heard of, should this
     one not have stopped them before."""
@@ -76,12 +75,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
     log_dir.mkdir(parents=True, exist_ok=True)
     workers = _start(options, script, log_dir)
     print(f"{options.processes} processes, their logs in {log_dir}", flush=True)
+
+    def pass_on(number: int, frame: object) -> None:
+        for worker in workers:
+            worker.process.send_signal(number)  # nothing, once it has ended
+
     try:
-        with _signals_passed_on(workers):
-            first = _watch(workers)
+        with handled(pass_on), workers[0].log.open("rb") as said:
+            first = _watch(workers, said)
             if first is None:
                 return max(worker.process.returncode for worker in workers)
             _report(first, workers, options, script)
+            _show(said)
             status = first.process.returncode
             return status if status > 0 else 128 - status
     finally:
@@ -89,10 +94,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 class Worker:
-    """One process, its log, and when it ended: the first to die took the others."""
+    """One process and its log; ``ended`` gets it when it ends."""
 
-    def __init__(self, index: int, command: list[str], env: dict[str, str], log: Path):
-        self.index, self.log, self.ended = index, log, math.inf
+    def __init__(
+        self, index: int, command: list[str], log: Path, ended: SimpleQueue[Worker]
+    ):
+        self.index, self.log, self.ended = index, log, ended
+        env = os.environ | {"PYTHONUNBUFFERED": "1"}
         with log.open("wb") as file:
             # a session of its own: Ctrl-C reaches it through this process alone
             self.process = subprocess.Popen(
@@ -103,10 +111,7 @@ class Worker:
 
     def _wait(self) -> None:
         self.process.wait()
-        self.ended = time.monotonic()
-
-    def is_running(self) -> bool:
-        return self.ended == math.inf
+        self.ended.put(self)
 
     def lines(self) -> list[str]:
         """What it said; of a progress bar, how it ended."""
@@ -116,18 +121,15 @@ class Worker:
 
 
 def _start(options: Options, script: list[str], log_dir: Path) -> list[Worker]:
-    env = os.environ | {"PYTHONUNBUFFERED": "1"}
-    if options.devices_per_process is not None:
-        count = f"--xla_force_host_platform_device_count={options.devices_per_process}"
-        env["XLA_FLAGS"] = f"{env.get('XLA_FLAGS', '')} {count}".strip()
     place = (
         f"--distributed --coordinator localhost:{_free_port()} "
         f"--num-processes {options.processes} "
         f"--heartbeat-timeout {options.heartbeat_timeout} --process-id"
     )
     command = [sys.executable, "-m", *script, *place.split()]
+    ended: SimpleQueue[Worker] = SimpleQueue()
     return [
-        Worker(index, [*command, str(index)], env, log_dir / f"process-{index}.log")
+        Worker(index, [*command, str(index)], log_dir / f"process-{index}.log", ended)
         for index in range(options.processes)
     ]
 
@@ -138,25 +140,34 @@ def _free_port() -> int:
         return probe.getsockname()[1]
 
 
-def _watch(workers: list[Worker]) -> Worker | None:
+def _watch(workers: list[Worker], said: BinaryIO) -> Worker | None:
     """Wait until all have ended well, or return the first that has not."""
-    with workers[0].log.open("rb") as said:
-        while True:
-            ended = sorted(
-                (w for w in workers if not w.is_running()), key=lambda w: w.ended
-            )
-            with contextlib.suppress(OSError):  # nobody reads
-                sys.stdout.buffer.write(said.read())
-                sys.stdout.buffer.flush()
-            for worker in ended:
-                status = worker.process.returncode
-                # interrupted before it had found the others, one leaves them waiting
-                late = status == _SAVED and time.monotonic() - worker.ended > _LAST_SAVE
-                if status not in (0, _SAVED) or (late and len(ended) < len(workers)):
-                    return worker
-            if len(ended) == len(workers):
-                return None
-            time.sleep(_POLL)
+    left, saved, deadline = len(workers), workers[0], math.inf
+    while left > 0:
+        try:
+            worker = workers[0].ended.get(timeout=_POLL)
+        except Empty:
+            worker = None
+        _show(said)
+        if worker is None:
+            # interrupted before it had found the others, one leaves them waiting
+            if time.monotonic() > deadline:
+                return saved
+            continue
+        left -= 1
+        if worker.process.returncode not in (0, _SAVED):
+            return worker
+        if worker.process.returncode == _SAVED and deadline == math.inf:
+            saved, deadline = worker, time.monotonic() + _LAST_SAVE
+    return None
+
+
+def _show(said: BinaryIO) -> None:
+    """Print what process 0 has said since."""
+    with contextlib.suppress(OSError):  # nobody reads
+        sys.stdout.flush()
+        sys.stdout.buffer.write(said.read())
+        sys.stdout.buffer.flush()
 
 
 def _report(
@@ -173,9 +184,9 @@ def _report(
         print(f"  | {line}")
     # of the same mistake the others die by themselves, and say so in their logs
     deadline = time.monotonic() + _GRACE
-    while any(w.is_running() for w in workers) and time.monotonic() < deadline:
-        time.sleep(_POLL)
-    running = [worker for worker in workers if worker.is_running()]
+    for worker in workers:
+        worker.waiter.join(max(deadline - time.monotonic(), 0))
+    running = [worker for worker in workers if worker.waiter.is_alive()]
     names = ", ".join(str(worker.index) for worker in running)
     if status == -signal.SIGABRT and running:
         print(
@@ -189,12 +200,11 @@ def _report(
     hints = [line for line in workers[0].lines() if " --resume " in line]
     if hints:
         folder = hints[-1].rsplit(" --resume ", 1)[1]
-        again = ["python -m experiments.common.launch --processes"]
-        again.append(str(options.processes))
-        if options.devices_per_process is not None:
-            again.append(f"--devices-per-process {options.devices_per_process}")
-        resume = " ".join([*again, "--", script[0], "--resume", folder])
-        print(f"to resume from the last checkpoint:\n  {resume}")
+        print(
+            "to resume from the last checkpoint:\n  python -m "
+            f"experiments.common.launch --processes {options.processes} -- {script[0]} "
+            f"--resume {folder}"
+        )
 
 
 def _stop(workers: Sequence[Worker]) -> None:
@@ -202,26 +212,6 @@ def _stop(workers: Sequence[Worker]) -> None:
     for worker in workers:
         worker.process.kill()
         worker.waiter.join()
-
-
-@contextlib.contextmanager
-def _signals_passed_on(workers: list[Worker]) -> Iterator[None]:
-    numbers = (signal.SIGINT, signal.SIGTERM)
-
-    def pass_on(number: int, frame: object) -> None:
-        for worker in workers:
-            worker.process.send_signal(number)  # nothing, once it has ended
-
-    try:
-        old = {number: signal.signal(number, pass_on) for number in numbers}
-    except ValueError:  # not the main thread: leave signals alone
-        yield
-        return
-    try:
-        yield
-    finally:
-        for number, handler in old.items():
-            signal.signal(number, handler)
 
 
 if __name__ == "__main__":

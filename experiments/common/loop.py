@@ -25,7 +25,7 @@ import metalstm
 from experiments.common.progress import ProgressBar, Stopwatch
 from experiments.common.run_folder import Metrics
 from experiments.common.saved_training import SavedTraining
-from experiments.common.stopping import Interrupted, stops_on_ctrl_c
+from experiments.common.script_end import Interrupted, stops_on_ctrl_c
 from metalstm.base import PyTree
 from metalstm.meta.fitting import FitState
 from metalstm.meta.step import TrainState, place_state

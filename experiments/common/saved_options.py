@@ -1,15 +1,11 @@
-"""Options as dataclasses: checked against their annotations, saved as JSON, read back.
+"""Options as JSON and back; words of a command line before it is parsed.
 
-An option is a field whose annotation holds its type and limits
-(``Annotated[int, Meta(ge=1)]``), whose docstring is its help, and whose name is its
-flag. No jax here, so that --help is quick.
+No jax here, so that --help is quick.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import difflib
-import functools
 import json
 import typing
 from collections.abc import Iterable, Mapping, Sequence
@@ -31,7 +27,7 @@ __all__ = [
     "with_settings",
 ]
 
-Options = TypeVar("Options")
+Options = TypeVar("Options", bound=msgspec.Struct)
 
 
 def flag(name: str) -> str:
@@ -44,7 +40,7 @@ def to_json(options: Any) -> dict[str, Any]:
 
 
 def from_json(kind: type[Options], saved: Any, source: str = "config.json") -> Options:
-    """Build a dataclass of options from JSON; options added since keep their defaults.
+    """Build options from JSON; options added since keep their defaults.
 
     Raises:
       ValueError: an option is not of its type or outside its limits.
@@ -73,9 +69,10 @@ def with_settings(
       ValueError: a value is not of its option's type.
     """
     changes, skip = {}, set(skip)
-    hints = _hints(type(options))  # type: ignore[arg-type]
-    for name, value in _items(options):
-        if dataclasses.is_dataclass(value):
+    hints = typing.get_type_hints(type(options), include_extras=True)
+    for name in type(options).__struct_fields__:
+        value = getattr(options, name)
+        if isinstance(value, msgspec.Struct):
             changes[name] = with_settings(value, settings, skip)
         elif name in settings and name not in skip:
             given = settings[name]
@@ -83,26 +80,19 @@ def with_settings(
                 changes[name] = msgspec.convert(given, hints[name], dec_hook=_decode)
             except msgspec.ValidationError as error:
                 raise ValueError(f"{flag(name)} {_short(given)}: {error}") from None
-    return dataclasses.replace(options, **changes)  # type: ignore[type-var]
+    return msgspec.structs.replace(options, **changes)
 
 
-def flags_of(kind: type) -> set[str]:
-    """The names of all options of a dataclass, those of nested ones included."""
+def flags_of(kind: type[msgspec.Struct]) -> set[str]:
+    """The names of all options, those of groups within groups included."""
     found: set[str] = set()
-    for name, hint in typing.get_type_hints(kind).items():
-        if name in {field.name for field in dataclasses.fields(kind)}:
-            nested = dataclasses.is_dataclass(hint)
-            found |= flags_of(hint) if nested else {name}
+    hints = typing.get_type_hints(kind)
+    for name in kind.__struct_fields__:
+        nested = isinstance(hints[name], type) and issubclass(
+            hints[name], msgspec.Struct
+        )
+        found |= flags_of(hints[name]) if nested else {name}
     return found
-
-
-def _items(options: Any) -> list[tuple[str, Any]]:
-    return [(f.name, getattr(options, f.name)) for f in dataclasses.fields(options)]
-
-
-@functools.cache
-def _hints(kind: type) -> dict[str, Any]:
-    return typing.get_type_hints(kind, include_extras=True)
 
 
 def read_config(folder: Path) -> dict[str, Any]:

@@ -53,17 +53,15 @@ class SavedTraining:
         )
         if restored.message:
             print(f"note: {restored.message}")
-        if self._has_best(restored.state):
-            self.best_step = _best_step(restored.state)
-        else:
-            self._save_best(restored.state)
+        if _is_validated(restored.state):
+            self._save_best(restored.state)  # it may be damaged
         metadata = restored.metadata
         return Resumed(restored.state, metadata["history"], metadata["seconds"])
 
     def save(
         self, state: FitState, history: list[dict[str, float]], seconds: float
     ) -> None:
-        if _best_step(state) != self.best_step:
+        if _is_validated(state) and int(state.best_step) != self.best_step:
             self._save_best(state)
         checkpoints.save(
             self.folder / "state",
@@ -76,16 +74,6 @@ class SavedTraining:
         """Of meta-training and validation, over all sessions."""
         return checkpoints.read_metadata(self.folder / "state")["seconds"]
 
-    def _has_best(self, state: FitState) -> bool:
-        """Whether best/ holds what the state calls the best, and can be read."""
-        if _best_step(state) is None:
-            return True
-        try:
-            found = checkpoints.restore(self.folder / "best", state.best_params)
-        except (OSError, ValueError):
-            return False
-        return found.step == _best_step(state)
-
     def _save_best(self, state: FitState) -> None:
         self.best_step = int(state.best_step)
         checkpoints.save(
@@ -97,6 +85,5 @@ class SavedTraining:
         )
 
 
-def _best_step(state: FitState) -> int | None:
-    """None before the first validation."""
-    return int(state.best_step) if math.isfinite(float(state.best_score)) else None
+def _is_validated(state: FitState) -> bool:
+    return math.isfinite(float(state.best_score))

@@ -1,13 +1,51 @@
-"""How a script ends: its exit status, and what it says of a mistake."""
+"""How a script is stopped, how it ends, and what it says of a mistake."""
 
 from __future__ import annotations
 
+import signal
 import sys
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
+from types import FrameType
+from typing import Any
 
-__all__ = ["exit_status", "what_is_kept"]
+__all__ = ["Interrupted", "exit_status", "handled", "stops_on_ctrl_c", "what_is_kept"]
+
+
+class Interrupted(Exception):  # noqa: N818 (a request, not an error)
+    """Ctrl-C came; everything is saved."""
+
+
+@contextmanager
+def handled(handler: Callable[[int, FrameType | None], Any]) -> Iterator[None]:
+    """Give SIGINT and SIGTERM to ``handler``; in another thread leave them alone."""
+    try:
+        old = {s: signal.signal(s, handler) for s in (signal.SIGINT, signal.SIGTERM)}
+    except ValueError:  # not the main thread
+        old = {}
+    try:
+        yield
+    finally:
+        for number, before in old.items():
+            signal.signal(number, before)
+
+
+@contextmanager
+def stops_on_ctrl_c() -> Iterator[Callable[[], bool]]:
+    """Give what says whether Ctrl-C (or SIGTERM) came; a second one stops at once."""
+    requested = False
+
+    def request(number: int, frame: FrameType | None) -> None:
+        nonlocal requested
+        if requested:
+            raise KeyboardInterrupt
+        requested = True
+        print("\nstopping after this step; once more to stop at once", file=sys.stderr)
+
+    with handled(request):
+        yield lambda: requested
 
 
 def exit_status(

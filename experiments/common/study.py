@@ -1,14 +1,26 @@
-"""A study that is one file: its options, its run folder, its tables and figures."""
+"""A study that is one file: its options, its run folder, its tables and figures.
+
+A study's module ends with
+
+    STUDY = Study("gates", Config(), run, __doc__)
+    main = STUDY.main
+
+where ``run(config, folder)`` does what is not in the run folder yet (`kept`), and ends
+with `write_results`. A study of finished runs has no folder of its own: ``run(config)``
+writes to theirs.
+"""
 
 from __future__ import annotations
 
 import os
 import textwrap
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 import jax
+import numpy as np
 
 from experiments.common import cli, report
 from experiments.common.compiled_programs import keep_compiled_programs
@@ -21,9 +33,13 @@ from experiments.common.run_folder import (
 from experiments.common.saved_options import to_json, value_of
 from experiments.common.script_end import exit_status
 from experiments.common.tables import Table
+from metalstm import data
+from metalstm.data.cache import cached
 from metalstm.runtime.files import atomic_write
 
-__all__ = ["StudyOptions", "read", "run_study", "write_results"]
+__all__ = ["CharacterOptions", "Study", "StudyOptions", "kept", "write_results"]
+
+Kept = TypeVar("Kept", bound=Any)
 
 
 class StudyOptions(cli.Options, frozen=True, kw_only=True):
@@ -39,66 +55,90 @@ class StudyOptions(cli.Options, frozen=True, kw_only=True):
     """Show tracebacks."""
 
 
-Config = TypeVar("Config", bound=StudyOptions)
+class CharacterOptions(StudyOptions, frozen=True, kw_only=True):
+    """Of a study on episodes of characters."""
+
+    dataset: Literal["glyphs", "omniglot"] = "glyphs"
+    """glyphs (needs no download) or omniglot on held-out alphabets."""
+    data_dir: Path | None = None
+    """Where TFDS keeps omniglot; also the environment's TFDS_DATA_DIR."""
+    way: cli.Pair = 5
+    shot: cli.Count = 5
+
+    def load(self) -> data.Dataset:
+        if self.dataset == "glyphs":
+            return data.load_glyphs()
+        return data.load_omniglot(self.data_dir or os.environ.get("TFDS_DATA_DIR"))
 
 
-def read(
-    default: Config,
-    arguments: Sequence[str],
-    *,
-    module: str,
-    description: str | None,
-    presets: Mapping[str, str] | None = None,
-) -> Config:
-    """Read the flags of ``python -m MODULE``; a preset is flags that come before.
-
-    Raises:
-      ValueError: an unknown preset, or an option outside its limits.
-    """
-    said: dict[str, Any] = {"module": module, "description": description}
-    named = value_of("--preset", arguments)
-    if named is not None:
-        presets = presets or {}
-        cli.check_names("--preset", [named], presets)
-        default = cli.parse(default, presets[named].split(), **said)
-    return cli.parse(default, arguments, **said)
-
-
-def run_study(
-    name: str,
-    parse: Callable[[list[str]], Config],
-    run: Callable[[Config, Path], None],
-    arguments: Sequence[str] | None = None,
-    may_change: Sequence[str] = (),
-) -> int:
-    """Read the options, take the run folder, write config.json, run.
+@dataclass(frozen=True)
+class Study:
+    """The command line of a study.
 
     The same command with the same ``--workdir`` resumes a stopped run, as far as
     ``run`` kept what it had finished.
-
-    Args:
-      may_change: options that may differ when a run resumes in its folder.
-
-    Returns:
-      The exit status: 2 for a mistake, 130 for Ctrl-C.
     """
-    folder: Path | None = None
 
-    def body(arguments: list[str]) -> None:
-        nonlocal folder
-        config = parse(arguments)
-        folder = config.workdir or free_folder(Path("runs") / name)
-        changeable = (*may_change, "preset", "workdir", "debug")
-        refuse_other_runs(folder, config, changeable)
-        keep_compiled_programs()
-        with locked(folder, config, changeable):
-            write_json(folder / "config.json", {"config": to_json(config)})
-            run(config, folder)
+    name: str  # of its module
+    default: Any
+    run: Callable[..., None]
+    about: str | None
+    presets: Mapping[str, str] = field(default_factory=dict)  # flags that come before
+    check: Callable[[Any], None] = lambda config: None  # refuses what cannot be
+    may_change: Sequence[str] = ()  # options that may differ when a run resumes
+    of_runs: str | None = None  # a study of finished runs: what a stopped one left
 
-    def stopped() -> str:
-        return f"stopped; to resume: the same with --workdir {folder}"
+    def parse(self, arguments: Sequence[str]) -> Any:
+        """Read the flags.
 
-    return exit_status(body, arguments, stopped=stopped)
+        Raises:
+          ValueError: names the flag, its value and what would do.
+        """
+        module = f"experiments.studies.{self.name}"
+        said: dict[str, Any] = {"module": module, "description": self.about}
+        default, preset = self.default, value_of("--preset", arguments)
+        if preset is not None:
+            cli.check_names("--preset", [preset], self.presets)
+            default = cli.parse(default, self.presets[preset].split(), **said)
+        config = cli.parse(default, arguments, **said)
+        self.check(config)
+        return config
+
+    def main(self, arguments: Sequence[str] | None = None) -> int:
+        """Run the command line; return the exit status: 2 for a mistake."""
+        folder: Path | None = None
+
+        def body(arguments: list[str]) -> None:
+            nonlocal folder
+            config = self.parse(arguments)
+            if self.of_runs:
+                keep_compiled_programs()
+                self.run(config)
+                return
+            folder = config.workdir or free_folder(Path("runs") / self.name)
+            changeable = (*self.may_change, "preset", "workdir", "debug", "data_dir")
+            refuse_other_runs(folder, config, changeable)
+            keep_compiled_programs()
+            with locked(folder, config, changeable):
+                write_json(folder / "config.json", {"config": to_json(config)})
+                self.run(config, folder)
+
+        def stopped() -> str:
+            if self.of_runs:
+                return f"stopped; {self.of_runs}"
+            return f"stopped; to resume: the same with --workdir {folder}"
+
+        return exit_status(body, arguments, stopped=stopped)
+
+
+def kept(path: Path, kind: type[Kept], make: Callable[[], Kept]) -> Kept:
+    """Read a NamedTuple of arrays; make and write it if it is not there."""
+    arrays = cached(
+        path,
+        lambda: {name: np.asarray(value) for name, value in make()._asdict().items()},
+        remedy="choose another --workdir",
+    )
+    return kind(**arrays)
 
 
 def write_results(

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-__all__ = ["Tuned", "bracketed_best", "each_point", "tune"]
+__all__ = ["Tuned", "each_point", "tune"]
 
 Grid = dict[str, np.ndarray]  # name -> values, ascending
 
@@ -86,18 +86,6 @@ def each_point(score: Callable[..., float]) -> Callable[[Grid], np.ndarray]:
         return found
 
     return over
-
-
-def bracketed_best(
-    grid: Sequence[float], score: Callable[[float], float]
-) -> tuple[float, dict[float, float]]:
-    """Return the value of the highest score, and every score by its value.
-
-    The grid, geometric, grows while its best value is at an end.
-    """
-    tuned = tune(each_point(lambda value: -score(value)), {"value": grid}, grow="value")
-    pairs = zip(tuned.grid["value"], tuned.scores, strict=True)
-    return tuned.best["value"], {float(v): -float(s) for v, s in pairs}
 
 
 def _finite(scores: np.ndarray) -> np.ndarray:

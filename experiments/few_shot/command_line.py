@@ -7,13 +7,14 @@ flags are parsed by themselves, with its preset as the parser's defaults.
 
 from __future__ import annotations
 
-import dataclasses
-import functools
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
+import msgspec
+
 from experiments.common import cli, devices
+from experiments.common.cli import replace
 from experiments.common.saved_options import (
     did_you_mean,
     flag,
@@ -23,14 +24,16 @@ from experiments.common.saved_options import (
 )
 from experiments.few_shot.methods import (
     HAND_MADE,
+    LEARNERS,
     LEARNS_INIT,
     METHODS,
     init_source,
+    is_inner_loop,
     kind_of,
+    of_one_method,
     options_of,
 )
 from experiments.few_shot.options import (
-    LEARNERS,
     Common,
     Data,
     Options,
@@ -38,11 +41,12 @@ from experiments.few_shot.options import (
     Run,
     Test,
     Training,
+    with_methods,
 )
 from experiments.few_shot.presets import Preset, preset
 
 MODULE = "experiments.few_shot"
-Parsed = TypeVar("Parsed")
+Parsed = TypeVar("Parsed", bound=msgspec.Struct)
 
 
 class Flag(NamedTuple):
@@ -52,14 +56,23 @@ class Flag(NamedTuple):
     name: str
     words: tuple[str, ...]  # for the parser, the prefix dropped
 
+    @property
+    def dashed(self) -> str:
+        return self.name.replace("_", "-")
+
+    def __str__(self) -> str:
+        prefix = "" if self.method is None else f"{self.method}."
+        return f"--{prefix}{self.dashed}"
+
 
 def parse(line: Sequence[str]) -> Options:
     """Read the command line of a run; a preset or a saved run gives the defaults.
 
     Raises:
-      ValueError: an unknown flag or preset, or options that cannot work together.
+      ValueError: an unknown flag or preset, a value of another type, or options that
+        cannot work together.
       FileNotFoundError: --resume names no run folder.
-      SystemExit: after --help, or for a value of another type.
+      SystemExit: after --help.
     """
     _help(line)
     flags = _flags(line)
@@ -75,14 +88,13 @@ def parse(line: Sequence[str]) -> Options:
         before = options_of(Path(resumed))
         saved = before.methods
         # it may be resumed elsewhere
-        run = dataclasses.replace(before.run, resume=None, workdir=None)
+        run = replace(before.run, resume=None, workdir=None)
         default = Common(before.data, before.test, run)
     common, of_methods = _common(default, flags)
-    names = _chosen(common.run.algorithms)
+    names = common.run.algorithms
     methods = {n: _method(n, names, of_methods, recipe, saved.get(n)) for n in names}
     _refuse_unknown(of_methods, methods)
-    run = dataclasses.replace(common.run, algorithms=names)
-    options = Options(common.data, common.test, run, common.devices, methods)
+    options = with_methods(common, methods)
     check(options)
     return options
 
@@ -95,32 +107,31 @@ def parse_evaluation(line: Sequence[str]) -> tuple[Options, Retest]:
     Raises:
       ValueError, FileNotFoundError, SystemExit: as `parse`.
     """
+    _help(line)
     flags = _flags(line)
     for other in ("preset", "resume"):
         if _value(other, flags) is not None:
-            said = flag(other)
-            raise ValueError(f"--evaluate takes its options from the run; drop {said}")
+            raise ValueError(
+                f"--evaluate takes its options from the run; drop --{other}"
+            )
     folders = next(f for f in flags if f.name == "evaluate").words[1:]
     if not folders:
         raise ValueError("--evaluate is empty: give a run folder")
     runs = [options_of(Path(folder)) for folder in folders]
     methods = {n: own for run in reversed(runs) for n, own in run.methods.items()}
     in_runs = tuple(dict.fromkeys(n for run in runs for n in run.methods))
-    first = dataclasses.replace(Run(), algorithms=in_runs, seed=runs[0].run.seed)
+    first = Run(algorithms=in_runs, seed=runs[0].run.seed)
     common, rest = _common(Common(runs[0].data, runs[0].test, first), flags)
     retest = flags_of(Retest)
     for given in rest:
         if given.method is not None or given.name not in retest:
             raise ValueError(
-                f"{flag(given.name)}: --evaluate tests methods as they were trained; "
-                f"drop it, or choose of {', '.join(sorted(map(flag, retest)))}"
+                f"{given}: --evaluate tests methods as they were trained; drop it, or "
+                f"choose of {', '.join(sorted(map(flag, retest)))}"
             )
-    names = _chosen(common.run.algorithms)
-    run = dataclasses.replace(common.run, algorithms=names)
-    chosen = {name: methods[name] for name in names if name in methods}
-    options = Options(common.data, common.test, run, common.devices, chosen)
-    devices.check(options.devices)
-    return options, _parsed(Retest(), rest)
+    chosen = {n: methods[n] for n in common.run.algorithms if n in methods}
+    devices.check(common.devices)
+    return with_methods(common, chosen), _parsed(Retest(), rest)
 
 
 # -- flags -----------------------------------------------------------------------------
@@ -132,8 +143,7 @@ def _flags(line: Sequence[str]) -> list[Flag]:
         if not word.startswith("--"):
             if not found:
                 raise ValueError(f"{word}: options begin with --, such as --way 5")
-            last = found[-1]
-            found[-1] = last._replace(words=(*last.words, word))
+            found[-1] = found[-1]._replace(words=(*found[-1].words, word))
             continue
         name, equals, value = word[2:].partition("=")
         method, dot, own = name.partition(".")
@@ -141,17 +151,9 @@ def _flags(line: Sequence[str]) -> list[Flag]:
             raise ValueError(f"--{name}: {did_you_mean(method, METHODS)}")
         name = (own if dot else name).replace("_", "-")
         words = (f"--{name}", *([value] if equals else []))
-        plain = name.removeprefix("no-") if name not in _dashed() else name
-        found.append(Flag(method if dot else None, plain.replace("-", "_"), words))
+        plain = name.removeprefix("no-").replace("-", "_")
+        found.append(Flag(method if dot else None, plain, words))
     return found
-
-
-@functools.cache
-def _dashed() -> frozenset[str]:
-    """All flags, without their dashes in front."""
-    kinds = [kind_of(name, learner) for name in METHODS for learner in LEARNERS]
-    names = set().union(*map(flags_of, [Common, Retest, *kinds]))
-    return frozenset(name.replace("_", "-") for name in names)
 
 
 def _value(name: str, flags: Sequence[Flag]) -> str | None:
@@ -164,7 +166,14 @@ def _common(default: Common, flags: Sequence[Flag]) -> tuple[Common, list[Flag]]
     """The options that all methods share, and the flags that are left."""
     known = flags_of(Common)
     mine = [f for f in flags if f.method is None and f.name in known]
-    return _parsed(default, mine), [f for f in flags if f not in mine]
+    common = _parsed(default, mine)
+    names = split_commas(common.run.algorithms)
+    if not names:
+        raise ValueError(f"--algorithms is empty: choose from {', '.join(METHODS)}")
+    names = tuple(METHODS) if "all" in names else names
+    cli.check_names("--algorithms", names, METHODS)
+    run = replace(common.run, algorithms=names)
+    return replace(common, run=run), [f for f in flags if f not in mine]
 
 
 def _method(
@@ -172,97 +181,80 @@ def _method(
     names: Sequence[str],
     flags: Sequence[Flag],
     recipe: Preset,
-    default: Any,
+    saved: Any,
 ) -> Any:
     """The options of a method: preset, then flags for all, then its own.
 
     A hand-made rule adapts the learner of the method whose theta_0 it starts from, in
     the same inner loop.
     """
-    source, settings = init_source(names), [recipe.shared, recipe.of(name)]
-    sources = [name]
-    if METHODS[name].family == HAND_MADE and source is not None:
-        of_learner = flags_of(LEARNERS["conv4"]) | flags_of(LEARNERS["mlp"])
-        rest = {n: v for n, v in recipe.of(name).items() if n not in of_learner}
-        settings = [recipe.shared, recipe.of(source), rest]
+    family, sources = METHODS[name].family, [name]
+    source = init_source(names)
+    if family == HAND_MADE and source is not None:
         sources = [source, name]
     given = [f for f in flags if f.method is None]
     given += [f for one in sources for f in flags if f.method == one]
-    learner = _learner(settings, given, default)
+    of_each = recipe.of(sources[0], METHODS[sources[0]].family)
+    if len(sources) == 2:
+        of_learner = set().union(*map(flags_of, LEARNERS.values()))
+        own = recipe.of(name, family).items()
+        of_each |= {n: value for n, value in own if n not in of_learner}
+    networks = [f.words[-1] for f in given if f.name == "learner"]
+    kept = saved and saved.learner.learner
+    preset = of_each.get("learner", recipe.shared.get("learner", "conv4"))
+    learner = networks[-1] if networks else kept or preset
     if learner not in LEARNERS:
         raise ValueError(f"--learner {learner}: choose {', '.join(LEARNERS)}")
-    if default is None or default.learner.learner != learner:
-        default = kind_of(name, learner)()
-        for layer in settings:
-            skip = default.method.own_only if layer is recipe.shared else ()
-            default = with_settings(default, layer, skip)
-        default = with_settings(default, {"learner": learner})
-    known = flags_of(type(default))
-    shared = known - set(default.method.own_only)
-    mine = [f for f in given if f.name in (shared if f.method is None else known)]
-    return _parsed(default, mine, of=name)
+    options = saved
+    if kept != learner:
+        options = kind_of(name, learner)()
+        of_one = of_one_method(options.method)
+        options = with_settings(options, recipe.shared, of_one)
+        options = with_settings(options, of_each | {"learner": learner})
+    known = flags_of(type(options))
+    shared = known - of_one_method(options.method)
+    options = _parsed(options, [f for f in given if not f.method and f.name in shared])
+    mine = [f for f in given if f.method and f.name in known]
+    return _parsed(options, mine, f"--{name}.")
 
 
-def _learner(
-    settings: Sequence[Mapping[str, Any]], flags: Sequence[Flag], default: Any
-) -> str:
-    """The network that the last to speak names."""
-    said = [f.words[-1] for f in flags if f.name == "learner"]
-    kept = [default.learner.learner] if default is not None else []
-    preset = [layer["learner"] for layer in settings if "learner" in layer]
-    return next(iter([*said[::-1], *kept, *preset[::-1]]), "conv4")
-
-
-def _parsed(default: Parsed, flags: Sequence[Flag], of: str | None = None) -> Parsed:
-    module = MODULE if of is None else f"{MODULE} ({of})"
+def _parsed(default: Parsed, flags: Sequence[Flag], prefix: str = "--") -> Parsed:
+    if not flags:
+        return default
     words = [word for f in flags for word in f.words]
-    return cli.parse(default, words, module=module, description=None)
-
-
-def _chosen(names: Sequence[str]) -> tuple[str, ...]:
-    names = split_commas(names)
-    if "all" in names:
-        return tuple(METHODS)
-    if not names:
-        raise ValueError(f"--algorithms is empty: choose from {', '.join(METHODS)}")
-    for name in names:
-        if name not in METHODS:
-            raise ValueError(f"--algorithms {name}: {did_you_mean(name, METHODS)}")
-        if names.count(name) > 1:
-            raise ValueError(f"--algorithms names {name} twice: drop one")
-    return names
+    return cli.parse(default, words, module=MODULE, description=None, prefix=prefix)
 
 
 def _refuse_unknown(flags: Sequence[Flag], methods: Mapping[str, Any]) -> None:
     known = {name: flags_of(type(own)) for name, own in methods.items()}
     chosen = ", ".join(methods)
     for given in flags:
-        said = flag(given.name)
         if given.method is not None:
             if given.method not in methods:
-                where = f"--{given.method}.{said[2:]}"
                 raise ValueError(
-                    f"{where}: --algorithms has {chosen}; add {given.method}"
+                    f"{given}: --algorithms has {chosen}; add {given.method}"
                 )
             if given.name not in known[given.method]:
-                hint = did_you_mean(said[2:], _names(known[given.method]))
-                raise ValueError(f"--{given.method}.{said[2:]}: {hint}")
+                hint = did_you_mean(given.dashed, _dashed(known[given.method]))
+                raise ValueError(f"{given}: {hint}")
             continue
         having = [name for name in methods if given.name in known[name]]
-        if any(given.name not in methods[n].method.own_only for n in having):
+        if any(given.name not in of_one_method(methods[n].method) for n in having):
             continue
         if having:
-            each = f"--{having[0]}.{said[2:]}"
-            raise ValueError(f"{said}: say of which method, such as {each}")
-        if said[2:] not in _dashed():
-            close = did_you_mean(said[2:], sorted(_dashed())).split("Choose")[0]
-            raise ValueError(f"{said}: {close}See --help, or --help METHOD")
+            one = given._replace(method=having[0])
+            raise ValueError(f"{given}: say of which method, such as {one}")
+        kinds = [kind_of(name, learner) for name in METHODS for learner in LEARNERS]
+        exist = _dashed(set().union(*map(flags_of, (Common, Retest, *kinds))))
+        if given.dashed not in exist:
+            close = did_you_mean(given.dashed, exist).split("Choose")[0]
+            raise ValueError(f"{given}: {close}See --help, or --help METHOD")
         raise ValueError(
-            f"{said}: none of the chosen methods ({chosen}) has it; drop it"
+            f"{given}: none of the chosen methods ({chosen}) has it; drop it"
         )
 
 
-def _names(names: set[str]) -> list[str]:
+def _dashed(names: set[str]) -> list[str]:
     return sorted(name.replace("_", "-") for name in names)
 
 
@@ -317,7 +309,7 @@ def _check_method(options: Any, data: Data) -> None:
     if last is not None and getattr(own, "order", "second") == "first":
         raise ValueError(f"--last {last} needs --order second: add it")
     batch, support = getattr(own, "batch_size", None), data.way * data.shot
-    if batch is not None and hasattr(own, "num_test_steps") and support % batch:
+    if batch is not None and is_inner_loop(own) and support % batch:
         raise ValueError(
             f"--batch-size {batch} does not divide the {support} images of a support "
             "set: choose a divisor"
@@ -327,12 +319,11 @@ def _check_method(options: Any, data: Data) -> None:
 # -- help ------------------------------------------------------------------------------
 
 
-@dataclasses.dataclass(frozen=True)
-class _Help:
-    run: cli.Flat[Run]
-    data: cli.Flat[Data]
-    training: cli.Flat[Training]
-    test: cli.Flat[Test]
+class _Help(cli.Options, frozen=True):
+    run: cli.Flat[Run] = Run()
+    data: cli.Flat[Data] = Data()
+    training: cli.Flat[Training] = Training()
+    test: cli.Flat[Test] = Test()
 
 
 def _help(line: Sequence[str]) -> None:
@@ -345,31 +336,31 @@ def _help(line: Sequence[str]) -> None:
     if not asked:
         return
     topic = next(iter(line[asked[0] + 1 :]), "")
-    shown: Any
+    shown: Any = {"": _Help(), "devices": devices.Devices()}
+    shown |= {name: network() for name, network in LEARNERS.items()}
+    about = _ABOUT
     if topic in METHODS:
         named = _value("preset", _flags(line[: asked[0]]))
         recipe = Preset() if named is None else preset(named)
-        all_of_it = _method(topic, [topic], (), recipe, None)
-        fields = [(n, cli.Flat[type(getattr(all_of_it, n))]) for n in _OWN]  # type: ignore[misc]
-        kind = dataclasses.make_dataclass("Flags", fields, frozen=True)
-        shown = kind(*(getattr(all_of_it, name) for name in _OWN))
+        own = _method(topic, [topic], (), recipe, None)
+        fields = [
+            (name, cli.Flat[type(part)], part)  # type: ignore[misc]
+            for name, part in (("method", own.method), ("learner", own.learner))
+        ]
+        shown[topic] = msgspec.defstruct("Flags", fields, frozen=True)()
         about = (
             f"{topic}: {METHODS[topic].about}.\n\nWritten so, a flag holds for every "
             f"method that has it; --{topic}.FLAG is for this one alone."
         )
-    elif topic in LEARNERS:
-        shown, about = LEARNERS[topic](), "The network that is adapted."
-    elif topic == "devices":
-        shown, about = devices.Devices(), "Where to compute."
-    elif not topic or topic.startswith("-"):
-        shown, about = _Help(Run(), Data(), Training(), Test()), _ABOUT
-    else:
-        known = [*METHODS, *LEARNERS, "devices"]
-        raise ValueError(f"--help {topic}: {did_you_mean(topic, known)}")
-    cli.parse(shown, ["--help"], module=MODULE, description=about)
+    elif topic.startswith("-"):
+        topic = ""
+    elif topic not in shown:
+        raise ValueError(f"--help {topic}: {did_you_mean(topic, [*METHODS, *shown])}")
+    elif topic:
+        about = type(shown[topic]).__doc__ or ""
+    cli.parse(shown[topic], ["--help"], module=MODULE, description=about)
 
 
-_OWN = ("method", "learner")  # what the help of a method shows
 _ABOUT = (
     "Learn to learn from few examples: meta-train, meta-test, compare.\n\n"
     "--help METHOD has a method's own flags, --help conv4 (mlp, resnet12) a\n"

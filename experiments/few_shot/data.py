@@ -100,56 +100,45 @@ def load_source(options: Data, methods: Mapping[str, Any]) -> Source:
 
 
 def _load(options: Data) -> Dataset:
-    folder = options.data_dir
+    name, folder = options.dataset, options.data_dir
+    tfds_folder: Any = folder or os.environ.get("TFDS_DATA_DIR")
     sized: dict[str, Any] = {}
     if options.image_size is not None:
         sized["image_size"] = options.image_size
-    name = options.dataset
     if options.skip_corrupt and name != "folders":
         raise ValueError(
             f"--skip-corrupt is for --dataset folders: {name} must be whole; drop it, "
             "and prepare the data again should they be damaged"
         )
+    if sized and name in ("glyphs", "arrays"):
+        own = {"glyphs": "drawn at 28 pixels", "arrays": "used at their own size"}
+        raise ValueError(f"--image-size: {name} are {own[name]}; drop it")
+    if folder is None and name in ("folders", "arrays"):
+        file = " FILE.npz" if name == "arrays" else ""
+        raise ValueError(f"--dataset {name}: say where with --data-dir{file}")
     if name == "glyphs":
-        if sized:
-            raise ValueError("--image-size: glyphs are drawn at 28 pixels; drop it")
         return data.load_glyphs()
     if name == "omniglot":
-        return data.load_omniglot(_tfds_dir(folder), split=options.split, **sized)
+        return data.load_omniglot(tfds_folder, split=options.split, **sized)
     if name == "mini-imagenet":
         return data.load_mini_imagenet(folder, **sized)
     if name == "folders":
-        if folder is None:
-            raise ValueError("--dataset folders: say where they are with --data-dir")
-        return data.load_image_folders(
-            folder, skip_corrupt=options.skip_corrupt, **sized
-        )
+        skip = options.skip_corrupt
+        return data.load_image_folders(str(folder), skip_corrupt=skip, **sized)
     if name == "arrays":
-        if folder is None or sized:
-            raise ValueError(
-                "--image-size: arrays are used at their own size; drop it"
-                if sized
-                else "--dataset arrays: say which .npz with --data-dir FILE"
-            )
-        return data.load_arrays(folder)
+        return data.load_arrays(str(folder))
     if name.startswith("tfds:"):
-        return data.load_tfds(name.removeprefix("tfds:"), _tfds_dir(folder), **sized)
+        return data.load_tfds(name.removeprefix("tfds:"), tfds_folder, **sized)
     raise ValueError(
         f"--dataset {name}: choose glyphs, omniglot, mini-imagenet, folders, "
         "arrays or tfds:NAME"
     )
 
 
-def _tfds_dir(folder: Any) -> Any:
-    return folder or os.environ.get("TFDS_DATA_DIR")
-
-
 def _augment(name: str) -> Any:
-    if name == "none":
-        return None
-    from metalstm.data import augment
-
+    augment = data.augment
     return {
+        "none": None,
         "shift": augment.shift(2),
         "crop-flip": augment.crop_flip(),
         "crop-flip-jitter": augment.crop_flip_jitter(),

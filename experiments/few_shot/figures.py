@@ -30,26 +30,29 @@ def draw(
 ) -> list[str]:
     """Draw what applies, add what the gates did to the results; return file names."""
     files, folder, data = [], run.folder, run.options.data
-    if any(one.trained for one in found.values()):
+
+    def save(figure: Any, name: str) -> None:
+        files.append(report.save_figure(figure, folder / name))
+
+    if any(one.is_trained for one in found.values()):
         files.append(draw_learning_curves(data, [folder], folder))
     if "meta-lstm" in found:
         algorithm = run.programs["meta-lstm"].algorithm
         gates = observe_gates(algorithm, found["meta-lstm"].params, run.source)
         if gates is not None:
-            summary = gates.summary()
-            methods["meta-lstm"]["gates"] = summary
-            print(gate_line(summary), flush=True)
-            figure = plots.gate_curves(gates.forget, gates.input, gates.layers)
-            files.append(report.save_figure(figure, folder / "gates.png"))
+            methods["meta-lstm"]["gates"] = summary = gates.summary()
+            print(_GATES.format(**summary), flush=True)
+            save(plots.gate_curves(*gates), "gates.png")
     name, spec = next(iter(run.specs.items()))
     algorithm, params = run.programs[name].algorithm, found[name].params
-    picture = one_episode(spec, algorithm, params, run.source)
-    if picture is not None:
-        figure = plots.episode_picture(*picture)
-        files.append(report.save_figure(figure, folder / "episode.png"))
+    if algorithm.adapt is not None and isinstance(params, MetaParams):
+        save(_one_episode(spec, algorithm, params, run.source), "episode.png")
     bars = {name: (row["accuracy"], row["ci95"]) for name, row in methods.items()}
-    figure = plots.accuracy_bars(bars, chance=1 / data.way, title=folder.name)
-    return [*files, report.save_figure(figure, folder / "accuracy.png")]
+    save(
+        plots.accuracy_bars(bars, chance=1 / data.way, title=folder.name),
+        "accuracy.png",
+    )
+    return files
 
 
 def draw_learning_curves(data: Data, runs: Sequence[Path], folder: Path) -> str:
@@ -79,12 +82,11 @@ def _curve(
     return plots.Curve(episodes, values, None if kind == "train" else ci95)
 
 
-def gate_line(summary: Mapping[str, float]) -> str:
-    return (
-        f"gates: mean f {summary['mean_f']:.4f}, mean i {summary['mean_i']:.4f}; "
-        "i's std over tasks {std_i_over_tasks:.2g}, layers {std_i_over_layers:.2g}, "
-        "steps {std_i_over_steps:.2g}".format(**summary)
-    )
+_GATES = (
+    "gates: mean f {mean_f:.4f}, mean i {mean_i:.4f}; i's std over tasks "
+    "{std_i_over_tasks:.2g}, layers {std_i_over_layers:.2g}, steps "
+    "{std_i_over_steps:.2g}"
+)
 
 
 class Gates(NamedTuple):
@@ -139,56 +141,38 @@ def observe_gates(
     )
 
 
-class Picture(NamedTuple):
-    support: tuple[np.ndarray, np.ndarray]
-    query: tuple[np.ndarray, np.ndarray]
-    before: np.ndarray  # [M] labels at theta_0
-    after: np.ndarray  # [M] labels at theta_T
-
-
-def one_episode(
+def _one_episode(
     spec: Spec,
     algorithm: metalstm.MetaAlgorithm,
-    params: PyTree,
+    params: MetaParams,
     source: Source,
-) -> Picture | None:
+) -> Any:
     """The first test episode and its predictions before and after adaptation.
 
-    Before: the start of the learner, normalised by the support set. None for a method
-    that does not adapt a learner.
+    Before: the start of the learner, normalised by the support set.
     """
-    if algorithm.adapt is None or not isinstance(params, MetaParams):
-        return None
-    of = learner_spec(spec)
-    assert of is not None
-    learner = build_learner(of)
+    learner = build_learner(learner_spec(spec) or {})
     key = episode_key(0, "test", 0, 0)
-    pool = sharding.local(source.dataset.test)
-    episode = jax.jit(source.test.sample)(key, pool)
+    episode = jax.jit(source.test.sample)(key, sharding.local(source.dataset.test))
     way = source.test.way
 
     @jax.jit
-    def before(params: MetaParams, support_x: jax.Array, query_x: jax.Array) -> Any:
+    def labels(params: MetaParams, support: Any, query_x: jax.Array) -> Any:
         state = params.learner
         if not jax.tree.leaves(state.params):  # drawn afresh for every episode
-            state = learner.init(key, support_x)
+            state = learner.init(key, support.x)
         if learner.at_way is not None:
             state = state._replace(params=learner.at_way(state.params, way))
-        _, gathered = learner.apply(state, support_x, norm="gather")
-        return learner.apply(gathered, query_x, norm="stored")[0].argmax(-1)
+        _, gathered = learner.apply(state, support.x, norm="gather")
+        before, _ = learner.apply(gathered, query_x, norm="stored")
+        after = algorithm.predict(params, key, support, query_x, num_classes=way)
+        return before.argmax(-1), after.argmax(-1)
 
-    @jax.jit
-    def after(params: MetaParams, support: Any, query_x: jax.Array) -> jax.Array:
-        scores = algorithm.predict(params, key, support, query_x, num_classes=way)
-        return scores.argmax(-1)
-
-    support, query = jax.device_get((episode.support, episode.query))
-    return Picture(
-        (_displayable(support.x, source), support.y),
-        (_displayable(query.x, source), query.y),
-        np.asarray(before(params, episode.support.x, episode.query.x)),
-        np.asarray(after(params, episode.support, episode.query.x)),
+    before, after = labels(params, episode.support, episode.query.x)
+    support, query = (
+        (_displayable(batch.x, source), batch.y) for batch in jax.device_get(episode)
     )
+    return plots.episode_picture(support, query, np.asarray(before), np.asarray(after))
 
 
 def _displayable(x: np.ndarray, source: Source) -> np.ndarray:

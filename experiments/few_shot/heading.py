@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-import os
-
-import jax
-
 from experiments.common import report
 from experiments.few_shot.data import Source
 from experiments.few_shot.options import Options
@@ -27,16 +23,11 @@ def header(
       computing: on how many devices.
       query_norm: the batch-norm mode of every method, when it is not each one's own.
     """
-    have, devices = report.versions(), jax.devices()
-    kind, cores = devices[0].device_kind, ""
-    if devices[0].platform == "cpu":
-        kind, cores = "cpu", f", {os.cpu_count()} cores"
     data = options.data
     height, width = source.dataset.image_shape[:2]
     classes = [f"{n:,}" for n in source.describe()["classes"].values()]
     lines = (
-        f"metalstm {have['metalstm']}  jax {have['jax']}  {kind}, {computing}{cores}  ",
-        f"seed {options.run.seed}\n",
+        f"{report.machine(computing)}  seed {options.run.seed}\n",
         f"{source.dataset.name} {height}x{width}   train / val / test: ",
         f"{' / '.join(classes)} classes{_about(source)}\n",
         f"{data.way}-way {data.shot}-shot, {data.queries} queries a class, ",

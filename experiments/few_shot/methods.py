@@ -1,42 +1,97 @@
-"""The methods: names, families, defaults, and the specs that options make.
+"""The methods: names, families, options, and the specs that options make.
 
-A method is added by its factory in `metalstm.algorithms`, its name in
-`metalstm.specs`, a class of options in `experiments.few_shot.adapting` or `embedding`,
-and one row of methods.toml. No jax here: the command line reads the table for its
---help.
+A method's options are the arguments of its constructor in `metalstm.algorithms`, read
+from its source: no jax here, so that --help is quick. A method is added by its
+constructor, its name in `metalstm.specs`, and a row of methods.toml.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import tomllib
 from collections.abc import Mapping, Sequence
-from dataclasses import field
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
-from experiments.common.cli import Flat
+import msgspec
+
+from experiments.common.cli import Count, Flat, Natural, Pair, Positive, said
+from experiments.common.constructors import options_of as constructor_options
 from experiments.common.saved_options import from_json, read_config
-from experiments.few_shot import adapting, embedding
-from experiments.few_shot.arguments import Arguments, Given, Spec, head_of
-from experiments.few_shot.options import (
-    LEARNERS,
-    Common,
-    Conv4,
-    Data,
-    Options,
-    Training,
-)
+from experiments.few_shot.options import Common, Data, Options, Training, with_methods
 
 GRADIENT, HAND_MADE, METRIC = "gradient-based", "hand-made rule", "metric-based"
+Spec = dict[str, Any]
+
+_TABLE = tomllib.loads(Path(__file__).with_name("methods.toml").read_text())
+_KINDS, _MORE = _TABLE.pop("options"), _TABLE.pop("more")
+# Arguments that follow from other options, and those that no comparison needs.
+_OMIT = (
+    "learner", "rule", "relation_net", "algorithm", "num_classes", "way",
+    "differentiation", "learn_init", "trainable", "train_shots", "gradient_weights",
+    "scan_unroll", "axis_name", "num_bias_steps",
+)  # fmt: skip
+# Types with the limits that the constructors check, or of options that JSON can hold.
+_TYPES: dict[str, Any] = {
+    "num_slots": Pair,
+    "train_way": Pair | None,
+    "rate": Positive,
+    "adam_rate": Positive,
+    "outer_step": Positive,
+    "strength": Positive,
+    "input_bias_of": tuple[tuple[str, float, float], ...],
+    "learn_init": bool,
+    "last": Count | None,
+    "keep": Literal["all", "remat", "mixed", "segments"] | None,
+    "order": Literal["first", "second"],
+    "of": Literal["maml", "fomaml", "reptile"],
+    "optimizer": Literal["sgd", "momentum", "adagrad", "adadelta", "adam"],
+}
+# Methods mean different things by these: no flag for all methods sets them.
+_OF_ONE_METHOD = {
+    "optimizer", "loss", "distance", "context_steps", "compare", "classifier", "tune",
+    "scale", "margin",
+}  # fmt: skip
+_OF_INNER_LOOPS = {"num_steps", "batch_size", "hidden_size"}  # else of one method too
+
+Gates: Any = constructor_options(
+    "rules/__init__.py",
+    "lstm_gates",
+    omit=_OMIT,
+    types=_TYPES | {"hidden_size": Natural | None},
+    defaults={"hidden_size": 20, "input_bias_of": ()},
+    integer=Count,
+)
+NETWORKS = ("conv4", "mlp", "resnet12")
+_HEAD = "All classes start from one learned vector: any --way in training and test."
+LEARNERS: dict[str, Any] = {
+    name: constructor_options(
+        "nn/networks.py",
+        {"conv4": "Conv4", "mlp": "MLP", "resnet12": "ResNet12"}[name],
+        omit=(
+            "num_classes", "epsilon", "activation", "num_halvings", "feature_maps",
+            "method", "drop_rate", "drop_block",
+        ),
+        defaults={"initializer": "torch"} | defaults,
+        more=[
+            ("learner", said(Literal[NETWORKS], "--help NAME has its options."), name),
+            ("tied_head", said(bool, _HEAD), False),
+        ],
+        integer=Count,
+    )
+    for name, defaults in {
+        "conv4": {},
+        "mlp": {},
+        "resnet12": {"momentum": 0.05, "widths": (32, 80, 160, 320)},
+    }.items()
+}  # fmt: skip
 
 
 class Method(NamedTuple):
     family: str
     about: str
-    default: Arguments
-    rates: tuple[float, ...]
+    default: Any  # options
+    rates: tuple[float, ...]  # the grid that tuning starts from
 
     @property
     def learns_init(self) -> bool:
@@ -44,18 +99,37 @@ class Method(NamedTuple):
         return self.family == GRADIENT
 
 
-def _read_methods() -> dict[str, Method]:
-    families = tomllib.loads(Path(__file__).with_name("methods.toml").read_text())
-    methods, classes = {}, vars(adapting) | vars(embedding)
-    for family, rows in families.items():
-        for name, row in rows.items():
-            default = classes[row["options"]](**row.get("with", {}))
-            rates = tuple(row.get("rates", ()))
-            methods[name] = Method(family, row["about"], default, rates)
-    return methods
+@functools.cache
+def _options_class(kind: str) -> Any:
+    row = _KINDS[kind]
+    more = [
+        (name, said(_TYPES[name], _MORE[name]["help"]), _MORE[name].get("default"))
+        for name in row.get("more", ())
+    ]
+    if row.get("gates"):
+        more.append(("rule", Flat[Gates], Gates()))  # type: ignore[misc]
+    return constructor_options(
+        "algorithms/__init__.py",
+        *row["from"],
+        omit=_OMIT,
+        types=_TYPES,
+        defaults={"num_steps": 5, "train_way": None, **row.get("defaults", {})},
+        more=more,
+        integer=Count,
+        namespace={"kind": kind, "constructor": row["from"][0]},
+    )
 
 
-METHODS = _read_methods()
+METHODS = {
+    name: Method(
+        family,
+        row["about"],
+        _options_class(row["options"])(**row.get("with", {})),
+        tuple(row.get("rates", ())),
+    )
+    for family, rows in _TABLE.items()
+    for name, row in rows.items()
+}
 LEARNS_INIT = tuple(name for name, method in METHODS.items() if method.learns_init)
 
 
@@ -64,20 +138,27 @@ def init_source(methods: Sequence[str]) -> str | None:
     return next((name for name in methods if METHODS[name].learns_init), None)
 
 
+def is_inner_loop(method: Any) -> bool:
+    """Whether these are options of a method that adapts its learner by updates."""
+    return hasattr(method, "num_test_steps")
+
+
+def of_one_method(method: Any) -> set[str]:
+    """The options that a flag without the method's name does not set."""
+    return _OF_ONE_METHOD | (set() if is_inner_loop(method) else _OF_INNER_LOOPS)
+
+
 @functools.cache
-def kind_of(method: str, learner: str) -> type:
-    """The dataclass of all options of a method, for a network by name."""
-    parts: dict[str, Any] = {
+def kind_of(method: str, learner: str) -> Any:
+    """The class of all options of a method, for a network by name."""
+    parts = {
         "method": METHODS[method].default,
         "learner": LEARNERS[learner](),
         "training": Training(),
     }
-    name = "".join(type(parts[part]).__name__ for part in ("method", "learner"))
-    fields = [
-        (part, Flat[type(default)], field(default=default))  # type: ignore[misc]
-        for part, default in parts.items()
-    ]
-    return dataclasses.make_dataclass(name, fields, frozen=True)
+    fields = [(part, Flat[type(value)], value) for part, value in parts.items()]  # type: ignore[misc]
+    name = f"{method.title()}{learner.title()}"
+    return msgspec.defstruct(name, fields, frozen=True)
 
 
 def options_of(folder: Path) -> Options:
@@ -92,15 +173,14 @@ def options_of(folder: Path) -> Options:
     methods: dict[str, Any] = {}
     try:
         for name, own in saved["methods"].items():
-            methods[name] = from_json(
-                kind_of(name, own["learner"]["learner"]), own, path
-            )
+            kind = kind_of(name, own["learner"]["learner"])
+            methods[name] = from_json(kind, own, path)
     except (AttributeError, KeyError, TypeError) as error:
         raise ValueError(
             f"{path} holds no methods that exist ({type(error).__name__}: {error}): "
             "put a copy of the file back, or start again"
         ) from None
-    return Options(common.data, common.test, common.run, common.devices, methods)
+    return with_methods(common, methods)
 
 
 # -- specs -----------------------------------------------------------------------------
@@ -113,20 +193,76 @@ def spec_of(options: Any, data: Data, num_classes: int = 2) -> Spec:
       options: of `kind_of`.
       num_classes: of the meta-train split, which transfer methods pre-train on.
     """
-    own, learner = options.method, options.learner
-    turns = 4 if options.training.rotations else 1  # turned characters are classes
-    shots = options.training.train_shots
-    given = Given(data.way, learner, turns * num_classes, shots)
+    own, learner, training = options.method, options.learner, options.training
+    row, given = _KINDS[own.kind], msgspec.structs.asdict(own)
     spec: Spec = {"algorithm": own.constructor}
-    if isinstance(own, embedding.NearestNeighbour):
-        return spec
-    if not isinstance(own, adapting.GradientAgreement):
-        spec |= head_of(given, features=own.features)
-    if isinstance(own, embedding.Relation) and isinstance(learner, Conv4):
-        # feature maps, halved twice as published
-        maps = {"feature_maps": True, "num_halvings": min(2, learner.num_blocks)}
-        spec["learner"] |= maps
-    return spec | own.arguments(given)
+    if own.kind == "gradient_agreement":
+        kind = _options_class(given.pop("of"))
+        weighed = kind(**{n: given[n] for n in kind.__struct_fields__ if n in given})
+        options = msgspec.structs.replace(options, method=weighed)
+        of = spec_of(options, data, num_classes)
+        return spec | {"of": of, "task_mapping": own.task_mapping}
+    features = row.get("features", False)
+    if own.kind != "nearest_neighbour":
+        spec["learner"] = _learner_spec(learner, None if features else data.way)
+    if "train_way" in given and (features or learner.tied_head):
+        given["train_way"] = own.train_way or data.way
+    order = given.pop("order", row.get("order"))
+    how = {n: given.pop(n) for n in ("keep", "last") if n in given}
+    if order is not None:
+        spec["differentiation"] = {"order": order, **how}
+    steps = max(given.get("num_steps", 0), given.get("num_test_steps") or 0)
+    match own.kind:
+        case "meta_lstm" | "fo_meta_lstm":
+            rule = msgspec.structs.asdict(own.rule) | {"num_bias_steps": steps}
+            ranges = {part: (low, high) for part, low, high in own.rule.input_bias_of}
+            rule["input_bias_of"] = ranges or None
+            given["rule"] = {"rule": "lstm_gates", **rule}
+        case "learned_sgd":
+            rule = {"rule": "learned_sgd", "per": "tensor", "num_steps": steps}
+            given["rule"] = rule | {"rate": given.pop("rate")}
+        case "meta_sgd":
+            given["rate"] = (own.rate, own.rate)
+        case "implicit_maml":
+            given["rule"] = given.pop("rate")
+        case "reptile":
+            given["rule"] = given.pop("adam_rate")
+            del given["outer_step"]
+            given["train_shots"] = training.train_shots
+        case "hand_made":
+            given["rule"] = {"rule": given.pop("optimizer"), "learning_rate": 0.01}
+            if own.optimizer == "momentum":
+                given["rule"]["momentum"] = 0.9
+            given["trainable"] = False
+        case "from_scratch":
+            given["rule"] = {"rule": "sgd", "learning_rate": 0.01}
+            if own.query_norm == "frozen":  # nothing is gathered here
+                given["query_norm"] = "support"
+        case "mann":
+            given["way"] = data.way
+        case "relation":
+            shared = ("filters", "norm", "scale_init", "initializer")
+            of_net = {n: getattr(learner, n, getattr(_CONV4, n)) for n in shared}
+            given["relation_net"] = {"learner": "relation_net", **of_net}
+            if learner.learner == "conv4":
+                # feature maps, halved twice as published
+                maps = {"num_halvings": min(2, learner.num_blocks)}
+                spec["learner"] |= {"feature_maps": True, **maps}
+        case "margin_classifier" | "pretrained_features" | "fine_tuning":
+            turns = 4 if training.rotations else 1  # turned characters are classes
+            given["num_classes"] = turns * num_classes
+    return spec | given
+
+
+_CONV4 = LEARNERS["conv4"]()
+
+
+def _learner_spec(learner: Any, way: int | None) -> Spec:
+    """The network with a head for so many classes, or None: up to its features."""
+    options = msgspec.structs.asdict(learner)
+    tied = options.pop("tied_head") and way is not None
+    body = {"num_classes": None if tied else way, **options}
+    return {"learner": "tied_head", "body": body} if tied else body
 
 
 def specs_of(options: Options, num_classes: int = 2) -> dict[str, Spec]:
@@ -155,15 +291,20 @@ def pretrainings(
         if spec["algorithm"] not in ("fine_tuning", "pretrained_features"):
             continue
         own, kind = options.methods[name], spec["classifier"]
-        shared = embedding.PretrainedFeatures(
-            own.method.batch_size, "cosine" if kind == "cosine" else "centroid", kind
+        shared = _options_class("pretrained_features")(
+            compare="cosine" if kind == "cosine" else "centroid",
+            classifier=kind,
+            batch_size=own.method.batch_size,
         )
         own = kind_of("feature-centroid", own.learner.learner)(
             shared, own.learner, own.training
         )
-        spec = {n: spec[n] for n in ("learner", "num_classes")}
-        spec |= {"algorithm": "pretrained_features", **vars(shared)}
-        mine = Pretraining(spec, own)
+        common = {n: spec[n] for n in ("learner", "num_classes")}
+        mine = Pretraining(
+            {"algorithm": "pretrained_features", **common}
+            | msgspec.structs.asdict(shared),
+            own,
+        )
         number, called = 1, f"pretrained-{kind}"
         while called in wanted and wanted[called] != mine:
             number += 1

@@ -13,6 +13,8 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
+from experiments.few_shot.options import Data
+
 
 class Published(NamedTuple):
     value: float  # accuracy, %
@@ -31,14 +33,18 @@ class Reference(NamedTuple):
     other: tuple[str, ...]  # in what its protocol differs
     unknown: tuple[str, ...]  # what its source does not say
 
+    @property
+    def marks(self) -> str:
+        marks = "*" * bool(self.other) + "~" * bool(self.unknown)
+        return marks + "?" * (not self.number.confirmed)
+
     def __str__(self) -> str:
-        value, _, _, _, ci95, up_to, confirmed = self.number
+        value, ci95, up_to = self.number.value, self.number.ci95, self.number.up_to
         digits = 2 if f"{value:.2f}"[-1] != "0" else 1
         text = f"{value:.{digits}f}"
         text += "" if up_to is None else f"-{up_to:.{digits}f}"
         text += "" if ci95 is None else f" ± {ci95:.2f}"
-        marks = "*" * bool(self.other) + "~" * bool(self.unknown)
-        return text + marks + "?" * (not confirmed)
+        return text + self.marks
 
 
 # How a paper splits characters. Ours: background alphabets for meta-training,
@@ -66,23 +72,19 @@ def read_published() -> dict[tuple[str, int, int], dict[str, tuple[Published, ..
 
 
 def published_reference(
-    method: str,
-    *,
-    dataset: str,
-    split: str,
-    way: int,
-    shot: int,
-    batch_norm: str | None,
+    method: str, data: Data, batch_norm: str | None
 ) -> Reference | None:
     """The published number whose protocol is nearest to ours, or None.
 
     Args:
-      split: of Omniglot, ``alphabets`` or ``characters``; mini-ImageNet has one.
       batch_norm: how our queries were normalised.
     """
-    numbers = read_published().get((dataset, way, shot), {}).get(method, ())
-    ours = _MINI_IMAGENET if dataset == "mini-imagenet" else split
-    found = [_compared(n, ours, batch_norm == "transductive") for n in numbers]
+    of_data = read_published().get((data.dataset, data.way, data.shot), {})
+    ours = _MINI_IMAGENET if data.dataset == "mini-imagenet" else data.split
+    found = [
+        _compared(number, ours, batch_norm == "transductive")
+        for number in of_data.get(method, ())
+    ]
     return min(found, key=lambda n: (len(n.other), len(n.unknown)), default=None)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -14,56 +15,6 @@ from metalstm.specs import learner_spec
 REFERENCE = "meta-lstm"  # what the others are compared with, where it is
 
 
-class Row(NamedTuple):
-    """One line. Accuracies are in [0, 1], published ones in %."""
-
-    name: str
-    mean: float
-    ci95: float
-    difference: tuple[float, float] | None  # mean and half-interval, paired
-    batch_norm: str | None
-    learned: int  # numbers
-    episodes: int | None = None  # of meta-training
-    seconds: float | None = None
-    published: Reference | None = None
-
-    def record(self) -> dict[str, Any]:
-        """For JSON and CSV: plain values under names that say their unit."""
-        number = self.published and self.published.number
-        difference = self.difference or (None, None)
-        return {
-            "name": self.name,
-            "mean": self.mean,
-            "ci95": self.ci95,
-            "difference": difference[0],
-            "difference_ci95": difference[1],
-            "published_percent": number and number.value,
-            "published_ci95_percent": number and number.ci95,
-            "published_by": number and number.source,
-            "published_marks": self.published and marks_of(self.published),
-            "batch_norm": self.batch_norm,
-            "learned": self.learned,
-            "meta_training_episodes": self.episodes,
-            "meta_training_seconds": self.seconds,
-        }
-
-    def cells(self) -> list[str]:
-        difference = ""
-        if self.difference is not None:
-            mean, ci95 = self.difference
-            difference = f"{100 * mean:+.1f} ± {100 * ci95:.1f}"
-        return [
-            self.name,
-            f"{100 * self.mean:.1f} ± {100 * self.ci95:.1f}",
-            difference,
-            str(self.published or ""),
-            self.batch_norm or "-",
-            f"{self.learned:,}",
-            "-" if self.episodes is None else f"{self.episodes:,}",
-            "-" if self.seconds is None else f"{self.seconds:,.0f}",
-        ]
-
-
 class Tested(NamedTuple):
     """A method's test, before it is compared with the others."""
 
@@ -71,8 +22,50 @@ class Tested(NamedTuple):
     method: str
     evaluation: Evaluation
     batch_norm: str | None
-    learned: int
+    learned: int  # numbers
     meta_training: Mapping[str, Any]  # what results.json has of it, or nothing
+
+
+class Row(NamedTuple):
+    """One line. Accuracies are in [0, 1], published ones in %."""
+
+    tested: Tested
+    difference: tuple[float, float] | None  # mean and half-interval, paired
+    published: Reference | None
+
+    def record(self) -> dict[str, Any]:
+        """For JSON and CSV: plain values under names that say their unit."""
+        one, number = self.tested, self.published and self.published.number
+        difference = self.difference or (None, None)
+        return {
+            "name": one.name,
+            "mean": one.evaluation.mean,
+            "ci95": one.evaluation.ci95,
+            "difference": difference[0],
+            "difference_ci95": difference[1],
+            "published_percent": number and number.value,
+            "published_ci95_percent": number and number.ci95,
+            "published_by": number and number.source,
+            "published_marks": self.published and self.published.marks,
+            "batch_norm": one.batch_norm,
+            "learned": one.learned,
+            "meta_training_episodes": one.meta_training.get("episodes"),
+            "meta_training_seconds": one.meta_training.get("wall_seconds"),
+        }
+
+    def cells(self) -> list[str]:
+        one, spent = self.tested, self.tested.meta_training
+        mean, ci95 = self.difference or (math.nan, math.nan)
+        return [
+            one.name,
+            f"{100 * one.evaluation.mean:.1f} ± {100 * one.evaluation.ci95:.1f}",
+            f"{100 * mean:+.1f} ± {100 * ci95:.1f}" if self.difference else "",
+            str(self.published or ""),
+            one.batch_norm or "-",
+            f"{one.learned:,}",
+            f"{spent['episodes']:,}" if "episodes" in spent else "-",
+            f"{spent['wall_seconds']:,.0f}" if "wall_seconds" in spent else "-",
+        ]
 
 
 _HEADINGS = (
@@ -92,7 +85,7 @@ def table_of(what: str, reference: str, rows: Iterable[Row]) -> Table:
         _HEADINGS,
         [row.cells() for row in rows],
         [row.record() for row in rows],
-        list(legend({r.name: r.published for r in rows if r.published})),
+        list(legend({r.tested.name: r.published for r in rows if r.published})),
         left=(0, 3, 4),
     )
 
@@ -107,40 +100,14 @@ def rows_of(
         to, difference = compared_to(one), None
         if one.name != to:
             difference = paired_difference(one.evaluation, by_name[to])
-        rows.append(
-            Row(
-                one.name,
-                one.evaluation.mean,
-                one.evaluation.ci95,
-                difference,
-                one.batch_norm,
-                one.learned,
-                one.meta_training.get("episodes"),
-                one.meta_training.get("wall_seconds"),
-                reference_for(one.method, data, one.batch_norm),
-            )
-        )
+        published = published_reference(one.method, data, one.batch_norm)
+        rows.append(Row(one, difference, published))
     return rows
-
-
-def marks_of(number: Reference) -> str:
-    return "".join(mark for mark in str(number) if mark in "*~?")
 
 
 def compared_with(names: Sequence[str]) -> str:
     """The method that the others are compared with: Meta-LSTM, or else the first."""
     return REFERENCE if REFERENCE in names else names[0]
-
-
-def reference_for(method: str, data: Data, batch_norm: str | None) -> Reference | None:
-    return published_reference(
-        method,
-        dataset=data.dataset,
-        split=data.split,
-        way=data.way,
-        shot=data.shot,
-        batch_norm=batch_norm,
-    )
 
 
 def batch_norm_of(spec: Mapping[str, Any], mode: str | None) -> str | None:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Mapping
+import importlib.util
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from experiments.common import devices, report
+from experiments.common.cli import replace
 from experiments.common.run_folder import (
     Metrics,
     locked,
@@ -16,7 +17,7 @@ from experiments.common.run_folder import (
     write_json,
 )
 from experiments.common.saved_options import to_json
-from experiments.common.stopping import Interrupted
+from experiments.common.script_end import Interrupted
 from experiments.few_shot.data import Source, load_source
 from experiments.few_shot.figures import draw, draw_learning_curves
 from experiments.few_shot.heading import header
@@ -50,8 +51,10 @@ def run(options: Options, folder: Path) -> int:
         is compiled or written.
     """
     refuse_other_runs(folder, options, may_change(options))
-    if options.run.tensorboard:
-        require_tensorboard()
+    if options.run.tensorboard and importlib.util.find_spec("tensorboardX") is None:
+        raise ImportError(
+            "--tensorboard needs tensorboardX: pip install 'metalstm[tensorboard]'"
+        )
     batches = {own.training.meta_batch for own in options.methods.values()}
     meshes = [devices.mesh_for(options.devices, n, "--meta-batch") for n in batches]
     source = load_source(options.data, options.methods)
@@ -61,12 +64,10 @@ def run(options: Options, folder: Path) -> int:
     print(header(options, source, devices.describe(meshes[0])), flush=True)
     if devices.is_one_of_several():
         print(report.resume_hint(folder), flush=True)  # a process may die
+    run = run_seed if options.run.seeds == 1 else run_seeds
     with locked(folder, options, may_change(options)):
         try:
-            if options.run.seeds == 1:
-                run_seed(options, prepared, folder)
-            else:
-                run_seeds(options, prepared, folder)
+            run(options, prepared, folder)
         except Interrupted:
             print(f"stopped and saved; {report.resume_hint(folder)}")
             return 130
@@ -91,34 +92,31 @@ def run_seed(options: Options, prepared: Prepared, folder: Path) -> dict[str, An
     finally:
         metrics.close()
     results, table = meta_test(trainer, found)
-    if not processes.is_main():
-        return results
-    files = ["results.json", *table.write(folder)]
-    files += draw(trainer, found, results["methods"])
-    write_json(folder / "results.json", results)
-    print(report.ending(folder, files), flush=True)
+    if processes.is_main():
+        files = table.write(folder) + draw(trainer, found, results["methods"])
+        _write_results(folder, results, files)
     return results
 
 
-def run_seeds(options: Options, prepared: Prepared, folder: Path) -> dict[str, Any]:
+def run_seeds(options: Options, prepared: Prepared, folder: Path) -> None:
     """Repeat with several seeds of meta-training, and aggregate over them."""
     write_config(options, prepared.source, folder)
     per_seed, first = {}, options.run.seed
     for seed in range(first, first + options.run.seeds):
         print(f"seed {seed}")
-        own = dataclasses.replace(options.run, seed=seed, seeds=1)
-        of_seed = dataclasses.replace(options, run=own)
+        of_seed = replace(options, run=replace(options.run, seed=seed, seeds=1))
         per_seed[seed] = run_seed(of_seed, prepared, folder / f"seed-{seed}")
     results, table = over_seeds(options, per_seed)
-    if not processes.is_main():
-        return results
     print(table)
-    files = ["results.json", *table.write(folder)]
+    if processes.is_main():
+        runs = [folder / f"seed-{seed}" for seed in per_seed]
+        curves = draw_learning_curves(options.data, runs, folder)
+        _write_results(folder, results, [*table.write(folder), curves])
+
+
+def _write_results(folder: Path, results: Any, files: Sequence[str]) -> None:
     write_json(folder / "results.json", results)
-    runs = [folder / f"seed-{seed}" for seed in per_seed]
-    files.append(draw_learning_curves(options.data, runs, folder))
-    print(report.ending(folder, files), flush=True)
-    return results
+    print(report.ending(folder, ["results.json", *files]), flush=True)
 
 
 def write_config(options: Options, source: Source, folder: Path) -> None:
@@ -130,12 +128,3 @@ def write_config(options: Options, source: Source, folder: Path) -> None:
     }
     processes.on_main(lambda: refuse_other_data(folder, document["data"]))
     write_json(folder / "config.json", document)
-
-
-def require_tensorboard() -> None:
-    try:
-        import tensorboardX  # noqa: F401
-    except ImportError:
-        raise ImportError(
-            "--tensorboard needs tensorboardX: pip install 'metalstm[tensorboard]'"
-        ) from None

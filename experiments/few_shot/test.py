@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -29,6 +30,7 @@ from experiments.few_shot.saved_runs import (
 )
 from experiments.few_shot.train import Found, Trainer, checkpoint_of
 from metalstm.base import MetaParams, PyTree
+from metalstm.meta.evaluation import Evaluation
 from metalstm.predictor import load_params
 from metalstm.runtime import processes, sharding
 from metalstm.runtime.files import atomic_write
@@ -40,9 +42,8 @@ Results = dict[str, Any]
 
 def meta_test(run: Trainer, found: Mapping[str, Found]) -> tuple[Results, Table]:
     """Test every method of a run, print the table, keep the accuracies."""
-    options, tested, methods = run.options, [], {}
-    test = options.test
-    for name in options.methods:
+    options, test, tested, seconds = run.options, run.options.test, [], {}
+    for name, spec in run.specs.items():
         begun = time.monotonic()
         evaluation = run.programs[name].evaluate(
             found[name].params,
@@ -50,116 +51,89 @@ def meta_test(run: Trainer, found: Mapping[str, Found]) -> tuple[Results, Table]
             num_episodes=test.test_episodes,
             seed=test.test_seed,
         )
-        seconds = time.monotonic() - begun
-        spec = run.specs[name]
-        one = Tested(
-            name,
-            name,
-            evaluation,
-            results.batch_norm_of(spec, evaluation.query_norm),
-            count_parameters(found[name].params, spec),
-            found[name].meta_training(),
-        )
-        tested.append(one)
-        methods[name] = _result(one, options.run.seed, seconds)
-    reference = results.compared_with(list(options.methods))
-    rows = results.rows_of(tested, options.data, lambda _: reference)
-    for row in rows:
-        marked = row.published
-        methods[row.name] |= {
-            "paired_difference": row.difference,
-            "published": marked and marked.number._asdict(),
-            "published_marks": marked and results.marks_of(marked),
-        }
+        seconds[name] = time.monotonic() - begun
+        batch_norm = results.batch_norm_of(spec, evaluation.query_norm)
+        learned = count_parameters(found[name].params, spec)
+        spent = found[name].meta_training
+        tested.append(Tested(name, name, evaluation, batch_norm, learned, spent))
     what = f"meta-test, the same {test.test_episodes} episodes for every method"
-    table = results.table_of(what, reference, rows)
+    table, document = _compare(what, tested, options)
     print(table, flush=True)
     _save_accuracies(run.folder / "accuracies.npz", tested)
+    for one in tested:
+        document["methods"][one.name] |= {
+            "episodes": test.test_episodes,
+            "split": one.evaluation.split,
+            "seed": options.run.seed,
+            "test_seed": test.test_seed,
+            "wall_seconds": round(seconds[one.name], 3),
+            "episodes_per_second": round(test.test_episodes / seconds[one.name], 3),
+        }
     return {
         "dataset": run.source.describe(),
         "way": options.data.way,
         "shot": options.data.shot,
         "versions": report.versions(),
         "device": jax.devices()[0].device_kind,
-        "paired_difference_to": reference,
-        "methods": methods,
+        **document,
     }, table
-
-
-def _result(one: Tested, seed: int, seconds: float) -> Results:
-    """What results.json has of a method on its own."""
-    evaluation = one.evaluation
-    return {
-        "accuracy": evaluation.mean,
-        "ci95": evaluation.ci95,
-        "episodes": len(evaluation.accuracies),
-        "batch_norm": one.batch_norm,
-        "split": evaluation.split,
-        "seed": seed,
-        "test_seed": evaluation.seed,
-        "learned_parameters": one.learned,
-        "wall_seconds": round(seconds, 3),
-        "episodes_per_second": round(len(evaluation.accuracies) / seconds, 3),
-        "meta_training": one.meta_training or None,
-    }
-
-
-def _save_accuracies(path: Any, tested: Sequence[Tested]) -> None:
-    if processes.is_main():
-        arrays: dict[str, Any] = {one.name: one.evaluation.accuracies for one in tested}
-        with atomic_write(path) as part:
-            np.savez(part, **arrays)
 
 
 def over_seeds(
     options: Options, per_seed: Mapping[int, Results]
 ) -> tuple[Results, Table]:
     """Means over seeds of meta-training, their CI and that of paired differences."""
-    names = list(options.methods)
-    reference = results.compared_with(names)
-    methods, rows = {}, []
-    for name in names:
+    tested = []
+    for name in options.methods:
         of_seeds = [run["methods"][name] for run in per_seed.values()]
         means = np.array([row["accuracy"] for row in of_seeds])
-        mean, ci95 = mean_and_ci95(means)
-        difference = None
-        if name != reference:
-            found = [run["methods"][reference] for run in per_seed.values()]
-            others = np.array([row["accuracy"] for row in found])
-            difference = mean_and_ci95(means - others)
-        trained = [row["meta_training"] or {} for row in of_seeds]
-        episodes, seconds = (
-            float(np.mean([t[key] for t in trained])) if key in trained[0] else None
-            for key in ("episodes", "wall_seconds")
+        first, trained = of_seeds[0], [row["meta_training"] or {} for row in of_seeds]
+        evaluation = Evaluation(
+            means, *mean_and_ci95(means), first["batch_norm"], first["split"], 0
         )
-        methods[name] = {
-            "accuracy": mean,
-            "ci95": ci95,
-            "accuracies": means.tolist(),
-            "paired_difference": difference,
-        }
-        norm = of_seeds[0]["batch_norm"]
-        rows.append(
-            results.Row(
-                name,
-                mean,
-                ci95,
-                difference,
-                norm,
-                of_seeds[0]["learned_parameters"],
-                None if episodes is None else round(episodes),
-                seconds,
-                results.reference_for(name, options.data, norm),
-            )
-        )
+        spent: dict[str, Any] = {}
+        if "episodes" in trained[0]:
+            spent["episodes"] = round(np.mean([t["episodes"] for t in trained]))
+            spent["wall_seconds"] = np.mean([t["wall_seconds"] for t in trained])
+        learned = first["learned_parameters"]
+        norm = first["batch_norm"]
+        tested.append(Tested(name, name, evaluation, norm, learned, spent))
     what = f"mean over {len(per_seed)} meta-training seeds, the CI over seeds"
-    document = {
-        "seeds": list(per_seed),
-        "ci95_over": "seeds",
-        "paired_difference_to": reference,
-        "methods": methods,
+    table, document = _compare(what, tested, options)
+    for one in tested:
+        accuracies = one.evaluation.accuracies.tolist()
+        document["methods"][one.name]["accuracies"] = accuracies
+    return {"seeds": list(per_seed), "ci95_over": "seeds", **document}, table
+
+
+def _compare(
+    what: str, tested: Sequence[Tested], options: Options
+) -> tuple[Table, Results]:
+    """The table, and what results.json has of the same methods."""
+    reference = results.compared_with([one.name for one in tested])
+    rows = results.rows_of(tested, options.data, lambda _: reference)
+    methods = {
+        one.name: {
+            "accuracy": one.evaluation.mean,
+            "ci95": one.evaluation.ci95,
+            "paired_difference": difference,
+            "batch_norm": one.batch_norm,
+            "learned_parameters": one.learned,
+            "meta_training": one.meta_training or None,
+            "published": published and published.number._asdict(),
+            "published_marks": published and published.marks,
+        }
+        for one, difference, published in rows
     }
-    return document, results.table_of(what, reference, rows)
+    document = {"paired_difference_to": reference, "methods": methods}
+    return results.table_of(what, reference, rows), document
+
+
+def _save_accuracies(path: Path, tested: Sequence[Tested]) -> None:
+    if processes.is_main():
+        arrays: dict[str, Any] = {one.name: one.evaluation.accuracies for one in tested}
+        with atomic_write(path) as part:
+            np.savez(part, **arrays)
 
 
 def count_parameters(params: PyTree, spec: Spec) -> int:
@@ -188,13 +162,19 @@ def evaluate_again(options: Options, anew: Retest) -> Table:
       ValueError: a run cannot serve the way, or was trained on other images.
       FileNotFoundError: a method has no checkpoint yet.
     """
-    runs = read_runs(options.run.evaluate)
+    data, test, folders = options.data, options.test, options.run.evaluate
+    runs = read_runs(folders)
     wanted = choose_methods(runs, options.run.algorithms)
     for method in wanted:
-        _check_way(method, options.data.way)
+        fixed = fixed_way(method.spec)
+        if fixed not in (None, data.way):
+            raise ValueError(
+                f"--way {data.way}: {method.label} was trained with a head of {fixed} "
+                f"classes; choose --way {fixed}, or train with --tied-head"
+            )
     # no meta-training here, so its episodes need not be possible
     mesh = sharding.task_mesh(num_devices=options.devices.devices)
-    source = load_source(options.data, {}).placed(mesh, options.devices.devices)
+    source = load_source(data, {}).placed(mesh, options.devices.devices)
     refuse_other_images(runs, source)
     print(header(options, source, describe(mesh), anew.query_norm), flush=True)
 
@@ -206,19 +186,16 @@ def evaluate_again(options: Options, anew: Retest) -> Table:
     by_mode = anew.query_norm == "all"
     reference = tested[methods.index(results.compared_with(methods))].name
     rows = results.rows_of(
-        tested,
-        options.data,
-        lambda one: first[_without_mode(one)] if by_mode else reference,
+        tested, data, lambda one: first[_without_mode(one)] if by_mode else reference
     )
-    what = f"meta-test, the same {options.test.test_episodes} episodes for every row"
+    what = f"meta-test, the same {test.test_episodes} episodes for every row"
     to = "the method's first mode" if by_mode else reference
     table = results.table_of(what, to, rows)
     print(table)
     if not processes.is_main():
         return table
-    folder = options.run.workdir or options.run.evaluate[0]
+    folder = options.run.workdir or folders[0]
     folder.mkdir(parents=True, exist_ok=True)
-    data, test = options.data, options.test
     mode = "" if anew.query_norm is None else f"{anew.query_norm}-"
     stem = f"evaluation-{data.way}w{data.shot}s-{mode}{test.test_seed}"
     which = {"seed": test.test_seed, "episodes": test.test_episodes}
@@ -277,10 +254,10 @@ def spec_for_test(
     """The spec for a test in a batch-norm mode, by so many updates if given."""
     spec = copy.deepcopy(spec)
     adapting = spec.get("of", spec)
-    if mode is not None and "query_norm" in adapting:
-        adapting["query_norm"] = mode
-    if num_test_steps is not None and "num_test_steps" in adapting:
-        adapting["num_test_steps"] = num_test_steps
+    given = {"query_norm": mode, "num_test_steps": num_test_steps}
+    for name, value in given.items():
+        if value is not None and name in adapting:
+            adapting[name] = value
     return spec
 
 
@@ -296,12 +273,3 @@ def modes(method: SavedMethod, query_norm: str | None) -> list[str | None]:
     if query_norm != "all":
         return [query_norm]
     return ["support", "support+1", "transductive", *(["frozen"] if frozen else [])]
-
-
-def _check_way(method: SavedMethod, way: int) -> None:
-    fixed = fixed_way(method.spec)
-    if fixed not in (None, way):
-        raise ValueError(
-            f"--way {way}: {method.label} was trained with a head of {fixed} classes; "
-            f"choose --way {fixed}, or train with --tied-head"
-        )

@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -18,18 +17,18 @@ import metalstm
 from experiments.common.devices import MAY_CHANGE, mesh_for
 from experiments.common.loop import Loop, Setup
 from experiments.common.run_folder import Metrics
-from experiments.common.tuning import bracketed_best
-from experiments.few_shot.adapting import GradientAgreement, InnerLoop, Reptile
-from experiments.few_shot.arguments import Arguments
+from experiments.common.saved_options import to_json
+from experiments.common.tuning import each_point, tune
 from experiments.few_shot.data import Source
 from experiments.few_shot.methods import (
     HAND_MADE,
     METHODS,
     Spec,
     init_source,
+    is_inner_loop,
     pretrainings,
 )
-from experiments.few_shot.options import Common, Data, Learner, Options, Training
+from experiments.few_shot.options import Common, Options, Training
 from metalstm.base import MetaParams, PyTree
 from metalstm.predictor import example_episode
 from metalstm.runtime import checkpoints, sharding
@@ -48,55 +47,12 @@ class Programs(NamedTuple):
     mesh: Mesh | None  # of a meta-step
 
 
-class Trained(NamedTuple):
-    params: PyTree  # the best on validation
-    episodes: int
-    seconds: float  # of meta-training and validation
-    episodes_per_second: float  # of meta-training, without compilation; nan if none
-    best_episode: int
-    best_mean: float
-    best_ci95: float
-
-
-class Tuned(NamedTuple):
-    params: PyTree
-    rate: float
-    tried: dict[float, float]  # rate -> validation accuracy
-    steps: int | None = None  # of fine-tuning
-    tried_steps: dict[int, float] | None = None
-
-
 class Found(NamedTuple):
     """What a method is tested with, and how it was found."""
 
     params: PyTree
-    trained: Trained | None = None
-    tuned: Tuned | None = None
-
-    def meta_training(self) -> dict[str, Any]:
-        """What results.json has of it; empty for what was neither trained nor tuned."""
-        found: dict[str, Any] = {}
-        if self.tuned is not None:
-            found |= {"rate": self.tuned.rate, "tried": _keys(self.tuned.tried)}
-            if self.tuned.tried_steps is not None:
-                found["steps"] = self.tuned.steps
-                found["tried_steps"] = _keys(self.tuned.tried_steps)
-        if self.trained is not None:
-            speed = self.trained.episodes_per_second
-            found |= {
-                "episodes": self.trained.episodes,
-                "wall_seconds": round(self.trained.seconds, 3),
-                "episodes_per_second": round(speed, 3)
-                if math.isfinite(speed)
-                else None,
-                "best_episode": self.trained.best_episode,
-                "validation_accuracy": self.trained.best_mean,
-            }
-        return found
-
-
-def _keys(tried: Mapping[Any, float]) -> dict[str, float]:
-    return {str(value): score for value, score in tried.items()}
+    meta_training: dict[str, Any]  # for results.json
+    is_trained: bool = False
 
 
 def make_all_programs(
@@ -121,11 +77,10 @@ def make_all_programs(
 def make_programs(spec: Spec, common: Common, own: Any, source: Source) -> Programs:
     """The compile-once parts of a method; ``own`` are its options."""
     algorithm = build_algorithm(spec)
-    algorithm = build_algorithm(spec)
     training: Training = own.training
     mesh = mesh_for(common.devices, training.meta_batch, "--meta-batch")
     trained = algorithm  # evaluation shares no task between devices
-    if (axis := sharding.shared_axis(mesh)) and isinstance(own.method, InnerLoop):
+    if (axis := sharding.shared_axis(mesh)) and is_inner_loop(own.method):
         trained = build_algorithm(sharing(spec, axis))
     optimizer = _optimizer(own.method, training)
     train_loop = metalstm.make_train_loop(
@@ -153,12 +108,10 @@ def sharing(spec: Spec, axis_name: str) -> Spec:
     return spec | {"axis_name": axis_name}
 
 
-def _optimizer(method: Arguments, training: Training) -> optax.GradientTransformation:
+def _optimizer(method: Any, training: Training) -> optax.GradientTransformation:
     """Adam, clipped; for reptile SGD, whose step is the outer one."""
-    moves = isinstance(method, Reptile) or (
-        isinstance(method, GradientAgreement) and method.of == "reptile"
-    )
-    first_rate = method.outer_step if moves else training.learning_rate  # type: ignore[attr-defined]
+    moves = "reptile" in (method.constructor, getattr(method, "of", None))
+    first_rate = method.outer_step if moves else training.learning_rate
     rate: optax.ScalarOrSchedule = first_rate
     if training.schedule == "cosine":
         rate = optax.cosine_decay_schedule(first_rate, _num_steps(training))
@@ -172,17 +125,6 @@ def _optimizer(method: Arguments, training: Training) -> optax.GradientTransform
 
 
 # -- meta-training ---------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Recipe:
-    """What a checkpoint belongs to."""
-
-    data: Data
-    seed: int
-    method: Arguments
-    learner: Learner
-    training: Training
 
 
 def may_change(options: Options) -> tuple[str, ...]:
@@ -238,34 +180,32 @@ class Trainer(NamedTuple):
         """
         found: dict[str, Found] = {}
         classifiers, uses = pretrainings(self.options, self.specs)
-        shared: dict[str, Trained] = {}
+        shared: dict[str, Found] = {}
         names = list(self.options.methods)
         for name in (n for n in names if self.programs[n].algorithm.trainable):
-            own = self.options.methods[name]
-            if name not in uses:
-                trained = self._train(name, own)
-                found[name] = Found(trained.params, trained)
+            own, classifier = self.options.methods[name], uses.get(name)
+            if classifier is None:
+                found[name] = self._train(name, own)
                 continue
-            classifier = uses[name]
             if classifier not in shared:
                 options = classifiers[classifier].options
                 shared[classifier] = self._train(classifier, options)
-            found[name] = self._transfer(name, own, shared[classifier])
+            # a method's own rule next to the shared features
+            trained = shared[classifier]
+            init = self._untrained(name)._replace(learner=trained.params.learner)
+            most = getattr(own.method, "num_steps", 0)
+            params, tuned = self._tune(name, init, most)
+            found[name] = Found(params, {**tuned, **trained.meta_training}, True)
         for name in (n for n in names if not self.programs[n].algorithm.trainable):
             params = self._untrained(name)
             if METHODS[name].family == HAND_MADE:
-                init = init_source(names)
-                assert init is not None, "refused by command_line.check"
-                params = MetaParams(found[init].params.learner, params.rule)
-            found[name] = Found(params)
-            if METHODS[name].rates:
-                tuned = self._tune(name, params)
-                found[name] = Found(tuned.params, tuned=tuned)
-                print(f"{name}, best rate on validation: {tuned.rate:.3g}", flush=True)
-                self._save_best(name, tuned.params, rate=tuned.rate)
+                source = init_source(names)
+                assert source is not None, "refused by command_line.check"
+                params = MetaParams(found[source].params.learner, params.rule)
+            found[name] = Found(*self._tune(name, params))
         return found
 
-    def _train(self, name: str, own: Any) -> Trained:
+    def _train(self, name: str, own: Any) -> Found:
         programs, data, seed = (
             self.programs[name],
             self.options.data,
@@ -279,7 +219,7 @@ class Trainer(NamedTuple):
 
         setup = Setup(
             name=name,
-            config=Recipe(data, seed, own.method, own.learner, training),
+            config={"data": to_json(data), "seed": seed, **to_json(own)},
             may_change=(
                 "data.data_dir",
                 *(f"training.{option}" for option in _movable(training)),
@@ -306,23 +246,25 @@ class Trainer(NamedTuple):
         loop = Loop(setup, self.folder, self.metrics, programs.algorithm, make_state)
         with loop.running():
             loop.fit(programs.train_loop, self.source.dataset.train)
-        best = int(loop.state.best_step) * training.meta_batch
-        ci95 = {row["episode"]: row["ci95"] for row in loop.history}
-        trained = Trained(
-            loop.state.best_params,
-            int(loop.state.train.step) * training.meta_batch,
-            loop.saved.seconds(),
-            loop.stopwatch.speed(),
-            best,
+        best, mean = (
+            int(loop.state.best_step) * training.meta_batch,
             float(loop.state.best_score),
-            ci95.get(best, math.nan),
         )
+        ci95 = {row["episode"]: row["ci95"] for row in loop.history}
         print(
-            f"{name}, best on validation: episode {trained.best_episode:,} "
-            f"({100 * trained.best_mean:.1f} ± {100 * trained.best_ci95:.1f}%)",
+            f"{name}, best on validation: episode {best:,} "
+            f"({100 * mean:.1f} ± {100 * ci95.get(best, math.nan):.1f}%)",
             flush=True,
         )
-        return trained
+        speed = loop.stopwatch.speed()
+        meta_training = {
+            "episodes": int(loop.state.train.step) * training.meta_batch,
+            "wall_seconds": round(loop.saved.seconds(), 3),
+            "episodes_per_second": round(speed, 3) if math.isfinite(speed) else None,
+            "best_episode": best,
+            "validation_accuracy": mean,
+        }
+        return Found(loop.state.best_params, meta_training, True)
 
     def _validate(
         self, name: str, params: PyTree, num_episodes: int
@@ -338,49 +280,52 @@ class Trainer(NamedTuple):
         data, shape = self.options.data, self.source.dataset.image_shape
         return example_episode(shape, data.way, data.shot)
 
-    def _transfer(self, name: str, own: Any, trained: Trained) -> Found:
-        """Put a method's own rule next to the shared features, tuned on validation."""
-        params = self._untrained(name)._replace(learner=trained.params.learner)
-        if not METHODS[name].rates:
-            self._save_best(name, params)
-            return Found(params, trained)
-        tuned = self._tune(name, params, own.method.num_steps)
-        print(
-            f"{name}, best on validation: rate {tuned.rate:.3g}, {tuned.steps} steps",
-            flush=True,
-        )
-        self._save_best(name, tuned.params, rate=tuned.rate, steps=tuned.steps)
-        return Found(tuned.params, trained, tuned)
-
     def _untrained(self, name: str) -> PyTree:
         """What a method starts from, its rate not yet tuned."""
         key = jax.random.key(self.options.run.seed)
         return self.programs[name].algorithm.init(key, self._example())
 
-    def _tune(self, name: str, params: MetaParams, most_steps: int = 0) -> Tuned:
+    def _tune(
+        self, name: str, params: PyTree, most_steps: int = 0
+    ) -> tuple[PyTree, dict[str, Any]]:
         """Choose the learning rate on meta-validation, from a grid that brackets it.
 
         Where the rule knows a number of steps, that is chosen next, at the best rate.
+        Returns the parameters, which are kept, and what was tried; a method without a
+        rate is as it was.
         """
-        episodes = self.options.methods[name].training.validation_episodes
+        chosen: dict[str, Any] = {}
+        tuned: dict[str, Any] = {}
+        if METHODS[name].rates:
+            episodes = self.options.methods[name].training.validation_episodes
 
-        def score(rate: float, steps: int | None = None) -> float:
-            return self._validate(name, with_rate(params, rate, steps), episodes).mean
+            def score(rate: float, steps: int | None = None) -> float:
+                candidate = with_rate(params, rate, steps)
+                return self._validate(name, candidate, episodes).mean
 
-        rate, tried = bracketed_best(METHODS[name].rates, score)
-        if "num_steps" not in params.rule:
-            return Tuned(with_rate(params, rate), rate, tried)
-        fewer = {max(1, round(share * most_steps)) for share in _STEP_SHARES}
-        tried_steps = {n: score(rate, n) for n in sorted(fewer - {most_steps})}
-        tried_steps[most_steps] = tried[rate]
-        steps = max(tried_steps, key=lambda steps: tried_steps[steps])
-        return Tuned(with_rate(params, rate, steps), rate, tried, steps, tried_steps)
-
-    def _save_best(self, name: str, params: PyTree, **metadata: Any) -> None:
-        """Keep what was not meta-trained too: every method can be loaded again."""
-        if jax.tree.leaves(params):
+            grid = {"rate": METHODS[name].rates}
+            best = tune(each_point(lambda rate: -score(rate)), grid, grow="rate")
+            rate = best.best["rate"]
+            tried = dict(zip(best.grid["rate"].tolist(), -best.scores, strict=True))
+            chosen, text = {"rate": rate}, f"rate {rate:.3g}"
+            tuned = {"rate": rate, "tried": _keys(tried)}
+            if "num_steps" in params.rule:
+                fewer = {max(1, round(share * most_steps)) for share in _STEP_SHARES}
+                of_steps = {n: score(rate, n) for n in sorted(fewer - {most_steps})}
+                of_steps[most_steps] = tried[rate]
+                chosen["steps"] = max(of_steps, key=lambda steps: of_steps[steps])
+                tuned |= {"steps": chosen["steps"], "tried_steps": _keys(of_steps)}
+                text += f", {chosen['steps']} steps"
+            params = with_rate(params, **chosen)
+            print(f"{name}, best on validation: {text}", flush=True)
+        if jax.tree.leaves(params):  # every method can be loaded again
             path = self.folder / checkpoint_of(name)
-            checkpoints.save(path, params, step=0, metadata=metadata, keep=1)
+            checkpoints.save(path, params, step=0, metadata=chosen, keep=1)
+        return params, tuned
+
+
+def _keys(tried: Mapping[Any, float]) -> dict[str, float]:
+    return {str(value): float(score) for value, score in tried.items()}
 
 
 def checkpoint_of(method: str) -> str:

@@ -22,8 +22,7 @@ from pathlib import Path
 from experiments.common import devices
 from experiments.common.compiled_programs import keep_compiled_programs
 from experiments.common.script_end import exit_status, what_is_kept
-from experiments.learned_optimizer.command_line import may_change, other_flags, parse
-from experiments.learned_optimizer.options import Config
+from experiments.learned_optimizer.command_line import MODULE, other_flags, parse
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -41,34 +40,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
             running.evaluate(config, other_flags(arguments))
             return 0
         folder = running.choose_folder(config)
-        return _run(config, folder)
+        return running.run(config, folder)
 
-    return exit_status(body, arguments, stopped=lambda: what_is_kept(folder, _hint))
+    def stopped() -> str:
+        from experiments.common.report import resume_hint
 
+        return what_is_kept(folder, lambda kept: resume_hint(kept, MODULE))
 
-def _run(config: Config, folder: Path) -> int:
-    from experiments.common.run_folder import locked, refuse_other_runs
-
-    changeable = may_change(config)
-    refuse_other_runs(folder, config, changeable)
-    from experiments.common.stopping import Interrupted
-    from experiments.learned_optimizer.running import run
-
-    if devices.is_one_of_several():
-        print(_hint(folder), flush=True)  # a process may die
-    with locked(folder, config, changeable):
-        try:
-            run(config, folder)
-        except Interrupted:
-            print(f"stopped and saved; {_hint(folder)}")
-            return 130
-    return 0
-
-
-def _hint(folder: Path) -> str:
-    from experiments.common.report import resume_hint
-
-    return resume_hint(folder, "experiments.learned_optimizer")
+    return exit_status(body, arguments, stopped=stopped)
 
 
 if __name__ == "__main__":

@@ -18,15 +18,15 @@ from experiments.common.saved_options import (
 from experiments.learned_optimizer.options import (
     BASELINES,
     FAMILIES,
-    MORE_BASELINES,
+    RULES,
     Config,
     Run,
     Test,
+    named_rules,
+    read_presets,
 )
-from experiments.learned_optimizer.presets import PRESETS
-from experiments.learned_optimizer.rule_options import RULES, named_rules
 
-_WITHOUT_BATCHES = ("plateau", "quadratics", "logistic")
+MODULE = "experiments.learned_optimizer"
 STUDIES = {
     "comparison": "the rules and the tuned baselines on the problem of the flags",
     "generalisation": "the same on variants of it: width, depth, activation, horizon",
@@ -34,6 +34,13 @@ STUDIES = {
     "plateau": "whether rules escape where the gradient vanishes, and their gates",
     "cost": "time and memory of one update, against Adam's",
 }
+_WITHOUT_BATCHES = ("plateau", "quadratics", "logistic")
+_DESCRIPTION = (
+    "Learn an optimizer, compare it with tuned hand-made ones.\n\nRules: "
+    + "; ".join(f"{name} ({what})" for name, (what, _) in RULES.items())
+    + "\n\nStudies: "
+    + "; ".join(f"{name} ({what})" for name, what in STUDIES.items())
+)
 
 
 def parse(arguments: list[str]) -> Config:
@@ -60,7 +67,7 @@ def _read(arguments: list[str], default: Config, all_rules: bool = False) -> Con
     config = cli.parse(
         replace(default, rule=shown),
         arguments,
-        module="experiments.learned_optimizer",
+        module=MODULE,
         description=_DESCRIPTION,
         topics=("around", "test", "devices"),
     )
@@ -68,9 +75,9 @@ def _read(arguments: list[str], default: Config, all_rules: bool = False) -> Con
 
 
 def _default(arguments: list[str]) -> Config:
-    preset = value_of("--preset", arguments)
+    preset, presets = value_of("--preset", arguments), read_presets()
     if preset is not None:
-        cli.check_names("--preset", [preset], PRESETS)
+        cli.check_names("--preset", [preset], presets)
     for flag in ("--resume", "--evaluate"):
         folder = value_of(flag, arguments)
         if folder is None:
@@ -79,12 +86,12 @@ def _default(arguments: list[str]) -> Config:
             raise ValueError(f"{flag} takes its options from the run; drop --preset")
         saved = from_json(Config, read_config(Path(folder))["config"])
         run = Run(preset=saved.run.preset, seed=saved.run.seed)
-        # it may resume elsewhere
         rules = named_rules() | saved.rule
+        # it may resume elsewhere
         return replace(saved, run=run, rule=rules, devices=Devices())
     if preset is None:
         return Config()
-    return _read(PRESETS[preset].split(), Config(), all_rules=True)
+    return _read(presets[preset], Config(), all_rules=True)
 
 
 def other_flags(arguments: list[str]) -> list[str]:
@@ -108,14 +115,10 @@ def may_change(config: Config) -> tuple[str, ...]:
     return (*names,) if fixed else (*names, "budget.meta_steps")
 
 
-def trained_rules(config: Config) -> dict[str, Path]:
-    """The NAME=FILE among ``--rules``."""
-    pairs = (name.split("=", 1) for name in config.rules if "=" in name)
-    return {name: Path(path) for name, path in pairs}
-
-
-def rule_names(config: Config) -> list[str]:
-    return [name.split("=", 1)[0] for name in config.rules]
+def rule_files(config: Config) -> dict[str, Path | None]:
+    """What ``--rules`` names, with the FILE of a NAME=FILE."""
+    pairs = (name.partition("=") for name in config.rules)
+    return {name: Path(path) if equals else None for name, equals, path in pairs}
 
 
 class Stage(NamedTuple):
@@ -161,8 +164,8 @@ def check(config: Config) -> None:
     """
     cli.check(config)
     _check_names(config)
-    _check_training(config)
-    run, test, problem = config.run, config.test, config.problem
+    _check_multiples(config)
+    run, problem, budget = config.run, config.problem, config.budget
     if type(problem.family) is not type(FAMILIES[problem.name]):
         raise ValueError(
             f"config.json: --problem {problem.name} has options of another problem: "
@@ -171,7 +174,15 @@ def check(config: Config) -> None:
     if problem.scaling is not None and problem.scaling[0] > problem.scaling[1]:
         low, high = problem.scaling
         raise ValueError(f"--scaling {low} {high}: choose 0 < low <= high")
-    cli.check_multiple("--steps", test.steps, "--record-every", test.record_every)
+    first, horizon = budget.first_horizon, config.training.horizon
+    if first is not None and first > horizon:
+        raise ValueError(f"--first-horizon {first}: choose up to {horizon}")
+    staged = first is not None or budget.stages or budget.schedule == "cosine"
+    if budget.minutes is not None and staged:
+        raise ValueError(
+            "--minutes: a curriculum and a cosine need --meta-steps to know their end"
+        )
+    stages(config)
     if run.resume is not None and run.workdir is not None:
         raise ValueError("--resume RUN resumes in that folder; drop --workdir")
     if run.evaluate is not None and run.resume is not None:
@@ -181,60 +192,46 @@ def check(config: Config) -> None:
         raise ValueError("--evaluate runs in one process: drop --distributed")
 
 
-def _check_training(config: Config) -> None:
-    budget, training = config.budget, config.training
-    horizon, first = training.horizon, budget.first_horizon
+def _check_multiples(config: Config) -> None:
+    budget, training, test = config.budget, config.training, config.test
     unroll = "--unroll-steps", training.unroll_steps
-    cli.check_multiple("--horizon", horizon, *unroll)
-    if first is not None:
-        cli.check_multiple("--first-horizon", first, *unroll)
-        if first > horizon:
-            raise ValueError(f"--first-horizon {first}: choose up to {horizon}")
-    stages(config)
-    staged = first is not None or budget.stages or budget.schedule == "cosine"
-    if budget.minutes is not None and staged:
-        raise ValueError(
-            "--minutes: a curriculum and a cosine need --meta-steps to know their end"
-        )
     call = "--steps-per-call", budget.steps_per_call
-    cli.check_multiple("--meta-steps", budget.meta_steps, *call)
-    cli.check_multiple("--validate-every", budget.validate_every, *call)
-    cli.check_multiple("--save-every", budget.save_every, *call)
+    for flag, value, of in (
+        ("--horizon", training.horizon, unroll),
+        ("--first-horizon", budget.first_horizon or 0, unroll),
+        ("--meta-steps", budget.meta_steps, call),
+        ("--validate-every", budget.validate_every, call),
+        ("--save-every", budget.save_every, call),
+        ("--steps", test.steps, ("--record-every", test.record_every)),
+    ):
+        cli.check_multiple(flag, value, *of)
 
 
 def _check_names(config: Config) -> None:
-    names, files = rule_names(config), trained_rules(config)
-    baselines = BASELINES + MORE_BASELINES
-    if not names:
+    files, test, kind = rule_files(config), config.test, config.problem.name
+    if not files:
         raise ValueError(f"--rules is empty: choose from {', '.join(RULES)}")
-    cli.check_names("--rules", names, [*RULES, *files])
-    cli.check_names("--baselines", config.test.baselines, baselines)
-    cli.check_names("--few-baselines", config.test.few_baselines, baselines)
-    cli.check_names("--study", config.test.study, STUDIES)
-    for name, path in files.items():
-        if name in baselines:
+    names = [name.partition("=")[0] for name in config.rules]
+    trained = {name: path for name, path in files.items() if path is not None}
+    cli.check_names("--rules", names, [*RULES, *trained])
+    cli.check_names("--baselines", test.baselines, BASELINES)
+    cli.check_names("--few-baselines", test.few_baselines, BASELINES)
+    cli.check_names("--study", test.study, STUDIES)
+    for name, path in trained.items():
+        if name in BASELINES:
             raise ValueError(f"--rules {name}=FILE: a baseline has that name")
         if not path.exists():
             raise FileNotFoundError(
                 f"--rules {name}={path}: there is no such file; a run writes its rules "
                 "to RUN/rules/NAME.npz"
             )
-    kind, study = config.problem.name, config.test.study
-    if "panels" in study and kind != "mlp":
+    if "panels" in test.study and kind != "mlp":
         raise ValueError(
             f"--study panels: the six panels are of an mlp, not {kind}; take a run of "
             "--preset mnist-mlp, and with --quadratics-run one on quadratics"
         )
-    if "plateau" in study and kind not in _WITHOUT_BATCHES:
+    if "plateau" in test.study and kind not in _WITHOUT_BATCHES:
         raise ValueError(
             f"--study plateau draws gates without minibatches: choose --problem "
             f"{', '.join(_WITHOUT_BATCHES)}"
         )
-
-
-_DESCRIPTION = (
-    "Learn an optimizer, compare it with tuned hand-made ones.\n\nRules: "
-    + "; ".join(f"{name} ({what})" for name, what in RULES.items())
-    + "\n\nStudies: "
-    + "; ".join(f"{name} ({what})" for name, what in STUDIES.items())
-)

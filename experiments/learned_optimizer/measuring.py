@@ -1,4 +1,4 @@
-"""Loss curves of optimizers on unseen problems, measured once and kept.
+"""Loss curves of optimizers on unseen problems, measured once and kept; their tables.
 
 A curve's file is named by a digest of all that decides it: the problem, the data, the
 optimizer with its rate or the rule's file, which instances, how many updates.
@@ -18,41 +18,46 @@ import numpy as np
 import optax
 
 from experiments.common.saved_options import to_json
+from experiments.common.tables import Table
 from experiments.common.tuning import Grid, Tuned, tune
-from experiments.learned_optimizer.command_line import rule_names, trained_rules
+from experiments.learned_optimizer.command_line import rule_files
 from experiments.learned_optimizer.options import Config, Problem, Test
-from experiments.learned_optimizer.problems import NEED_NO_DATA, Source, load_source
+from experiments.learned_optimizer.problems import Source, load_source
 from metalstm import rules
 from metalstm.data.cache import cached
 from metalstm.learned_optimizers import curves
 from metalstm.plots import Losses
+from metalstm.statistics import Estimate, mean_and_ci95
 
 _TUNING_SEED = 2_000_003  # far from the seeds of training, validation and test
 _GRID_POINTS = 16
 _BETAS = (0.5, 0.8, 0.9, 0.95, 0.99)
 
 
+Row = dict[str, Any]
+
+
 class Optimizer(NamedTuple):
-    """What is measured: a bound rule or a tuned baseline."""
+    """What is measured: a bound rule, or a baseline at the best point of its grid."""
 
     name: str
     tx: optax.GradientTransformationExtraArgs
     identity: dict[str, Any]  # JSON that two different optimizers never share
-
-
-class Choice(NamedTuple):
-    """A baseline at the best point of its grid."""
-
-    optimizer: Optimizer
-    tuned: Tuned
-
-    @property
-    def rate(self) -> float:
-        return self.tuned.best["learning_rate"]
+    tuned: Tuned | None = None  # of a baseline
 
     @property
     def beta(self) -> float | None:
-        return self.tuned.best.get("momentum")
+        return self.tuned.best.get("momentum") if self.tuned else None
+
+
+class Measured(NamedTuple):
+    optimizer: Optimizer
+    losses: Losses
+
+    def part(self, which: slice) -> Measured:
+        """Some of what was recorded."""
+        steps, values = self.losses
+        return self._replace(losses=Losses(steps[which], values[:, which]))
 
 
 def baseline(
@@ -98,38 +103,27 @@ class Bench:
         """Loaded when something must be measured."""
         return load_source(self.problem)
 
-    @property
-    def _options(self) -> dict[str, Any]:
-        # small problems all at the same time; networks one by one, which fit the cache
-        mapping = "vmap" if self.problem.name in NEED_NO_DATA else None
-        return {"eval_batch": self.test.eval_batch, "task_mapping": mapping}
-
     def losses(
         self, optimizer: Optimizer, *, steps: int, instances: int, every: int = 1
     ) -> Losses:
         """Losses of the test problems, [instances, 1 + steps / every]."""
-        key = self.identity | {
-            "optimizer": optimizer.identity,
-            "steps": steps,
-            "instances": instances,
-            "every": every,
-            "seed": self.test.test_seed,
-        }
+        settings = {"num_instances": instances, "num_steps": steps}
+        settings |= {"record_every": every, "seed": self.test.test_seed}
 
         def measure() -> dict[str, np.ndarray]:
             print(f"  measuring {optimizer.name}", file=sys.stderr, flush=True)
+            source = self.source
             values = curves.loss_curves(
-                self.source.test,
+                source.test,
                 optimizer.tx,
-                self.source.data,
-                num_instances=instances,
-                num_steps=steps,
-                seed=self.test.test_seed,
-                record_every=every,
-                **self._options,
+                source.data,
+                eval_batch=self.test.eval_batch,
+                task_mapping=source.task_mapping,
+                **settings,
             )
             return {"values": np.asarray(values, np.float32)}
 
+        key = {"optimizer": optimizer.identity, **settings}
         values = self._kept("curve", key, measure)["values"]
         return Losses(np.arange(values.shape[1]) * every, values)
 
@@ -138,18 +132,11 @@ class Bench:
         by_log = self.problem.name == "quadratics"
         return self.test.tune_for or ("mean-log" if by_log else "mean")
 
-    def tune(self, name: str, *, steps: int) -> Choice:
+    def tune(self, name: str, *, steps: int) -> Optimizer:
         """Choose rate (and momentum) by the last loss on other problems."""
         factory, grid = baseline(name, steps)
-        seed = _TUNING_SEED + self.test.test_seed
-        key = self.identity | {
-            "baseline": name,
-            "steps": steps,
-            "instances": self.test.tune_instances,
-            "seed": seed,
-            "for": self.tune_for,
-            "grid": {axis: values.tolist() for axis, values in grid.items()},
-        }
+        settings = {"num_instances": self.test.tune_instances, "num_steps": steps}
+        settings |= {"seed": _TUNING_SEED + self.test.test_seed}
 
         def score(grid: Grid) -> np.ndarray:
             tried = curves.sweep(
@@ -157,12 +144,11 @@ class Bench:
                 rules.tunable(factory, **dict.fromkeys(grid, 0.1)),
                 {axis: values.tolist() for axis, values in grid.items()},
                 self.source.data,
-                num_instances=self.test.tune_instances,
-                num_steps=steps,
-                seed=seed,
                 score="mean_log" if self.tune_for == "mean-log" else "mean",
                 record_every=steps,
-                **self._options,
+                eval_batch=self.test.eval_batch,
+                task_mapping=self.source.task_mapping,
+                **settings,
             )
             return tried.scores.reshape([len(values) for values in grid.values()])
 
@@ -171,6 +157,8 @@ class Bench:
             tuned = tune(score, grid, grow="learning_rate", points=4)
             return tuned.grid | {"scores": tuned.scores}
 
+        key = {"baseline": name, "for": self.tune_for, **settings}
+        key["grid"] = {axis: values.tolist() for axis, values in grid.items()}
         found = self._kept("tuning", key, search)
         scores = found.pop("scores")
         tuned = tune(lambda grid: scores, found)
@@ -178,12 +166,12 @@ class Bench:
         if name == "adam-cosine":
             identity["decay_steps"] = steps
         tx = optax.with_extra_args_support(factory(**tuned.best))
-        return Choice(Optimizer(name, tx, identity), tuned)
+        return Optimizer(name, tx, identity, tuned)
 
     def _kept(
         self, kind: str, key: dict[str, Any], make: Callable[[], dict[str, np.ndarray]]
     ) -> dict[str, np.ndarray]:
-        text = json.dumps(key, sort_keys=True, default=str)
+        text = json.dumps(self.identity | key, sort_keys=True, default=str)
         name = hashlib.sha256(text.encode()).hexdigest()[:16]
         arrays = cached(
             self.folder / f"{kind}-{name}.npz",
@@ -200,9 +188,9 @@ def saved_rules(config: Config, folder: Path) -> list[Optimizer]:
       FileNotFoundError: one has not been exported yet.
       ValueError: a file is none of a rule.
     """
-    given, found = trained_rules(config), []
-    for name in rule_names(config):
-        path = given.get(name, folder / "rules" / f"{name}.npz")
+    found = []
+    for name, given in rule_files(config).items():
+        path = given or folder / "rules" / f"{name}.npz"
         if not path.exists():
             raise FileNotFoundError(
                 f"{folder} has no trained {name} yet ({path}): resume with --resume "
@@ -214,21 +202,92 @@ def saved_rules(config: Config, folder: Path) -> list[Optimizer]:
     return found
 
 
-def compete(
-    bench: Bench,
-    learned: Sequence[Optimizer],
-    names: Sequence[str],
-    *,
-    steps: int,
-    instances: int,
-    every: int,
-    tune_steps: int | None = None,
-) -> tuple[dict[str, Losses], dict[str, Choice]]:
-    """Measure rules and tuned baselines on the same problems."""
-    chosen = {name: bench.tune(name, steps=tune_steps or steps) for name in names}
-    optimizers = [*learned, *(choice.optimizer for choice in chosen.values())]
-    measured = {
-        o.name: bench.losses(o, steps=steps, instances=instances, every=every)
-        for o in optimizers
-    }
-    return measured, chosen
+# -- tables ----------------------------------------------------------------------------
+
+
+def rows_of(measured: Sequence[Measured], reference: str | None = None) -> list[Row]:
+    """One row an optimizer: its losses after the last update.
+
+    The columns are those of `metalstm.learned_optimizers.summary`; differences are
+    paired, to ``reference`` (default the first). Logs are
+    `metalstm.learned_optimizers.capped_logs`, so that they exist where a problem
+    diverges, and no divergence is free.
+    """
+    values = {one.optimizer.name: one.losses.values for one in measured}
+    reference = reference or next(iter(values))
+    base, rows = values[reference], []
+    for optimizer, losses in measured:
+        mine = losses.values
+        row: Row = {"optimizer": optimizer.name, "updates": int(losses.steps[-1])}
+        row |= {"instances": len(mine), **curves.summary(mine)._asdict()}
+        row["mean_log"], row["mean_log_ci95"] = mean_and_ci95(curves.capped_logs(mine))
+        if optimizer.name != reference:
+            row["log_difference"] = curves.curve_difference(mine, base, log=True)
+            if np.isfinite([mine[:, -1], base[:, -1]]).all():
+                row["difference"] = curves.curve_difference(mine, base)
+        if optimizer.tuned is not None:
+            row["rate"] = optimizer.tuned.best["learning_rate"]
+            row["inside"] = optimizer.tuned.inside["learning_rate"]
+            row["beta"] = optimizer.beta
+        rows.append(row)
+    return rows
+
+
+def table(
+    rows: Sequence[Row], *, reference: str, caption: str = "", first: str = ""
+) -> Table:
+    """One line an optimizer; ``first`` names a column to put before the others."""
+    names = [first] if first else []
+    names += [
+        "optimizer", "updates", "loss (95% CI)", "mean log", "median", "99%",
+        "diverged", f"loss − {reference}", f"log-loss − {reference}", "tuned",
+    ]  # fmt: skip
+    cells = [[str(row[first])] if first else [] for row in rows]
+    cells = [one + _cells(row) for one, row in zip(cells, rows, strict=True)]
+    return Table(caption, names, cells, left=(0, 1) if first else (0,))
+
+
+def grid(rows: Sequence[Row], *, row: str, column: str, caption: str) -> Table:
+    """Mean losses with their intervals, one row a problem, one column an optimizer."""
+    names = list(dict.fromkeys(r[column] for r in rows))
+    found = {(r[row], r[column]): _mean(r) for r in rows}
+    cells = [
+        [title, *(found.get((title, name), "") for name in names)]
+        for title in dict.fromkeys(r[row] for r in rows)
+    ]
+    return Table(caption, [row, *names], cells)
+
+
+def _cells(row: Row) -> list[str]:
+    difference, log_difference = row.get("difference"), row.get("log_difference")
+    return [
+        row["optimizer"],
+        f"{row['updates']:,}",
+        _mean(row),
+        f"{Estimate(row['mean_log'], row['mean_log_ci95']):.2f}",
+        f"{row['median']:.3g}",
+        f"{row['p99']:.3g}",
+        _percent(row["share_diverged"]),
+        "" if difference is None else f"{difference:+.3g}",
+        "" if log_difference is None else f"{log_difference:+.2f}",
+        _tuned(row),
+    ]
+
+
+def _mean(row: Row) -> str:
+    if not np.isfinite(row["mean"]):
+        return f"{_percent(row['share_diverged'])} diverge"
+    return f"{row['mean']:.3g} ± {row['ci95']:.2g}"
+
+
+def _tuned(row: Row) -> str:
+    if "rate" not in row:
+        return ""
+    beta = "" if row["beta"] is None else f", beta {row['beta']:g}"
+    edge = "" if row["inside"] else " (at the edge of the grid)"
+    return f"rate {row['rate']:.3g}{beta}{edge}"
+
+
+def _percent(share: float) -> str:
+    """0%, and no rounding of one problem in a thousand to it."""
+    return f"{100 * share:.3g}%"

@@ -6,6 +6,7 @@ their constructors.
 
 from __future__ import annotations
 
+import tomllib
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Union
 
@@ -22,17 +23,67 @@ from experiments.common.cli import (
     Options,
     Pair,
     Positive,
+    Share,
 )
 from experiments.common.constructors import options_of
 from experiments.common.devices import Devices
 from experiments.common.saved_options import to_json
-from experiments.learned_optimizer.rule_options import LstmGates, Rule, named_rules
 
 BASELINES = (
     "sgd", "momentum", "nesterov", "rmsprop", "adam", "adamw", "adagrad", "adadelta",
+    "adam-cosine",
 )  # fmt: skip
-MORE_BASELINES = ("adam-cosine",)
 
+# -- rules: their JSON is the spec that `metalstm.rules.build_rule` reads --------------
+
+_GATES: dict[str, Any] = {
+    "omit": ["input_bias_of", "bias_per", "num_bias_steps"],  # no file can hold them
+    "defaults": {"hidden_size": 20},
+}
+Gates = options_of("rules/gates.py", "lstm_gates", **_GATES)
+Memory = options_of("rules/memory.py", "gradient_memory")
+
+
+def _rule(path: str, name: str, **options: Any) -> Any:
+    return options_of(f"rules/{path}.py", name, tag_field="rule", tag=name, **options)
+
+
+L2L = _rule("l2l_lstm", "l2l")
+LstmGates = _rule("gates", "lstm_gates", **_GATES)
+LearnedSgd = _rule("classic", "learned_sgd", omit=["per"])
+TwoLayer = _rule(
+    "memory",
+    "two_layer",
+    types={"memory": Memory, "gates": Gates},
+    defaults={
+        "memory": Memory(),
+        "gates": Gates(hidden_size=0, feature_gradient="full"),
+    },
+)
+if TYPE_CHECKING:
+    Rule = Any
+else:
+    Rule = L2L | LstmGates | TwoLayer | LearnedSgd
+
+_GATES_F1 = Gates(hidden_size=0, feature_gradient="full", forget="one")
+RULES: dict[str, tuple[str, Rule]] = {
+    "l2l": ("a coordinate-wise LSTM", L2L()),
+    "l2l-published": ("the same as Andrychowicz et al. (2016) had it", L2L()),
+    "v2": ("a gradient memory chained into gates", TwoLayer()),
+    "meta-lstm": ("the gates of Ravi & Larochelle (2017), with an LSTM", LstmGates()),
+    "gates": ("the gates alone, without an LSTM", LstmGates(hidden_size=0)),
+    "meta-lstm-f1": ("meta-lstm, the forget gate fixed at 1", LstmGates(forget="one")),
+    "gates-f1": ("gates, likewise", LstmGates(hidden_size=0, forget="one")),
+    "v2-f1": ("v2, likewise", TwoLayer(gates=_GATES_F1)),
+    "learned-sgd": ("one learned rate", LearnedSgd()),
+}
+
+
+def named_rules() -> dict[str, Rule]:
+    return {name: options for name, (_, options) in RULES.items()}
+
+
+# -- problems --------------------------------------------------------------------------
 
 # a tag is a constructor of `metalstm.learned_optimizers.problems`
 FAMILIES = {
@@ -93,23 +144,21 @@ class Composition(Options, frozen=True):
     """A rule of its own for each kind of tensor."""
 
 
-class Training(Options, frozen=True):
-    """How meta-training differentiates: arguments of `learned_optimizer`."""
-
-    num_tasks: Count = 16
-    """Problems optimized at the same time."""
-    unroll_steps: Count = 20
-    """Inner updates of one meta-step; what came before is a constant to it."""
-    horizon: Count = 100
-    """Inner updates after which a problem starts again; a multiple of unroll_steps."""
-    loss_transform: Literal["none", "log", "relative"] = "none"
-    """Of the losses of a trajectory, before they are averaged."""
-    estimator: Literal["backprop", "pes"] = "backprop"
-    """backprop: truncated; pes: persistent evolution strategies, unbiased."""
-    pes_std: Positive = 0.01
-    """Standard deviation of the perturbations of pes."""
-    stagger: bool = False
-    """Start the problems of a meta-step at different points of their horizons."""
+_ARGUMENTS = options_of(
+    "learned_optimizers/training.py",
+    "learned_optimizer",
+    omit=[
+        "family", "rule", "differentiation", "weights", "scan_unroll", "task_mapping",
+        "axis_name",
+    ],
+    types={"horizon": Count, "pes_std": Positive},
+    defaults={"num_tasks": 16},
+    integer=Count,
+)  # fmt: skip
+if TYPE_CHECKING:
+    Training = Any
+else:
+    Training = _ARGUMENTS
 
 
 class Budget(Options, frozen=True):
@@ -119,8 +168,8 @@ class Budget(Options, frozen=True):
     """Updates of each rule's parameters."""
     minutes: Positive | None = None
     """Stop each rule's meta-training after this long (instead of --meta-steps)."""
-    second_order: bool = False
-    """Differentiate through the inner gradients."""
+    order: Literal["first", "second"] = "first"
+    """Whether to differentiate through the inner gradients."""
     keep: Literal["all", "remat", "mixed", "segments"] = "mixed"
     """What the updates of a meta-step keep for the backward pass, from most to least;
     for --unroll-steps of hundreds: segments. docs/memory.md has the figures."""
@@ -162,7 +211,7 @@ class Test(Options, frozen=True):
     """Examples on which a loss is measured."""
     record_every: Count = 1
     """Measure the loss after every so many updates."""
-    baselines: Names = BASELINES
+    baselines: Names = BASELINES[:-1]
     """Hand-made optimizers, their rates tuned; adam-cosine has its rate decay to 0."""
     few_baselines: Names = ("sgd", "nesterov", "rmsprop", "adam")
     """Those of generalisation, panels and plateau, where they are tuned again on every
@@ -175,7 +224,7 @@ class Test(Options, frozen=True):
     """generalisation: updates at the long horizon; 0 omits it."""
     long_instances: Pair = 100
     """generalisation: problems at the long horizon."""
-    escape_below: Positive = 0.1
+    escape_below: Share = 0.1
     """plateau: a problem has escaped when its loss is below this share of the first."""
     test_seed: Natural = 0
     """Which problems."""
@@ -203,14 +252,18 @@ class Run(Options, frozen=True):
     """Show tracebacks."""
 
 
+_RULES_HELP = (
+    "Rules to meta-train on the same problems and budget and to compare in one table; "
+    "each has flags of its own, --NAME.OPTION. NAME=FILE.npz takes a trained rule."
+)
+
+
 class Config(Options, frozen=True):
-    rules: Names = ("l2l",)
-    """Rules to meta-train on the same problems and budget and to compare in one table;
-    each has flags of its own, --NAME.OPTION. NAME=FILE.npz takes a trained rule."""
+    rules: Annotated[Names, tyro.conf.arg(help=_RULES_HELP)] = ("l2l",)
     problem: Flat[Problem] = Problem()
     rule: ByName[Rule] = msgspec.field(default_factory=named_rules)
     around: Flat[Composition] = Composition()
-    training: Flat[Training] = Training()
+    training: Flat[Training] = _ARGUMENTS()
     budget: Flat[Budget] = Budget()
     test: Flat[Test] = Test()
     devices: Flat[Devices] = Devices()
@@ -230,3 +283,13 @@ def rule_spec(name: str, config: Config) -> dict[str, Any]:
     labels = around.separate.replace("-", "_")
     groups = dict.fromkeys(labels.split("_or_"), spec)
     return {"rule": "by_group", "labels": labels, "groups": groups}
+
+
+def read_presets() -> dict[str, list[str]]:
+    """The flags of each recipe in presets.toml."""
+    document = tomllib.loads(Path(__file__).with_name("presets.toml").read_text())
+    parts: dict[str, str] = {}
+    for name, flags in document["parts"].items():
+        parts[name] = flags.format_map(parts)  # of those above it
+    presets = document["presets"].items()
+    return {name: flags.format_map(parts).split() for name, flags in presets}

@@ -10,6 +10,7 @@ from experiments.learned_optimizer.options import Problem
 from metalstm.data.sources.labelled import load_image_data
 from metalstm.learned_optimizers import problems
 from metalstm.learned_optimizers.problems import ProblemFamily
+from metalstm.tasks import TaskMapping
 
 NEED_NO_DATA = ("quadratics", "logistic", "plateau", "sinusoids")
 
@@ -21,6 +22,11 @@ class Source(NamedTuple):
     data: Any  # arrays, () when the family needs none
     about: dict[str, Any]  # for config.json: name, sizes, checksum
 
+    @property
+    def task_mapping(self) -> TaskMapping | None:
+        """Small problems all at the same time; networks one by one, to fit a cache."""
+        return "vmap" if self.about["name"] in NEED_NO_DATA else None
+
 
 def load_source(problem: Problem) -> Source:
     """Build the family and load its data.
@@ -28,17 +34,22 @@ def load_source(problem: Problem) -> Source:
     Raises:
       ValueError, FileNotFoundError: name the remedy.
     """
-    data, about = _load_data(problem)
-    family = build_family(problem, data)
-    training, smaller = family, data
+    about: dict[str, Any] = {"name": problem.name}
+    data: Any = ()
+    smaller: Any = ()
+    if problem.name not in NEED_NO_DATA:
+        images = load_image_data(problem.dataset, problem.data_dir)
+        # losses are those of training, as in the paper
+        data = smaller = images.train
+        about |= {"dataset": images.name, "images": len(data.y)}
+        about |= {"classes": images.num_classes, "checksum": images.checksum}
+        if (size := problem.train_image_size) is not None:
+            where = problem.dataset, problem.data_dir
+            smaller = load_image_data(*where, image_size=size).train
+    training = family = build_family(problem, data)
     if problem.scaling is not None:
-        low, high = problem.scaling
         per = problem.scaling_per
-        training = problems.with_random_scaling(family, low, high, per=per)
-    if problem.train_image_size is not None and problem.name not in NEED_NO_DATA:
-        size = problem.train_image_size
-        where = problem.dataset, problem.data_dir
-        smaller = load_image_data(*where, image_size=size).train
+        training = problems.with_random_scaling(family, *problem.scaling, per=per)
     return Source(training, family, smaller, data, about)
 
 
@@ -49,21 +60,6 @@ def build_family(problem: Problem, data: Any) -> ProblemFamily:
     if problem.name not in NEED_NO_DATA:
         options["num_classes"] = int(data.y.max()) + 1
     return make(**options)
-
-
-def _load_data(problem: Problem) -> tuple[Any, dict[str, Any]]:
-    name = problem.name
-    if name in NEED_NO_DATA:
-        return (), {"name": name}
-    images = load_image_data(problem.dataset, problem.data_dir)
-    # losses are those of training, as in the paper
-    return images.train, {
-        "name": name,
-        "dataset": images.name,
-        "images": len(images.train.y),
-        "classes": images.num_classes,
-        "checksum": images.checksum,
-    }
 
 
 def describe(problem: Problem) -> str:

@@ -1,12 +1,12 @@
-"""The studies: each writes a table, a picture and its rows to the run folder."""
+"""The studies: each makes rows, tables and figures for the run folder."""
 
 from __future__ import annotations
 
 import shlex
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -18,24 +18,24 @@ from experiments.common.report import save_figure
 from experiments.common.run_folder import write_json
 from experiments.common.saved_options import from_json, read_config
 from experiments.common.tables import Table
-from experiments.learned_optimizer import tables
+from experiments.learned_optimizer import measuring
 from experiments.learned_optimizer.measuring import (
     Bench,
-    Choice,
+    Measured,
     Optimizer,
-    compete,
     saved_rules,
 )
 from experiments.learned_optimizer.options import Config, Problem
 from experiments.learned_optimizer.problems import describe, variants
 from metalstm import plots
 from metalstm.inner import first_order, unroll
-from metalstm.plots import Losses
 from metalstm.rules import find_gates
 from metalstm.runtime.files import atomic_write
 
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
 Rows = list[dict[str, Any]]
-Measured = tuple[dict[str, Losses], dict[str, Choice]]
 
 COST_REPEATS = 101
 _COST_SHAPES = {"w1": (784, 20), "b1": (20,), "w2": (20, 10), "b2": (10,)}
@@ -72,14 +72,17 @@ class Context(NamedTuple):
         self,
         problem: Problem | None = None,
         names: Sequence[str] | None = None,
-        **options: Any,
-    ) -> Measured:
-        """The rules and ``names`` (default the few baselines) on one problem."""
-        test = self.config.test
+        tune_steps: int | None = None,
+        **options: int,
+    ) -> list[Measured]:
+        """Measure rules and tuned baselines (default the few) on the same problems."""
+        bench, test = self.bench(problem), self.config.test
+        settings = {"steps": test.steps, "instances": test.instances}
+        settings |= {"every": test.record_every} | options
         names = test.few_baselines if names is None else names
-        given = {"steps": test.steps, "instances": test.instances}
-        given |= {"every": test.record_every} | options
-        return compete(self.bench(problem), self.rules, names, **given)
+        steps = tune_steps or settings["steps"]
+        optimizers = *self.rules, *(bench.tune(name, steps=steps) for name in names)
+        return [Measured(one, bench.losses(one, **settings)) for one in optimizers]
 
     def protocol(self) -> str:
         test = self.config.test
@@ -89,42 +92,34 @@ class Context(NamedTuple):
             f"the {self.bench().tune_for} of the last loss."
         )
 
-    def write(self, study: str, *found: Table) -> str:
-        """STUDY.md: the tables, and the command that makes them again."""
-        text = "\n".join(table.markdown().strip() + "\n" for table in found)
-        with atomic_write(self.folder / f"{study}.md") as part:
-            part.write_text(f"{text}\n    {command(self, study)}\n")
-        return f"{study}.md"
+    def command(self, study: str) -> str:
+        """What makes a study again: the run, and the flags of this evaluation."""
+        line = ["--evaluate", str(self.folder), "--study", study, *self.flags]
+        quadratics = self.config.run.quadratics_run
+        if study == "panels" and quadratics and not self.flags:
+            line += ["--quadratics-run", str(quadratics)]
+        return "python -m experiments.learned_optimizer " + shlex.join(line)
 
 
-class _Panels:
-    """Rows and curves of several problems under their titles."""
+class Made(NamedTuple):
+    """What a study made."""
 
-    def __init__(self, context: Context):
-        self.context = context
-        self.rows: Rows = []
-        self.curves: dict[str, dict[str, Losses]] = {}
+    rows: Rows
+    tables: Sequence[Table]  # the first is printed
+    figures: dict[str, Figure] = {}  # noqa: RUF012 (nobody changes it)
 
-    def add(self, title: str, found: Measured, of: Context | None = None, **at) -> None:
-        reference = (of or self.context).reference
-        rows = tables.rows_of(*found, reference=reference, **at)
-        self.rows += [{"problem": title, **row} for row in rows]
-        self.curves[title] = found[0]
 
-    def write(self, study: str, caption: str, **style: Any) -> tuple[Rows, list[str]]:
-        context = self.context
-        grid = tables.grid(
-            self.rows, row="problem", column="optimizer", caption=caption
-        )
-        print(grid, flush=True)
-        full = tables.table(self.rows, reference=context.reference, first="problem")
-        figure = plots.loss_panels(self.curves, **style)
-        picture = save_figure(figure, context.folder / f"{study}.png")
-        return self.rows, [context.write(study, grid, full), picture]
+class Panel(NamedTuple):
+    """One problem of several."""
+
+    title: str
+    measured: list[Measured]
+    reference: str
+    drawn: list[Measured] | None = None  # default what was measured
 
 
 def make_studies(context: Context) -> dict[str, Rows]:
-    """Make what ``--study`` names; returns the rows of each."""
+    """Make and write what ``--study`` names; returns the rows of each."""
     makers = {
         "comparison": _comparison,
         "generalisation": _generalisation,
@@ -132,57 +127,81 @@ def make_studies(context: Context) -> dict[str, Rows]:
         "plateau": _plateau,
         "cost": _cost,
     }
-    found = {}
+    found, folder = {}, context.folder
     for name in context.config.test.study:
-        rows, files = makers[name](context)
-        write_json(context.folder / f"{name}.json", rows)
-        found[name] = rows
-        print(f"{name}: {', '.join([f'{name}.json', *files])}", flush=True)
+        made = makers[name](context)
+        print(made.tables[0], flush=True)
+        text = "\n".join(table.markdown().strip() + "\n" for table in made.tables)
+        with atomic_write(folder / f"{name}.md") as part:
+            part.write_text(f"{text}\n    {context.command(name)}\n")
+        files = [f"{name}.json", f"{name}.md"]
+        files += [save_figure(one, folder / f) for f, one in made.figures.items()]
+        write_json(folder / f"{name}.json", made.rows)
+        print(f"{name}: {', '.join(files)}", flush=True)
+        found[name] = made.rows
     return found
 
 
-def _comparison(context: Context) -> tuple[Rows, list[str]]:
-    title = describe(context.config.problem)
-    measured, chosen = context.compete(names=context.config.test.baselines)
-    rows = tables.rows_of(measured, chosen, reference=context.reference)
+def _curves(measured: Sequence[Measured]) -> dict[str, plots.Losses]:
+    return {optimizer.name: losses for optimizer, losses in measured}
+
+
+def _comparison(context: Context) -> Made:
+    title, tune_for = describe(context.config.problem), context.bench().tune_for
+    measured = context.compete(names=context.config.test.baselines)
+    rows = measuring.rows_of(measured)
     caption = f"{title}. {context.protocol()}"
-    shown = tables.table(rows, reference=context.reference, caption=caption)
-    print(shown, flush=True)
-    files = [context.write("comparison", shown)]
-    figure = plots.loss_panels(
-        {title: measured},
-        geometric=[title] if context.geometric else [],
-        learned=context.learned,
-    )
-    files.append(save_figure(figure, context.folder / "comparison.png"))
-    if chosen:
-        tune_for = context.bench().tune_for
-        figure = plots.rate_sweeps(
-            dict(_rate_sweep(choice) for choice in chosen.values()),
-            ylabel=f"{tune_for} of the last loss",
-            log=tune_for == "mean",
+    table = measuring.table(rows, reference=context.reference, caption=caption)
+    figures = {
+        "comparison.png": plots.loss_panels(
+            {title: _curves(measured)},
+            geometric=[title] if context.geometric else [],
+            learned=context.learned,
         )
-        files.append(save_figure(figure, context.folder / "sweeps.png"))
-    return rows, files
+    }
+    sweeps = dict(_rate_sweep(one.optimizer) for one in measured if one.optimizer.tuned)
+    if sweeps:
+        ylabel = f"{tune_for} of the last loss"
+        figures["sweeps.png"] = plots.rate_sweeps(
+            sweeps, ylabel=ylabel, log=tune_for == "mean"
+        )
+    return Made(rows, [table], figures)
 
 
-def _rate_sweep(choice: Choice) -> tuple[str, plots.Sweep]:
-    name, tuned = choice.optimizer.name, choice.tuned
+def _rate_sweep(optimizer: Optimizer) -> tuple[str, plots.Sweep]:
+    name, tuned, beta = optimizer.name, optimizer.tuned, optimizer.beta
+    assert tuned is not None
     scores = tuned.scores
-    if choice.beta is not None:
-        name += f" (beta {choice.beta:g})"
-        scores = scores[:, list(tuned.grid["momentum"]).index(choice.beta)]
+    if beta is not None:
+        name += f" (beta {beta:g})"
+        scores = scores[:, list(tuned.grid["momentum"]).index(beta)]
     return name, plots.Sweep(tuned.grid["learning_rate"], scores)
 
 
-def _generalisation(context: Context) -> tuple[Rows, list[str]]:
+def _side_by_side(
+    context: Context, study: str, caption: str, panels: Sequence[Panel], **style: Any
+) -> Made:
+    """Several problems: a grid of mean losses, a full table, a figure of panels."""
+    rows = [
+        {"problem": panel.title, **row}
+        for panel in panels
+        for row in measuring.rows_of(panel.measured, panel.reference)
+    ]
+    grid = measuring.grid(rows, row="problem", column="optimizer", caption=caption)
+    full = measuring.table(rows, reference=context.reference, first="problem")
+    drawn = {p.title: p.measured if p.drawn is None else p.drawn for p in panels}
+    curves = {title: _curves(measured) for title, measured in drawn.items() if measured}
+    figure = plots.loss_panels(curves, **style)
+    return Made(rows, [grid, full], {f"{study}.png": figure})
+
+
+def _generalisation(context: Context) -> Made:
     """Other widths, depths, activations, starts, data, and a longer horizon."""
-    config, test = context.config, context.config.test
-    panels = _Panels(context)
-    panels.add("as in meta-training", context.compete())
+    config, test, by = context.config, context.config.test, context.reference
+    panels = [Panel("as in meta-training", context.compete(), by)]
     for title, problem in variants(config.problem).items():
         print(title, flush=True)
-        panels.add(title, context.compete(problem))
+        panels.append(Panel(title, context.compete(problem), by))
     caption = (
         f"Rules trained on: {describe(config.problem)}. {context.protocol()} Baselines "
         "are tuned again on every problem."
@@ -190,60 +209,52 @@ def _generalisation(context: Context) -> tuple[Rows, list[str]]:
     if test.long_steps > test.steps:
         title = f"{test.long_steps:,} updates"
         print(title, flush=True)
+        every = _divisor(test.steps, test.long_steps)
         found = context.compete(
             names=[*test.few_baselines, "adam-cosine"],
             steps=test.long_steps,
             instances=test.long_instances,
-            every=_divisor(test.steps, test.long_steps),
+            every=every,
         )
-        early = f"{title}, after {test.steps:,}"
-        panels.add(early, found, at=test.steps)
-        del panels.curves[early]
-        panels.add(title, found)
+        early = [one.part(slice(test.steps // every + 1)) for one in found]
+        panels.append(Panel(f"{title}, after {test.steps:,}", early, by, drawn=[]))
+        panels.append(Panel(title, found, by))
         caption += f" {title}: {test.long_instances} problems."
-    geometric = list(panels.curves) if context.geometric else []
-    return panels.write(
-        "generalisation", caption, geometric=geometric, learned=context.learned
-    )
+    geometric = [panel.title for panel in panels] if context.geometric else []
+    style = {"geometric": geometric, "learned": context.learned}
+    return _side_by_side(context, "generalisation", caption, panels, **style)
 
 
-def _panels(context: Context) -> tuple[Rows, list[str]]:
+def _panels(context: Context) -> Made:
     """Quadratics; 100 updates; the next 100; 40 units; two layers; ReLU."""
-    config, test = context.config, context.config.test
-    panels, learned = _Panels(context), set(context.learned)
+    config, test, by = context.config, context.config.test, context.reference
+    panels, learned = [], set(context.learned)
     if config.run.quadratics_run is not None:
         other = _other_run(config.run.quadratics_run, context)
-        names = test.few_baselines
-        panels.add("quadratics", other.compete(names=names), of=other)
+        found = other.compete(names=test.few_baselines)
+        panels.append(Panel("quadratics", found, other.reference))
         learned |= set(other.learned)
     steps, cut = test.steps, test.steps // test.record_every
-    twice, chosen = context.compete(steps=2 * steps, tune_steps=steps)
+    twice = context.compete(steps=2 * steps, tune_steps=steps)
     family: Any = config.problem.family
     base = f"{config.problem.dataset}, {family.hidden[0]} {family.activation} units"
-    panels.add(base, (_cut(twice, slice(cut + 1)), chosen))
-    title = f"{base}, updates {steps} to {2 * steps}"
-    panels.add(title, (twice, chosen))
-    panels.curves[title] = _cut(twice, slice(cut, None))
+    first = [one.part(slice(cut + 1)) for one in twice]
+    then = [one.part(slice(cut, None)) for one in twice]
+    panels.append(Panel(base, first, by))
+    panels.append(Panel(f"{base}, updates {steps} to {2 * steps}", twice, by, then))
     named = variants(config.problem)
     for name in (f"{2 * family.hidden[0]} units", "2 layers", "ReLU"):
         if name in named:
             print(name, flush=True)
-            panels.add(name, context.compete(named[name], tune_steps=steps))
+            found = context.compete(named[name], tune_steps=steps)
+            panels.append(Panel(name, found, by))
     caption = (
         "As figures 4 and 5 of Andrychowicz et al. (2016). Rules trained on: "
         f"{describe(config.problem)}. {context.protocol()} Baselines are tuned on "
         f"every problem for {steps} updates."
     )
-    return panels.write(
-        "panels", caption, geometric=["quadratics"], learned=sorted(learned)
-    )
-
-
-def _cut(measured: Mapping[str, Losses], part: slice) -> dict[str, Losses]:
-    return {
-        name: Losses(found.steps[part], found.values[:, part])
-        for name, found in measured.items()
-    }
+    style = {"geometric": ["quadratics"], "learned": sorted(learned)}
+    return _side_by_side(context, "panels", caption, panels, **style)
 
 
 def _other_run(folder: Path, context: Context) -> Context:
@@ -254,41 +265,37 @@ def _other_run(folder: Path, context: Context) -> Context:
     return Context(config, saved_rules(config, folder), folder)
 
 
-def _plateau(context: Context) -> tuple[Rows, list[str]]:
+def _plateau(context: Context) -> Made:
     """Who leaves a plateau, and what the forget gates do there."""
-    test = context.config.test
-    measured, chosen = context.compete()
-    rows = tables.rows_of(measured, chosen, reference=context.reference)
+    test, measured = context.config.test, context.compete()
+    rows, cells = measuring.rows_of(measured), []
     escaped, forget = {}, {}
-    for row in rows:
-        found = measured[row["optimizer"]]
-        left = found.values < test.escape_below * found.values[:, :1]
+    for row, (optimizer, losses) in zip(rows, measured, strict=True):
+        left = losses.values < test.escape_below * losses.values[:, :1]
         share = left.mean(0)
-        escaped[row["optimizer"]] = found.steps, share
+        escaped[optimizer.name] = losses.steps, share
         half = np.flatnonzero(share >= 0.5)
         row["escaped"] = float(share[-1])
-        row["updates_to_half"] = int(found.steps[half[0]]) if len(half) else None
-    for row, rule in zip(rows, context.rules, strict=False):
-        gates = forget_gates(context.bench(), rule, test.steps)
+        row["updates_to_half"] = int(losses.steps[half[0]]) if len(half) else None
+        gates = None
+        if optimizer.tuned is None:
+            gates = forget_gates(context.bench(), optimizer, test.steps)
         if gates is not None:
-            forget[rule.name] = gates
+            forget[optimizer.name] = gates
             row["mean_forget"] = float(gates.mean())
+        when, mean = row["updates_to_half"], row.get("mean_forget")
+        cells.append([optimizer.name, f"{row['escaped']:.0%}"])
+        cells[-1] += ["never" if when is None else f"{when:,}"]
+        cells[-1] += ["" if mean is None else f"{mean:.4f}"]
     caption = (
         f"{describe(context.config.problem)}. {context.protocol()} Escaped: a loss "
         f"below {test.escape_below:g} of the first."
     )
     headings = "optimizer", "escaped", "updates until half have", "mean f"
-    cells = []
-    for row in rows:
-        when = _or(row["updates_to_half"], ",", "never")
-        mean = _or(row.get("mean_forget"), ".4f", "")
-        cells.append([row["optimizer"], f"{row['escaped']:.0%}", when, mean])
-    shown = Table(caption, headings, cells)
-    print(shown, flush=True)
-    full = tables.table(rows, reference=context.reference)
+    full = measuring.table(rows, reference=context.reference)
     figure = plots.escape_curves(escaped, forget, learned=context.learned)
-    picture = save_figure(figure, context.folder / "plateau.png")
-    return rows, [context.write("plateau", shown, full), picture]
+    shown = Table(caption, headings, cells)
+    return Made(rows, [shown, full], {"plateau.png": figure})
 
 
 def forget_gates(bench: Bench, rule: Optimizer, steps: int) -> np.ndarray | None:
@@ -317,7 +324,7 @@ def forget_gates(bench: Bench, rule: Optimizer, steps: int) -> np.ndarray | None
     return np.asarray(gates["forget"]) if "forget" in gates else None
 
 
-def _cost(context: Context) -> tuple[Rows, list[str]]:
+def _cost(context: Context) -> Made:
     """Time and memory of one update of an MLP's parameters, optimizers in turn."""
     key = jax.random.key(0)
     params = {n: 0.01 * jax.random.normal(key, s) for n, s in _COST_SHAPES.items()}
@@ -332,42 +339,21 @@ def _cost(context: Context) -> tuple[Rows, list[str]]:
             begun = time.perf_counter()
             jax.block_until_ready(update(grads, states[name], params, value=loss))
             times[name].append(time.perf_counter() - begun)
-    size, rows = sum(p.size for p in params.values()), []
-    for name, state in states.items():
-        # the first calls compile
-        seconds = float(np.median(times[name][2:]))
-        stored = sum(np.asarray(leaf).nbytes for leaf in jax.tree.leaves(state))
+    # the first calls compile
+    medians = {name: float(np.median(seconds[2:])) for name, seconds in times.items()}
+    size, rows, cells = sum(p.size for p in params.values()), [], []
+    for name, seconds in medians.items():
+        stored = sum(np.asarray(x).nbytes for x in jax.tree.leaves(states[name])) / size
         row = {"optimizer": name, "milliseconds": 1e3 * seconds}
-        row["times_adam"] = seconds / float(np.median(times["adam"][2:]))
-        rows.append(row | {"state_bytes_per_parameter": stored / size})
+        row["times_adam"] = ratio = seconds / medians["adam"]
+        rows.append(row | {"state_bytes_per_parameter": stored})
+        cells.append([name, f"{1e3 * seconds:.3g}", f"{ratio:.1f}", f"{stored:.0f}"])
     caption = (
         f"One jitted update of a 784-20-10 MLP's {size:,} parameters, median of "
         f"{COST_REPEATS}, on {jax.devices()[0].device_kind}, in turn with Adam's."
     )
     headings = "optimizer", "one update, ms", "times Adam's", "state, bytes a parameter"
-    styles = "", ".3g", ".1f", ".0f"
-    cells = [
-        [
-            format(value, style)
-            for value, style in zip(row.values(), styles, strict=True)
-        ]
-        for row in rows
-    ]
-    shown = Table(caption, headings, cells)
-    print(shown, flush=True)
-    return rows, [context.write("cost", shown)]
-
-
-def command(context: Context, study: str) -> str:
-    """What makes a study again: the run, and the flags of this evaluation."""
-    line = ["--evaluate", str(context.folder), "--study", study, *context.flags]
-    if study == "panels" and context.config.run.quadratics_run and not context.flags:
-        line += ["--quadratics-run", str(context.config.run.quadratics_run)]
-    return "python -m experiments.learned_optimizer " + shlex.join(line)
-
-
-def _or(value: Any, style: str, nothing: str) -> str:
-    return nothing if value is None else f"{value:{style}}"
+    return Made(rows, [Table(caption, headings, cells)])
 
 
 def _divisor(steps: int, long_steps: int) -> int:

@@ -7,30 +7,26 @@ from __future__ import annotations
 
 import functools
 import time
-from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from matplotlib.figure import Figure
 
 import metalstm
 from experiments.common.tuning import Tuned, each_point, tune
-from metalstm import nn, plots
+from metalstm import nn
 from metalstm.base import Array, Learner, MetaAlgorithm, MetaParams, PyTree, UpdateRule
 from metalstm.data import SinusoidSpec, episode_key
 from metalstm.inner import first_order, unroll
 from metalstm.meta.step import TrainState
-from metalstm.runtime.files import atomic_write
 
 _TRAIN_SEED = 7_919  # apart from the seeds of initialisations, which start at --seed
 _CALL = 100  # meta-steps in one compiled call
 _DIVERGED = 1e3  # no target is beyond 5, so an error above this is an explosion
-_DRAWN = 3  # tasks whose functions are drawn
-_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+_DRAWN = 3  # tasks whose functions are kept, to be drawn
 
 
 class Method(NamedTuple):
@@ -184,24 +180,30 @@ def make_measure(
 
 
 class Found(NamedTuple):
-    """What a method's study found; written to METHOD.npz."""
+    """What a method's study found."""
 
     scores: np.ndarray  # [inner rates, outer rates] validation error
     losses: np.ndarray  # [inits, calls] meta-training loss
-    errors: dict[int, np.ndarray]  # per shot [inits, tasks, T + 1]
+    errors: np.ndarray  # [shots, inits, tasks, T + 1]
     functions: np.ndarray  # [tasks drawn, T + 1, grid] of the first initialisation
-    meta_parameters: int
-    cpu_seconds: float
+    meta_parameters: Any
+    cpu_seconds: Any
 
     def tuned(self, method: Method) -> Tuned:
         return tune(lambda grid: self.scores, method.grid)
+
+
+def without_explosions(found: Found) -> Found:
+    """Errors that exploded as infinite, so that nobody averages them."""
+    errors = np.where(found.errors < _DIVERGED, found.errors, np.inf)
+    return found._replace(errors=errors)
 
 
 def study_method(method: Method, config: Any, say: Callable[[str], None]) -> Found:
     """Choose rates on validation tasks, meta-train from every initialisation, test."""
     started = time.process_time()
     trainer = Trainer(method, config)
-    measure = {s: make_measure(method.rule, config, s) for s in config.test_shots}
+    measures = [make_measure(method.rule, config, shot) for shot in config.test_shots]
     validate = make_measure(method.rule, config, config.shot)
 
     def score(inner: float, outer: float) -> float:
@@ -214,16 +216,14 @@ def study_method(method: Method, config: Any, say: Callable[[str], None]) -> Fou
     tuned = tune(each_point(score), method.grid)
     rates = tuned.best["inner"], tuned.best["outer"]
     say(f"rates {rates[0]:.3g} inside, {rates[1]:.3g} outside ({tuned.score:.3f})")
-    losses, functions = [], None
-    found: dict[int, list[np.ndarray]] = {shot: [] for shot in config.test_shots}
+    losses, errors, functions = [], [], []
     for init in range(config.inits):
         params, history = trainer.train(rates, config.seed + init, config.meta_steps)
+        results = [run(params, rates[0], "test", config.test_tasks) for run in measures]
         losses.append(history)
-        for shot, run in measure.items():
-            errors, drawn = run(params, rates[0], "test", config.test_tasks)
-            found[shot].append(errors)
-            functions = drawn[:_DRAWN] if functions is None else functions
-        first = found[config.test_shots[0]][-1].mean(0)
+        errors.append([found for found, _ in results])
+        functions.append(results[0][1][:_DRAWN])
+        first = errors[-1][0].mean(0)
         say(
             f"initialisation {init}: error {first[0]:.3f} before, {first[1]:.3f} after "
             f"1, {first[-1]:.3f} after {config.test_steps} updates"
@@ -231,111 +231,8 @@ def study_method(method: Method, config: Any, say: Callable[[str], None]) -> Fou
     return Found(
         tuned.scores,
         np.array(losses),
-        {shot: np.stack(errors) for shot, errors in found.items()},
-        np.asarray(functions),
+        np.array(errors).swapaxes(0, 1),
+        functions[0],
         sum(int(np.size(leaf)) for leaf in jax.tree.leaves(params)),
         time.process_time() - started,
     )
-
-
-def save(path: Path, found: Found) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    arrays: dict[str, Any] = {f"errors_{s}": e for s, e in found.errors.items()}
-    arrays |= {k: np.asarray(v) for k, v in found._asdict().items() if k != "errors"}
-    with atomic_write(path) as part:
-        np.savez(part, **arrays)
-
-
-def load(path: Path, shots: Sequence[int]) -> Found:
-    """What `save` wrote; errors that exploded are infinite."""
-    with np.load(path) as saved:
-        fields = {k: saved[k] for k in Found._fields if k != "errors"}
-        errors = {shot: saved[f"errors_{shot}"] for shot in shots}
-    errors = {s: np.where(e < _DIVERGED, e, np.inf) for s, e in errors.items()}
-    numbers = {"meta_parameters": int, "cpu_seconds": float}
-    fields = {k: numbers[k](v) if k in numbers else v for k, v in fields.items()}
-    return Found(errors=errors, **fields)
-
-
-# -- figures ---------------------------------------------------------------------------
-
-
-def error_figure(errors: Mapping[int, Mapping[str, np.ndarray]]) -> Figure:
-    """Draw error against updates, a panel a number of points.
-
-    ``errors``: per shot, per method [inits, tasks, T + 1]; the band is the 95% CI over
-    tasks of a task's mean over initialisations.
-    """
-    panels = {}
-    for shot, by_method in errors.items():
-        panels[f"{shot} support points"] = {
-            name: plots.Losses(np.arange(found.shape[-1]), found.mean(0))
-            for name, found in by_method.items()
-        }
-    figure = plots.loss_panels(panels, learned=list(next(iter(errors.values()))))
-    for axes in figure.axes:
-        axes.set(xlabel="gradient steps on the new task", ylabel="mean squared error")
-    return figure
-
-
-def function_figure(
-    tasks: Sequence[Mapping[str, np.ndarray]],
-    grid: np.ndarray,
-    functions: Mapping[str, np.ndarray],
-    steps: Sequence[int],
-) -> Figure:
-    """Draw networks before and after adaptation, a row a task, a column a method.
-
-    Args:
-      tasks: each with its support points ``x`` and ``y`` and its ``curve`` on the grid.
-      grid: [G].
-      functions: per method [tasks, T + 1, G].
-      steps: which updates to draw, the first as dots.
-    """
-    figure = _new_figure((3.2 * len(functions), 2.1 * len(tasks)))
-    rows = figure.subplots(
-        len(tasks), len(functions), sharex=True, sharey="row", squeeze=False
-    )
-    for row, task, index in zip(rows, tasks, range(len(tasks)), strict=True):
-        for axes, (name, found) in zip(row, functions.items(), strict=True):
-            axes.plot(grid, task["curve"], color="grey", lw=4, alpha=0.35, label="task")
-            for number, step in enumerate(steps):
-                label = _updates(step) if step else "before"
-                style: dict[str, Any] = {"lw": 1.4, "ls": "-" if number else ":"}
-                colour = _COLOURS[-1] if not number else _COLOURS[number - 1]
-                axes.plot(grid, found[index, step], color=colour, label=label, **style)
-            axes.plot(task["x"], task["y"], "k^", ms=5, label="support")
-            if index == 0:
-                axes.set_title(name, fontsize=10)
-            axes.grid(alpha=0.3)
-    rows[0][-1].legend(fontsize=7)
-    return figure
-
-
-def spread_figure(
-    errors: Mapping[str, np.ndarray], steps: Sequence[int], *, shot: int
-) -> Figure:
-    """Draw the mean error of each initialisation, a panel a number of updates.
-
-    ``errors``: per method [inits, tasks, T + 1].
-    """
-    figure = _new_figure((3.6 * len(steps), 3.2))
-    for axes, step in zip(figure.subplots(1, len(steps)), steps, strict=True):
-        for index, found in enumerate(errors.values()):
-            means = found[..., step].mean(1)
-            colour = _COLOURS[index % len(_COLOURS)]
-            axes.plot(np.full(len(means), index), means, "o", color=colour, alpha=0.6)
-            axes.hlines(means.mean(), index - 0.3, index + 0.3, color=colour)
-        axes.set(yscale="log", title=_updates(step), xticks=range(len(errors)))
-        axes.set_xticklabels(errors, rotation=45, ha="right", fontsize=8)
-        axes.grid(alpha=0.3, which="both", axis="y")
-    figure.axes[0].set_ylabel(f"mean squared error, {shot} points")
-    return figure
-
-
-def _updates(number: int) -> str:
-    return f"{number} update" + "s" * (number != 1)
-
-
-def _new_figure(size: tuple[float, float]) -> Figure:
-    return Figure(figsize=size, layout="constrained", dpi=100)

@@ -25,9 +25,9 @@ from __future__ import annotations
 import json
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -38,28 +38,22 @@ from matplotlib.figure import Figure
 import metalstm
 from experiments.common.cli import Count, Pair, Positive, check_multiple
 from experiments.common.run_folder import write_json
-from experiments.common.study import StudyOptions, read, run_study, write_results
+from experiments.common.study import CharacterOptions, Study, write_results
 from experiments.common.tables import Table
 from experiments.common.tuning import each_point, tune
-from experiments.studies.gates import load_dataset
-from metalstm import algorithms, data, nn
+from metalstm import algorithms, data, nn, plots
 from metalstm.algorithms.gradient.published import fixed_sgd
 from metalstm.data import EpisodeSpec
-from metalstm.meta.evaluation import Evaluation, paired_difference
+from metalstm.meta.evaluation import Evaluation
+from metalstm.statistics import Estimate, mean_and_ci95
 
-_COLOURS = ("#000000", "#0072B2", "#D55E00", "#009E73")
 PRESETS = {
     "demo": "--inner-batches 2 --outer-rates 0.02 --meta-steps 400 "
     "--validation-episodes 50"
 }
 
 
-class Config(StudyOptions, frozen=True, kw_only=True):
-    dataset: Literal["glyphs", "omniglot"] = "glyphs"
-    """glyphs (needs no download) or omniglot on held-out alphabets."""
-    data_dir: Path | None = None
-    """Where TFDS keeps omniglot; also the environment's TFDS_DATA_DIR."""
-    way: Pair = 5
+class Config(CharacterOptions, frozen=True, kw_only=True):
     shot: Count = 5
     train_shot: Count = 10
     """Images of a class in meta-training, cut into minibatches."""
@@ -84,6 +78,17 @@ class Config(StudyOptions, frozen=True, kw_only=True):
     test_episodes: Pair = 600
 
 
+def check(config: Config) -> None:
+    images = config.way * config.train_shot
+    if images % config.batch_size:
+        raise ValueError(
+            f"--batch-size {config.batch_size} does not divide the {images} images of "
+            "--way times --train-shot: choose a divisor"
+        )
+    every = config.validate_every
+    check_multiple("--meta-steps", config.meta_steps, "--validate-every", every)
+
+
 def combinations(num_batches: int) -> dict[str, tuple[float, ...]]:
     """The weights of g_1 .. g_k: every prefix sum, and every gradient alone."""
     found = {}
@@ -96,16 +101,15 @@ def combinations(num_batches: int) -> dict[str, tuple[float, ...]]:
     return found
 
 
-class Study:
+class Trainer:
     """What is compiled once and serves every combination and outer rate."""
 
     def __init__(self, config: Config):
-        self.config = config
-        self.dataset = load_dataset(config.dataset, config.data_dir)
+        self.config, self.dataset = config, config.load()
         self.spec = EpisodeSpec(config.way, config.shot, config.queries)
-        trained = EpisodeSpec(config.way, config.train_shot, 1)
         for split in ("validation", "test"):
             data.validate(self.spec, self.dataset, split)
+        trained = EpisodeSpec(config.way, config.train_shot, 1)
         data.validate(trained, self.dataset, "train")
         learner = nn.conv4(
             config.way, config.filters, downsample="stride", norm="layer"
@@ -133,8 +137,7 @@ class Study:
             )
             return loop(state, pool)
 
-        self.advance = advance
-        tested = reptile(None)
+        self.advance, tested = advance, reptile(None)
         self.evaluate = metalstm.make_evaluate(tested, self.spec, batch_size=10)
         episode = self.spec.sample(jax.random.key(0), self.dataset.train)
         self.start = metalstm.init_train_state(
@@ -152,110 +155,90 @@ class Study:
                 )
                 if not bool(metrics["finite"].all()):
                     break
-            result = self._test(state.params, "validation", config.validation_episodes)
+            result = self.test(state.params, "validation", config.validation_episodes)
             rows.append([done, result.mean, result.ci95])
             if result.mean > best:
                 best, best_params = result.mean, state.params
         return rows, best, best_params
 
-    def test(self, params: Any) -> Evaluation:
-        return self._test(params, "test", self.config.test_episodes)
-
-    def _test(self, params: Any, split: str, episodes: int) -> Evaluation:
+    def test(self, params: Any, split: str, episodes: int) -> Evaluation:
         pool, seed = self.dataset.pool(split), self.config.seed
         return self.evaluate(
             params, pool, num_episodes=episodes, split=split, seed=seed
         )
 
+    def study(self, name: str, weights: tuple[float, ...]) -> dict[str, Any]:
+        """One combination at every outer rate, and the test of the best."""
+        started, curves, params = time.process_time(), {}, {}
+
+        def score(rate: float) -> float:
+            rows, best, params[rate] = self.curve(weights, rate)
+            curves[f"{rate:g}"] = rows
+            ends = "stopped: not finite"
+            if len(rows) > 1:
+                ends = f"ends at {rows[-1][1]:.1%}"
+            about = f"{name:16} outer rate {rate:<6g}"
+            print(f"{about} {ends}, best {best:.1%}", flush=True)
+            return -best
+
+        tuned = tune(each_point(score), {"rate": self.config.outer_rates})
+        rate = tuned.best["rate"]
+        result = self.test(params[rate], "test", self.config.test_episodes)
+        print(f"{name:16} test {result}", flush=True)
+        return {
+            "curves": curves,
+            "outer_rate": rate,
+            "inside": tuned.inside["rate"],
+            "best_validation": -tuned.score,
+            "test": [result.mean, result.ci95],
+            "test_accuracies": [round(float(x), 6) for x in result.accuracies],
+            "cpu_seconds": round(time.process_time() - started, 1),
+        }
+
 
 def run(config: Config, folder: Path) -> None:
     """Study what ``folder`` does not have yet; then write the table and the figure."""
-    study = Study(config)
-    names = combinations(config.inner_batches)
+    trainer, found = Trainer(config), {}
+    names, dataset = combinations(config.inner_batches), trainer.dataset
     print(
-        f"{study.dataset.name}, {config.way}-way {config.shot}-shot, "
+        f"{dataset.name}, {config.way}-way {config.shot}-shot, "
         f"{config.meta_steps:,} meta-steps of one task, {len(names)} combinations at "
         f"{len(config.outer_rates)} outer rates",
         flush=True,
     )
-    found = {name: _combination(study, name, w, folder) for name, w in names.items()}
+    for name, weights in names.items():
+        tag = "_".join(f"{w:g}" for w in weights)
+        path = folder / "combinations" / f"{tag}.json"
+        if not path.exists():
+            path.parent.mkdir(exist_ok=True)
+            write_json(path, trainer.study(name, weights))
+        found[name] = json.loads(path.read_text())
     shown = {
         name: {k: v for k, v in one.items() if k != "test_accuracies"}
         for name, one in found.items()
     }
-    about = {"name": study.dataset.name, "checksum": study.dataset.checksum}
+    about = {"name": dataset.name, "checksum": dataset.checksum}
     write_results(
         folder,
         config,
-        [table(found, config)],
+        [table(found)],
         {"combinations": shown, "data": about},
         {"curves.png": figure(found, config)},
     )
 
 
-def _combination(
-    study: Study, name: str, weights: tuple[float, ...], folder: Path
-) -> dict[str, Any]:
-    """One combination at every outer rate; kept in a file, and read from it."""
-    tag = "_".join(f"{w:g}" for w in weights)
-    path = folder / "combinations" / f"{tag}.json"
-    if path.exists():
-        return json.loads(path.read_text())
-    started = time.process_time()
-    curves, params = {}, {}
-
-    def score(rate: float) -> float:
-        rows, best, params[rate] = study.curve(weights, rate)
-        curves[f"{rate:g}"] = rows
-        ends = "stopped: not finite" if len(rows) < 2 else f"ends at {rows[-1][1]:.1%}"
-        print(f"{name:16} outer rate {rate:<6g} {ends}, best {best:.1%}", flush=True)
-        return -best
-
-    tuned = tune(each_point(score), {"rate": study.config.outer_rates})
-    rate = tuned.best["rate"]
-    result = study.test(params[rate])
-    print(f"{name:16} test {result}", flush=True)
-    document = {
-        "curves": curves,
-        "outer_rate": rate,
-        "inside": tuned.inside["rate"],
-        "best_validation": -tuned.score,
-        "test": [result.mean, result.ci95],
-        "test_accuracies": [round(float(x), 6) for x in result.accuracies],
-        "cpu_seconds": round(time.process_time() - started, 1),
-    }
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_json(path, document)
-    return document
-
-
-def table(found: Mapping[str, Any], config: Config) -> Table:
-    tests = {
-        name: Evaluation(
-            np.array(one["test_accuracies"]),
-            mean=one["test"][0],
-            ci95=one["test"][1],
-            query_norm=None,
-            split="test",
-            seed=config.seed,
-        )
-        for name, one in found.items()
-    }
-    cells, edge = [], False
+def table(found: Mapping[str, Any]) -> Table:
+    cells = []
     for name, one in found.items():
-        difference, mark = "", "" if one["inside"] else "*"
-        edge = edge or bool(mark)
-        if name != "g1":
-            mean, ci95 = paired_difference(tests[name], tests["g1"])
-            difference = f"{100 * mean:+.1f} ± {100 * ci95:.1f}"
-        mean, ci95 = one["test"]
+        pair = (np.array(found[n]["test_accuracies"]) for n in (name, "g1"))
+        difference = mean_and_ci95(np.subtract(*pair)).percent
         cells.append(
             [
                 name,
-                f"{one['outer_rate']:g}{mark}",
+                f"{one['outer_rate']:g}{'' if one['inside'] else '*'}",
                 f"{100 * one['best_validation']:.1f}",
-                f"{100 * mean:.1f} ± {100 * ci95:.1f}",
-                difference,
+                f"{Estimate(*one['test']).percent:.1f}",
+                "" if name == "g1" else f"{difference:+.1f}",
                 f"{one['cpu_seconds']:.0f}",
             ]
         )
@@ -263,56 +246,27 @@ def table(found: Mapping[str, Any], config: Config) -> Table:
         "meta-update", "outer rate", "best validation", "test accuracy % (95% CI)",
         "paired difference to g1", "CPU seconds",
     )  # fmt: skip
+    edge = not all(one["inside"] for one in found.values())
     notes = ["* at the edge of the grid"] if edge else []
     return Table("", headings, cells, notes=notes)
 
 
 def figure(found: Mapping[str, Any], config: Config) -> Figure:
-    """Each combination at its best rate; sums in lines, single gradients dashed."""
-    drawn = Figure(figsize=(7, 4.4), layout="constrained", dpi=100)
-    axes = drawn.subplots()
-    for name, one in found.items():
-        steps, mean, ci95 = np.array(one["curves"][f"{one['outer_rate']:g}"]).T
-        last = int(name.rsplit("g", 1)[1])
-        alone = "+" not in name and last > 1
-        colour = _COLOURS[(last - 1) % len(_COLOURS)]
-        style: dict[str, Any] = {"color": colour, "ls": "--" if alone else "-"}
-        label = f"{name}, rate {one['outer_rate']:g}"
-        axes.plot(steps, 100 * mean, marker=".", label=label, **style)
-        low, high = 100 * (mean - ci95), 100 * (mean + ci95)
-        axes.fill_between(steps, low, high, color=colour, alpha=0.1, lw=0)
-    axes.axhline(100 / config.way, color="grey", ls=":", label="chance")
-    axes.set(xlabel="meta-steps (one task each)", ylabel="validation accuracy, %")
-    axes.grid(alpha=0.3)
-    axes.legend(fontsize=8)
-    return drawn
-
-
-def parse(arguments: list[str]) -> Config:
-    """Read the flags.
-
-    Raises:
-      ValueError: names the flag, its value and what would do.
-    """
-    module = "experiments.studies.reptile_gradients"
-    config = read(
-        Config(), arguments, module=module, description=__doc__, presets=PRESETS
+    """Each combination at its best rate; a sum's line, a single gradient's dashes."""
+    kinds = {n: "one gradient" if n[1:].isdecimal() else "sum" for n in found}
+    curves = {n: one["curves"][f"{one['outer_rate']:g}"] for n, one in found.items()}
+    return plots.accuracy_sweep(
+        curves,
+        kinds | {"g1": "sum"},
+        xlabel="meta-steps (one task each)",
+        title="validation episodes, 95% CI",
+        chance=[(step, 1 / config.way) for step in (0, config.meta_steps)],
+        xscale="linear",
     )
-    images = config.way * config.train_shot
-    if images % config.batch_size:
-        raise ValueError(
-            f"--batch-size {config.batch_size} does not divide the {images} images of "
-            "--way times --train-shot: choose a divisor"
-        )
-    every = config.validate_every
-    check_multiple("--meta-steps", config.meta_steps, "--validate-every", every)
-    return config
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command line; return the exit status."""
-    return run_study("reptile_gradients", parse, run, arguments, ("data_dir",))
-
+STUDY = Study("reptile_gradients", Config(), run, __doc__, presets=PRESETS, check=check)
+main = STUDY.main
 
 if __name__ == "__main__":
     sys.exit(main())

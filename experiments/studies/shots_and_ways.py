@@ -22,7 +22,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple
 
@@ -31,9 +31,8 @@ import tyro
 import metalstm
 from experiments.common import cli, report
 from experiments.common.cli import Count, Names, Natural, Pair
-from experiments.common.compiled_programs import keep_compiled_programs
 from experiments.common.run_folder import write_json
-from experiments.common.script_end import exit_status
+from experiments.common.study import Study
 from experiments.few_shot.data import Source, load_source
 from experiments.few_shot.methods import METHODS
 from experiments.few_shot.results import REFERENCE
@@ -82,6 +81,11 @@ class Config(cli.Options, frozen=True):
     """Show tracebacks."""
 
 
+def check(config: Config) -> None:
+    if not config.runs:
+        raise ValueError("name at least one run folder")
+
+
 class Point(NamedTuple):
     way: int
     shot: int
@@ -90,13 +94,13 @@ class Point(NamedTuple):
         return f"{self.way}-way {self.shot}-shot"
 
 
-def run(config: Config) -> dict[str, Any]:
+def run(config: Config) -> None:
     """Test what is not tested yet, and draw."""
     runs = read_runs(config.runs)
     methods = choose_methods(runs, config.algorithms or names_in(runs))
     first = runs[0].options.data
     if config.data_dir is not None:
-        first = dataclasses.replace(first, data_dir=config.data_dir)
+        first = cli.replace(first, data_dir=config.data_dir)
     source = load_source(first, {})
     refuse_other_images(runs, source)
 
@@ -115,13 +119,30 @@ def run(config: Config) -> dict[str, Any]:
         "test_seed": config.test_seed,
     }
     found = _resumed(folder / NAME, settings)
+    rows = found["points"]
     for point in dict.fromkeys([*by_shot, *by_way]):
-        for row in _test(point, queries, methods, source, config, found["points"]):
-            found["points"].append(row)
+        spec = _episodes(source, point, queries)
+        tested = {row["method"] for row in rows if (row["way"], row["shot"]) == point}
+        left = [method for method in methods if method.label not in tested]
+        if isinstance(spec, str):
+            print(f"{point} omitted: {spec}", flush=True)
+            continue
+        if spec.queries < queries:
+            print(f"{point}: {spec.queries} queries a class, no more images")
+        for method in left:
+            way = fixed_way(method.spec)
+            if way not in (None, point.way):
+                about = f"its head has {way} classes"
+                print(f"{point}, {method.label} omitted: {about}", flush=True)
+                continue
+            rows.append(_test(method, spec, source, config))
             write_json(folder / NAME, found)
-    for name in _draw(folder, found["points"], by_shot, by_way):
-        print(f"{name} in {folder}", flush=True)
-    return found
+    for axis, points in (("shot", by_shot), ("way", by_way)):
+        chosen = [row for row in rows if (row["way"], row["shot"]) in points]
+        if chosen:
+            figure = _figure(axis, points, chosen)
+            name = report.save_figure(figure, folder / f"accuracy_vs_{axis}.png")
+            print(f"{name} in {folder}", flush=True)
 
 
 def _resumed(path: Path, settings: dict[str, Any]) -> dict[str, Any]:
@@ -139,50 +160,30 @@ def _resumed(path: Path, settings: dict[str, Any]) -> dict[str, Any]:
 
 
 def _test(
-    point: Point,
-    queries: int,
-    methods: Sequence[SavedMethod],
-    source: Source,
-    config: Config,
-    known: Sequence[dict[str, Any]],
-) -> Iterator[dict[str, Any]]:
-    """Yield a row for each method that has none at this point yet."""
-    done = {row["method"] for row in known if (row["way"], row["shot"]) == point}
-    spec = _episodes(source, point, queries)
-    if isinstance(spec, str):
-        print(f"{point} omitted: {spec}", flush=True)
-        return
-    if spec.queries < queries:
-        print(f"{point}: {spec.queries} queries a class, no more images", flush=True)
-    for method in methods:
-        if method.label in done:
-            continue
-        if fixed_way(method.spec) not in (None, point.way):
-            fixed = f"its head has {fixed_way(method.spec)} classes"
-            print(f"{point}, {method.label} omitted: {fixed}", flush=True)
-            continue
-        mode = modes(method, None)[0]
-        params, _ = load_saved(method, source)
-        evaluation = metalstm.evaluate(
-            build_algorithm(spec_for_test(method.spec, mode)),
-            params,
-            source.dataset.test,
-            spec,
-            num_episodes=config.test_episodes,
-            seed=config.test_seed,
-            batch_size=config.test_batch,
-        )
-        print(f"{point}, {method.label}: {evaluation}", flush=True)
-        yield {
-            "method": method.label,
-            "family": METHODS[method.name].family,
-            "way": point.way,
-            "shot": point.shot,
-            "queries": spec.queries,
-            "batch_norm": mode,
-            "mean": evaluation.mean,
-            "ci95": evaluation.ci95,
-        }
+    method: SavedMethod, spec: EpisodeSpec, source: Source, config: Config
+) -> dict[str, Any]:
+    mode = modes(method, None)[0]
+    params, _ = load_saved(method, source)
+    evaluation = metalstm.evaluate(
+        build_algorithm(spec_for_test(method.spec, mode)),
+        params,
+        source.dataset.test,
+        spec,
+        num_episodes=config.test_episodes,
+        seed=config.test_seed,
+        batch_size=config.test_batch,
+    )
+    print(f"{Point(spec.way, spec.shot)}, {method.label}: {evaluation}", flush=True)
+    return {
+        "method": method.label,
+        "family": METHODS[method.name].family,
+        "way": spec.way,
+        "shot": spec.shot,
+        "queries": spec.queries,
+        "batch_norm": mode,
+        "mean": evaluation.mean,
+        "ci95": evaluation.ci95,
+    }
 
 
 def _episodes(source: Source, point: Point, queries: int) -> EpisodeSpec | str:
@@ -199,47 +200,31 @@ def _episodes(source: Source, point: Point, queries: int) -> EpisodeSpec | str:
     return why
 
 
-def _draw(
-    folder: Path,
-    rows: Sequence[dict[str, Any]],
-    by_shot: Sequence[Point],
-    by_way: Sequence[Point],
-) -> Iterator[str]:
-    families = {row["method"]: row["family"] for row in rows}
-    for points, axis in ((by_shot, "shot"), (by_way, "way")):
-        sweeps: dict[str, list[tuple[int, float, float]]] = {}
-        for row in rows:
-            if (row["way"], row["shot"]) in points:
-                of_method = sweeps.setdefault(row["method"], [])
-                of_method.append((row[axis], row["mean"], row["ci95"]))
-        if not sweeps:
-            continue
-        fixed = f"{points[0].way}-way" if axis == "shot" else f"{points[0].shot}-shot"
-        figure = plots.accuracy_sweep(
-            {name: sorted(of_method) for name, of_method in sweeps.items()},
-            families,
-            xlabel=f"{axis}s",
-            title=f"{fixed}, test episodes, 95% CI",
-            chance=[(getattr(p, axis), 1 / p.way) for p in points],
-            bold=[name for name in sweeps if name.split()[0] == REFERENCE],
-        )
-        yield report.save_figure(figure, folder / f"accuracy_vs_{axis}.png")
+def _figure(axis: str, points: Sequence[Point], rows: Sequence[dict[str, Any]]) -> Any:
+    sweeps: dict[str, list[tuple[int, float, float]]] = {}
+    for row in sorted(rows, key=lambda row: row[axis]):
+        point = row[axis], row["mean"], row["ci95"]
+        sweeps.setdefault(row["method"], []).append(point)
+    fixed = f"{points[0].way}-way" if axis == "shot" else f"{points[0].shot}-shot"
+    return plots.accuracy_sweep(
+        sweeps,
+        {row["method"]: row["family"] for row in rows},
+        xlabel=f"{axis}s",
+        title=f"{fixed}, test episodes, 95% CI",
+        chance=[(getattr(p, axis), 1 / p.way) for p in points],
+        bold=[name for name in sweeps if name.split()[0] == REFERENCE],
+    )
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command line; return the exit status: 2 for a mistake, 130 for Ctrl-C."""
-
-    def body(arguments: list[str]) -> None:
-        module = "experiments.studies.shots_and_ways"
-        config = cli.parse(Config(), arguments, module=module, description=__doc__)
-        if not config.runs:
-            raise ValueError("name at least one run folder")
-        keep_compiled_programs()
-        run(config)
-
-    said = "stopped; the same command resumes from here"
-    return exit_status(body, arguments, stopped=lambda: said)
-
+STUDY = Study(
+    "shots_and_ways",
+    Config(),
+    run,
+    __doc__,
+    check=check,
+    of_runs="the same command resumes from here",
+)
+main = STUDY.main
 
 if __name__ == "__main__":
     sys.exit(main())

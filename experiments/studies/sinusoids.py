@@ -23,7 +23,7 @@ docs/results/sinusoids.md has results, machine and time.
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -32,11 +32,11 @@ import numpy as np
 import optax
 
 from experiments.common.cli import Count, Names, Natural, Pair, check_names
-from experiments.common.study import StudyOptions, read, run_study, write_results
+from experiments.common.study import Study, StudyOptions, kept, write_results
 from experiments.common.tables import Table
 from experiments.studies import regression
 from experiments.studies.regression import Found, Method, make_learner
-from metalstm import algorithms, rules
+from metalstm import algorithms, plots, rules
 from metalstm.algorithms.gradient.published import fixed_sgd
 from metalstm.base import UpdateRule
 from metalstm.data import SinusoidSpec, episode_key
@@ -56,7 +56,8 @@ PRESETS = {
     "demo": "--methods fomaml,joint --meta-steps 1000 --tuning-steps 200 --inits 2 "
     "--test-tasks 600"
 }
-_REFERENCE = "joint"
+_REFERENCE, _ERROR = "joint", "mean squared error"
+_DRAWN = 3  # tasks whose functions are drawn
 # 0.02 and 0.03 won trials of joint training and Reptile, and exploded on a few tasks
 # when training went on
 _INNER_RATES = (0.001, 0.003, 0.01)
@@ -91,6 +92,10 @@ class Config(StudyOptions, frozen=True, kw_only=True):
     """Draws of theta_0's own initialisation."""
     test_tasks: Pair = 1_000
     validation_tasks: Pair = 200
+
+
+def check(config: Config) -> None:
+    check_names("--methods", config.methods, METHODS)
 
 
 def make_methods(config: Config) -> dict[str, Method]:
@@ -166,18 +171,20 @@ def run(config: Config, folder: Path) -> None:
     )
     found: dict[str, Found] = {}
     for name, method in methods.items():
+        say = lambda text, name=name: print(f"{name:10} {text}", flush=True)  # noqa: E731
+        make = lambda m=method, say=say: regression.study_method(m, config, say)  # noqa: E731
         path = folder / "methods" / f"{name}.npz"
-        if not path.exists():
-            say = lambda text, name=name: print(f"{name:10} {text}", flush=True)  # noqa: E731
-            regression.save(path, regression.study_method(method, config, say))
-        found[name] = regression.load(path, config.test_shots)
-    shots = {s: {n: f.errors[s] for n, f in found.items()} for s in config.test_shots}
+        found[name] = regression.without_explosions(kept(path, Found, make))
+    shots = {
+        shot: {name: one.errors[index] for name, one in found.items()}
+        for index, shot in enumerate(config.test_shots)
+    }
     write_results(
         folder,
         config,
-        [table for shot, errors in shots.items() for table in tables(shot, errors)]
+        [t for shot, errors in shots.items() for t in tables(shot, errors)]
         + [training_table(found, methods)],
-        {"methods": {n: summary(f, methods[n]) for n, f in found.items()}},
+        {"methods": {n: summary(f, methods[n], config) for n, f in found.items()}},
         figures(found, shots, config),
     )
 
@@ -190,27 +197,33 @@ def figures(
     first, steps = config.test_shots[0], sorted({0, 1, config.test_steps})
     spec, tasks = SinusoidSpec(first), []
     grid = np.asarray(regression.grid_of(spec))[:, 0]
-    for index in range(len(next(iter(found.values())).functions)):
+    for index in range(min(_DRAWN, config.test_tasks)):
         key = episode_key(config.seed, "test", 0, index)
-        support, truth = spec.sample(key).support, spec.curve(key, jnp.asarray(grid))
-        x, y = (np.asarray(leaf)[:, 0] for leaf in support)
-        tasks.append({"x": x, "y": y, "curve": np.asarray(truth)})
+        x, y = (np.asarray(leaf)[:, 0] for leaf in spec.sample(key).support)
+        curve = np.asarray(spec.curve(key, jnp.asarray(grid)))
+        tasks.append(plots.FittedTask(x, y, curve))
     functions = {n: one.functions for n, one in found.items() if n != "scratch"}
-    return {
-        "error_by_step.png": regression.error_figure(shots),
-        "functions.png": regression.function_figure(tasks, grid, functions, steps),
-        "spread.png": regression.spread_figure(shots[first], steps, shot=first),
+    # the band is the 95% CI over tasks of a task's mean over initialisations
+    panels = {
+        f"{shot} support points": {
+            name: plots.Losses(np.arange(one.shape[-1]), one.mean(0))
+            for name, one in errors.items()
+        }
+        for shot, errors in shots.items()
     }
-
-
-def _steps(errors: Mapping[str, np.ndarray]) -> list[int]:
-    last = next(iter(errors.values())).shape[-1] - 1
-    return sorted({step for step in (0, 1, 2, 3, 5, 10, last) if step <= last})
+    labels: Any = {"xlabel": "gradient steps on the new task", "ylabel": _ERROR}
+    spread = f"{_ERROR}, {first} points"
+    return {
+        "error_by_step.png": plots.loss_panels(panels, learned=list(found), **labels),
+        "functions.png": plots.function_fits(tasks, grid, functions, steps),
+        "spread.png": plots.seed_spread(shots[first], steps, ylabel=spread),
+    }
 
 
 def tables(shot: int, errors: Mapping[str, np.ndarray]) -> list[Table]:
     """Error by step, its paired difference to joint training, spread over inits."""
-    steps = _steps(errors)
+    last = next(iter(errors.values())).shape[-1] - 1
+    steps = sorted({step for step in (0, 1, 2, 3, 5, 10, last) if step <= last})
 
     def of(caption: str, cell: Callable[..., str], *other: np.ndarray) -> Table:
         cells = [
@@ -220,8 +233,7 @@ def tables(shot: int, errors: Mapping[str, np.ndarray]) -> list[Table]:
         ]
         return Table(caption, ["method", *map(str, steps)], cells)
 
-    points = f"{shot} support points: mean squared error after as many updates"
-    made = [of(points, _error)]
+    made = [of(f"{shot} support points: {_ERROR} after as many updates", _error)]
     if _REFERENCE in errors:
         caption = f"Paired difference to {_REFERENCE}, negative is better:"
         made.append(of(caption, _difference, errors[_REFERENCE]))
@@ -234,15 +246,13 @@ def _error(found: np.ndarray) -> str:
     lost = int((~np.isfinite(found)).sum())
     if lost:
         return f"median {np.median(found):.3f}, {lost} of {found.size:,} diverged"
-    mean, ci95 = mean_and_ci95(found.mean(0))
-    return f"{mean:.3f} ± {ci95:.3f}"
+    return f"{mean_and_ci95(found.mean(0)):.3f}"
 
 
 def _difference(found: np.ndarray, reference: np.ndarray) -> str:
     if not np.isfinite([found, reference]).all():
         return "diverged"
-    mean, ci95 = mean_and_ci95((found - reference).mean(0))
-    return f"{mean:+.3f} ± {ci95:.3f}"
+    return f"{mean_and_ci95((found - reference).mean(0)):+.3f}"
 
 
 def _spread(found: np.ndarray) -> str:
@@ -253,39 +263,32 @@ def _spread(found: np.ndarray) -> str:
 
 
 def training_table(found: Mapping[str, Found], methods: Mapping[str, Method]) -> Table:
-    cells, edge = [], False
+    cells = []
     for name, one in found.items():
         method, tuned = methods[name], one.tuned(methods[name])
-        rates = [f"{tuned.best[a]:.3g}{tuned.mark(a)}" for a in ("inner", "outer")]
+        rates = {a: f"{tuned.best[a]:.3g}{tuned.mark(a)}" for a in tuned.best}
+        learned = f"{one.meta_parameters:,}"
         if not method.outer_rates:
-            rates[1] = ""
-        edge = edge or any("*" in rate for rate in rates)
-        cells.append(
-            [
-                name,
-                *rates,
-                str(tuned.scores.size),
-                str(method.task_gradients),
-                f"{one.meta_parameters:,}" if method.outer_rates else "0",
-                f"{one.cpu_seconds:.0f}",
-            ]
-        )
+            rates["outer"], learned = "", "0"
+        trials, gradients = str(tuned.scores.size), str(method.task_gradients)
+        seconds = f"{one.cpu_seconds:.0f}"
+        cells.append([name, *rates.values(), trials, gradients, learned, seconds])
     headings = (
         "method", "inner rate", "outer rate", "trials", "gradients on a task",
         "meta-learned numbers", "CPU seconds",
     )  # fmt: skip
-    notes = ["* at the edge of the grid"] if edge else []
-    return Table("", headings, cells, notes=notes)
+    edge = any("*" in rate for row in cells for rate in row[1:3])
+    return Table("", headings, cells, notes=["* at the edge of the grid"] * edge)
 
 
-def summary(found: Found, method: Method) -> dict[str, Any]:
+def summary(found: Found, method: Method, config: Config) -> dict[str, Any]:
     by_shot, tuned = {}, found.tuned(method)
-    for shot, errors in found.errors.items():
+    for shot, errors in zip(config.test_shots, found.errors, strict=True):
         with np.errstate(invalid="ignore"):  # an explosion is infinite
-            pairs = [mean_and_ci95(tasks) for tasks in errors.mean(0).T]
+            mean, ci95 = zip(*map(mean_and_ci95, errors.mean(0).T), strict=True)
         by_shot[str(shot)] = {
-            "mean": [mean for mean, _ in pairs],
-            "ci95": [ci95 for _, ci95 in pairs],
+            "mean": mean,
+            "ci95": ci95,
             "median": np.median(errors, (0, 1)).tolist(),
             "diverged": (~np.isfinite(errors)).sum((0, 1)).tolist(),
             "mean_of_each_init": errors.mean(1).tolist(),
@@ -300,35 +303,23 @@ def summary(found: Found, method: Method) -> dict[str, Any]:
             for o, outer in enumerate(tuned.grid["outer"])
         ],
         "task_gradients": method.task_gradients,
-        "meta_parameters": found.meta_parameters,
+        "meta_parameters": int(found.meta_parameters),
         "meta_training_loss": found.losses.tolist(),
-        "cpu_seconds": round(found.cpu_seconds, 1),
+        "cpu_seconds": round(float(found.cpu_seconds), 1),
     }
 
 
-def parse(arguments: list[str]) -> Config:
-    """Read the flags.
-
-    Raises:
-      ValueError: names the flag, its value and what would do.
-    """
-    about = "; ".join(f"{name} ({what})" for name, what in METHODS.items())
-    config = read(
-        Config(),
-        arguments,
-        module="experiments.studies.sinusoids",
-        description=f"{__doc__}\nMethods: {about}",
-        presets=PRESETS,
-    )
-    check_names("--methods", config.methods, METHODS)
-    return config
-
-
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command line; return the exit status."""
-    # each method has its own file in the run folder
-    return run_study("sinusoids", parse, run, arguments, may_change=("methods",))
-
+_ABOUT = "; ".join(f"{name} ({what})" for name, what in METHODS.items())
+STUDY = Study(
+    "sinusoids",
+    Config(),
+    run,
+    f"{__doc__}\nMethods: {_ABOUT}",
+    presets=PRESETS,
+    check=check,
+    may_change=("methods",),  # each has its own file in the run folder
+)
+main = STUDY.main
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -15,9 +15,8 @@ of raw pixels. docs/data.md has an example.
 
 from __future__ import annotations
 
-import dataclasses
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple
 
@@ -26,9 +25,8 @@ import numpy as np
 import tyro
 
 from experiments.common import cli, report
-from experiments.common.compiled_programs import keep_compiled_programs
 from experiments.common.run_folder import write_json
-from experiments.common.script_end import exit_status
+from experiments.common.study import Study
 from experiments.common.tables import Table
 from experiments.few_shot.data import load_source
 from experiments.few_shot.methods import Spec
@@ -66,6 +64,13 @@ class Config(cli.Options, frozen=True):
     """Show tracebacks."""
 
 
+def check(config: Config) -> None:
+    if config.dataset != "run" and config.data_dir is None:
+        raise ValueError(
+            f"--dataset {config.dataset}: say where they are with --data-dir"
+        )
+
+
 class Identities(NamedTuple):
     x: np.ndarray  # uint8 [N, H, W, ch]
     labels: np.ndarray  # [N]
@@ -73,14 +78,7 @@ class Identities(NamedTuple):
     checksum: str
 
 
-class Row(NamedTuple):
-    name: str
-    similarity: str
-    found: verification.Verification
-    ci95: verification.Summary
-
-
-def verify_run(config: Config) -> list[Row]:
+def verify_run(config: Config) -> None:
     """Compare the same pairs by every method; print, draw and write.
 
     Raises:
@@ -99,7 +97,8 @@ def verify_run(config: Config) -> list[Row]:
         flush=True,
     )
     x = _normalised(given.x, run.data.get("normalise"))
-    rows = []
+    rows: dict[str, dict[str, Any]] = {}
+    curves = {}
     for name in [*names, PIXELS]:
         learner, state, similarity = _embedding(name, run)
         if config.similarity != "trained":
@@ -116,34 +115,44 @@ def verify_run(config: Config) -> list[Row]:
             num_samples=config.bootstrap,
             seed=config.seed,
         )
-        rows.append(Row(name, similarity, found, ci95))
+        values = found.summary(FALSE_ACCEPTS)._asdict()
+        rows[name] = {"similarity": similarity, **values, "ci95": ci95._asdict()}
+        curves[name] = found.false_accepts, found.true_accepts
     print(table(rows), flush=True)
-    files = _write(config, given, rows, people)
-    print(f"{' and '.join(files)} in {config.run}", flush=True)
-    return rows
+    own = config.dataset == "run"
+    stem = "verification" if own else f"verification-{given.name}"
+    document = {
+        "run": str(config.run),
+        "data": {"name": given.name, "checksum": given.checksum},
+        "split": "test" if own else "all that is given",
+        "identities": people,
+        "examples": len(given.labels),
+        "pairs": {"same": found.num_same, "different": found.num_different},
+        "false_accept_rate": FALSE_ACCEPTS,
+        "bootstrap": config.bootstrap,
+        "seed": config.seed,
+        "versions": report.versions(),
+        "methods": rows,
+    }
+    write_json(config.run / f"{stem}.json", document)
+    figure = plots.roc_curves(curves, title=f"{given.name}, {people:,} identities")
+    report.save_figure(figure, config.run / f"{stem}.png")
+    print(f"{stem}.json and {stem}.png in {config.run}", flush=True)
 
 
-def table(rows: Sequence[Row]) -> Table:
+def table(rows: Mapping[str, Mapping[str, Any]]) -> Table:
     """One line a method; intervals over identities in brackets."""
     cells = []
-    for row in rows:
-        measured = zip(row.found.summary(FALSE_ACCEPTS), row.ci95, strict=True)
+    for name, row in rows.items():
         numbers = (
-            f"{100 * v:.1f} ({100 * a:.1f}-{100 * b:.1f})" for v, (a, b) in measured
+            f"{100 * row[key]:.1f} ({100 * low:.1f}-{100 * high:.1f})"
+            for key, (low, high) in row["ci95"].items()
         )
-        cells.append([row.name, row.similarity, *numbers])
-    return Table(
-        "verification, % (95% intervals over identities)",
-        [
-            "method",
-            "compared by",
-            "equal error rate",
-            f"true at {FALSE_ACCEPTS:.0%} false",
-            "area",
-        ],
-        cells,
-        left=(0, 1),
-    )
+        cells.append([name, row["similarity"], *numbers])
+    caption = "verification, % (95% intervals over identities)"
+    accepts = f"true at {FALSE_ACCEPTS:.0%} false"
+    headings = ["method", "compared by", "equal error rate", accepts, "area"]
+    return Table(caption, headings, cells, left=(0, 1))
 
 
 def _choose(run: SavedRun, wanted: Sequence[str]) -> list[str]:
@@ -193,9 +202,9 @@ def _identities(config: Config, run: SavedRun) -> Identities:
         )
         return _pooled(found, list(data.SPLITS))
     # no episodes are drawn, so none need be possible
-    of_run = dataclasses.replace(run.options.data, shot=1, queries=1)
+    of_run = cli.replace(run.options.data, shot=1, queries=1)
     if config.data_dir is not None:
-        of_run = dataclasses.replace(of_run, data_dir=config.data_dir)
+        of_run = cli.replace(of_run, data_dir=config.data_dir)
     found = load_source(of_run, {}).dataset
     if found.checksum != run.data["checksum"]:
         print("note: the data differ from those of the run (another checksum)")
@@ -246,74 +255,15 @@ def _trained_similarity(spec: Spec) -> str:
     return spec.get("distance", "cosine" if name == "relation" else "euclidean")
 
 
-def _write(
-    config: Config, given: Identities, rows: Sequence[Row], people: int
-) -> list[str]:
-    own = config.dataset == "run"
-    stem = "verification" if own else f"verification-{given.name}"
-    methods = {}
-    for row in rows:
-        values = row.found.summary(FALSE_ACCEPTS)._asdict()
-        methods[row.name] = {
-            "similarity": row.similarity,
-            **values,
-            "ci95": {k: list(ends) for k, ends in row.ci95._asdict().items()},
-        }
-    document = {
-        "run": str(config.run),
-        "data": {"name": given.name, "checksum": given.checksum},
-        "split": "test" if own else "all that is given",
-        "identities": people,
-        "examples": len(given.labels),
-        "pairs": {
-            "same": rows[0].found.num_same,
-            "different": rows[0].found.num_different,
-        },
-        "false_accept_rate": FALSE_ACCEPTS,
-        "bootstrap": config.bootstrap,
-        "seed": config.seed,
-        "versions": report.versions(),
-        "methods": methods,
-    }
-    write_json(config.run / f"{stem}.json", document)
-    figure = plots.roc_curves(
-        {r.name: (r.found.false_accepts, r.found.true_accepts) for r in rows},
-        title=f"{given.name}, {people:,} identities",
-    )
-    return [f"{stem}.json", report.save_figure(figure, config.run / f"{stem}.png")]
-
-
-def parse(arguments: list[str]) -> Config:
-    """Read the command line.
-
-    Raises:
-      ValueError: names the flag, its value and what would do.
-    """
-    # the run has no default
-    config = tyro.cli(
-        Config,
-        args=arguments,
-        description=__doc__,
-        prog="python -m experiments.studies.verification",
-    )
-    cli.check(config)
-    if config.dataset != "run" and config.data_dir is None:
-        raise ValueError(
-            f"--dataset {config.dataset}: say where they are with --data-dir"
-        )
-    return config
-
-
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command line; return the exit status: 2 for a mistake, 130 for Ctrl-C."""
-
-    def body(arguments: list[str]) -> None:
-        config = parse(arguments)
-        keep_compiled_programs()
-        verify_run(config)
-
-    return exit_status(body, arguments, stopped=lambda: "stopped; nothing was written")
-
+STUDY = Study(
+    "verification",
+    Config(run=tyro.MISSING),
+    verify_run,
+    __doc__,
+    check=check,
+    of_runs="nothing was written",
+)
+main = STUDY.main
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -16,11 +16,17 @@ from metalstm.algorithms.gradient.published import (
 from metalstm.algorithms.memory_augmented.external_memory import mann
 from metalstm.algorithms.metric.comparisons import (
     matching,
-    nearest_neighbour,
     prototypical,
     relation,
 )
 from metalstm.algorithms.metric.engine import embedding_state
+from metalstm.algorithms.metric.feature_heads import (
+    base_mean,
+    logistic_regression,
+    nearest_centroid,
+    nearest_neighbour,
+    ridge,
+)
 from metalstm.algorithms.metric.hallucinating import hallucination
 from metalstm.algorithms.metric.pair_losses import siamese
 from metalstm.algorithms.transfer.baselines import fine_tuning, pretrained_features
@@ -28,6 +34,7 @@ from metalstm.algorithms.transfer.margins import margin_classifier
 
 __all__ = [
     "anil",
+    "base_mean",
     "embedding_state",
     "fine_tuning",
     "fomaml",
@@ -36,6 +43,7 @@ __all__ = [
     "hallucination",
     "implicit_maml",
     "learned_init",
+    "logistic_regression",
     "make_algorithm",
     "maml",
     "mann",
@@ -43,12 +51,14 @@ __all__ = [
     "matching",
     "meta_lstm",
     "meta_sgd",
+    "nearest_centroid",
     "nearest_neighbour",
     "pretrained_features",
     "prototypical",
     "query_loss",
     "relation",
     "reptile",
+    "ridge",
     "siamese",
     "task_loss",
 ]

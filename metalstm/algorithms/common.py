@@ -27,6 +27,7 @@ from metalstm.base import (
     TaskLoss,
     TrainSampler,
 )
+from metalstm.batches import are_labels, check_adapt, check_outputs, check_predict
 from metalstm.tasks import TaskMapping, mean_over_tasks
 
 __all__ = [
@@ -44,28 +45,37 @@ __all__ = [
 def task_loss(outputs: Array, targets: Array) -> Array:
     """Return the mean cross-entropy of labels [N], or squared error of floats [N, d].
 
+    It is infinite, and no gradient is finite, for a label outside [0, way).
+
+    Raises:
+      ValueError: shapes that do not fit: see `metalstm.batches.check_outputs`.
+
     >>> task_loss(jnp.array([[0.0, 0.0]]), jnp.array([1])).round(4)  # log 2
     Array(0.6931, dtype=float32)
     >>> task_loss(jnp.array([[1.0], [2.0]]), jnp.array([[0.0], [0.0]]))
     Array(2.5, dtype=float32)
     """
-    if jnp.issubdtype(targets.dtype, jnp.integer):
+    check_outputs(outputs, targets)
+    if are_labels(targets):
         losses = optax.softmax_cross_entropy_with_integer_labels(outputs, targets)
-        return losses.mean()
+        return (losses * _one_or_infinite(outputs, targets)).mean()
     return jnp.square(outputs - targets).mean()
 
 
 def accuracy(scores: Array, targets: Array) -> Array:
     """Return the share of correct labels, or minus the squared error of float targets.
 
-    A query with a NaN among its scores counts as wrong.
+    A query with a NaN among its scores counts as wrong. The result is infinite for a
+    label outside [0, way).
 
     >>> accuracy(jnp.array([[2.0, 1.0], [jnp.nan, 3.0]]), jnp.array([0, 1]))
     Array(0.5, dtype=float32)
     """
-    if jnp.issubdtype(targets.dtype, jnp.integer):
+    check_outputs(scores, targets)
+    if are_labels(targets):
         answered = ~jnp.isnan(scores).any(-1)
-        return ((scores.argmax(-1) == targets) & answered).mean()
+        correct = (scores.argmax(-1) == targets) & answered
+        return (correct + _one_or_infinite(scores, targets) - 1).mean()
     return -jnp.square(scores - targets).mean()
 
 
@@ -96,6 +106,12 @@ def resampled(**numbers: int | None) -> TrainSampler:
     """
     changes = {name: n for name, n in numbers.items() if n is not None}
     return lambda spec: dataclasses.replace(spec, **changes) if changes else spec
+
+
+def _one_or_infinite(scores: Array, labels: Array) -> Array:
+    """[N]: infinite where a label is no class, which JAX would clip or wrap."""
+    is_class = (labels >= 0) & (labels < scores.shape[-1])
+    return jnp.where(is_class, 1.0, jnp.inf).astype(scores.dtype)
 
 
 def stop_statistics(state: LearnerState) -> LearnerState:
@@ -196,7 +212,8 @@ def make_algorithm(
       task_mapping: of the default ``meta_gradient``; see `metalstm.tasks.map_tasks`.
 
     Raises:
-      ValueError: it is trainable, and has neither ``loss`` nor ``meta_gradient``.
+      ValueError: it is trainable, and has neither ``loss`` nor ``meta_gradient``. From
+        ``predict`` and ``adapt``: labels or targets that do not fit the task.
     """
     if trainable and loss is None and meta_gradient is None:
         raise ValueError("a trainable algorithm needs loss= or meta_gradient=")
@@ -217,8 +234,8 @@ def make_algorithm(
     return MetaAlgorithm(
         init=init,
         loss=loss_fn,
-        predict=predict,
-        adapt=adapt,
+        predict=check_predict(predict),
+        adapt=None if adapt is None else check_adapt(adapt),
         init_carry=init_carry or (lambda key, meta_params, episode: ()),
         meta_gradient=meta_gradient or mean_gradient,
         absorb=absorb or (lambda meta_params, carry: meta_params),

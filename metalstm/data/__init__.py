@@ -3,6 +3,7 @@
 from metalstm.data import augment
 from metalstm.data.cache import cache_folder
 from metalstm.data.classification import ClassificationSpec
+from metalstm.data.embedding import embed
 from metalstm.data.episodes import (
     EpisodeSpec,
     Sampler,
@@ -48,6 +49,7 @@ __all__ = [
     "augment",
     "cache_folder",
     "checksum",
+    "embed",
     "episode_key",
     "load_arrays",
     "load_glyphs",

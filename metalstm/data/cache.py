@@ -67,7 +67,8 @@ def fingerprint(parts: Iterable[Any]) -> str:
     """Return 12 hex digits that change with any of ``parts`` (by their text)."""
     digest = hashlib.sha256()
     for part in parts:
-        digest.update(str(part).encode() + b"\0")
+        # file names may hold bytes that are not UTF-8
+        digest.update(str(part).encode(errors="surrogateescape") + b"\0")
     return digest.hexdigest()[:12]
 
 
@@ -118,7 +119,17 @@ def assemble(
     info: Mapping[str, Any],
     digest: str | None = None,
 ) -> Dataset:
-    """Move the three splits to the device as a `Dataset`."""
+    """Move the three splits to the device as a `Dataset`.
+
+    Warns of a split whose images are all the same one.
+    """
+    for split in SPLITS:
+        if _all_alike(splits[split]):
+            warnings.warn(
+                f"all images of {name}'s {split} split are the same: look at the files",
+                RuntimeWarning,
+                stacklevel=3,
+            )
     if digest is None:
         digest = checksum(*(array for split in SPLITS for array in splits[split][:2]))
     pools = {
@@ -134,6 +145,15 @@ def assemble(
         checksum=digest,
         info=dict(info),
         **pools,
+    )
+
+
+def _all_alike(split: Split) -> bool:
+    """Whether there are several images and no two differ; stops at the first two."""
+    return int(split.counts.sum()) > 1 and all(
+        np.array_equal(split.images[0, 0], image)
+        for of_class, count in zip(split.images, split.counts, strict=True)
+        for image in of_class[:count]
     )
 
 

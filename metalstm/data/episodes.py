@@ -16,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from metalstm.base import Array, Batch, Episode
+from metalstm.batches import check_episode
 from metalstm.checks import check_at_least, check_choice
 from metalstm.data.drawing import draw_distinct, draw_grouped, grouped_capacity
 from metalstm.data.pools import SPLITS, ClassPool, Dataset, Normalisation
@@ -26,6 +27,7 @@ __all__ = [
     "TaskSampler",
     "episode_key",
     "finish_images",
+    "sample_checked",
     "sample_episode",
     "sample_episodes",
     "validate",
@@ -130,6 +132,8 @@ def episode_key(seed: Any, split: str, step: Any, task: Any = 0) -> Array:
 def sample_episode(key: Array, pool: ClassPool, spec: EpisodeSpec) -> Episode:
     """Draw one episode: x float32 [N, H, W, ch] in [0, 1] and y int32 [N].
 
+    Of a pool of floats x holds what the pool holds, [N, ...].
+
     Classes are distinct and labelled at random, the images of a class are distinct, and
     support and query come in shuffled order. Where the pool has groups, support and
     query share none. ``augment`` and ``normalise`` come last and change x's range.
@@ -180,6 +184,17 @@ def sample_episode(key: Array, pool: ClassPool, spec: EpisodeSpec) -> Episode:
     )
 
 
+def sample_checked(spec: TaskSampler, key: Array, pool: Any) -> Any:
+    """Draw a task by ``spec``, and refuse labels or targets that do not fit.
+
+    Where the spec says whether it is a ``regression``, they must be of that kind.
+    """
+    task = spec.sample(key, pool)
+    if isinstance(task, Episode):
+        check_episode(task, getattr(spec, "regression", None))
+    return task
+
+
 def sample_episodes(keys: Array, pool: ClassPool, spec: EpisodeSpec) -> Episode:
     """Draw the episode of each key of [T]; every leaf has a leading [T]."""
     return jax.vmap(lambda key: sample_episode(key, pool, spec))(keys)
@@ -189,17 +204,18 @@ def finish_images(key: Array, x: Array, turns: Array, spec: EpisodeSpec) -> Arra
     """Turn, scale, augment and normalise drawn images, by the options of ``spec``.
 
     Args:
-      x: uint8 [N, H, W, ch].
+      x: uint8 [N, H, W, ch], or floats [N, ...], which are not scaled.
       turns: [N] quarter circles, ignored without ``spec.rotations``.
 
     Returns:
-      float32 [N, H, W, ch].
+      float32 [N, H, W, ch], or floats [N, ...].
     """
     if spec.rotations:
         turns = turns[:, None, None, None]
         for quarter in (1, 2):  # two conditional turns make all four
             x = jnp.where(turns & quarter > 0, jnp.rot90(x, quarter, (1, 2)), x)
-    x = x.astype(jnp.float32) / 255
+    if x.dtype == jnp.uint8:
+        x = x.astype(jnp.float32) / 255
     if spec.augment is not None:
         x = spec.augment(key, x)
     if spec.normalise is not None:
@@ -247,7 +263,7 @@ def validate(spec: EpisodeSpec, dataset: Dataset, split: str = "train") -> None:
 
 
 def _check_shapes(spec: EpisodeSpec, pool: ClassPool, where: str) -> None:
-    num_classes, num_slots, height, width, channels = pool.images.shape
+    num_classes, num_slots, *shape = pool.images.shape
     if spec.way > num_classes:
         raise ValueError(
             f"way={spec.way} is more than the {num_classes} classes of {where}; choose "
@@ -259,13 +275,14 @@ def _check_shapes(spec: EpisodeSpec, pool: ClassPool, where: str) -> None:
             f"{spec.shot + spec.queries} images a class, but no class of {where} has "
             f"more than {num_slots}; choose shot + queries <= {num_slots}"
         )
-    if spec.rotations and height != width:
+    if spec.rotations and (len(shape) != 3 or shape[0] != shape[1]):
         raise ValueError(
-            f"rotations=True needs square images, but those of {where} are {height} x "
-            f"{width}; choose rotations=False or another image size"
+            f"rotations=True needs square images, but those of {where} are "
+            f"{' x '.join(map(str, shape[:2]))}; choose rotations=False or another "
+            "image size"
         )
-    if spec.normalise and len(spec.normalise.mean) not in (1, channels):
+    if spec.normalise and len(spec.normalise.mean) not in (1, shape[-1]):
         raise ValueError(
-            f"normalise has {len(spec.normalise.mean)} means for the {channels} "
-            f"channels of {where}; give 1 or {channels}"
+            f"normalise has {len(spec.normalise.mean)} means for the {shape[-1]} "
+            f"channels of {where}; give 1 or {shape[-1]}"
         )

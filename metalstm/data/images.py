@@ -75,31 +75,66 @@ def _extremes(image: np.ndarray) -> str:
 
 
 def decode_files(
-    paths: Sequence[Path], *, size: int, channels: int
+    paths: Sequence[Path], *, size: int, channels: int, background: str = "white"
 ) -> list[np.ndarray | Exception]:
     """Decode image files to uint8 [size, size, channels], in threads.
 
     A file that cannot be decoded gives its exception in place of an image.
+
+    Args:
+      background: the colour behind what is transparent, as Pillow names it.
+
+    Raises:
+      ValueError: a background that is no colour.
     """
     pillow = _pillow()
+    try:
+        pillow.new("RGBA", (1, 1), background)
+    except (TypeError, ValueError) as error:
+        raise ValueError(
+            f"background={background!r}: give a colour, such as 'white' or '#ff8800'"
+        ) from error
 
     def decode(path: Path) -> np.ndarray | Exception:
-        from PIL import ImageOps
-
         try:
             with pillow.open(path) as image:
-                if image.mode[0] in "IF":  # Pillow would cut off what is above 255
-                    raise ValueError(
-                        f"{image.mode} pixels: save it with 8 bits a channel"
-                    )
-                upright = ImageOps.exif_transpose(image)
-                image = upright.convert("RGB" if channels == 3 else "L")
+                plain = _eight_bits(image, background)
+                image = plain.convert("RGB" if channels == 3 else "L")
                 return np.asarray(_fit(image, size)).reshape(size, size, channels)
         except Exception as error:  # a dozen kinds, by format and by damage
             return error
 
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as threads:
         return list(threads.map(decode, paths, chunksize=64))
+
+
+def _eight_bits(image: Any, background: str) -> Any:
+    """Return a Pillow image upright and opaque, or raise ValueError.
+
+    Refused is what Pillow would turn into another image without a word: more than 8
+    bits a channel, several frames or pages, and a drawing in the background's colour.
+    """
+    from PIL import ImageOps
+
+    if image.mode[0] in "IF":  # Pillow would cut off what is above 255
+        raise ValueError(f"{image.mode} pixels: save it with 8 bits a channel")
+    # a camera's MPO holds one photograph, and previews of it
+    if image.format != "MPO" and (num := getattr(image, "n_frames", 1)) > 1:
+        raise ValueError(f"{num} frames or pages: save the one that is meant")
+    image = ImageOps.exif_transpose(image)
+    has_alpha = image.mode in ("RGBA", "LA", "PA", "RGBa", "La")
+    if not has_alpha and "transparency" not in image.info:
+        return image
+    image = image.convert("RGBA")
+    paper = _pillow().new("RGBA", image.size, background)
+    flat = _pillow().alpha_composite(paper, image).convert("RGB")
+    lowest, highest = image.getchannel("A").getextrema()
+    if lowest < highest and all(low == high for low, high in flat.getextrema()):
+        raise ValueError(
+            f"a drawing in {background} on transparency, which shows nothing on "
+            f"background={background!r}: choose another background"
+        )
+    return flat
 
 
 def _fit(image: Any, size: int) -> Any:

@@ -1,19 +1,21 @@
-"""Pools of uint8 images on the device, grouped by class: episodes are drawn from them.
+"""Pools of examples on the device, grouped by class: episodes are drawn from them.
 
-Shapes: C classes, M image slots a class, H x W pixels, ch channels.
+Shapes: C classes, M slots a class, H x W pixels, ch channels, D features.
 """
 
 from __future__ import annotations
 
+import bisect
 import hashlib
-from collections.abc import Sequence
+import warnings
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
 
 from metalstm.base import Array
-from metalstm.checks import check_choice
+from metalstm.checks import check_at_least, check_choice
 
 __all__ = [
     "IMAGENET",
@@ -22,6 +24,8 @@ __all__ = [
     "Dataset",
     "Normalisation",
     "checksum",
+    "evenly_spaced",
+    "images_per_class",
     "make_pool",
     "pad_classes",
 ]
@@ -49,7 +53,7 @@ class ClassPool(NamedTuple):
     drawings of one person): support and query of an episode then share no group.
     """
 
-    images: Array  # uint8 [C, M, H, W, ch]
+    images: Array  # uint8 [C, M, H, W, ch], or floats [C, M, ...] such as features
     counts: Array  # int32 [C], images of each class
     groups: Array | None = None  # int32 [C, M], ids in [0, M)
 
@@ -66,7 +70,7 @@ class Dataset(NamedTuple):
     validation: ClassPool
     test: ClassPool
     class_names: dict[str, tuple[str, ...]]  # by split, in the pool's order
-    image_shape: tuple[int, ...]  # (H, W, ch)
+    image_shape: tuple[int, ...]  # (H, W, ch), or of what else an example is
     checksum: str  # of all images and counts; goes into results
     info: dict[str, Any]  # how it was split, versions, counts of merged or skipped
 
@@ -83,18 +87,23 @@ def make_pool(
 ) -> ClassPool:
     """Build a pool from uint8 [C, M, H, W, ch], or from C arrays [M_c, H, W, ch].
 
-    Classes of unequal size are padded to the largest.
+    Floats of any shape [C, M, ...] are kept as they are: an episode's x then holds
+    the same numbers, neither divided by 255 nor quantised. Classes of unequal size are
+    padded to the largest.
 
     Raises:
-      ValueError: if there is no class, an image is not uint8, the shape is another, a
-        count is outside [1, M], or all images of a class are of one group.
+      ValueError: if there is no class, an image is neither uint8 nor float, the shape
+        is another, a count is outside [1, M], or all images of a class are of one
+        group.
     """
     if not isinstance(images, np.ndarray):
         images, counts = pad_classes(images)
-    if images.dtype != np.uint8 or images.ndim != 5 or images.shape[0] == 0:
+    is_image = images.dtype == np.uint8 and images.ndim == 5
+    is_float = jnp.issubdtype(images.dtype, jnp.floating) and images.ndim >= 3
+    if not (is_image or is_float) or images.shape[0] == 0:
         raise ValueError(
-            f"images must be uint8 of shape [C, M, H, W, ch] with C >= 1, got "
-            f"{images.dtype} {list(images.shape)}"
+            f"images must be uint8 of shape [C, M, H, W, ch], or floats [C, M, ...], "
+            f"with C >= 1, got {images.dtype} {list(images.shape)}"
         )
     num_classes, num_slots = images.shape[:2]
     if counts is None:
@@ -114,18 +123,22 @@ def make_pool(
 
 
 def pad_classes(images: Sequence[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
-    """Pad C arrays uint8 [M_c, ...] to the largest: [C, M, ...] and counts int32 [C].
+    """Pad C arrays [M_c, ...] to the largest: [C, M, ...] and counts int32 [C].
 
     Raises:
-      ValueError: if there is no class, an image is not uint8, or shapes differ.
+      ValueError: if there is no class, or dtypes or shapes differ.
     """
     if not images:
         raise ValueError("images is empty: a pool needs at least one class")
     counts = np.array([len(of_class) for of_class in images], np.int32)
-    padded = np.zeros((len(images), counts.max(), *images[0].shape[1:]), np.uint8)
+    shape = (len(images), counts.max(), *images[0].shape[1:])
+    padded = np.zeros(shape, images[0].dtype)
     for i, (row, of_class) in enumerate(zip(padded, images, strict=True)):
-        if of_class.dtype != np.uint8:
-            raise ValueError(f"images must be uint8, got {of_class.dtype}")
+        if of_class.dtype != padded.dtype:
+            raise ValueError(
+                f"images[{i}] are {of_class.dtype} and images[0] {padded.dtype}: give "
+                "all as uint8, or all as one type of floats"
+            )
         if of_class.shape[1:] != images[0].shape[1:]:
             raise ValueError(
                 f"images[{i}] are of shape {list(of_class.shape[1:])} and images[0] of "
@@ -133,6 +146,60 @@ def pad_classes(images: Sequence[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
             )
         row[: len(of_class)] = of_class
     return padded, counts
+
+
+_PADDING = 3  # the memory of a pool is at most so many times that of its images
+
+
+def images_per_class(
+    counts: Mapping[str, int], max_per_class: int | None, where: str
+) -> int:
+    """Return how many images of a class to keep, at most.
+
+    A pool gives every class the memory of the largest. ``max_per_class=None`` keeps
+    all, unless that is more than three times the memory of the images: then it warns,
+    names the largest class and says how many images are omitted.
+
+    >>> images_per_class({"a": 3, "b": 5}, None, "train")
+    5
+
+    Raises:
+      ValueError: ``max_per_class`` is below 1.
+    """
+    if max_per_class is not None:
+        check_at_least("max_per_class", max_per_class, 1, "or None")
+        return max_per_class
+    sizes = np.array(list(counts.values()))
+    largest = int(sizes.max(initial=0))
+
+    def too_large(limit: int) -> bool:
+        return len(sizes) * limit > _PADDING * np.minimum(sizes, limit).sum()
+
+    if not too_large(largest):
+        return largest
+    limit = bisect.bisect_left(range(largest), True, lo=1, key=too_large) - 1
+    name = max(counts, key=lambda name: counts[name])
+    omitted = int(np.maximum(sizes - limit, 0).sum())
+    warnings.warn(
+        f"class {name!r} of {where} has {largest} images, and each of its {len(sizes)} "
+        f"classes would take as much memory: {limit} images of a class are kept and "
+        f"{omitted} are omitted; choose max_per_class, or divide the class",
+        RuntimeWarning,
+        stacklevel=3,
+    )
+    return limit
+
+
+def evenly_spaced(items: Sequence, limit: int) -> Sequence:
+    """Return at most ``limit`` of the items, in order.
+
+    >>> evenly_spaced("abcdefgh", 3)
+    ['a', 'e', 'h']
+    """
+    if len(items) <= limit:
+        return items
+    chosen = np.linspace(0, len(items) - 1, limit).round().astype(int)
+    return [items[i] for i in chosen]
 
 
 def checksum(*arrays: np.ndarray) -> str:

@@ -4,6 +4,7 @@ from metalstm.learned_optimizers import curves, problems
 from metalstm.learned_optimizers.curves import (
     Summary,
     Sweep,
+    capped_logs,
     curve_difference,
     loss_curves,
     make_loss_curves,
@@ -20,6 +21,7 @@ __all__ = [
     "ProblemSampler",
     "Summary",
     "Sweep",
+    "capped_logs",
     "curve_difference",
     "curves",
     "learned_optimizer",

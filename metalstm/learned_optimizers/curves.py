@@ -20,12 +20,13 @@ from metalstm.checks import check_at_least, check_choice
 from metalstm.inner import second_order, unroll
 from metalstm.learned_optimizers.problems import ProblemFamily
 from metalstm.rules import as_rule
-from metalstm.statistics import mean_and_ci95
+from metalstm.statistics import Estimate, mean_and_ci95
 from metalstm.tasks import TaskMapping, map_tasks
 
 __all__ = [
     "Summary",
     "Sweep",
+    "capped_logs",
     "curve_difference",
     "loss_curves",
     "make_loss_curves",
@@ -297,21 +298,35 @@ def summary(curves: np.ndarray, at: int = -1) -> Summary:
     )
 
 
+def capped_logs(curves: np.ndarray, at: int = -1) -> np.ndarray:
+    """Return the logs of column ``at`` of ``curves`` [I, S + 1], float64 [I].
+
+    No loss counts as more than 1,000 times its first, and one that is not a number as
+    that, so that a mean exists where an instance diverges, and none does so for free.
+
+    >>> print(capped_logs(np.array([[1.0, 1.0], [1.0, np.nan], [1.0, 1e9]])).round(2))
+    [0.   6.91 6.91]
+    """
+    start, losses = np.asarray(curves, np.float64)[:, [0, at]].T
+    worst = 1e3 * start
+    return _logs(np.where(losses < worst, losses, worst))  # NaN is not below
+
+
 def curve_difference(
     a: np.ndarray, b: np.ndarray, at: int = -1, *, log: bool = False
-) -> tuple[float, float]:
+) -> Estimate:
     """Mean and 95% half-interval of ``a - b`` at column ``at``, instance by instance.
 
     Args:
       a, b: [I, S + 1] over the same instances.
-      log: compare logarithms.
+      log: compare `capped_logs`.
 
     Raises:
       ValueError: the shapes differ.
     """
     if a.shape != b.shape:
         raise ValueError(f"curves of shapes {a.shape} and {b.shape} are not in pairs")
-    last_a, last_b = (np.asarray(x, np.float64)[:, at] for x in (a, b))
     if log:
-        last_a, last_b = _logs(last_a), _logs(last_b)
+        return mean_and_ci95(capped_logs(a, at) - capped_logs(b, at))
+    last_a, last_b = (np.asarray(x, np.float64)[:, at] for x in (a, b))
     return mean_and_ci95(last_a - last_b)

@@ -21,6 +21,7 @@ from metalstm.tasks import TaskMapping, map_tasks
 
 __all__ = [
     "DIVERGED",
+    "NOT_YET",
     "Estimate",
     "Horizon",
     "InnerRuns",
@@ -37,6 +38,9 @@ LossTransform = Literal["none", "log", "relative"]
 DIVERGED = 1e12
 """A loss counts as this at most, and is then constant to every derivative: an instance
 that diverges cannot make the gradient of the others NaN."""
+
+NOT_YET = float("inf")
+"""Stands for L(theta_0) until a run's first segment has computed it."""
 
 _TINY = 1e-12  # keeps log and division of a loss finite
 
@@ -66,7 +70,7 @@ class InnerRuns(NamedTuple):
     params: PyTree  # with "pes" [T, 2, ...], one for each sign of the perturbation
     rule_state: PyTree  # likewise
     task: PyTree
-    first_loss: Array  # [T] at theta_0
+    first_loss: Array  # [T] at theta_0; NOT_YET before the first segment
     inner_step: Array  # int32 [T] updates done; -1 - k: start again, as if k were done
     meta_step: Array  # int32 [T] meta-steps done, the same for all
     shift: PyTree  # "pes": sum of the perturbations since the start; otherwise ()
@@ -227,8 +231,9 @@ def _objective(
     settings: Settings, losses: Array, runs: InnerRuns
 ) -> tuple[Array, Array]:
     """Losses [K + 1, ...] of one task, or of all: the mean, and L(theta_0)."""
-    started = runs.inner_step == 0
-    first = jnp.where(started, lax.stop_gradient(losses[0]), runs.first_loss)
+    # not inner_step == 0: the first runs may start in the middle of their horizon
+    starts = runs.first_loss == NOT_YET
+    first = jnp.where(starts, lax.stop_gradient(losses[0]), runs.first_loss)
     terms = losses[1:]
     if settings.loss_transform == "log":
         terms = jnp.log(terms + _TINY)

@@ -18,6 +18,7 @@ from flax import linen as nn
 
 from metalstm.algorithms.common import task_loss
 from metalstm.base import Array, Learner, LearnerState, PyTree
+from metalstm.batches import first_example, num_examples
 from metalstm.checks import check_at_least, check_choice, check_positive
 from metalstm.nn import MLP, conv4, from_flax
 
@@ -265,7 +266,7 @@ def supervised(
     measure = task_loss if loss_fn is None else loss_fn
 
     def sample(key: Array, data: PyTree) -> PyTree:
-        example = _floats(data.x[:1])
+        example = _floats(first_example(data.x))
         state = learner.init(key, example)
         return _Start(example, state._replace(params=()))
 
@@ -273,8 +274,8 @@ def supervised(
         return _redrawn(key, learner.init(key, task.example).params, init_std)
 
     def batch(key: Array, data: PyTree, size: int | None = None) -> PyTree:
-        rows = jax.random.randint(key, (size or batch_size,), 0, data.x.shape[0])
-        return data.x[rows], data.y[rows]
+        rows = jax.random.randint(key, (size or batch_size,), 0, num_examples(data.x))
+        return jax.tree.map(lambda leaf: leaf[rows], (data.x, data.y))
 
     def loss(params: PyTree, task: PyTree, batch: PyTree) -> Array:
         x, y = batch
@@ -369,8 +370,9 @@ def with_random_scaling(
     return ProblemFamily(sample, init, family.batch, loss)
 
 
-def _floats(x: Array) -> Array:
-    return x.astype(jnp.float32) / 255 if x.dtype == jnp.uint8 else x
+def _floats(x: PyTree) -> PyTree:
+    scale = lambda a: a.astype(jnp.float32) / 255 if a.dtype == jnp.uint8 else a  # noqa: E731
+    return jax.tree.map(scale, x)
 
 
 def _redrawn(key: Array, params: PyTree, std: float | None) -> PyTree:

@@ -24,6 +24,7 @@ from metalstm.checks import check_at_least, check_choice, check_positive
 from metalstm.inner import Differentiation, first_order
 from metalstm.learned_optimizers.estimators import (
     DIVERGED,
+    NOT_YET,
     Estimate,
     Horizon,
     InnerRuns,
@@ -82,17 +83,18 @@ def learned_optimizer(
 
     Args:
       num_tasks: T, problems in training at once; the trainer's ``num_tasks``.
-      unroll_steps: K.
-      horizon: updates after which a task starts again from a new instance; an int, or a
-        function of the meta-step (traced: a curriculum compiles nothing twice), of
-        which the next multiple of K counts.
+      unroll_steps: K, updates of a segment, which are differentiated together.
+      horizon: updates after which a task starts again from a new instance, a multiple
+        of K; or a function of the meta-step (traced: a curriculum compiles nothing
+        twice), of which the next multiple of K counts.
       differentiation: `metalstm.first_order` or `metalstm.second_order`, of a segment.
         Recomputing the rule needs less memory and is faster on a CPU. "pes"
         differentiates nothing.
       weights: inner step t = 1, 2, ... -> w_t, elementwise. None: 1.
       loss_transform: "none"; "log", so that equal ratios of losses count the same;
         "relative" divides by the instance's loss at theta_0.
-      pes_std: sigma.
+      estimator: "backprop" or "pes".
+      pes_std: sigma, of the perturbations of "pes".
       stagger: let the first runs end at different times, so that every meta-step sees
         all phases of training.
       scan_unroll: see `metalstm.inner.unroll`.
@@ -180,7 +182,7 @@ def _init_carry(
         params=tile(draw.params, rows),
         rule_state=tile(rule_state, rows),
         task=tile(draw.task, rows[:1]),
-        first_loss=jnp.ones(num_tasks),
+        first_loss=jnp.full(num_tasks, NOT_YET, jnp.result_type(float)),
         inner_step=-1 - phases.astype(jnp.int32),
         meta_step=jnp.zeros(num_tasks, jnp.int32),
         shift=tile(zeros, rows[:1]),
@@ -283,6 +285,7 @@ def _restart(
         params=params,
         rule_state=rule_state,
         task=draws.task,
+        first_loss=jnp.full_like(runs.first_loss, NOT_YET),
         inner_step=jnp.where(runs.inner_step < 0, -1 - runs.inner_step, 0),
         shift=jax.tree.map(jnp.zeros_like, runs.shift),
     )

@@ -13,39 +13,46 @@ from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
 from metalstm.algorithms.common import accuracy
-from metalstm.base import Episode, MetaAlgorithm, PyTree
-from metalstm.data.episodes import Sampler, episode_key
+from metalstm.base import Episode, LearnerState, MetaAlgorithm, PyTree
+from metalstm.data.episodes import Sampler, episode_key, sample_checked
 from metalstm.runtime import sharding
 from metalstm.runtime.compilation import Jitted
-from metalstm.statistics import mean_and_ci95
+from metalstm.statistics import Estimate, mean_and_ci95
 from metalstm.tasks import TaskMapping, map_tasks
 
 __all__ = [
+    "METHOD_STREAM",
     "Evaluation",
     "evaluate",
     "make_evaluate",
     "paired_difference",
 ]
 
-_TASK = 103  # folded into an episode's key: randomness inside the method
+METHOD_STREAM = 103  # folded into an episode's key: randomness inside the method
 
 
 class Evaluation(NamedTuple):
-    """Accuracies in [0, 1] (for regression: minus the mean squared error)."""
+    """Accuracies in [0, 1] (for regression: minus the mean squared error).
+
+    >>> print(Evaluation(np.zeros(2), -3.5, 1.4, None, "test", 0, regression=True))
+    mean squared error 3.5 ± 1.4 (2 test episodes, no batch norm)
+    """
 
     accuracies: np.ndarray  # float32 [episodes]
     mean: float
     ci95: float  # half the 95% confidence interval over episodes: 1.96 std / sqrt(n)
-    query_norm: str | None
+    query_norm: str | None  # None: no batch norm
     split: str
     seed: int
+    regression: bool = False
 
     def __str__(self) -> str:
         norm = self.query_norm or "no batch norm"
-        return (
-            f"{100 * self.mean:.2f} ± {100 * self.ci95:.2f} % "
-            f"({len(self.accuracies)} {self.split} episodes, {norm})"
-        )
+        if self.regression:
+            score = f"mean squared error {-self.mean:.4g} ± {self.ci95:.2g}"
+        else:
+            score = f"{100 * self.mean:.2f} ± {100 * self.ci95:.2f} %"
+        return f"{score} ({len(self.accuracies)} {self.split} episodes, {norm})"
 
 
 def make_evaluate(
@@ -70,11 +77,11 @@ def make_evaluate(
         batch_size = mesh.size * math.ceil(batch_size / mesh.size)
 
     def sample(keys: jax.Array, pool: Any) -> Episode:
-        return jax.vmap(lambda key: spec.sample(key, pool))(_typed(keys))
+        return jax.vmap(lambda key: sample_checked(spec, key, pool))(_typed(keys))
 
     def score(params: PyTree, keys: jax.Array, episodes: Episode) -> jax.Array:
         def one(key: jax.Array, episode: Episode) -> jax.Array:
-            key = jax.random.fold_in(key, _TASK)
+            key = jax.random.fold_in(key, METHOD_STREAM)
             support, query = episode
             scores = algorithm.predict(
                 params, key, support, query.x, num_classes=classes
@@ -110,8 +117,14 @@ def make_evaluate(
             results.append(grade(params, keys, draw(keys, pool)))
             sharding.block_on_cpu_collectives(results[-1])
         accuracies = np.concatenate(jax.device_get(results))[:num_episodes]
+        if np.isinf(accuracies).any() and not spec.regression:
+            raise ValueError(
+                "the sampler draws queries whose labels are outside [0, way), or more "
+                "than the learner's outputs: give labels 0 .. way - 1"
+            )
         mean, ci95 = mean_and_ci95(accuracies)
-        return Evaluation(accuracies, mean, ci95, algorithm.query_norm, split, seed)
+        norm = algorithm.query_norm if _has_statistics(params) else None
+        return Evaluation(accuracies, mean, ci95, norm, split, seed, spec.regression)
 
     return run
 
@@ -119,6 +132,14 @@ def make_evaluate(
 def _typed(keys: jax.Array) -> jax.Array:
     # raw until they are where they are used: typed keys are not placed
     return jax.random.wrap_key_data(keys)
+
+
+def _has_statistics(params: PyTree) -> bool:
+    """Whether a learner has batch statistics; True where no learner is known."""
+    is_state = lambda part: isinstance(part, LearnerState)  # noqa: E731
+    parts = jax.tree.leaves(params, is_leaf=is_state)
+    states = [part for part in parts if is_state(part)]
+    return not states or any(jax.tree.leaves(state.stats) for state in states)
 
 
 def _on_every_device(mesh: Mesh | None, score: Callable) -> Callable:
@@ -152,7 +173,7 @@ def evaluate(
     return run(params, pool, num_episodes=num_episodes, seed=seed, split=split)
 
 
-def paired_difference(a: Evaluation, b: Evaluation) -> tuple[float, float]:
+def paired_difference(a: Evaluation, b: Evaluation) -> Estimate:
     """Mean and 95% half-interval of ``a - b`` on the same episodes.
 
     Raises:

@@ -9,12 +9,16 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from metalstm.base import Array, PyTree
 from metalstm.meta.step import TrainState
 from metalstm.runtime import processes, sharding
 
 __all__ = ["FitState", "NonFiniteLossError", "fit", "init_fit_state"]
+
+
+_MOST_WAITING = 64  # calls of the loop whose metrics nobody has read
 
 
 class NonFiniteLossError(FloatingPointError):
@@ -24,7 +28,8 @@ class NonFiniteLossError(FloatingPointError):
         super().__init__(
             f"the meta-loss or its gradient is not finite at step {step} (loss "
             f"{loss}); the state before that step is kept: lower the "
-            "learning rate or the inner step size, or clip gradients more tightly"
+            "learning rate or the inner step size, clip gradients more tightly, or "
+            "look for labels outside [0, way)"
         )
         self.step = step
 
@@ -75,7 +80,8 @@ def fit(
         Several processes agree on it when they report.
 
     Raises:
-      NonFiniteLossError: names the step; the state before it has been saved.
+      NonFiniteLossError: names the step, at most 64 calls of ``train_loop`` after it;
+        the state before it has been saved.
       ValueError: a cadence is not a multiple of ``steps_per_call``, or the pool holds
         values that are NaN or infinite.
     """
@@ -93,14 +99,12 @@ def fit(
     _refuse_not_finite(pool)
     started = time.monotonic()
     step = int(state.train.step)
-    pending: list[dict[str, Array]] = []
+    pending = _Metrics()
 
     def flush() -> None:
-        if not pending:
-            return
-        means = _mean_metrics(pending, step)
-        pending.clear()
-        if report is not None:
+        pending.read(step)
+        means = pending.means()
+        if report is not None and means:
             report(step, means)
 
     def time_is_over(step: int) -> bool:
@@ -126,7 +130,7 @@ def fit(
             state = state._replace(train=train)
             sharding.block_on_cpu_collectives(metrics)
             step += steps_per_call
-            pending.append(metrics)
+            pending.add(metrics, step)
             done = step >= num_steps or time_is_over(step)
             validates = done or (bool(validate_every) and step % validate_every == 0)
             saves = done or (bool(save_every) and step % save_every == 0)
@@ -168,14 +172,39 @@ def _validated(state: FitState, validate: Callable[[PyTree], float]) -> FitState
     )
 
 
-def _mean_metrics(pending: list[dict[str, Array]], step: int) -> dict[str, float]:
-    """The means over pending steps; raises at the first that is not finite."""
-    stacked = jax.tree.map(lambda *leaves: jnp.concatenate(leaves), *pending)
-    host = jax.device_get(stacked)
-    finite = host.pop("finite")
-    if not finite.all():
-        first = int(finite.argmin())
-        bad = step - len(finite) + first + 1
-        raise NonFiniteLossError(bad, float(host["loss"][first]))
-    means = {name: float(values.mean()) for name, values in host.items()}
-    return {name: value for name, value in means.items() if not math.isnan(value)}
+class _Metrics:
+    """Means over the steps since the last report, of which few wait on the device."""
+
+    def __init__(self) -> None:
+        self._waiting: list[dict[str, Array]] = []
+        self._sums: dict[str, float] = {}
+        self._num_steps = 0
+
+    def add(self, metrics: dict[str, Array], step: int) -> None:
+        """Take those of the steps up to ``step``; see `read`."""
+        self._waiting.append(metrics)
+        if len(self._waiting) >= _MOST_WAITING:
+            self.read(step)
+
+    def read(self, step: int) -> None:
+        """Wait for all steps up to ``step``; raise at the first that is not finite."""
+        if not self._waiting:
+            return
+        read = jax.device_get(self._waiting)
+        self._waiting.clear()
+        host = {name: np.concatenate([m[name] for m in read]) for name in read[0]}
+        finite = host.pop("finite")
+        if not finite.all():
+            first = int(finite.argmin())
+            bad = step - len(finite) + first + 1
+            raise NonFiniteLossError(bad, float(host["loss"][first]))
+        self._num_steps += len(finite)
+        for name, values in host.items():
+            total = self._sums.get(name, 0.0)
+            self._sums[name] = total + float(values.sum(dtype=np.float64))
+
+    def means(self) -> dict[str, float]:
+        """Return the means that are numbers, and start again."""
+        means = {name: total / self._num_steps for name, total in self._sums.items()}
+        self._sums, self._num_steps = {}, 0
+        return {name: value for name, value in means.items() if not math.isnan(value)}

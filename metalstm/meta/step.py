@@ -17,7 +17,7 @@ from jax.sharding import Mesh
 
 from metalstm.base import Array, Episode, MetaAlgorithm, PyTree
 from metalstm.checks import check_at_least
-from metalstm.data.episodes import TaskSampler, episode_key
+from metalstm.data.episodes import TaskSampler, episode_key, sample_checked
 from metalstm.runtime import sharding
 from metalstm.runtime.compilation import Jitted
 from metalstm.tasks import in_chunks, over_mesh
@@ -132,7 +132,7 @@ def make_train_loop(
     train_spec = algorithm.train_sampler(spec)
 
     def sample(keys: Array, pool: Any) -> Any:
-        return jax.vmap(lambda key: train_spec.sample(key, pool))(keys)
+        return jax.vmap(lambda key: sample_checked(train_spec, key, pool))(keys)
 
     step_fn = _train_step(algorithm, optimizer, mesh, accumulate_tasks, sample)
 
@@ -158,6 +158,7 @@ def _train_step(
 ):
     """``(state, tasks [T], pool)``: tasks are episodes, or what to sample them from."""
     meta_gradient = algorithm.meta_gradient
+    optimizer = optax.with_extra_args_support(optimizer)  # some read the loss
     if accumulate is not None:
         meta_gradient = in_chunks(meta_gradient, accumulate, algorithm.per_task_carry)
 
@@ -174,7 +175,9 @@ def _train_step(
         key = jax.random.fold_in(key, state.step)
         keys = jax.vmap(lambda i: jax.random.fold_in(key, i))(jnp.arange(num_tasks))
         grads, carry, metrics = gradient(state.params, state.carry, keys, tasks, pool)
-        updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+        updates, opt_state = optimizer.update(
+            grads, state.opt_state, state.params, value=metrics["loss"]
+        )
         params = algorithm.absorb(optax.apply_updates(state.params, updates), carry)
         new = TrainState(state.step + 1, state.seed, params, opt_state, carry)
         grad_norm = jnp.sqrt(sum(jnp.vdot(g, g) for g in jax.tree.leaves(grads)))

@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from flax import linen as nn
 
 from metalstm.base import Learner
+from metalstm.checks import check_choice
 from metalstm.nn.linen import from_linen
 from metalstm.nn.nnx import from_nnx, parameters_of
 
@@ -22,7 +23,11 @@ if TYPE_CHECKING:  # a quarter of the time of `import metalstm`, for its users a
 __all__ = ["from_flax"]
 
 
-def from_flax(module: nn.Module | Callable[..., nnx.Module]) -> Learner:
+def from_flax(
+    module: nn.Module | Callable[..., nnx.Module],
+    *,
+    convolutions: Literal["fastest", "flax"] = "fastest",
+) -> Learner:
     """Make a learner of a Linen module, an NNX class or a function that makes one.
 
     Linen: ``__call__`` takes x [N, ...] and, where the module has a batch norm, one of
@@ -47,13 +52,23 @@ def from_flax(module: nn.Module | Callable[..., nnx.Module]) -> Learner:
     ``stats`` is Linen's collection "batch_stats" or NNX's `BatchStat` variables, and
     ``other`` is every further variable except generators.
 
+    Args:
+      module: as above.
+      convolutions: "fastest" computes those of `nn.Conv` and `nnx.Conv` in the form
+        that is fastest where they run, 10 to 20 times faster than flax's in an inner
+        loop on a CPU, and equal up to rounding. A layer that was given its own
+        ``conv_general_dilated`` keeps it. "flax" leaves all of them. `nn.max_pool` has
+        a drop-in as well: `metalstm.nn.max_pool`.
+
     Raises:
       ValueError: for an NNX instance, an NNX class that needs more than ``rngs``, a
         Linen class, and (when initialised) for a Linen module with batch statistics and
         no switch for them.
     """
+    check_choice("convolutions", convolutions, ("fastest", "flax"))
+    fastest = convolutions == "fastest"
     if isinstance(module, nn.Module):
-        return from_linen(module)
+        return from_linen(module, fast_convolutions=fastest)
     if _is_nnx_instance(module):
         name = type(module).__name__
         raise ValueError(
@@ -75,7 +90,7 @@ def from_flax(module: nn.Module | Callable[..., nnx.Module]) -> Learner:
             f"from_flax got the class {name}, which needs {', '.join(missing)} too: "
             f"from_flax(functools.partial({name}, {missing[0]}=...))"
         )
-    return from_nnx(module)
+    return from_nnx(module, fast_convolutions=fastest)
 
 
 def _is_nnx_instance(module: object) -> bool:

@@ -72,8 +72,8 @@ class BatchNorm(nn.Module):
         shape = x.shape[-1:]
         mean = self.variable("batch_stats", "mean", jnp.zeros, shape, jnp.float32)
         var = self.variable("batch_stats", "var", jnp.ones, shape, jnp.float32)
-        scale = self.param("scale", self.scale_init, shape)
-        shift = self.param("bias", nn.initializers.zeros, shape)
+        scale = self.param("scale", self.scale_init, shape, jnp.float32)
+        shift = self.param("bias", nn.initializers.zeros, shape, jnp.float32)
         if not train:
             slope = scale * jax.lax.rsqrt(var.value + self.epsilon)
             return slope, shift + slope * (bias - mean.value)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from flax import core
@@ -11,11 +12,12 @@ from flax import linen as nn
 
 from metalstm.base import Array, Learner, LearnerState, Norm, PyTree
 from metalstm.nn.batch_statistics import run_with_statistics
+from metalstm.nn.general_convolution import conv_general_dilated
 
 __all__ = ["from_linen"]
 
 
-def from_linen(module: nn.Module) -> Learner:
+def from_linen(module: nn.Module, *, fast_convolutions: bool = True) -> Learner:
     """Make a learner of a Linen module; see `metalstm.nn.from_flax`."""
     accepted = inspect.signature(type(module).__call__).parameters
     norm_switches = {"train", "training", "is_training", "use_running_average"}
@@ -28,8 +30,17 @@ def from_linen(module: nn.Module) -> Learner:
         values["deterministic"] = key is None
         return {name: values[name] for name in switches}
 
+    @contextlib.contextmanager
+    def intercepted(key: Array | None) -> Iterator[None]:
+        with contextlib.ExitStack() as stack:
+            switch = _dropout_switch(on=key is not None)
+            stack.enter_context(nn.intercept_methods(switch))
+            if fast_convolutions:
+                stack.enter_context(nn.intercept_methods(_convolve_fast))
+            yield
+
     def init(key: Array, x: Array) -> LearnerState:
-        with nn.intercept_methods(_dropout_switch(on=False)):
+        with intercepted(None):
             variables = module.init({"params": key}, x, **flags("stored", None))
         params, stats, other = _split_collections(variables)
         if stats and not switches & norm_switches:
@@ -45,7 +56,7 @@ def from_linen(module: nn.Module) -> Learner:
         def run(stats):
             variables = {"params": state.params, **state.other}
             variables |= {"batch_stats": stats} if stats else {}
-            with nn.intercept_methods(_dropout_switch(on=key is not None)):
+            with intercepted(key):
                 outputs, updated = module.apply(
                     variables,
                     x,
@@ -68,6 +79,24 @@ def from_linen(module: nn.Module) -> Learner:
 def _split_collections(variables: Mapping) -> tuple[PyTree, PyTree, PyTree]:
     other: dict[str, Any] = dict(core.unfreeze(dict(variables)))
     return other.pop("params", {}), other.pop("batch_stats", {}), other
+
+
+def _convolve_fast(next_fn, args, kwargs, context) -> Any:
+    """An interceptor that gives `nn.Conv` the function that convolves."""
+    module = context.module
+    if (
+        not isinstance(module, nn.Conv)
+        or context.method_name != "__call__"
+        or module.conv_general_dilated is not None
+        or module.conv_general_dilated_cls is not None
+    ):
+        return next_fn(*args, **kwargs)
+    # the field is frozen, and a clone would be another module in the scope
+    object.__setattr__(module, "conv_general_dilated", conv_general_dilated)
+    try:
+        return next_fn(*args, **kwargs)
+    finally:
+        object.__setattr__(module, "conv_general_dilated", None)
 
 
 def _dropout_switch(*, on: bool) -> Callable:

@@ -15,6 +15,7 @@ import jax
 from flax import linen as nn
 
 from metalstm.base import Array, Learner
+from metalstm.batches import flatten_examples
 from metalstm.checks import check_choice
 from metalstm.nn.convolution import Method, conv2d
 from metalstm.nn.flax_modules import from_flax
@@ -52,9 +53,12 @@ class Conv4(nn.Module):
     0.1.
 
     Attributes:
+      filters: of each convolution.
+      num_blocks: how many blocks.
       downsample: "max_pool" (2x2, an odd last row or column is dropped) or "stride"
         (the convolution itself moves by 2, MAML's Omniglot network).
       norm: "batch"; "group" or "layer", which look at one image only; or "none".
+      momentum: weight of the old value in the batch norm's moving average.
       initializer: "torch" draws weights and biases from U(+-1/sqrt(fan_in)), as
         published; "flax" is lecun_normal and zero biases.
       scale_init: of the norm's scale, "ones" or "uniform" for U(0, 1).
@@ -108,7 +112,7 @@ class Conv4(nn.Module):
             x = normalise(self, f"norm{index}", x, bias, train, pooled)
             if index < self.num_blocks or self.final_relu:
                 x = jax.nn.relu(x)
-        return x if self.feature_maps else linear_head(self, x.reshape(x.shape[0], -1))
+        return x if self.feature_maps else linear_head(self, flatten_examples(x))
 
 
 class RelationNet(nn.Module):
@@ -149,7 +153,7 @@ class RelationNet(nn.Module):
             features = self._block(features, bias, "norm1", train)
             conv = Conv(self.filters, **options, name="conv")
             features = self._block(*conv(features), "norm2", train)
-            features = features.reshape(features.shape[0], -1)
+            features = flatten_examples(features)
         else:
             features = jax.nn.relu(features + bias)
         features = jax.nn.relu(self._dense(self.hidden, features, "hidden"))
@@ -190,7 +194,7 @@ class _PairLayer(nn.Module):
         of_classes = layer(classes, kernel[..., :channels, :])
         of_queries = layer(queries, kernel[..., channels:, :])
         pairs = of_queries[:, None] + of_classes[None]
-        return pairs.reshape(-1, *pairs.shape[2:]), bias
+        return pairs.reshape(len(queries) * len(classes), *pairs.shape[2:]), bias
 
 
 class MLP(nn.Module):
@@ -198,6 +202,11 @@ class MLP(nn.Module):
 
     ``num_classes`` may also be the number of regression targets, or None to return the
     last hidden layer.
+
+    Attributes:
+      widths: units of each hidden layer.
+      initializer: as `Conv4`'s.
+      zero_head: start from equal scores for every class.
     """
 
     num_classes: int | None
@@ -212,7 +221,7 @@ class MLP(nn.Module):
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
-        x = x.reshape(x.shape[0], -1)
+        x = flatten_examples(x)
         for index, width in enumerate(self.widths, 1):
             layer = dense_layer(
                 width, x.shape[-1], self.initializer, name=f"dense{index}"
@@ -226,7 +235,14 @@ class ResNet12(nn.Module):
 
     Each block: (convolution, norm, leaky ReLU 0.1) three times with a 1x1 shortcut
     added before the last leaky ReLU, then 2x2 max-pool, then DropBlock (Ghiasi et al.,
-    2018) when ``drop_rate`` is positive and the pass was given a key.
+    2018) when ``drop_rate`` is positive and the pass was given a key. Attributes that
+    are not below are as `Conv4`'s.
+
+    Attributes:
+      widths: filters of each block.
+      norm: "batch"; "group" or "layer", which look at one image only; or "none".
+      momentum: weight of the old value in the batch norm's moving average.
+      zero_head: start from equal scores for every class.
     """
 
     num_classes: int | None

@@ -9,9 +9,11 @@ from typing import TYPE_CHECKING
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 
 from metalstm.base import Array, Learner, LearnerState, Norm, PyTree
 from metalstm.nn.batch_statistics import run_with_statistics
+from metalstm.nn.general_convolution import conv_general_dilated
 
 if TYPE_CHECKING:  # a quarter of the time of `import metalstm`, for its users alone
     from flax import nnx
@@ -19,7 +21,9 @@ if TYPE_CHECKING:  # a quarter of the time of `import metalstm`, for its users a
 __all__ = ["from_nnx", "parameters_of"]
 
 
-def from_nnx(make: Callable[..., nnx.Module]) -> Learner:
+def from_nnx(
+    make: Callable[..., nnx.Module], *, fast_convolutions: bool = True
+) -> Learner:
     """Make a learner of what ``make(rngs)`` returns; see `metalstm.nn.from_flax`.
 
     The generators are not part of the state: every pass makes them from its key.
@@ -42,6 +46,10 @@ def from_nnx(make: Callable[..., nnx.Module]) -> Learner:
             )
 
         model = nnx.eval_shape(checked)
+        for _, node in nnx.iter_graph(model) if fast_convolutions else ():
+            is_conv = isinstance(node, nnx.Conv)
+            if is_conv and node.conv_general_dilated is lax.conv_general_dilated:
+                node.conv_general_dilated = conv_general_dilated
         model.set_attributes(
             use_running_average=norm == "stored",
             deterministic=not dropout,

@@ -5,6 +5,7 @@ display, nothing to close.
 """
 
 from metalstm.plots.accuracies import accuracy_bars, accuracy_sweep, roc_curves
+from metalstm.plots.confidence import confidence_panels
 from metalstm.plots.episodes import episode_picture
 from metalstm.plots.gates import gate_curves, layer_groups
 from metalstm.plots.optimizers import (
@@ -14,16 +15,20 @@ from metalstm.plots.optimizers import (
     loss_panels,
     rate_sweeps,
 )
+from metalstm.plots.regression import FittedTask, function_fits, seed_spread
 from metalstm.plots.training import Curve, learning_curves, meta_training_curves
 
 __all__ = [
     "Curve",
+    "FittedTask",
     "Losses",
     "Sweep",
     "accuracy_bars",
     "accuracy_sweep",
+    "confidence_panels",
     "episode_picture",
     "escape_curves",
+    "function_fits",
     "gate_curves",
     "layer_groups",
     "learning_curves",
@@ -31,4 +36,5 @@ __all__ = [
     "meta_training_curves",
     "rate_sweeps",
     "roc_curves",
+    "seed_spread",
 ]

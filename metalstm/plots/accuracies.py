@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
@@ -62,6 +62,7 @@ def accuracy_sweep(
     title: str = "",
     chance: Sequence[tuple[float, float]] = (),
     bold: Sequence[str] = (),
+    xscale: Literal["log", "linear"] = "log",
 ) -> Figure:
     """Draw accuracy against shots or ways, a line a method, its name at its end.
 
@@ -107,7 +108,7 @@ def accuracy_sweep(
     means = [[mean for _, mean, _ in points] for points in sweeps.values()]
     _accuracy_scale(axes, means)
     # lines end at the right edge, where their names are
-    axes.set(xscale="log", xlim=(0.94 * xs[0], xs[-1] * 1.02))
+    axes.set(xscale=xscale, xlim=(0.94 * xs[0], xs[-1] * 1.02))
     axes.set_xticks(xs, [f"{x:g}" for x in xs])
     axes.minorticks_off()
     axes.set(xlabel=xlabel, ylabel="accuracy, % (band: 95% CI)", title=title)

@@ -40,6 +40,8 @@ def loss_panels(
     geometric: Sequence[str] = (),
     learned: Sequence[str] = (),
     columns: int = 3,
+    xlabel: str = "updates",
+    ylabel: str = "loss",
 ) -> Figure:
     """Draw losses against updates on a log scale, a panel a problem, a line a rule.
 
@@ -70,8 +72,8 @@ def loss_panels(
             axes.fill_between(
                 drawn[name].steps, low, high, color=style["color"], alpha=0.2, lw=0
             )
-        ylabel = "loss (geometric mean)" if title in geometric else "loss"
-        axes.set(xlabel="updates", ylabel=ylabel, yscale="log")
+        kind = " (geometric mean)" if title in geometric else ""
+        axes.set(xlabel=xlabel, ylabel=ylabel + kind, yscale="log")
         axes.set_title(title, fontsize=10)
         add_grid_and_legend(axes)
     add_note(figure, "band: 95% CI over problems")

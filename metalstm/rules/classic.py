@@ -206,7 +206,10 @@ def common_traits(*rules: UpdateRule) -> RuleTraits:
 
 
 def check_differentiable(rule: UpdateRule) -> None:
-    """Refuse a rule whose second order is NaN at g = 0, where dead ReLUs put it.
+    """Refuse a rule whose second order is NaN where dead ReLUs put it.
+
+    They make coordinates of the gradient zero, or all those of a tensor, but not all of
+    them: clipping by the global norm, whose derivative is not finite at zero, is fine.
 
     Raises:
       ValueError: its derivative by a zero gradient is not finite, and it does not
@@ -214,18 +217,21 @@ def check_differentiable(rule: UpdateRule) -> None:
     """
     if rule.traits.smooth:
         return
-    params = {"w": jnp.zeros(2)}
+    params = {"dead": jnp.zeros(2), "half": jnp.zeros(2)}
 
-    def total(g):
+    def total(grads):
         tx = rule.bind(rule.init(jax.random.key(0), params))
-        updates, _ = tx.update({"w": g}, tx.init(params), params, value=jnp.float32(1))
-        return updates["w"].sum()
+        updates, _ = tx.update(grads, tx.init(params), params, value=jnp.float32(1))
+        return sum(leaf.sum() for leaf in jax.tree.leaves(updates))
 
     with jax.ensure_compile_time_eval():
-        derivative = jax.grad(total)(jnp.zeros(2))
-    if not bool(jnp.isfinite(derivative).all()):
+        grads = {"dead": jnp.zeros(2), "half": jnp.array([0.0, 1.0])}
+        derivatives = jax.tree.leaves(jax.grad(total)(grads))
+    if not all(bool(jnp.isfinite(leaf).all()) for leaf in derivatives):
         raise ValueError(
             "differentiation=second_order(), but the rule's derivative at a zero "
             "gradient is not finite, and a dead ReLU gives zero gradients: choose "
-            "first_order(), or make it smooth (optax.adam has eps_root=1e-8)"
+            "first_order(), or make it smooth (optax.adam has eps_root=1e-8; clip by "
+            "optax.clip or optax.clip_by_global_norm), or promise it with "
+            "as_rule(rule, RuleTraits(smooth=True))"
         )

@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from metalstm.base import PyTree
@@ -348,8 +349,10 @@ def _as_in_target(leaf: Any, value: np.ndarray) -> Any:
         return type(leaf)(value)
     if isinstance(leaf, np.ndarray | np.generic):
         return value
-    one_device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-    sharding = getattr(leaf, "sharding", None) or one_device
+    sharding = getattr(leaf, "sharding", None)
+    if sharding is None:
+        # committed to no device, as a new state is: programs compiled before serve it
+        return jnp.array(value)
     return jax.make_array_from_callback(value.shape, sharding, value.__getitem__)
 
 

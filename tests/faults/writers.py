@@ -1,7 +1,7 @@
 """Everything that writes, stopped at every operation and in the middle of files.
 
-Import no more here than can be forked: JAX and orbax may be imported, but nothing may
-be computed before the fork, which is why even reading is done in a child.
+JAX and orbax are imported before the forks, once for all children; but nothing may be
+computed before, which is why even reading is done in a child.
 """
 
 from __future__ import annotations
@@ -15,7 +15,14 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
+import jax
 import numpy as np
+from orbax.checkpoint import v1  # noqa: F401 (checkpoints imports it late)
+
+from experiments.common.run_folder import Metrics, write_json
+from metalstm import rules
+from metalstm.data import cache
+from metalstm.runtime import checkpoints
 
 from .injection import Fault, count_operations, in_child
 from .outcomes import Outcome, require
@@ -36,21 +43,15 @@ def _state(version: int) -> dict[str, np.ndarray]:
 
 
 def _write_checkpoint(folder: Path, version: int) -> None:
-    from metalstm.runtime import checkpoints
-
     metadata = {"version": version, "text": "x" * 300}
     checkpoints.save(folder, _state(version), step=version, metadata=metadata)
 
 
 def _write_checkpoint_again(folder: Path, version: int) -> None:
-    from metalstm.runtime import checkpoints
-
     checkpoints.save(folder, _state(version), step=7, metadata={"version": version})
 
 
 def _read_checkpoint(folder: Path) -> int:
-    from metalstm.runtime import checkpoints
-
     restored = checkpoints.restore(folder, _state(0))
     require(restored.message is None, f"half of one is seen: {restored.message}")
     version = restored.metadata["version"]
@@ -61,24 +62,18 @@ def _read_checkpoint(folder: Path) -> int:
 
 
 def _write_rule(folder: Path, version: int) -> None:
-    import jax
-
-    from metalstm import rules
-
     spec = {"rule": "learned_sgd"}
-    rates = rules.build_rule(spec).init(jax.random.key(0), np.float32(0))
+    init = rules.build_rule(spec).init
+    rates = jax.eval_shape(lambda: init(jax.random.key(0), np.float32(0)))
+    rates = jax.tree.map(lambda x: np.full(x.shape, 0.1 * version, x.dtype), rates)
     rules.save_rule(folder / "rule.npz", spec, rates, info={"version": version})
 
 
 def _read_rule(folder: Path) -> int:
-    from metalstm import rules
-
     return rules.load_rule(folder / "rule.npz").info["version"]
 
 
 def _write_cache(folder: Path, version: int) -> None:
-    from metalstm.data import cache
-
     (folder / "data.npz").unlink(missing_ok=True)  # it is built when it is not there
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -102,8 +97,6 @@ def _read_cache(folder: Path) -> int:
 
 
 def _write_results(folder: Path, version: int) -> None:
-    from experiments.common.run_folder import write_json
-
     write_json(folder / "results.json", {"version": version, "text": "x" * 5000})
 
 
@@ -113,8 +106,6 @@ def _read_results(folder: Path) -> int:
 
 def _write_metrics(folder: Path, version: int) -> None:
     """Go on from a checkpoint: forget what came after it, then write on."""
-    from experiments.common.run_folder import Metrics
-
     metrics = Metrics(folder)
     metrics.rewind("maml", 10 * (version - 1))
     for step in range(10):
@@ -123,8 +114,6 @@ def _write_metrics(folder: Path, version: int) -> None:
 
 def _read_metrics(folder: Path) -> int:
     """The last version whose ten rows are all there, and those before it too."""
-    from experiments.common.run_folder import Metrics
-
     counts = [row["episode"] for row in Metrics(folder).read()]
     require(counts == list(range(1, len(counts) + 1)), "a row is lost or twice there")
     return len(counts) // 10

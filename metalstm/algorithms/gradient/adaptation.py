@@ -24,6 +24,7 @@ from metalstm.base import (
     QueryNorm,
     UpdateRule,
 )
+from metalstm.batches import first_example, join_examples, num_examples
 from metalstm.inner import Differentiation, InnerState, Trace, unroll
 
 __all__ = ["Adaptation", "Adapted", "adapt_to", "query_outputs"]
@@ -44,6 +45,7 @@ class Adaptation(NamedTuple):
     gradient_scale: float | Literal["1/batch", "way"]
     scan_unroll: int
     axis_name: str | None
+    gathers: bool  # averages over meta-training, for "frozen"
 
 
 class Adapted(NamedTuple):
@@ -72,7 +74,14 @@ def adapt_to(
     """
     learner = adaptation.learner
     state = _start(adaptation, meta_params, key, support.x, way)
-    stats = meta_params.learner.stats if norm == "frozen" else state.stats
+    stats = state.stats
+    if adaptation.gathers and norm != "frozen" and adaptation.learn_init:
+        # not the averages over meta-training, which are other tasks'
+        stats = learner.init(
+            jax.random.fold_in(key, _INIT), first_example(support.x)
+        ).stats
+    elif norm == "frozen":
+        stats = meta_params.learner.stats
     support_norm: Norm = "stored" if norm == "frozen" else "batch"
 
     def loss_fn(params, stats, batch, step_key):
@@ -114,7 +123,7 @@ def _start(
     """theta_0, learned or drawn, with a head for the task's classes."""
     learner, state = adaptation.learner, meta_params.learner
     if not adaptation.learn_init:
-        state = learner.init(jax.random.fold_in(key, _INIT), x[:1])
+        state = learner.init(jax.random.fold_in(key, _INIT), first_example(x))
     if learner.at_way is None:
         return state
     if way is None:
@@ -149,9 +158,8 @@ def _one_by_one(learner: Learner, state: LearnerState, support_x, query_x) -> Ar
     """Normalise each query together with the support set alone (`support+1`)."""
 
     def one(x):
-        outputs, _ = learner.apply(
-            state, jnp.concatenate([support_x, x[None]]), norm="batch"
-        )
+        together = join_examples(support_x, jax.tree.map(lambda leaf: leaf[None], x))
+        outputs, _ = learner.apply(state, together, norm="batch")
         return outputs[-1]
 
     return lax.map(one, query_x)
@@ -162,10 +170,10 @@ def _gradient_scale(
 ) -> float:
     scale, learner = adaptation.gradient_scale, adaptation.learner
     if scale == "1/batch":
-        return 1 / (adaptation.batch_size or support.x.shape[0])
+        return 1 / (adaptation.batch_size or num_examples(support.x))
     if scale == "way":
         outputs, _ = jax.eval_shape(
-            lambda: learner.apply(state, support.x[:1], norm="stored")
+            lambda: learner.apply(state, first_example(support.x), norm="stored")
         )
         return float(outputs.shape[-1])
     return float(scale)
@@ -175,7 +183,7 @@ def _minibatches(key: Array, support: Batch, batch_size: int | None, num_steps: 
     """Stacked minibatches [num_steps, batch_size, ...], or None for the whole set."""
     if batch_size is None:
         return None
-    num_images = support.x.shape[0]
+    num_images = num_examples(support.x)
     if not 1 <= batch_size <= num_images or num_images % batch_size:
         raise ValueError(
             f"batch_size={batch_size} does not divide the {num_images} images of the "

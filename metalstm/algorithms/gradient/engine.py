@@ -38,6 +38,7 @@ from metalstm.base import (
     TrainSampler,
     UpdateRule,
 )
+from metalstm.batches import first_example
 from metalstm.checks import check_choice
 from metalstm.inner import Differentiation, InnerState, Trace
 from metalstm.rules import as_rule, find_gates
@@ -116,22 +117,21 @@ def learned_init(
         gradient_scale,
         scan_unroll,
         axis_name,
+        gathers="frozen" in (query_norm, train_query_norm),
     )
     check_choice("query_norm", query_norm, get_args(QueryNorm))
     check_choice("train_query_norm", train_query_norm, get_args(QueryNorm))
     _check(adaptation, train_way, trainable)
     test_steps = num_steps if num_test_steps is None else num_test_steps
-    gathers = "frozen" in (query_norm, train_query_norm)
     loss = functools.partial(
         _query_loss,
         adaptation,
         num_steps=num_steps,
         norm=train_query_norm,
         way=train_way,
-        gathers=gathers,
     )
     slots: dict[str, Any] = {}
-    if gathers:
+    if adaptation.gathers:
         slots = with_running_statistics(
             loss,
             read=lambda p: p.learner.stats,
@@ -223,7 +223,7 @@ def _check(adaptation: Adaptation, train_way: int | None, trainable: bool) -> No
 
 def _init(adaptation: Adaptation, key: Array, episode: Episode) -> MetaParams:
     learner_key, rule_key = jax.random.split(key)
-    state = adaptation.learner.init(learner_key, episode.support.x[:1])
+    state = adaptation.learner.init(learner_key, first_example(episode.support.x))
     _check_other(state.other)
     rule_params = adaptation.rule.init(rule_key, state.params)
     if not adaptation.learn_init:
@@ -241,7 +241,6 @@ def _query_loss(
     num_steps: int,
     norm: QueryNorm,
     way: int | None,
-    gathers: bool,
 ) -> tuple[Array, Aux]:
     support, query = episode
     meta_params = meta_params._replace(learner=stop_statistics(meta_params.learner))
@@ -254,7 +253,7 @@ def _query_loss(
         "support_loss": adapted.trace.losses[0],
     }
     gathered = {}
-    if gathers:
+    if adaptation.gathers:
         _, after = adaptation.learner.apply(adapted.learner, query.x, norm="gather")
         gathered = lax.stop_gradient(after.stats)
     return task_loss(outputs, query.y), Aux(metrics, gathered)

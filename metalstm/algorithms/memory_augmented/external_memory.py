@@ -181,5 +181,5 @@ def _linear(layer: PyTree, x: Array) -> Array:
 
 
 def _init_layer(key: Array, rows: int, columns: int) -> PyTree:
-    kernel = jax.random.normal(key, (rows, columns)) * rows**-0.5
-    return {"kernel": kernel, "bias": jnp.zeros(columns)}
+    kernel = jax.random.normal(key, (rows, columns), jnp.float32) * rows**-0.5
+    return {"kernel": kernel, "bias": jnp.zeros(columns, jnp.float32)}

@@ -10,15 +10,12 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 
-from metalstm.algorithms.common import make_algorithm
 from metalstm.algorithms.metric.distances import (
     Distance,
     Scale,
     class_means,
-    nearest_of_class,
     similarities,
     similarity_scale,
-    squared_distances,
 )
 from metalstm.algorithms.metric.engine import (
     Compared,
@@ -32,27 +29,10 @@ from metalstm.algorithms.metric.full_context import (
     query_in_context,
     support_in_context,
 )
-from metalstm.base import Array, Batch, Learner, MetaAlgorithm, Norm
+from metalstm.base import Array, Learner, MetaAlgorithm, Norm
 from metalstm.checks import check_at_least, check_choice
 
-__all__ = ["matching", "nearest_neighbour", "prototypical", "relation"]
-
-
-def nearest_neighbour() -> MetaAlgorithm:
-    """Baseline: the label of the support image whose pixels are closest.
-
-    ``predict`` scores a class by minus the smallest squared distance.
-    """
-
-    def predict(meta_params, key, support: Batch, query_x, *, num_classes: int):
-        del meta_params, key
-        flat = lambda x: x.reshape(x.shape[0], -1)  # noqa: E731
-        distances = squared_distances(flat(query_x), flat(support.x))
-        return nearest_of_class(distances, support.y, num_classes)
-
-    return make_algorithm(
-        init=lambda key, episode: (), predict=predict, trainable=False
-    )
+__all__ = ["matching", "prototypical", "relation"]
 
 
 def prototypical(

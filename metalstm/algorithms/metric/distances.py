@@ -41,11 +41,17 @@ _COSINE_SCALE = 10.0  # where a learned scale starts: cosines are too flat for a
 def squared_distances(a: Array, b: Array) -> Array:
     """Return the squared Euclidean distances of [M, d] and [N, d], [M, N].
 
+    From the mean of b, and in full precision: |a|^2 - 2 ab + |b|^2 is a small
+    difference of large numbers where embeddings lie close together.
+
     >>> squared_distances(jnp.array([[0.0, 0.0]]), jnp.array([[3.0, 4.0], [1.0, 0.0]]))
     Array([[25.,  1.]], dtype=float32)
     """
-    cross = a @ b.T
-    return jnp.square(a).sum(-1)[:, None] - 2 * cross + jnp.square(b).sum(-1)[None]
+    origin = lax.stop_gradient(b.mean(0))  # no distance depends on it
+    a, b = a - origin, b - origin
+    cross = jnp.matmul(a, b.T, precision=lax.Precision.HIGHEST)
+    squares = jnp.square(a).sum(-1)[:, None] + jnp.square(b).sum(-1)[None]
+    return jnp.maximum(squares - 2 * cross, 0)
 
 
 def unit(x: Array) -> Array:

@@ -37,6 +37,7 @@ from metalstm.base import (
     Norm,
     PyTree,
 )
+from metalstm.batches import first_example, join_examples, num_examples
 from metalstm.nn.heads import output_shape
 
 __all__ = [
@@ -124,7 +125,7 @@ def compare_embeddings(
 
     def init(key: Array, episode: Episode) -> LearnerState:
         learner_key, comparison_key = comparison.split_key(key)
-        x = episode.support.x[:1]
+        x = first_example(episode.support.x)
         state = learner.init(learner_key, x)
         if comparison.init is None:
             return state
@@ -137,11 +138,11 @@ def compare_embeddings(
     def loss(state: LearnerState, key: Array, episode: Episode):
         support, query = episode
         # no task has more classes than support images
-        way = support.x.shape[0] if train_way is None else train_way
+        way = num_examples(support.x) if train_way is None else train_way
         scores, embedded, stats = scores_of(
             stop_statistics(state), key, support, query.x, way=way, norm="gather"
         )
-        present = jnp.arange(way)[None] <= support.y.max()
+        present = jnp.zeros(way, bool).at[support.y].set(True)[None]
         scores = jnp.where(present, scores, -jnp.inf)
         labels = jnp.concatenate([support.y, query.y])
         metrics = {"accuracy": accuracy(scores, query.y)}
@@ -184,10 +185,10 @@ def _scores_of(
     embedding, learned = state, LearnerState((), {}, {})
     if comparison.init is not None:
         embedding, learned = _split(state, comparison.name)
-    images = jnp.concatenate([support.x, query_x])
+    images = join_examples(support.x, query_x)
     dropout_key = key if norm == "gather" else None
     embedded, embedding = learner.apply(embedding, images, norm=norm, key=dropout_key)
-    of_support, of_query = jnp.split(embedded, [support.x.shape[0]])
+    of_support, of_query = jnp.split(embedded, [num_examples(support.x)])
     scores, learned = comparison.apply(
         learned, key, of_support, support.y, of_query, way=way, norm=norm
     )

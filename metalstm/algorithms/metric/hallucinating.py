@@ -82,6 +82,6 @@ def _init_generator(key: Array, embedded: Array) -> LearnerState:
     layers = []
     for k, (rows, gain) in enumerate([(2 * width, 2.0), (width, 2.0), (width, 0.01)]):
         std = (gain / rows) ** 0.5  # the last layer's corrections are a tenth of x
-        draw = jax.random.normal(jax.random.fold_in(key, k), (rows, width))
-        layers.append({"kernel": std * draw, "bias": jnp.zeros(width)})
+        draw = jax.random.normal(jax.random.fold_in(key, k), (rows, width), jnp.float32)
+        layers.append({"kernel": std * draw, "bias": jnp.zeros(width, jnp.float32)})
     return LearnerState({"layers": layers}, {}, {})

@@ -13,12 +13,7 @@ import jax.numpy as jnp
 import optax
 
 from metalstm.algorithms.common import task_loss
-from metalstm.algorithms.metric.distances import (
-    class_means,
-    nearest_of_class,
-    similarities,
-    squared_distances,
-)
+from metalstm.algorithms.metric.feature_heads import HEADS
 from metalstm.algorithms.transfer.engine import (
     Classifier,
     classify,
@@ -46,7 +41,9 @@ def pretrained_features(
     learner: Learner,
     num_classes: int,
     *,
-    compare: Literal["neighbour", "centroid", "cosine"] = "centroid",
+    compare: Literal[
+        "neighbour", "centroid", "cosine", "ridge", "logistic"
+    ] = "centroid",
     classifier: Classifier = "linear",
     batch_size: int | None = None,
 ) -> MetaAlgorithm:
@@ -60,7 +57,8 @@ def pretrained_features(
       learner: returns features [N, d], such as ``conv4(None)``.
       num_classes: C, of the meta-training pool; with rotations four times as many.
       compare: a class's score is minus the squared distance to its nearest support
-        image, or to its mean, or the cosine with its mean.
+        image, or to its mean, or the cosine with its mean; or that of ridge or
+        logistic regression with a penalty of 1 on features of length 1.
       classifier: of pre-training; "cosine" compares features and weights of length 1
         ("baseline++" of Chen et al.).
       batch_size: images of one batch; None: as many as an episode has.
@@ -69,19 +67,13 @@ def pretrained_features(
       ValueError: at construction for an argument outside these choices; from ``init``
         for features that are not vectors.
     """
-    check_choice("compare", compare, ("neighbour", "centroid", "cosine"))
+    check_choice("compare", compare, HEADS)
 
     def predict(meta_params, key, support: Batch, query_x: Array, *, num_classes: int):
         del key
         features = features_of(learner, meta_params.learner, support.x)
         query = features_of(learner, meta_params.learner, query_x)
-        if compare == "neighbour":
-            distances = squared_distances(query, features)
-            return nearest_of_class(distances, support.y, num_classes)
-        means = class_means(features, support.y, num_classes)
-        return similarities(
-            query, means, "cosine" if compare == "cosine" else "euclidean"
-        )
+        return HEADS[compare](features, support.y, query, num_classes)
 
     return pretrain(
         learner, num_classes, predict, classifier=classifier, batch_size=batch_size

@@ -32,6 +32,7 @@ from metalstm.base import (
     PyTree,
     UpdateRule,
 )
+from metalstm.batches import first_example
 from metalstm.checks import check_at_least, check_choice, check_features
 from metalstm.data.classification import ClassificationSpec
 from metalstm.nn.heads import output_shape
@@ -72,16 +73,18 @@ def pretrain(
     check_at_least("num_classes", num_classes, 2)
 
     def init(key: Array, episode: Episode | Batch) -> MetaParams:
-        x = episode.x if isinstance(episode, Batch) else episode.support.x
+        batch = episode if isinstance(episode, Batch) else episode.support
+        x = first_example(batch.x)
         body_key, head_key, rule_key = jax.random.split(key, 3)
-        body = learner.init(body_key, x[:1])
-        features = output_shape(learner, body, x[:1])
+        body = learner.init(body_key, x)
+        features = output_shape(learner, body, x)
         check_features(features.shape, "pre-training")
         width = features.shape[-1]
-        kernel = jax.random.normal(head_key, (width, num_classes)) * width**-0.5
+        shape = (width, num_classes)
+        kernel = jax.random.normal(head_key, shape, features.dtype) * width**-0.5
         head = {"kernel": kernel}
         if classifier == "linear":
-            head["bias"] = jnp.zeros(num_classes)
+            head["bias"] = jnp.zeros(num_classes, features.dtype)
         state = body._replace(params={"body": body.params, "head": head})
         rule_params = () if rule is None else rule.init(rule_key, state.params)
         return MetaParams(state, rule_params)
@@ -138,4 +141,5 @@ def init_task_head(
     """Start a head for a task: linear at zero, cosine at the classes' mean features."""
     if classifier == "cosine":
         return {"kernel": class_means(unit(features), labels, way).T}
-    return {"kernel": jnp.zeros((features.shape[-1], way)), "bias": jnp.zeros(way)}
+    zeros = lambda *shape: jnp.zeros(shape, features.dtype)  # noqa: E731
+    return {"kernel": zeros(features.shape[-1], way), "bias": zeros(way)}

@@ -5,11 +5,18 @@ from __future__ import annotations
 import zipfile
 import zlib
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from metalstm.data.cache import PathLike, Split, assemble
-from metalstm.data.pools import SPLITS, Dataset, pad_classes
+from metalstm.data.pools import (
+    SPLITS,
+    Dataset,
+    evenly_spaced,
+    images_per_class,
+    pad_classes,
+)
 from metalstm.data.splits import split_classes
 
 __all__ = ["load_arrays", "read_arrays"]
@@ -77,6 +84,7 @@ def load_arrays(
     fractions: tuple[float, float, float] = (0.64, 0.16, 0.20),
     seed: int = 0,
     min_examples: int = 2,
+    max_per_class: int | None = None,
 ) -> Dataset:
     """Load labelled arrays, the labels divided into training, validation and test.
 
@@ -87,6 +95,9 @@ def load_arrays(
       fractions: of the labels for training, validation and test.
       seed: of the division.
       min_examples: the fewest a label may have.
+      max_per_class: keep only so many of a label, evenly spaced in the file, counted in
+        ``info["omitted"]``. None: all, unless one label alone would take most of the
+        memory; a warning then says how many are kept.
 
     Raises:
       FileNotFoundError: there is no such file.
@@ -104,8 +115,14 @@ def load_arrays(
     rows = np.split(np.argsort(which, kind="stable"), np.cumsum(counts)[:-1])
     of_label = dict(zip(map(str, labels), rows, strict=True))
     division = split_classes(list(of_label), seed=seed, fractions=fractions)
-    splits = {}
+    splits, omitted, stem = {}, 0, Path(path).stem
     for split in SPLITS:
-        images, sizes = pad_classes([x[of_label[name]] for name in division[split]])
-        splits[split] = Split(images, sizes, division[split])
-    return assemble(Path(path).stem, splits, {"split": f"by label, seed {seed}"})
+        found = {name: of_label[name] for name in division[split]}
+        sizes = {name: len(chosen) for name, chosen in found.items()}
+        limit = images_per_class(sizes, max_per_class, f"{stem}'s {split} split")
+        kept = [evenly_spaced(chosen, limit) for chosen in found.values()]
+        omitted += sum(sizes.values()) - sum(map(len, kept))
+        padded, per_label = pad_classes([x[chosen] for chosen in kept])
+        splits[split] = Split(padded, per_label, division[split])
+    info: dict[str, Any] = {"split": f"by label, seed {seed}"}
+    return assemble(stem, splits, info | ({"omitted": omitted} if omitted else {}))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ from metalstm.data.cache import (
     fingerprint,
 )
 from metalstm.data.images import decode_files
-from metalstm.data.pools import SPLITS, Dataset
+from metalstm.data.pools import SPLITS, Dataset, evenly_spaced, images_per_class
 from metalstm.data.splits import check_disjoint, split_classes
 
 __all__ = [
@@ -52,13 +53,20 @@ def load_image_folders(
     seed: int = 0,
     min_images: int = 2,
     skip_corrupt: bool = False,
+    background: str = "white",
+    max_per_class: int | None = None,
     cache_dir: PathLike | None = None,
 ) -> Dataset:
     """Load a user's images: one folder a class.
 
-    Where ``root`` holds train/, val/ and test/ (or valid/, validation/), the classes in
-    them are the splits. Otherwise the folders in ``root`` are the classes, and they are
-    divided at random, the same way for the same ``seed``.
+    Where ``root`` holds train/, val/ and test/ (or valid/, validation/, in any case),
+    the classes in them are the splits. Otherwise the folders in ``root`` are the
+    classes, and they are divided at random, the same way for the same ``seed``.
+
+    Read are the image files that lie in a class's folder itself. What else lies under
+    ``root`` is counted in ``info["omitted"]`` and named in a warning, hidden files
+    aside. Images are turned upright by their EXIF orientation. Refused as corrupt are
+    images of more than 8 bits a channel in grey, and of several frames or pages.
 
     Args:
       image_size: the middle square of every image is resized to this.
@@ -69,20 +77,30 @@ def load_image_folders(
       skip_corrupt: omit files that cannot be decoded, counted in
         ``info["skipped"]`` and the first named in ``info["skipped_files"]``, where the
         default is to name and count them and stop.
+      background: the colour behind transparent images, as Pillow names it.
+      max_per_class: keep only so many images of a class, evenly spaced by name. None:
+        all, unless one class alone would take most of the memory; a warning then says
+        how many are kept. Either way ``info["over_limit"]`` counts the others.
       cache_dir: where the decoded images are kept; see `metalstm.data.cache`.
 
     Raises:
       FileNotFoundError: if ``root`` is not a folder or holds no images.
       ValueError: for a class in two splits, a class with too few images, fewer than
-        three classes, a corrupt file, or ``channels`` other than 1 or 3.
+        three classes, a corrupt file, one that stands under two names (by a link), a
+        split with two folders, ``channels`` other than 1 or 3, or no colour.
     """
     if channels not in (1, 3):
         raise ValueError(f"channels={channels}: choose 3 (colour) or 1 (grey)")
     root = Path(root).expanduser()
     if not root.is_dir():
         raise FileNotFoundError(f"no folder {root}; give one with a folder per class")
-    files, how = _divide_files(root, fractions, seed)
-    _check_counts({n: len(f) for s in SPLITS for n, f in files[s].items()}, min_images)
+    found, how = _divide_files(root, fractions, seed)
+    _check_counts({n: len(f) for s in SPLITS for n, f in found[s].items()}, min_images)
+    _check_links(found)
+    left_out: dict[str, Any] = _count_omitted(root, found)
+    files = _limit(found, max_per_class, root.name)
+    if over := _num_files(found) - _num_files(files):
+        left_out["over_limit"] = over
 
     key = fingerprint(
         [
@@ -90,6 +108,7 @@ def load_image_folders(
             image_size,
             channels,
             skip_corrupt,
+            background,
             *list_files(files, root, dates=True),
         ]
     )
@@ -102,8 +121,10 @@ def load_image_folders(
             size=image_size,
             channels=channels,
             skip_corrupt=skip_corrupt,
+            background=background,
         ),
     )
+    dataset = dataset._replace(info=dataset.info | left_out)
     counts = {
         name: int(count)
         for split in SPLITS
@@ -159,27 +180,114 @@ def _check_counts(counts: Mapping[str, int], min_images: int) -> None:
             )
 
 
-def split_folders(root: Path) -> dict[str, Path]:
-    """Return the folder of each split that ``root`` has one for."""
+def _num_files(files: Mapping[str, Files]) -> int:
+    return sum(len(paths) for split in files.values() for paths in split.values())
+
+
+def _limit(
+    files: Mapping[str, Files], max_per_class: int | None, name: str
+) -> dict[str, Files]:
+    limited = {}
+    for split, classes in files.items():
+        counts = {class_name: len(paths) for class_name, paths in classes.items()}
+        most = images_per_class(counts, max_per_class, f"{name}'s {split} split")
+        limited[split] = {c: list(evenly_spaced(classes[c], most)) for c in classes}
+    return limited
+
+
+def _check_links(files: Mapping[str, Files]) -> None:
+    """Refuse one file under two names: it could be support and query, or two classes"""
+    seen: dict[tuple[int, int], Path] = {}
+    for split in files.values():
+        for path in (path for paths in split.values() for path in paths):
+            try:
+                stat = path.stat()
+            except OSError:  # a link to nowhere: decoding will name it
+                continue
+            if not stat.st_ino:  # a file system without such numbers
+                continue
+            first = seen.setdefault((stat.st_dev, stat.st_ino), path)
+            if first != path:
+                raise ValueError(
+                    f"{path} and {first} are one file by a link: remove one of them"
+                )
+
+
+def _count_omitted(root: Path, files: Mapping[str, Files]) -> dict[str, Any]:
+    """Count the files under ``root`` that are not read, and warn of visible ones."""
+    classes = [paths for split in files.values() for paths in split.values()]
+    read = {os.fspath(path) for paths in classes for path in paths}
+    linked = {path.parent for paths in classes for path in paths[:1]}
+    walks = [root, *sorted(folder for folder in linked if folder.is_symlink())]
+    omitted = [
+        os.path.join(folder, name)
+        for top in walks
+        for folder, _, names in os.walk(top)
+        for name in sorted(names)
+    ]
+    omitted = [path for path in omitted if path not in read]
+    if not omitted:
+        return {}
+    relative = [os.path.relpath(path, root) for path in omitted]
+    visible = [p for p in relative if not any(n[0] == "." for n in p.split(os.sep))]
+    if visible:
+        few = ", ".join(map(_printable, visible[:_NUM_NAMED]))
+        few += ", .." * (len(visible) > _NUM_NAMED)
+        warnings.warn(
+            f"{len(visible)} files in {root} are not read: {few}. Read are "
+            f"files in a class's folder that end in {', '.join(_SUFFIXES)}",
+            RuntimeWarning,
+            stacklevel=3,
+        )
     return {
-        split: root / name
-        for split, names in _FOLDERS.items()
-        for name in names
-        if (root / name).is_dir()
+        "omitted": len(omitted),
+        "omitted_files": list(map(_printable, relative[:_NUM_NAMED])),
     }
+
+
+def _printable(name: str) -> str:
+    r"""Write bytes that are not UTF-8 as \xe9, so that any name can be printed."""
+    return os.fsencode(name).decode(errors="backslashreplace")
+
+
+def split_folders(root: Path) -> dict[str, Path]:
+    """Return the folder of each split that ``root`` has one for, in any case.
+
+    Raises:
+      ValueError: there are two for one split.
+    """
+    found: dict[str, Path] = {}
+    for entry in sorted(root.iterdir()) if root.is_dir() else ():
+        for split, names in _FOLDERS.items():
+            if entry.name.lower() in names and entry.is_dir():
+                if split in found:
+                    raise ValueError(
+                        f"{root} has {found[split].name}/ and {entry.name}/ for "
+                        f"{split}: keep one of them"
+                    )
+                found[split] = entry
+    return found
 
 
 def class_files(folder: Path) -> Files:
-    """Return each class folder's image files, sorted; hidden folders are omitted."""
-    return {
-        entry.name: [
-            entry / name
-            for name in sorted(os.listdir(entry))
-            if name.lower().endswith(_SUFFIXES) and not name.startswith(".")
+    """Return each class folder's image files, sorted; hidden folders are omitted.
+
+    Raises:
+      ValueError: two folders have one name when printed.
+    """
+    found: Files = {}
+    for entry in sorted(folder.iterdir()):
+        if not entry.is_dir() or entry.name.startswith("."):
+            continue
+        name = _printable(entry.name)
+        if name in found:
+            raise ValueError(f"{folder} has two classes {name!r}: rename one of them")
+        found[name] = [
+            entry / file
+            for file in sorted(os.listdir(entry))
+            if file.lower().endswith(_SUFFIXES) and not file.startswith(".")
         ]
-        for entry in sorted(folder.iterdir())
-        if entry.is_dir() and not entry.name.startswith(".")
-    }
+    return found
 
 
 def list_files(files: Mapping[str, Files], root: Path, *, dates: bool) -> Iterable[str]:
@@ -206,6 +314,7 @@ def decode_splits(
     size: int,
     channels: int,
     skip_corrupt: bool = False,
+    background: str = "white",
 ) -> tuple[dict[str, Split], dict[str, Any]]:
     """Decode the files of each split.
 
@@ -223,7 +332,9 @@ def decode_splits(
         shape = (len(files[split]), most, size, size, channels)
         images, counts = np.zeros(shape, np.uint8), np.zeros(shape[0], np.int32)
         for row, paths in enumerate(files[split].values()):
-            decoded = decode_files(paths, size=size, channels=channels)
+            decoded = decode_files(
+                paths, size=size, channels=channels, background=background
+            )
             for path, image in zip(paths, decoded, strict=True):
                 if not isinstance(image, Exception):
                     images[row, counts[row]] = image
@@ -238,7 +349,7 @@ def decode_splits(
         raise ValueError(_describe_corrupt(corrupt))
     kept: dict[str, Any] = {"skipped": len(corrupt)}
     if corrupt:
-        kept["skipped_files"] = [str(path) for path, _ in corrupt[:_NUM_NAMED]]
+        kept["skipped_files"] = [_printable(str(p)) for p, _ in corrupt[:_NUM_NAMED]]
     return splits, {**info, **kept}
 
 

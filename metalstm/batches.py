@@ -1,0 +1,179 @@
+"""Examples and their labels or targets: what fits, and what is refused in words.
+
+x is one array [N, ...], or any pytree of them (token ids and a mask). y is integer
+labels [N] in [0, way), or float targets [N, d].
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+__all__ = [
+    "are_labels",
+    "as_vectors",
+    "check_adapt",
+    "check_batch",
+    "check_episode",
+    "check_outputs",
+    "check_predict",
+    "first_example",
+    "flatten_examples",
+    "join_examples",
+    "num_examples",
+]
+
+PyTree = Any
+
+
+def first_example(x: PyTree) -> PyTree:
+    """Return [1, ...] of examples [N, ...], whose shapes initialisation reads."""
+    return jax.tree.map(lambda leaf: leaf[:1], x)
+
+
+def as_vectors(x: PyTree) -> jax.Array:
+    """Return [N, d]: all numbers of an example, of every part of it."""
+    parts = [flatten_examples(part) for part in jax.tree.leaves(x)]
+    return jnp.concatenate(parts, -1) if len(parts) > 1 else parts[0]
+
+
+def join_examples(*parts: PyTree) -> PyTree:
+    """Put examples one behind the other, leaf by leaf."""
+    return jax.tree.map(lambda *leaves: jnp.concatenate(leaves), *parts)
+
+
+def num_examples(x: PyTree) -> int:
+    return jnp.shape(jax.tree.leaves(x)[0])[0]
+
+
+def flatten_examples(x: jax.Array) -> jax.Array:
+    """Return [N, d] of [N, ...], N = 0 included.
+
+    >>> flatten_examples(jnp.ones((0, 2, 3))).shape
+    (0, 6)
+    """
+    return x.reshape(x.shape[0], math.prod(x.shape[1:]))
+
+
+def are_labels(y: Any) -> bool:
+    """Whether y [N] holds integer labels, and not float targets."""
+    return jnp.issubdtype(y.dtype, jnp.integer)
+
+
+def check_outputs(outputs: jax.Array, targets: jax.Array) -> None:
+    """Refuse targets that a loss would broadcast against the outputs.
+
+    Raises:
+      ValueError: labels that are not [N] for outputs [N, way], or float targets of
+        another shape than the outputs.
+    """
+    if are_labels(targets):
+        if outputs.ndim != 2 or targets.shape != outputs.shape[:1]:
+            raise ValueError(
+                f"labels have the shape {targets.shape} and outputs {outputs.shape}: "
+                "give labels [N] for outputs [N, way]"
+            )
+    elif targets.shape != outputs.shape:
+        raise ValueError(
+            f"targets have the shape {targets.shape} and outputs {outputs.shape}: give "
+            "targets [N, d] (flat ones as y[:, None]) for outputs [N, d], or integer "
+            "labels [N]"
+        )
+
+
+def check_episode(episode: Any, regression: bool | None) -> None:
+    """`check_batch` of the support and the query set of an `Episode`.
+
+    Args:
+      regression: what the sampler says of its targets; None: it does not say.
+    """
+    for name in ("support", "query"):
+        check_batch(getattr(episode, name), name, regression=regression)
+
+
+def check_batch(
+    batch: Any, name: str, *, regression: bool | None = None, way: int | None = None
+) -> None:
+    """Refuse labels and targets that do not fit the examples or the kind of task.
+
+    Shapes and types are checked under a trace too, values where they are known.
+
+    Args:
+      batch: has ``x`` and ``y``.
+      regression: whether y must be float targets, or labels; None: either.
+      way: labels must be below it.
+
+    Raises:
+      ValueError: strings, booleans, a one-hot coding, another number of them than of
+        examples, float labels, integer targets, or a label outside [0, way).
+    """
+    y, where = batch.y, f"{name}.y"
+    if isinstance(y, list | tuple) or getattr(y, "dtype", None) is None:
+        raise ValueError(f"{where} is {y!r:.40}: give an array")
+    kind, shape = jnp.dtype(y.dtype).kind if _is_numeric(y) else "U", y.shape
+    shown = f"{where} is {y.dtype} {list(shape)}"
+    if kind in "UbOScMm":
+        raise ValueError(
+            f"{shown}: give integer labels [N] in [0, way), such as "
+            "np.unique(labels, return_inverse=True)[1], or float targets [N, d]"
+        )
+    num = num_examples(batch.x)
+    if shape[:1] != (num,):
+        raise ValueError(f"{shown} for {num} examples of {name}.x: give one each")
+    if regression is False and not are_labels(y):
+        raise ValueError(
+            f"{shown}, but the task is a classification: give integer labels [N], "
+            "y.argmax(-1) of a one-hot coding, or y.astype(int) of whole numbers"
+        )
+    if regression and are_labels(y):
+        raise ValueError(
+            f"{shown}, but the task is a regression: give float targets [N, d], such "
+            "as y.astype(np.float32)[:, None]"
+        )
+    if len(shape) != (1 if are_labels(y) else 2):
+        raise ValueError(
+            f"{shown}: give integer labels [N] (y[:, 0] of [N, 1], y.argmax(-1) of a "
+            "one-hot coding) or float targets [N, d] (y[:, None] of flat ones)"
+        )
+    if are_labels(y) and num and not isinstance(y, jax.core.Tracer):
+        values = np.asarray(y)
+        if values.min() < 0 or (way is not None and values.max() >= way):
+            raise ValueError(
+                f"{where} has labels from {values.min()} to {values.max()}: give "
+                f"labels in [0, {'way' if way is None else way}), such as "
+                "np.unique(labels, return_inverse=True)[1]"
+            )
+
+
+def check_predict(predict: Callable) -> Callable:
+    """Let a ``predict`` of `MetaAlgorithm` see only support sets that fit the task."""
+
+    @functools.wraps(predict)
+    def checked(meta_params, key, support, query_x, /, *, num_classes):
+        regression = num_classes is None
+        if support is not None:  # an optimizer predicts nothing
+            check_batch(support, "support", regression=regression, way=num_classes)
+        return predict(meta_params, key, support, query_x, num_classes=num_classes)
+
+    return checked
+
+
+def check_adapt(adapt: Callable) -> Callable:
+    """Let an ``adapt`` of `MetaAlgorithm` see only support sets that fit."""
+
+    @functools.wraps(adapt)
+    def checked(meta_params, key, support, /, *, num_classes=None):
+        check_batch(support, "support", way=num_classes)
+        return adapt(meta_params, key, support, num_classes=num_classes)
+
+    return checked
+
+
+def _is_numeric(y: Any) -> bool:
+    return isinstance(y, jax.Array) or np.asarray(y).dtype.kind in "bifucV"
