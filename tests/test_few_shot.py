@@ -29,6 +29,7 @@ from experiments.common.loop import Loop
 from experiments.common.tuning import each_point, tune
 from experiments.few_shot import __main__ as few_shot
 from experiments.few_shot.command_line import parse
+from experiments.few_shot.running import choose_folder
 from metalstm.runtime import checkpoints
 
 ROOT = Path(__file__).parents[1]
@@ -205,10 +206,10 @@ def test_a_folder_with_something_else_is_refused(capsys, tmp_path):
 
 def test_default_folders_do_not_collide():
     options = parse(command())
-    first = few_shot.choose_folder(options)
+    first = choose_folder(options)
     assert first == Path("runs/few_shot/glyphs-3w1s-0")
     first.mkdir(parents=True)
-    assert few_shot.choose_folder(options).name == "glyphs-3w1s-0-2"
+    assert choose_folder(options).name == "glyphs-3w1s-0-2"
 
 
 def test_corrupt_images_are_omitted_on_request(tmp_path, capsys, monkeypatch):
