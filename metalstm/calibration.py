@@ -92,7 +92,9 @@ class Reliability(NamedTuple):
 
     @property
     def calibration_error(self) -> float:
-        """Return the expected calibration error: sum_b n_b / n |accuracy - confidence|.
+        """Return the expected calibration error.
+
+        It is sum_b n_b / n ``|accuracy - confidence|`` over bins b of n_b answers.
 
         Guo et al. (2017), equation 3. Of few answers it is above zero by chance alone.
 
