@@ -136,7 +136,8 @@ def episode_quantile(values: np.ndarray, share: float) -> float:
         sum_e sum_m 1{values[e, m] <= t} / (M (E + 1)) >= share:
 
     the new episode counts as one more, whose values are all above t (Lee, Barber &
-    Willett, 2023, hierarchical conformal prediction). For a value v of the new episode
+    Willett, 2023, hierarchical conformal prediction). For a value v drawn from those of
+    the new episode
 
         P(v <= t) >= share,
 

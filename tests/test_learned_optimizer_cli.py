@@ -359,7 +359,9 @@ def test_a_loss_that_is_not_finite_stops_the_run(tmp_path, capsys, monkeypatch):
     assert checkpoints.latest(folder / "checkpoints" / "l2l" / "state") is not None
     state = [a for a in arrays(folder) if a.dtype.kind == "f" and a.size > 1]
     assert len(state) > 4
-    assert all(np.isfinite(a).all() for a in state)
+    # the losses at theta_0 are infinite until the first segment has computed them
+    (first_loss,) = [a for a in state if not np.isfinite(a).all()]
+    assert np.isposinf(first_loss).all()
 
 
 @pytest.mark.parametrize(

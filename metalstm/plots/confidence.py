@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 __all__ = ["confidence_panels"]
 
 
-_FEW = 20  # answers of a bin that is not drawn
+_FEW = 100  # answers of a bin that is not drawn
 
 
 def confidence_panels(
