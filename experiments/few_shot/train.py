@@ -131,7 +131,8 @@ def may_change(options: Options) -> tuple[str, ...]:
     """What may differ when a run is resumed. A schedule's end is part of the recipe."""
     names: tuple[str, ...] = (
         "run.preset", "run.workdir", "run.resume", "run.evaluate", "run.tensorboard",
-        "run.debug", "data.data_dir", *MAY_CHANGE,
+        "run.debug", "data.data_dir", "retest.query_norm", "retest.num_test_steps",
+        *MAY_CHANGE,
     )  # fmt: skip
     for method, own in options.methods.items():
         prefix = f"methods.{method}.training"
