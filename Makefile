@@ -2,7 +2,7 @@
 # make test    run the tests
 # make docs    build the documentation into build/docs; warnings are errors
 # make bench   measure speed and memory
-# make faults  kill, fill, damage and mislead; count what survives (15 minutes)
+# make faults  kills, full disks, damaged files, bad input; count losses (15 minutes)
 # make lint    format check, lint, type check
 #
 # Each makes .venv when there is none. PYTHON=/path/to/python chooses another Python;
@@ -33,15 +33,15 @@ $(VENV)/bin/python:
 	  echo "error: $(PYTHON) is older than Python 3.11; name a newer one: make PYTHON=/path/to/python3.12 ..."; exit 1; }
 	$(PYTHON) -m venv $(VENV)
 
-# A stamp for each set of extras: `make demo` does not wait for what only tests need.
-# The versions are those that the tests run with on this Python, where there are any.
+# A stamp for each set of extras: `make demo` does not install what only tests need.
+# The versions are pinned where constraints/ has them for this Python.
 $(VENV)/.installed-%: pyproject.toml $(wildcard constraints/*.txt) | $(VENV)/bin/python
 	@echo "installing metalstm[$*] into $(VENV)"
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[$*]' \
 	  $$($(BIN)/python constraints/arguments.py)
 	@touch $@
 
-# Linux: memory in large pages; docs/performance.md says what it brought where.
+# Linux: memory in large pages; docs/performance.md has the gains.
 demo: export GLIBC_TUNABLES ?= glibc.malloc.hugetlb=1
 demo: $(VENV)/.installed-experiments
 	$(BIN)/python -m experiments.few_shot --preset demo $(ARGS)

@@ -1,4 +1,4 @@
-"""Two ways to do the same thing, timed in turn in one process: the defaults' reasons.
+"""Two ways to do the same thing, interleaved in one process: what the defaults rest on.
 
     python -m benchmarks.alternatives
 

@@ -6,7 +6,7 @@
 Rows of several tasks run on one device to a core, as `--cpu-devices` has it, and so do
 rows of several seeds (`metalstm.map_seeds`), whose rate is that of all together. A
 row's arithmetic is counted below; `benchmarks.rows` says what the columns are. Images
-are random: speed does not care.
+are random, which does not change the speed.
 """
 
 from __future__ import annotations

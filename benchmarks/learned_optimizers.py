@@ -7,7 +7,7 @@ One meta-step is an unroll of 20 updates and its gradient. There is one device t
 (`--cpu-devices`): they split the tasks, the coordinates of the one task
 (`--devices-per-task`), or several seeds (`metalstm.map_seeds`), whose rate is of all
 together. A row's arithmetic is counted below; `benchmarks.rows` says what the columns
-are. Images are random: speed does not care.
+are. Images are random, which does not change the speed.
 """
 
 from __future__ import annotations

@@ -5,17 +5,17 @@
     python -m benchmarks.memory --problems l2l --steps 100
 
 The first two problems are L2L's MNIST network (784-20-10, sigmoid, minibatches of 128;
-the images are random, memory and speed do not care): the gradient of the mean of the T
-losses on the way, by the parameters of the rule that trains it, a learned rate for
-every coordinate or L2L's LSTM. "truncated" cuts it into windows of 10 steps and adds up
-their gradients, which is another gradient. The third is one task of MAML (T steps on 5
-images, the loss of 75), conv4 with 32 filters on 28x28.
+the images are random, which changes neither memory nor speed). The gradient is that of
+the mean of the T losses, by the parameters of the rule that trains it: a learned rate
+for every coordinate, or L2L's LSTM. "truncated" adds up the gradients of windows of 10
+steps, which is another gradient. The third is one task of MAML (T steps on 5 images,
+the loss of 75), conv4 with 32 filters on 28x28.
 
-"stored" is what XLA sets aside for the compiled program next to arguments and results.
-Each problem and length has a process of its own, in which the choices take turns, so
-that "of all" holds on a machine whose speed comes and goes. "resident" is how far a
-fresh process, which loads the compiled program, grows at most in running it (Linux
-only). A program that would store more than --limit GiB is compiled and not run.
+"stored" is the memory that XLA allocates for the compiled program, without arguments
+and results. Each problem and length has a process of its own, in which the choices are
+interleaved, so that "of all" holds on a machine whose speed varies. "resident" is how
+far a fresh process, which loads the compiled program, grows at most in running it
+(Linux only). A program that would store more than --limit GiB is compiled and not run.
 """
 
 from __future__ import annotations
@@ -148,7 +148,7 @@ def build(problem: str, steps: int) -> tuple[dict[str, Callable], tuple]:
 
 
 def measure(problem: str, steps: int, rounds: int, limit: float) -> list[dict]:
-    """Compile all choices for one problem and length, and run them in turn."""
+    """Compile all choices for one problem and length, and interleave them."""
     import jax
     import numpy as np
     from jax.flatten_util import ravel_pytree

@@ -1,9 +1,9 @@
 """Rows of a speed table: each timed in a process of its own, between two probes.
 
 The probe is a 2048-square float32 matrix product. "share" is a row's arithmetic per
-second over the probe's; "to public" its rate per probe GFLOP/s over that of a public
+second over the probe's; "vs public" its rate per probe GFLOP/s over that of a public
 implementation, whose machine's probe read 185 GFLOP/s, so that the machines cancel.
-Both are ratios that another machine, or a noisier hour, should reproduce.
+Both are ratios that another machine, or a busier one, should reproduce.
 """
 
 from __future__ import annotations
@@ -33,17 +33,17 @@ __all__ = [
 ]
 
 PUBLIC_PROBE = 185.0
-# XLA:CPU takes the memory of a program anew for each call; in pages of 2 MiB the kernel
+# XLA:CPU allocates the memory of a program for each call; in pages of 2 MiB the kernel
 # hands it over faster. Read by glibc (2.35 or later, Linux) as the process starts.
 LARGE_PAGES = {"GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"}
 
 
 class Target(NamedTuple):
-    """What a row is compared with, and what is asked of it."""
+    """What a row is compared with, and its target."""
 
     public: float | None = None  # per second, on the machine of `PUBLIC_PROBE`
-    times: float | None = None  # asked: so many times the public rate
-    share: float | None = None  # asked: so much of the probe
+    times: float | None = None  # target: so many times the public rate
+    share: float | None = None  # target: so much of the probe
 
 
 def one_device_to_a_core(num_tasks: int, *, share_one: bool = False) -> Any:
@@ -139,7 +139,7 @@ def collect(module: str, names: Iterable[str], seconds: float) -> Iterable[dict]
 
 
 def in_a_process(command: list[str], *, large_pages: bool = True) -> dict[str, Any]:
-    """The JSON that ``python command`` prints last, or {"failed": its last words}."""
+    """The JSON that ``python command`` prints last, or {"failed": its last line}."""
     environment = LARGE_PAGES | os.environ
     if not large_pages:
         environment = {k: v for k, v in environment.items() if k not in LARGE_PAGES}
@@ -156,9 +156,9 @@ COLUMNS = (
     "row",
     "per s",
     "share",
-    "asked",
-    "to public",
-    "asked",
+    "target",
+    "vs public",
+    "target",
     "compile",
     "peak GiB",
     "probe GFLOP/s",

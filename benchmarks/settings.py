@@ -1,10 +1,11 @@
-"""What the settings for a CPU are chosen from: the same meta-steps, set otherwise.
+"""The same meta-steps with other settings: how those for a CPU were chosen.
 
     python -m benchmarks.settings                 # a quarter of an hour
     python -m benchmarks.settings mini --rounds 5 # rows whose name contains the word
 
-Each cell is a process of its own, and all settings take turns, so that a busy hour is
-busy for all of them. Printed are the median rate and its ratio to the first column's.
+Each cell is a process of its own, and the settings are interleaved, so that other
+programs slow all of them. Printed are the median rate and its ratio to the first
+column's.
 """
 
 from __future__ import annotations

@@ -1,10 +1,10 @@
-"""Every row that a speed is asked of, in one table of ratios; ends `make bench`.
+"""Every row with a target, in one table of ratios; the last part of `make bench`.
 
     python -m benchmarks.speed            # the rows with a target
     python -m benchmarks.speed --markdown # the same as docs/performance.md has it
 
-Rates are episodes (tasks) or meta-steps per second; "asked" stands behind the column it
-is asked of. `benchmarks.rows` says what the columns are.
+Rates are episodes (tasks) or meta-steps per second; a "target" is that of the column
+before it. `benchmarks.rows` says what the columns are.
 """
 
 from __future__ import annotations

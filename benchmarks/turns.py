@@ -1,4 +1,4 @@
-"""Rows of two checkouts of the project, one call at a time in turn.
+"""Rows of two checkouts of the project, their calls interleaved.
 
     python -m benchmarks.turns --against ../before mini-1shot maml-strided-64-1step
 
@@ -111,7 +111,7 @@ def main() -> None:
     other = arguments.against.resolve()
     if not (other / "benchmarks" / "rows.py").exists():
         parser.error(f"--against {arguments.against} has no benchmarks/rows.py")
-    print("milliseconds of a call, median (least), and the median of the ratios\n")
+    print("milliseconds of a call, median (fastest), and the median of the ratios\n")
     print(f"{'row':28}{'against':>18}{'this':>18}{'times as fast':>15}")
     for row in arguments.rows:
         theirs, ours = seconds_in_turn(

@@ -92,7 +92,9 @@ class Reliability(NamedTuple):
 
     @property
     def calibration_error(self) -> float:
-        """Return the expected calibration error: sum_b n_b / n |accuracy - confidence|.
+        """Return the expected calibration error.
+
+        It is sum_b n_b / n ``|accuracy - confidence|`` over bins b of n_b answers.
 
         Guo et al. (2017), equation 3. Of few answers it is above zero by chance alone.
 
@@ -136,7 +138,8 @@ def episode_quantile(values: np.ndarray, share: float) -> float:
         sum_e sum_m 1{values[e, m] <= t} / (M (E + 1)) >= share:
 
     the new episode counts as one more, whose values are all above t (Lee, Barber &
-    Willett, 2023, hierarchical conformal prediction). For a value v of the new episode
+    Willett, 2023, hierarchical conformal prediction). For a value v drawn from those of
+    the new episode
 
         P(v <= t) >= share,
 

@@ -31,8 +31,8 @@ from metalstm.runtime import checkpoints, processes, sharding
 
 TASKS, STEPS, HALF = 8, 20, 10
 CASES = ("maml", "l2l")
-# and among how many devices one task: what two do not divide, three divide otherwise
-SHARED = {"meta-lstm": (2,), "l2l-vmap": (2, 3), "l2l-stacked": (2,), "pes": (2,)}
+# and how many devices share one task: neither number divides the coordinates
+SHARED = {"meta-lstm": 2, "l2l-vmap": 2, "l2l-stacked": 3, "pes": 3}
 # with its first part's state, which is the gradient: Adam would hide a factor
 OPTIMIZER = optax.chain(optax.trace(0.0), meta_step.adam_clipped(0.01))
 
@@ -176,8 +176,8 @@ def share(folder: Path) -> None:
     """Three meta-steps of two tasks on one device, and with groups of devices."""
     # several blocks of coordinates
     coordinatewise._BLOCK = dict.fromkeys(coordinatewise._BLOCK, 16)
-    for case, groups in SHARED.items():
-        for each in (1, *groups):
+    for case, several in SHARED.items():
+        for each in (1, several):
             mesh = None
             if each > 1:
                 mesh = sharding.task_mesh(

@@ -317,10 +317,8 @@ def _read_flags(
 
 
 def _few_shot(arguments: list[str]) -> Any:
-    from experiments.few_shot.command_line import parse, parse_evaluation
+    from experiments.few_shot.command_line import parse
 
-    if any(word.startswith("--evaluate") for word in arguments):
-        return parse_evaluation(arguments)[0]
     return parse(arguments)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -126,11 +127,17 @@ def test_glyphs_are_ten_letters_of_the_training_pool(monkeypatch):
 
 
 @pytest.mark.real_data
-def test_mnist_is_read_whole(real_data_dir, tmp_path):
-    data = load_image_data(
-        "mnist", real_data_dir / "tensorflow_datasets", cache_dir=tmp_path
+def test_the_test_split_of_mnist_is_read_whole(real_data_dir, tmp_path, monkeypatch):
+    whole = tfds.builder("mnist", data_dir=real_data_dir / "tensorflow_datasets")
+    assert whole.info.splits["train"].num_examples == 60_000
+    parts = {"train": "train[:5000]", "test": "test"}
+    builder = SimpleNamespace(
+        info=whole.info,
+        as_data_source=lambda split: whole.as_data_source(split=parts[split]),
     )
-    assert data.train.x.shape == (60_000, 28, 28, 1)
+    monkeypatch.setattr(labelled, "open_builder", lambda *_: builder)
+    data = load_image_data("mnist", cache_dir=tmp_path)
+    assert data.train.x.shape == (5_000, 28, 28, 1)
     assert data.test.x.shape == (10_000, 28, 28, 1)
     assert np.bincount(data.test.y).tolist()[:2] == [980, 1135]
     assert 30 < float(data.train.x[:1000].mean()) < 36

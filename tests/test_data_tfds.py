@@ -193,7 +193,7 @@ def test_unknown_names_and_a_missing_tfds_are_refused(tmp_path, monkeypatch):
 
 @pytest.mark.real_data
 def test_real_mnist(real_data_dir, tmp_path, monkeypatch):
-    """The first images of each split; `test_data_labelled` reads it whole."""
+    """The first images of each split; `test_data_labelled` reads one split whole."""
     whole = open_builder("mnist", real_data_dir / "tensorflow_datasets")
     first = SimpleNamespace(
         info=whole.info,

@@ -153,10 +153,7 @@ def test_only_the_meta_gradient_travels(ran, case):
     assert learned < travels <= learned + 4  # and the metrics' means
 
 
-@pytest.mark.parametrize(
-    ("case", "each"),
-    [(case, each) for case, groups in SHARED.items() for each in groups],
-)
+@pytest.mark.parametrize(("case", "each"), SHARED.items())
 def test_devices_that_share_a_task_take_the_steps_of_one(ran, case, each):
     """Also where shares and blocks do not divide the coordinates."""
     for kind in ("gradient", "end", "carry"):
@@ -614,19 +611,21 @@ def test_processes_agree_on_the_time_when_they_report(monkeypatch):
 
 
 def test_processes_agree_on_ctrl_c_when_they_report(monkeypatch):
-    from types import SimpleNamespace
-
-    from experiments.common.loop import Loop
-
-    loop = object.__new__(Loop)
-    loop.setup = SimpleNamespace(report_every=2)
-    loop._stop_requested = lambda: True
-    assert loop._must_stop(5)
-    asked = two_processes(monkeypatch)
-    assert not loop._must_stop(5)
-    assert asked == []
-    assert loop._must_stop(6)
-    assert asked == [True]
+    loop = meta_step.make_train_loop(toy(), optax.sgd(1.0), SPEC, num_tasks=2)
+    state = meta_step.init_train_state(toy(), optax.sgd(1.0), 0, EPISODE)
+    asked, saved = two_processes(monkeypatch), []
+    wanted = iter([False, True, True, True])
+    options = {"num_steps": 9, "report_every": 3, "save": saved.append}
+    end = fitting.fit(
+        loop,
+        fitting.init_fit_state(state),
+        None,
+        stop=lambda: next(wanted),
+        **options,
+    )
+    assert int(end.train.step) == 3
+    assert asked == [False, True]
+    assert saved == [end]
 
 
 def test_one_process_agrees_with_itself():

@@ -58,8 +58,8 @@ def test_a_data_set_is_embedded_split_by_split(tmp_path):
     features = data.embed(Backbone(), images, name="count", cache_dir=tmp_path)
     assert features.class_names == images.class_names
     assert features.image_shape == (6,)
-    assert features.checksum != images.checksum == features.info["images"]
-    assert features.info["embedded"] == "count"
+    assert features.checksum != images.checksum == features.info["images_checksum"]
+    assert features.info["backbone"] == "count"
     data.validate(data.EpisodeSpec(2, 1, 1), features)
     with pytest.raises(ValueError, match="class 'b' of drawings's train split has 2"):
         data.validate(data.EpisodeSpec(2, 1, 2), features)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 import os
 import subprocess
@@ -18,7 +19,7 @@ from experiments.examples import (
     meta_train_meta_lstm,
     own_learner_on_devices,
 )
-from metalstm import data
+from metalstm import data, nn
 
 ROOT = Path(__file__).parents[1]
 SCRIPTS = (learned_optimizer, meta_train_meta_lstm, own_learner_on_devices)
@@ -34,6 +35,8 @@ def test_a_script_can_be_read_in_a_sitting(script):
 @pytest.mark.smoke
 def test_meta_train_meta_lstm(monkeypatch, capsys):
     monkeypatch.setattr(data, "load_glyphs", lambda: tiny_dataset(6))
+    # of four blocks: XLA compiles each
+    monkeypatch.setattr(nn, "conv4", functools.partial(nn.conv4, num_blocks=1))
     found = meta_train_meta_lstm.main(
         way=2, shot=1, meta_steps=2, filters=2, test_episodes=10
     )

@@ -29,6 +29,7 @@ from experiments.common.loop import Loop
 from experiments.common.tuning import each_point, tune
 from experiments.few_shot import __main__ as few_shot
 from experiments.few_shot.command_line import parse
+from experiments.few_shot.running import choose_folder
 from metalstm.runtime import checkpoints
 
 ROOT = Path(__file__).parents[1]
@@ -136,17 +137,19 @@ def test_kill_9_and_resuming_is_the_same_run(tmp_path, monkeypatch, capsys):
     line += ["--validate-every", "60"]
     line += ["--dataset", "folders", "--data-dir", str(images), "--image-size", "8"]
     killed, whole = tmp_path / "killed", tmp_path / "whole"
-    victim = subprocess.Popen(
-        [sys.executable, "-m", "experiments.few_shot", *line, "--workdir", str(killed)],
-        cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
-    )  # fmt: skip
+    said = tmp_path / "said.txt"
+    with said.open("w") as file:
+        victim = subprocess.Popen(
+            [sys.executable, "-m", "experiments.few_shot", *line, "--workdir", killed],
+            cwd=ROOT, stdout=file, stderr=file,
+        )  # fmt: skip
     state = killed / "checkpoints" / "meta-lstm" / "state"
     deadline = time.monotonic() + 300
     while len(list(state.glob("[0-9]*"))) < 2 and victim.poll() is None:
         assert time.monotonic() < deadline
         time.sleep(0.01)
     victim.send_signal(signal.SIGKILL)
-    victim.wait()
+    assert victim.wait() == -signal.SIGKILL, said.read_text()
     assert not (killed / "results.json").exists(), "the run was over before the kill"
     assert few_shot.main(["--resume", str(killed)]) == 0
     assert "resuming at episode" in capsys.readouterr().out
@@ -205,10 +208,10 @@ def test_a_folder_with_something_else_is_refused(capsys, tmp_path):
 
 def test_default_folders_do_not_collide():
     options = parse(command())
-    first = few_shot.choose_folder(options)
+    first = choose_folder(options)
     assert first == Path("runs/few_shot/glyphs-3w1s-0")
     first.mkdir(parents=True)
-    assert few_shot.choose_folder(options).name == "glyphs-3w1s-0-2"
+    assert choose_folder(options).name == "glyphs-3w1s-0-2"
 
 
 def test_corrupt_images_are_omitted_on_request(tmp_path, capsys, monkeypatch):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -128,19 +129,24 @@ def test_accuracy_against_shots_and_ways(copy, capsys, monkeypatch):
         return real(algorithm, params, pool, spec, **options)
 
     monkeypatch.setattr(metalstm, "evaluate", evaluate)
-    assert shots_and_ways.main([str(copy), *SWEEP]) == 130
-    assert "stopped; the same command" in capsys.readouterr().err
-    before = read(copy / shots_and_ways.NAME)["points"]
+    line, sweep = [str(copy), *SWEEP, "--workdir", "sweep"], Path("sweep")
+    assert shots_and_ways.main(line) == 130
+    assert (
+        "stopped; to resume: the same with --workdir sweep" in capsys.readouterr().err
+    )
+    before = {path: path.read_bytes() for path in (sweep / "points").iterdir()}
     assert len(before) == 3
     monkeypatch.setattr(metalstm, "evaluate", real)
-    assert shots_and_ways.main([str(copy), *SWEEP]) == 0
+    assert shots_and_ways.main(line) == 0
     out = capsys.readouterr().out
+    assert "3-way 1-shot, sgd: " not in out, "nothing was tested again"
+    assert {path: path.read_bytes() for path in before} == before
     assert "3-way 6-shot omitted: shot=6 and queries=1 need 7 images" in out
     assert "9-way 1-shot omitted: way=9 is more than the 5 classes" in out
     assert "4-way 1-shot, sgd omitted: its head has 3 classes" in out
     assert "3-way 5-shot: 1 queries a class" in out
-    points = read(copy / shots_and_ways.NAME)["points"]
-    assert points[:3] == before
+    points = read(sweep / "results.json")["points"]
+    assert len(list((sweep / "points").iterdir())) == len(points)
     both = ["sgd", "nearest-neighbour"]
     expected = [(3, k, 2, n) for k in (1, 2) for n in both]
     expected += [(3, 5, 1, n) for n in both] + [(4, 1, 2, "nearest-neighbour")]
@@ -149,12 +155,13 @@ def test_accuracy_against_shots_and_ways(copy, capsys, monkeypatch):
     results = read(copy / "results.json")["methods"]
     assert points[0]["mean"] == pytest.approx(results["sgd"]["accuracy"])
     for axis in ("shot", "way"):
-        picture = copy / f"accuracy_vs_{axis}.png"
+        picture = sweep / f"accuracy_vs_{axis}.png"
         assert picture.read_bytes()[:4] == b"\x89PNG"
     # other settings would mix what is not comparable
-    assert shots_and_ways.main([str(copy), *SWEEP, "--test-seed", "1"]) == 2
+    assert shots_and_ways.main([*line, "--seed", "1"]) == 2
     message = capsys.readouterr().err
-    assert "holds points with test_seed 0, not 1: give another --workdir" in message
+    assert "seed: saved 0, now 1" in message
+    assert "or another --workdir" in message
 
 
 @pytest.mark.parametrize(

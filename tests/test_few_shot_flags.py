@@ -14,7 +14,7 @@ from few_shot_runs import SMALL
 from experiments.common.saved_options import flags_of, from_json, to_json
 from experiments.few_shot import __main__ as few_shot
 from experiments.few_shot import methods, presets
-from experiments.few_shot.command_line import parse, parse_evaluation
+from experiments.few_shot.command_line import parse
 from experiments.few_shot.methods import LEARNERS, METHODS, options_of
 from experiments.few_shot.options import Common, Options, Retest
 from experiments.few_shot.presets import Preset
@@ -309,7 +309,7 @@ MISTAKES = [
     ("--algorithms maml --batch-size 2", "does not divide the 5 images"),
     (
         "--algorithms maml --accumulate-tasks 3 --meta-batch 4",
-        "--accumulate-tasks 3 does not divide --meta-batch 4",
+        "--meta-batch 4 is not a multiple of --accumulate-tasks 3: choose 3, say",
     ),
     ("--algorithms maml --schedule cosine --minutes 1", "needs --episodes"),
     ("--algorithms maml --query-norm all", "goes with --evaluate"),
@@ -384,12 +384,12 @@ def test_evaluation_takes_the_options_of_the_run(tmp_path):
     document = {"config": to_json(options), "data": {}}
     (tmp_path / "config.json").write_text(json.dumps(document))
     line = ["--evaluate", str(tmp_path), "--shot", "2", "--query-norm", "all"]
-    again, anew = parse_evaluation([*line, "--num-test-steps", "3"])
+    again = parse([*line, "--num-test-steps", "3"])
     assert (again.data.way, again.data.shot, again.run.seed) == (3, 2, 4)
-    assert anew == Retest("all", 3)
+    assert again.retest == Retest("all", 3)
     assert again.methods == options.methods
     for flag in ("--filters", "--maml.rate", "--episodes"):
         with pytest.raises(
             ValueError, match=f"{flag.split('.')[-1][-4:]}.*as they were"
         ):
-            parse_evaluation([*line, flag, "3"])
+            parse([*line, flag, "3"])

@@ -97,7 +97,7 @@ def test_options_of_another_type_are_refused_by_name(tmp_path, path, value, mess
     )
     line = saved(tmp_path, lambda config: put(config, path, value), options)
     with pytest.raises(ValueError, match=rf"config.json holds .*{message}"):
-        command_line.parse_evaluation(line)
+        command_line.parse(line)
 
 
 def test_options_of_an_optimizers_run_likewise(tmp_path):

@@ -12,6 +12,7 @@ from metalstm import plots
 from metalstm.calibration import Reliability
 from metalstm.meta.confidence import ConfidenceReport
 from metalstm.plots import accuracies
+from metalstm.statistics import Estimate
 
 
 def saves(figure, tmp_path):
@@ -280,13 +281,13 @@ def test_roc_curves_have_a_line_and_an_equal_error_dot_for_each_method():
 
 def test_confidence_panels_draw_what_was_measured(tmp_path):
     bins = Reliability(
-        np.array([0.2, 0.5, 0.9]), np.array([0.3, 0.4, 0.8]), np.array([3, 50, 70])
+        np.array([0.2, 0.5, 0.9]), np.array([0.3, 0.4, 0.8]), np.array([3, 500, 700])
     )
     reports = [
-        ConfidenceReport((0.5, 0.1), bins, coverage, (2.0, 0.1), alarms, misses)
-        for coverage, alarms, misses in (
-            ((0.85, 0.02), (0.2, 0.1), (0.3, 0.1)),
-            ((0.91, 0.01), (0.1, 0.1), (0.6, 0.1)),
+        ConfidenceReport(Estimate(0.5, 0.1), bins, *map(Estimate._make, measured))
+        for measured in (
+            ((0.85, 0.02), (2.0, 0.1), (0.2, 0.1), (0.3, 0.1)),
+            ((0.91, 0.01), (2.5, 0.1), (0.1, 0.1), (0.6, 0.1)),
         )
     ]
     figure = plots.confidence_panels(

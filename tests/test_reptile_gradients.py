@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from experiments.studies import reptile_gradients
-from experiments.studies.reptile_gradients import combinations
+from experiments.studies.reptile_gradients import Found, combinations
 from metalstm import data
 
 TINY = (
@@ -55,14 +55,16 @@ def test_a_run_draws_every_combination_and_goes_on_where_it_was(capsys):
     line = [*TINY, "--workdir", "run"]
     assert reptile_gradients.main(line) == 0
     printed = capsys.readouterr().out
-    found = json.loads(Path("run/results.json").read_text())["combinations"]
-    assert list(found) == ["g1", "g1 + g2", "g2"]
-    for one in found.values():
-        steps = [row[0] for row in one["curves"]["0.1"]]
-        assert steps == [0, 1, 2]
-        assert one["best_validation"] == max(row[1] for row in one["curves"]["0.1"])
-        assert f"{100 * one['test'][0]:.1f} ± " in printed
-    starts = {one["curves"]["0.1"][0][1] for one in found.values()}
+    rows = json.loads(Path("run/results.json").read_text())["combinations"]
+    assert [row["name"] for row in rows] == ["g1", "g1 + g2", "g2"]
+    starts = set()
+    for row in rows:
+        with np.load(f"run/combinations/{row['name']}.npz") as saved:
+            (curve,) = saved["curves"]
+        assert curve[:, 0].tolist() == [0, 1, 2]
+        assert row["best_validation"] == curve[:, 1].max()
+        assert f"{100 * row['test'][0]:.1f} ± " in printed
+        starts.add(curve[0, 1])
     assert len(starts) == 1, "all start from one theta_0, on the same episodes"
     assert Path("run/curves.png").read_bytes()[1:4] == b"PNG"
     assert reptile_gradients.main(line) == 0
@@ -89,10 +91,11 @@ def test_mistakes_are_named(line, message, capsys):
 
 
 def test_the_figure_draws_the_chosen_rate():
-    rows = {"0.1": [[0, 0.2, 0.01], [5, 0.4, 0.01]], "0.2": [[0, 0.2, 0], [5, 0.9, 0]]}
+    low, high = [[0, 0.2, 0.01], [5, 0.4, 0.01]], [[0, 0.2, 0.01], [5, 0.9, 0.01]]
+    stopped = [[0, 0.2, 0.01], [np.nan] * 3]
     found = {
-        "g1": {"curves": rows, "outer_rate": 0.1},
-        "g2": {"curves": rows, "outer_rate": 0.2},
+        "g1": Found(np.array([low, stopped]), None, 0),
+        "g2": Found(np.array([low, high]), None, 0),
     }
     config = reptile_gradients.Config(outer_rates=(0.1, 0.2))
     axes = reptile_gradients.figure(found, config).axes[0]

@@ -57,20 +57,25 @@ def run(tmp_path_factory) -> Path:
     return folder
 
 
-def command(run: Path, *more: object) -> int:
+@pytest.fixture(autouse=True)
+def in_an_empty_folder(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+
+
+def command(run: Path, *more: object, to: str = "out") -> int:
     line = ["--pairs", "600", "--bootstrap", "20", *map(str, more)]
-    return verification.main([str(run), *line])
+    return verification.main([str(run), *line, "--workdir", to])
 
 
-def read(run: Path, name: str = "verification") -> dict:
-    assert (run / f"{name}.png").read_bytes()[:4] == b"\x89PNG"
-    return json.loads((run / f"{name}.json").read_text())
+def read(folder: str = "out") -> dict:
+    assert Path(folder, "verification.png").read_bytes()[:4] == b"\x89PNG"
+    return json.loads(Path(folder, "results.json").read_text())
 
 
 def test_a_run_is_verified_on_the_classes_it_tests_on(run, capsys):
     assert command(run) == 0
     printed = capsys.readouterr().out
-    found = read(run)
+    found = read()
     tested = data.load_arrays(run / "people.npz")
     assert found["identities"] == len(tested.class_names["test"]) == 8
     assert (found["examples"], found["split"]) == (64, "test")
@@ -100,7 +105,7 @@ def test_a_run_is_verified_on_the_classes_it_tests_on(run, capsys):
         assert f"{100 * expected.equal_error_rate:.1f} (" in printed
     for words in ("8 identities, 64 examples, 600 pairs", "true at 1% false", "pixels"):
         assert words in printed
-    assert "verification.json and verification.png in" in printed
+    assert "table.md, results.json, verification.png in out" in printed
 
 
 def test_other_identities_from_a_file_and_from_folders(run, tmp_path, capsys):
@@ -114,8 +119,8 @@ def test_other_identities_from_a_file_and_from_folders(run, tmp_path, capsys):
     chosen = ("--methods", "prototypical", "--similarity", "cosine")
     for kind, where in (("arrays", "others.npz"), ("folders", "images")):
         flags = ("--dataset", kind, "--data-dir", tmp_path / where, *chosen)
-        assert command(run, *flags) == 0
-        found = read(run, f"verification-{Path(where).stem}")
+        assert command(run, *flags, to=kind) == 0
+        found = read(kind)
         assert (found["identities"], found["examples"]) == (5, 40)
         assert found["split"] == "all that is given"
         assert list(found["methods"]) == ["prototypical", "pixels"]
@@ -124,7 +129,7 @@ def test_other_identities_from_a_file_and_from_folders(run, tmp_path, capsys):
     trained = "note: the run was trained on some of these identities"
     assert trained not in capsys.readouterr().out
     flags = ("--dataset", "arrays", "--data-dir", run / "people.npz", *chosen)
-    assert command(run, *flags) == 0
+    assert command(run, *flags, to="own") == 0
     assert trained in capsys.readouterr().out
 
 
@@ -160,7 +165,7 @@ def test_what_a_run_cannot_serve(run, tmp_path, capsys):
     about["data"]["image_shape"] = [6, 5, 1]
     (tmp_path / "config.json").write_text(json.dumps(about))
     flags = ("--dataset", "folders", "--data-dir", tmp_path)
-    assert command(tmp_path, *flags) == 2
+    assert command(tmp_path, *flags, to="folders") == 2
     assert "gives squares, and" in capsys.readouterr().err
     methods = about["config"]["methods"]
     about["config"]["methods"] = {"nearest-neighbour": methods["nearest-neighbour"]}

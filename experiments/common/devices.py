@@ -142,16 +142,6 @@ def exit_with(main: Callable[[], int]) -> NoReturn:
     sys.exit(status)
 
 
-def on_main(act: Callable[[], Any]) -> None:
-    """Do it on process 0 alone; where it raises, all do."""
-    if not is_one_of_several():
-        act()
-        return
-    from metalstm.runtime import processes
-
-    processes.on_main(act)
-
-
 def is_one_of_several() -> bool:
     """Whether `join` has found other processes."""
     if "jax" not in sys.modules:

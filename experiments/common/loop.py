@@ -127,42 +127,23 @@ class Loop:
             left = 60 * setup.minutes - self._seconds_before
             if left <= 0:
                 return
-        latest, step = self.state.train, int(self.state.train.step)
-
-        def interruptible(state: TrainState, pool: Any) -> tuple[TrainState, Any]:
-            nonlocal latest, step
-            latest = state
-            if self._must_stop(step):
-                raise Interrupted
-            latest, metrics = train_loop(state, pool)
-            step += setup.steps_per_call
-            return latest, metrics
-
-        try:
-            self.state = metalstm.fit(
-                interruptible,
-                self.state,
-                sharding.place(pool, setup.mesh),
-                num_steps=min(until or setup.num_steps, setup.num_steps),
-                steps_per_call=setup.steps_per_call,
-                validate=self._validate,
-                validate_every=setup.validate_every,
-                report=self._report,
-                report_every=setup.report_every,
-                save=self._save,
-                save_every=setup.save_every,
-                max_seconds=left,
-            )
-        except Interrupted:
-            self._save(self.state._replace(train=latest))
-            raise
-
-    def _must_stop(self, step: int) -> bool:
-        if jax.process_count() == 1:
-            return self._stop_requested()
-        # all must stop at one step, and asking costs: they ask when they report
-        asks = step % self.setup.report_every == 0
-        return asks and processes.any_process(self._stop_requested())
+        self.state = metalstm.fit(
+            train_loop,
+            self.state,
+            sharding.place(pool, setup.mesh),
+            num_steps=min(until or setup.num_steps, setup.num_steps),
+            steps_per_call=setup.steps_per_call,
+            validate=self._validate,
+            validate_every=setup.validate_every,
+            report=self._report,
+            report_every=setup.report_every,
+            save=self._save,
+            save_every=setup.save_every,
+            max_seconds=left,
+            stop=self._stop_requested,
+        )
+        if processes.any_process(self._stop_requested()):
+            raise Interrupted
 
     def _validate(self, params: PyTree) -> float:
         with self.stopwatch.excluding():

@@ -44,7 +44,3 @@ def save_figure(figure: Any, path: Path) -> str:
 
 def ending(folder: Path, files: Sequence[str]) -> str:
     return f"{', '.join(files)} in {folder}"
-
-
-def resume_hint(folder: Path, command: str = "experiments.few_shot") -> str:
-    return f"to resume: python -m {command} --resume {folder}"

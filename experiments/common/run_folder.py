@@ -11,7 +11,6 @@ from typing import Any
 
 import msgspec
 
-from experiments.common import devices
 from experiments.common.saved_options import read_config, to_json
 
 __all__ = [
@@ -30,11 +29,9 @@ def free_folder(base: Path) -> Path:
     while folder.exists():
         number += 1
         folder = base.with_name(f"{base.name}-{number}")
-    if devices.is_one_of_several():
-        from metalstm.runtime import processes
+    from metalstm.runtime import processes
 
-        return Path(processes.from_main(str(folder)))
-    return folder
+    return Path(processes.from_main(str(folder)))
 
 
 def refuse_other_runs(folder: Path, config: Any, may_change: Iterable[str]) -> None:
@@ -50,12 +47,14 @@ def refuse_other_runs(folder: Path, config: Any, may_change: Iterable[str]) -> N
       ValueError: another process is running there, or it holds something else.
     """
 
+    from metalstm.runtime import processes
+
     def check() -> None:
         _check_contents(folder, config, may_change)
         if (folder / "lock").exists():
             _lock(folder).release()
 
-    devices.on_main(check)
+    processes.on_main(check)
 
 
 def _check_contents(folder: Path, config: Any, may_change: Iterable[str]) -> None:
@@ -124,6 +123,8 @@ def locked(
       ValueError: another process holds it, or another run has been there.
       OSError: the folder cannot be written.
     """
+    from metalstm.runtime import processes
+
     with contextlib.ExitStack() as stack:
 
         def hold() -> None:
@@ -135,7 +136,7 @@ def locked(
             if config is not None:
                 _check_contents(folder, config, may_change)
 
-        devices.on_main(hold)
+        processes.on_main(hold)
         yield
 
 
@@ -244,6 +245,20 @@ class Metrics:
                 if isinstance(row, dict) and {"method", "kind", self.counter} <= {*row}:
                     rows.append(row)
         return rows
+
+    def curve(self, method: str, kind: str, name: str) -> Any:
+        """A method's values of one name, as `metalstm.plots` draws them."""
+        import numpy as np
+
+        from metalstm import plots
+
+        mine = [
+            (row[self.counter], row[name], row.get("ci95"))
+            for row in self.read()
+            if (row["method"], row["kind"]) == (method, kind) and name in row
+        ]
+        counts, values, ci95 = np.array(mine, float).reshape(-1, 3).T
+        return plots.Curve(counts, values, None if kind == "train" else ci95)
 
     def close(self) -> None:
         if self._writer is not None:

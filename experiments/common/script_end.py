@@ -7,11 +7,10 @@ import sys
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from pathlib import Path
 from types import FrameType
 from typing import Any
 
-__all__ = ["Interrupted", "exit_status", "handled", "stops_on_ctrl_c", "what_is_kept"]
+__all__ = ["Interrupted", "exit_status", "handled", "stops_on_ctrl_c"]
 
 
 class Interrupted(Exception):  # noqa: N818 (a request, not an error)
@@ -76,11 +75,3 @@ def exit_status(
         else:
             print(f"error: {error}", file=sys.stderr)
         return 2
-
-
-def what_is_kept(folder: Path | None, resume_hint: Callable[[Path], str]) -> str:
-    """What to say when a run that can be resumed was stopped at once."""
-    kept = "stopped at once; what was saved is kept"
-    if folder is None or not (folder / "config.json").exists():
-        return kept
-    return f"{kept}\n{resume_hint(folder)}"

@@ -6,8 +6,7 @@ A study's module ends with
     main = STUDY.main
 
 where ``run(config, folder)`` does what is not in the run folder yet (`kept`), and ends
-with `write_results`. A study of finished runs has no folder of its own: ``run(config)``
-writes to theirs.
+with `write_results`.
 """
 
 from __future__ import annotations
@@ -46,7 +45,7 @@ class StudyOptions(cli.Options, frozen=True, kw_only=True):
     """What every study has."""
 
     seed: cli.Natural = 0
-    """Of meta-training and of the episodes."""
+    """Of all that is drawn: starts, tasks, episodes, pairs."""
     preset: str | None = None
     """Start from a named recipe; other flags override it."""
     workdir: Path | None = None
@@ -81,12 +80,11 @@ class Study:
 
     name: str  # of its module
     default: Any
-    run: Callable[..., None]
+    run: Callable[[Any, Path], None]
     about: str | None
     presets: Mapping[str, str] = field(default_factory=dict)  # flags that come before
     check: Callable[[Any], None] = lambda config: None  # refuses what cannot be
     may_change: Sequence[str] = ()  # options that may differ when a run resumes
-    of_runs: str | None = None  # a study of finished runs: what a stopped one left
 
     def parse(self, arguments: Sequence[str]) -> Any:
         """Read the flags.
@@ -111,10 +109,6 @@ class Study:
         def body(arguments: list[str]) -> None:
             nonlocal folder
             config = self.parse(arguments)
-            if self.of_runs:
-                keep_compiled_programs()
-                self.run(config)
-                return
             folder = config.workdir or free_folder(Path("runs") / self.name)
             changeable = (*self.may_change, "preset", "workdir", "debug", "data_dir")
             refuse_other_runs(folder, config, changeable)
@@ -124,8 +118,6 @@ class Study:
                 self.run(config, folder)
 
         def stopped() -> str:
-            if self.of_runs:
-                return f"stopped; {self.of_runs}"
             return f"stopped; to resume: the same with --workdir {folder}"
 
         return exit_status(body, arguments, stopped=stopped)

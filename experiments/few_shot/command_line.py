@@ -66,16 +66,20 @@ class Flag(NamedTuple):
 
 
 def parse(line: Sequence[str]) -> Options:
-    """Read the command line of a run; a preset or a saved run gives the defaults.
+    """Read the command line; a preset or a saved run gives the defaults.
+
+    With --evaluate the methods are those of all the runs, or those of --algorithms.
 
     Raises:
       ValueError: an unknown flag or preset, a value of another type, or options that
         cannot work together.
-      FileNotFoundError: --resume names no run folder.
+      FileNotFoundError: --resume or --evaluate names no run folder.
       SystemExit: after --help.
     """
     _help(line)
     flags = _flags(line)
+    if any(f.method is None and f.name == "evaluate" for f in flags):
+        return _parse_evaluation(flags)
     if _value("query_norm", flags) == "all":
         raise ValueError("--query-norm all goes with --evaluate RUN; choose one mode")
     named, resumed = _value("preset", flags), _value("resume", flags)
@@ -99,16 +103,8 @@ def parse(line: Sequence[str]) -> Options:
     return options
 
 
-def parse_evaluation(line: Sequence[str]) -> tuple[Options, Retest]:
-    """Read a command line with --evaluate: the first run's options, and what is new.
-
-    The options have the methods of all runs, or those of --algorithms.
-
-    Raises:
-      ValueError, FileNotFoundError, SystemExit: as `parse`.
-    """
-    _help(line)
-    flags = _flags(line)
+def _parse_evaluation(flags: Sequence[Flag]) -> Options:
+    """The first run's options, and what is new; the methods of all runs."""
     for other in ("preset", "resume"):
         if _value(other, flags) is not None:
             raise ValueError(
@@ -131,7 +127,7 @@ def parse_evaluation(line: Sequence[str]) -> tuple[Options, Retest]:
             )
     chosen = {n: methods[n] for n in common.run.algorithms if n in methods}
     devices.check(common.devices)
-    return with_methods(common, chosen), _parsed(Retest(), rest)
+    return with_methods(common, chosen, _parsed(Retest(), rest))
 
 
 # -- flags -----------------------------------------------------------------------------
@@ -293,12 +289,8 @@ def _check_method(options: Any, data: Data) -> None:
         raise ValueError(
             f"--schedule {training.schedule} needs --episodes, not --minutes"
         )
-    chunk = training.accumulate_tasks
-    if chunk is not None and training.meta_batch % chunk:
-        raise ValueError(
-            f"--accumulate-tasks {chunk} does not divide --meta-batch "
-            f"{training.meta_batch}: choose a divisor"
-        )
+    chunk = training.accumulate_tasks or 1
+    cli.check_multiple("--meta-batch", training.meta_batch, "--accumulate-tasks", chunk)
     norms = getattr(own, "query_norm", None), getattr(own, "train_query_norm", None)
     if norms[0] == "frozen" and norms[1] not in ("frozen", None):
         raise ValueError(

@@ -15,7 +15,7 @@ from experiments.common import report
 from experiments.common.run_folder import Metrics
 from experiments.few_shot.data import Source
 from experiments.few_shot.methods import Spec
-from experiments.few_shot.options import Data
+from experiments.few_shot.options import Options
 from experiments.few_shot.train import Found, Trainer
 from metalstm import plots
 from metalstm.base import MetaParams, PyTree
@@ -35,7 +35,7 @@ def draw(
         files.append(report.save_figure(figure, folder / name))
 
     if any(one.is_trained for one in found.values()):
-        files.append(draw_learning_curves(data, [folder], folder))
+        files.append(draw_learning_curves(run.options, [folder], folder))
     if "meta-lstm" in found:
         algorithm = run.programs["meta-lstm"].algorithm
         gates = observe_gates(algorithm, found["meta-lstm"].params, run.source)
@@ -55,31 +55,27 @@ def draw(
     return files
 
 
-def draw_learning_curves(data: Data, runs: Sequence[Path], folder: Path) -> str:
-    rows = [Metrics(run).read() for run in runs]
-    names = dict.fromkeys(row["method"] for of_seed in rows for row in of_seed)
+def draw_learning_curves(options: Options, runs: Sequence[Path], folder: Path) -> str:
+    metrics = [Metrics(run) for run in runs]
+    data, way = options.data, options.data.way
+    rows = [row for run in metrics for row in run.read()]
+    drawn = dict.fromkeys(row["method"] for row in rows)
 
     def by_method(kind: str, value: str) -> dict[str, list[plots.Curve]]:
-        return {n: [_curve(r, n, kind, value) for r in rows] for n in names}
+        return {n: [run.curve(n, kind, value) for run in metrics] for n in drawn}
 
+    trained = [own.method for name, own in options.methods.items() if name in drawn]
+    ways = {getattr(method, "train_way", None) or way for method in trained}
+    other = f"{min(ways)}-way " if len(ways) == 1 and ways != {way} else ""
     figure = plots.learning_curves(
         by_method("train", "loss"),
         by_method("train", "accuracy"),
         by_method("validation", "accuracy"),
         title=f"{data.dataset}, {data.way}-way {data.shot}-shot",
         chance=1 / data.way,
+        train_tasks=f"{other}meta-training tasks",
     )
     return report.save_figure(figure, folder / "learning_curve.png")
-
-
-def _curve(
-    rows: Sequence[Mapping[str, Any]], method: str, kind: str, name: str
-) -> plots.Curve:
-    mine = [r for r in rows if (r["method"], r["kind"]) == (method, kind) and name in r]
-    episodes = np.array([row["episode"] for row in mine])
-    values = np.array([row[name] for row in mine])
-    ci95 = np.array([row.get("ci95", np.nan) for row in mine])
-    return plots.Curve(episodes, values, None if kind == "train" else ci95)
 
 
 _GATES = (

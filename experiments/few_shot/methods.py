@@ -249,7 +249,7 @@ def spec_of(options: Any, data: Data, num_classes: int = 2) -> Spec:
                 maps = {"num_halvings": min(2, learner.num_blocks)}
                 spec["learner"] |= {"feature_maps": True, **maps}
         case "margin_classifier" | "pretrained_features" | "fine_tuning":
-            turns = 4 if training.rotations else 1  # turned characters are classes
+            turns = 4 if training.rotations else 1  # rotated ones are classes
             given["num_classes"] = turns * num_classes
     return spec | given
 

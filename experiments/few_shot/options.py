@@ -110,7 +110,7 @@ class Training(cli.Options, frozen=True):
     train_shots: Count | None = None
     """Support images of each class in meta-training; default --shot."""
     rotations: bool = False
-    """Meta-train with turned characters as classes of their own (Omniglot's custom)."""
+    """Meta-train with rotated characters as further classes (Omniglot's custom)."""
     augment: Literal["none", "shift", "crop-flip", "crop-flip-jitter"] = "none"
     """What happens to images in meta-training: shifts by up to 2 pixels, or resized
     crops and flips, or these and colour jitter."""
@@ -125,15 +125,6 @@ class Common(cli.Options, frozen=True):
     devices: Flat[Devices] = Devices()
 
 
-class Options(Common, frozen=True):
-    methods: dict[str, Any] = msgspec.field(default_factory=dict)
-    """Name -> the options of the method, of `experiments.few_shot.methods.kind_of`."""
-
-
-def with_methods(common: Common, methods: dict[str, Any]) -> Options:
-    return Options(common.data, common.test, common.run, common.devices, methods)
-
-
 class Retest(cli.Options, frozen=True):
     """What a finished run may be tested again with."""
 
@@ -144,3 +135,16 @@ class Retest(cli.Options, frozen=True):
     sense. Default: the run's."""
     num_test_steps: Count | None = None
     """Inner updates. Default: the run's."""
+
+
+class Options(Common, frozen=True):
+    methods: dict[str, Any] = msgspec.field(default_factory=dict)
+    """Name -> the options of the method, of `experiments.few_shot.methods.kind_of`."""
+    retest: Retest = Retest()
+
+
+def with_methods(
+    common: Common, methods: dict[str, Any], retest: Retest | None = None
+) -> Options:
+    parts = common.data, common.test, common.run, common.devices
+    return Options(*parts, methods, retest or Retest())

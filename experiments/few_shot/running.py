@@ -3,29 +3,29 @@
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from experiments.common import devices, report
 from experiments.common.cli import replace
+from experiments.common.command import run_in
 from experiments.common.run_folder import (
     Metrics,
-    locked,
+    free_folder,
     refuse_other_data,
     refuse_other_runs,
     write_json,
 )
 from experiments.common.saved_options import to_json
-from experiments.common.script_end import Interrupted
+from experiments.few_shot.command_line import MODULE
 from experiments.few_shot.data import Source, load_source
 from experiments.few_shot.figures import draw, draw_learning_curves
 from experiments.few_shot.heading import header
-from experiments.few_shot.methods import Spec, specs_of
+from experiments.few_shot.methods import specs_of
 from experiments.few_shot.options import Options
-from experiments.few_shot.test import meta_test, over_seeds
+from experiments.few_shot.test import evaluate_again, meta_test, over_seeds
 from experiments.few_shot.train import (
-    Programs,
     Trainer,
     checkpoint_of,
     make_all_programs,
@@ -34,13 +34,20 @@ from experiments.few_shot.train import (
 from metalstm.predictor import describe_methods
 from metalstm.runtime import processes
 
+ROOT = Path("runs") / "few_shot"
 
-class Prepared(NamedTuple):
-    """What serves every seed."""
 
-    source: Source
-    specs: Mapping[str, Spec]
-    programs: Mapping[str, Programs]
+def choose_folder(options: Options) -> Path:
+    """Where the run goes: as told, or a name that no other run has."""
+    run, data = options.run, options.data
+    dataset = data.dataset.replace("tfds:", "").replace("/", "-")
+    name = f"{dataset}-{data.way}w{data.shot}s-{run.seed}"
+    return run.resume or run.workdir or free_folder(ROOT / name)
+
+
+def evaluate(options: Options, arguments: Sequence[str]) -> None:
+    del arguments
+    evaluate_again(options)
 
 
 def run(options: Options, folder: Path) -> int:
@@ -60,23 +67,17 @@ def run(options: Options, folder: Path) -> int:
     source = load_source(options.data, options.methods)
     source = source.placed(meshes[0], options.devices.devices)
     specs = specs_of(options, source.dataset.train.num_classes)
-    prepared = Prepared(source, specs, make_all_programs(options, specs, source))
+    programs = make_all_programs(options, specs, source)
+    trainer = Trainer(options, specs, programs, source, folder)
     print(header(options, source, devices.describe(meshes[0])), flush=True)
-    if devices.is_one_of_several():
-        print(report.resume_hint(folder), flush=True)  # a process may die
-    run = run_seed if options.run.seeds == 1 else run_seeds
-    with locked(folder, options, may_change(options)):
-        try:
-            run(options, prepared, folder)
-        except Interrupted:
-            print(f"stopped and saved; {report.resume_hint(folder)}")
-            return 130
-    return 0
+    seeds = run_seed if options.run.seeds == 1 else run_seeds
+    changeable = may_change(options)
+    return run_in(folder, options, changeable, lambda: seeds(trainer), MODULE)
 
 
-def run_seed(options: Options, prepared: Prepared, folder: Path) -> dict[str, Any]:
+def run_seed(trainer: Trainer) -> dict[str, Any]:
     """One seed, one folder: meta-train, meta-test, draw, write."""
-    source, specs, programs = prepared
+    options, specs, _, source, folder = trainer
     write_config(options, source, folder)
     if processes.is_main():
         describe_methods(
@@ -86,9 +87,8 @@ def run_seed(options: Options, prepared: Prepared, folder: Path) -> dict[str, An
             normalise=source.describe()["normalise"],
         )
     metrics = Metrics(folder, tensorboard=options.run.tensorboard)
-    trainer = Trainer(options, specs, programs, source, folder, metrics)
     try:
-        found = trainer.learn()
+        found = trainer.learn(metrics)
     finally:
         metrics.close()
     results, table = meta_test(trainer, found)
@@ -98,19 +98,21 @@ def run_seed(options: Options, prepared: Prepared, folder: Path) -> dict[str, An
     return results
 
 
-def run_seeds(options: Options, prepared: Prepared, folder: Path) -> None:
+def run_seeds(trainer: Trainer) -> None:
     """Repeat with several seeds of meta-training, and aggregate over them."""
-    write_config(options, prepared.source, folder)
+    options, folder = trainer.options, trainer.folder
+    write_config(options, trainer.source, folder)
     per_seed, first = {}, options.run.seed
     for seed in range(first, first + options.run.seeds):
         print(f"seed {seed}")
-        of_seed = replace(options, run=replace(options.run, seed=seed, seeds=1))
-        per_seed[seed] = run_seed(of_seed, prepared, folder / f"seed-{seed}")
+        own = replace(options, run=replace(options.run, seed=seed, seeds=1))
+        of_seed = trainer._replace(options=own, folder=folder / f"seed-{seed}")
+        per_seed[seed] = run_seed(of_seed)
     results, table = over_seeds(options, per_seed)
     print(table)
     if processes.is_main():
         runs = [folder / f"seed-{seed}" for seed in per_seed]
-        curves = draw_learning_curves(options.data, runs, folder)
+        curves = draw_learning_curves(options, runs, folder)
         _write_results(folder, results, [*table.write(folder), curves])
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -25,7 +24,7 @@ class SavedMethod(NamedTuple):
     folder: Path
     spec: Spec
     options: Any  # its own
-    meta_training: Mapping[str, Any]  # from the run's results; may be empty
+    meta_training: Mapping[str, Any]  # may be empty
 
 
 class SavedRun(NamedTuple):
@@ -33,7 +32,6 @@ class SavedRun(NamedTuple):
     options: Options
     specs: dict[str, Spec]
     data: dict[str, Any]
-    results: dict[str, Any]  # by method; empty while it has not been tested
 
 
 def read_runs(folders: Sequence[Path]) -> list[SavedRun]:
@@ -54,8 +52,6 @@ def read_runs(folders: Sequence[Path]) -> list[SavedRun]:
                 f"{folder} holds a run for each of several seeds: give "
                 + " or ".join(str(folder / seed) for seed in seeds)
             )
-        tested = folder / "results.json"
-        results = json.loads(tested.read_text())["methods"] if tested.exists() else {}
         try:
             specs = specs_of(options, saved["data"]["classes"]["train"])
         except (KeyError, TypeError) as error:
@@ -63,7 +59,7 @@ def read_runs(folders: Sequence[Path]) -> list[SavedRun]:
                 f"{folder / 'config.json'} is damaged ({type(error).__name__}: {error} "
                 "of its data): put a copy of it back"
             ) from None
-        runs.append(SavedRun(folder, options, specs, saved["data"], results))
+        runs.append(SavedRun(folder, options, specs, saved["data"]))
     return runs
 
 
@@ -92,15 +88,13 @@ def choose_methods(runs: Sequence[SavedRun], names: Sequence[str]) -> list[Saved
 
 
 def _meta_training(run: SavedRun, name: str) -> Mapping[str, Any]:
-    """What was spent on a method: by its results, or before them by its checkpoint."""
-    if name in run.results:
-        return run.results[name]["meta_training"] or {}
+    """What was spent on a method, by its checkpoint; it may still be in training."""
     _, uses = pretrainings(run.options, run.specs)
     state = run.folder / "checkpoints" / uses.get(name, name) / "state"
     step = checkpoints.latest(state)
     if step is None:
         return {}
-    seconds = checkpoints.read_metadata(state)["seconds"]
+    seconds = round(checkpoints.read_metadata(state)["seconds"], 3)
     training = run.options.methods[name].training
     return {"episodes": step * training.meta_batch, "wall_seconds": seconds}
 

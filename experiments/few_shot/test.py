@@ -20,7 +20,7 @@ from experiments.few_shot import results
 from experiments.few_shot.data import Source, load_source
 from experiments.few_shot.heading import header
 from experiments.few_shot.methods import Spec
-from experiments.few_shot.options import Options, Retest
+from experiments.few_shot.options import Options
 from experiments.few_shot.results import Tested
 from experiments.few_shot.saved_runs import (
     SavedMethod,
@@ -152,7 +152,7 @@ def count_parameters(params: PyTree, spec: Spec) -> int:
 # -- finished runs ---------------------------------------------------------------------
 
 
-def evaluate_again(options: Options, anew: Retest) -> Table:
+def evaluate_again(options: Options) -> Table:
     """Print and save one row for each method and mode; all share their episodes.
 
     The paired difference is to Meta-LSTM, or else the first row; with
@@ -163,6 +163,7 @@ def evaluate_again(options: Options, anew: Retest) -> Table:
       FileNotFoundError: a method has no checkpoint yet.
     """
     data, test, folders = options.data, options.test, options.run.evaluate
+    anew = options.retest
     runs = read_runs(folders)
     wanted = choose_methods(runs, options.run.algorithms)
     for method in wanted:
@@ -178,7 +179,7 @@ def evaluate_again(options: Options, anew: Retest) -> Table:
     refuse_other_images(runs, source)
     print(header(options, source, describe(mesh), anew.query_norm), flush=True)
 
-    tested = list(_test_again(wanted, source, options, anew))
+    tested = list(_test_again(wanted, source, options))
     methods = [one.method for one in tested]
     first: dict[str, str] = {}
     for one in tested:
@@ -207,9 +208,10 @@ def evaluate_again(options: Options, anew: Retest) -> Table:
 
 
 def _test_again(
-    wanted: Sequence[SavedMethod], source: Source, options: Options, anew: Retest
+    wanted: Sequence[SavedMethod], source: Source, options: Options
 ) -> Iterator[Tested]:
     """Test each method, in each mode that is asked for and makes sense."""
+    anew = options.retest
     mesh = sharding.task_mesh(num_devices=options.devices.devices)
     for method in wanted:
         params, message = load_saved(method, source)

@@ -131,7 +131,8 @@ def may_change(options: Options) -> tuple[str, ...]:
     """What may differ when a run is resumed. A schedule's end is part of the recipe."""
     names: tuple[str, ...] = (
         "run.preset", "run.workdir", "run.resume", "run.evaluate", "run.tensorboard",
-        "run.debug", "data.data_dir", *MAY_CHANGE,
+        "run.debug", "data.data_dir", "retest.query_norm", "retest.num_test_steps",
+        *MAY_CHANGE,
     )  # fmt: skip
     for method, own in options.methods.items():
         prefix = f"methods.{method}.training"
@@ -169,9 +170,8 @@ class Trainer(NamedTuple):
     programs: Mapping[str, Programs]
     source: Source
     folder: Path
-    metrics: Metrics
 
-    def learn(self) -> dict[str, Found]:
+    def learn(self, metrics: Metrics) -> dict[str, Found]:
         """Train, or resume training, every method until its budget is spent.
 
         Raises:
@@ -185,11 +185,11 @@ class Trainer(NamedTuple):
         for name in (n for n in names if self.programs[n].algorithm.trainable):
             own, classifier = self.options.methods[name], uses.get(name)
             if classifier is None:
-                found[name] = self._train(name, own)
+                found[name] = self._train(name, own, metrics)
                 continue
             if classifier not in shared:
                 options = classifiers[classifier].options
-                shared[classifier] = self._train(classifier, options)
+                shared[classifier] = self._train(classifier, options, metrics)
             # a method's own rule next to the shared features
             trained = shared[classifier]
             init = self._untrained(name)._replace(learner=trained.params.learner)
@@ -205,7 +205,7 @@ class Trainer(NamedTuple):
             found[name] = Found(*self._tune(name, params))
         return found
 
-    def _train(self, name: str, own: Any) -> Found:
+    def _train(self, name: str, own: Any, metrics: Metrics) -> Found:
         programs, data, seed = (
             self.programs[name],
             self.options.data,
@@ -243,7 +243,7 @@ class Trainer(NamedTuple):
             seed,
             self._example(),
         )
-        loop = Loop(setup, self.folder, self.metrics, programs.algorithm, make_state)
+        loop = Loop(setup, self.folder, metrics, programs.algorithm, make_state)
         with loop.running():
             loop.fit(programs.train_loop, self.source.dataset.train)
         best, mean = (

@@ -17,37 +17,14 @@ the time they took.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 
 from experiments.common import devices
-from experiments.common.compiled_programs import keep_compiled_programs
-from experiments.common.script_end import exit_status, what_is_kept
-from experiments.learned_optimizer.command_line import MODULE, other_flags, parse
+from experiments.common.command import run_command
+from experiments.learned_optimizer.command_line import MODULE, parse
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command line; return the exit status: 2 for a mistake, 130 for Ctrl-C."""
-    folder: Path | None = None
-
-    def body(arguments: list[str]) -> int:
-        nonlocal folder
-        config = parse(arguments)
-        keep_compiled_programs()
-        devices.join(config.devices)
-        from experiments.learned_optimizer import running
-
-        if config.run.evaluate is not None:
-            running.evaluate(config, other_flags(arguments))
-            return 0
-        folder = running.choose_folder(config)
-        return running.run(config, folder)
-
-    def stopped() -> str:
-        from experiments.common.report import resume_hint
-
-        return what_is_kept(folder, lambda kept: resume_hint(kept, MODULE))
-
-    return exit_status(body, arguments, stopped=stopped)
+    return run_command(MODULE, parse, arguments)
 
 
 if __name__ == "__main__":

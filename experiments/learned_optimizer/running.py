@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,8 @@ import optax
 
 import metalstm
 from experiments.common import devices, report, run_folder
-from experiments.common.loop import Interrupted, Loop, Setup
+from experiments.common.command import run_in
+from experiments.common.loop import Loop, Setup
 from experiments.common.run_folder import Metrics, write_json
 from experiments.common.saved_options import to_json
 from experiments.learned_optimizer import command_line
@@ -48,16 +49,7 @@ def run(config: Config, folder: Path) -> int:
     """Run in the folder, which nobody else may use; return the exit status."""
     changeable = may_change(config)
     run_folder.refuse_other_runs(folder, config, changeable)
-    hint = report.resume_hint(folder, MODULE)
-    if devices.is_one_of_several():
-        print(hint, flush=True)  # a process may die
-    with run_folder.locked(folder, config, changeable):
-        try:
-            _run(config, folder)
-        except Interrupted:
-            print(f"stopped and saved; {hint}")
-            return 130
-    return 0
+    return run_in(folder, config, changeable, lambda: _run(config, folder), MODULE)
 
 
 def _run(config: Config, folder: Path) -> None:
@@ -105,7 +97,7 @@ def _run(config: Config, folder: Path) -> None:
     )
 
 
-def evaluate(config: Config, flags: Sequence[str]) -> None:
+def evaluate(config: Config, arguments: list[str]) -> None:
     """Make the studies of a finished (or stopped) run again, with these flags.
 
     Raises:
@@ -114,6 +106,7 @@ def evaluate(config: Config, flags: Sequence[str]) -> None:
     folder = config.run.evaluate
     assert folder is not None
     print(_header(config, devices.describe(None)), flush=True)
+    flags = command_line.other_flags(arguments)
     make_studies(Context(config, saved_rules(config, folder), folder, flags))
 
 
@@ -166,17 +159,9 @@ def _header(config: Config, computing: str) -> str:
 
 
 def _learning_curves(metrics: Metrics, names: list[str]) -> Any:
-    rows = metrics.read()
-
-    def curve(name: str, kind: str, value: str) -> plots.Curve:
-        mine = [r for r in rows if (r["method"], r["kind"]) == (name, kind)]
-        found = [(r["step"], r[value], r.get("ci95")) for r in mine if value in r]
-        steps, values, ci95 = np.array(found, float).reshape(-1, 3).T
-        return plots.Curve(steps, values, None if kind == "train" else ci95)
-
     return plots.meta_training_curves(
-        {name: curve(name, "train", "loss") for name in names},
-        {name: curve(name, "validation", "log_loss") for name in names},
+        {name: metrics.curve(name, "train", "loss") for name in names},
+        {name: metrics.curve(name, "validation", "log_loss") for name in names},
     )
 
 

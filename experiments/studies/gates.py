@@ -165,8 +165,9 @@ def run(config: Config, folder: Path) -> None:
         by_sgd = sgd.test(tuned.best["rate"], dataset)
         by_gates = Adapted(target, gates, config).test(trained["all parts"], dataset)
         rows.add(("transfer", "learned gates", name), by_gates, by_sgd)
-        about = {"rate": tuned.best["rate"], "rate_inside_grid": tuned.inside["rate"]}
-        rows.add(("transfer", "tuned SGD", name), by_sgd, **about)
+        rate, inside = tuned.best["rate"], tuned.inside["rate"]
+        row = "transfer", "tuned SGD", name
+        rows.add(row, by_sgd, rate=rate, rate_inside_grid=inside)
     caption = (
         f"{dataset.name}, {config.way}-way {config.shot}-shot, {config.steps} updates, "
         "theta_0 drawn in every episode, first order, batch norm: support (inductive), "
@@ -197,7 +198,7 @@ class Rows:
         to: Evaluation | None = None,
         **more: Any,
     ) -> None:
-        row = dict(zip(HEADINGS, names, strict=False))
+        row: dict[str, Any] = dict(zip(HEADINGS, names, strict=False))
         row |= {"mean": found.mean, "ci95": found.ci95, **more}
         difference = note = ""
         if to is not None:

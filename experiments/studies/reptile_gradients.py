@@ -22,12 +22,12 @@ machine and time.
 
 from __future__ import annotations
 
-import json
+import functools
 import sys
 import time
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -37,15 +37,14 @@ from matplotlib.figure import Figure
 
 import metalstm
 from experiments.common.cli import Count, Pair, Positive, check_multiple
-from experiments.common.run_folder import write_json
-from experiments.common.study import CharacterOptions, Study, write_results
+from experiments.common.study import CharacterOptions, Study, kept, write_results
 from experiments.common.tables import Table
-from experiments.common.tuning import each_point, tune
+from experiments.common.tuning import Tuned, tune
 from metalstm import algorithms, data, nn, plots
 from metalstm.algorithms.gradient.published import fixed_sgd
 from metalstm.data import EpisodeSpec
 from metalstm.meta.evaluation import Evaluation
-from metalstm.statistics import Estimate, mean_and_ci95
+from metalstm.statistics import mean_and_ci95
 
 PRESETS = {
     "demo": "--inner-batches 2 --outer-rates 0.02 --meta-steps 400 "
@@ -144,22 +143,24 @@ class Trainer:
             tested, optax.sgd(0.0), config.seed, episode
         )
 
-    def curve(self, weights: tuple[float, ...], rate: float):
-        """Validation accuracy against meta-steps, and the best meta-parameters."""
-        config, state = self.config, self.start
-        rows, best, best_params = [], -1.0, state.params
-        for done in range(0, config.meta_steps + 1, config.validate_every):
+    def curve(self, weights: tuple[float, ...], rate: float) -> tuple[np.ndarray, Any]:
+        """`Found.curves` at one rate, and the parameters of the best validation."""
+        config, state, best = self.config, self.start, self.start.params
+        every = config.validate_every
+        rows: list[list[float]] = []
+        for done in range(0, config.meta_steps + 1, every):
             if done:
                 state, metrics = self.advance(
                     state, jnp.array(weights), jnp.float32(rate), self.dataset.train
                 )
                 if not bool(metrics["finite"].all()):
                     break
-            result = self.test(state.params, "validation", config.validation_episodes)
-            rows.append([done, result.mean, result.ci95])
-            if result.mean > best:
-                best, best_params = result.mean, state.params
-        return rows, best, best_params
+            found = self.test(state.params, "validation", config.validation_episodes)
+            if not rows or found.mean > max(row[1] for row in rows):
+                best = state.params
+            rows.append([done, found.mean, found.ci95])
+        missing = config.meta_steps // every + 1 - len(rows)
+        return np.pad(rows, ((0, missing), (0, 0)), constant_values=np.nan), best
 
     def test(self, params: Any, split: str, episodes: int) -> Evaluation:
         pool, seed = self.dataset.pool(split), self.config.seed
@@ -167,33 +168,34 @@ class Trainer:
             params, pool, num_episodes=episodes, split=split, seed=seed
         )
 
-    def study(self, name: str, weights: tuple[float, ...]) -> dict[str, Any]:
+    def study(self, name: str, weights: tuple[float, ...]) -> Found:
         """One combination at every outer rate, and the test of the best."""
-        started, curves, params = time.process_time(), {}, {}
-
-        def score(rate: float) -> float:
-            rows, best, params[rate] = self.curve(weights, rate)
-            curves[f"{rate:g}"] = rows
-            ends = "stopped: not finite"
-            if len(rows) > 1:
-                ends = f"ends at {rows[-1][1]:.1%}"
-            about = f"{name:16} outer rate {rate:<6g}"
-            print(f"{about} {ends}, best {best:.1%}", flush=True)
-            return -best
-
-        tuned = tune(each_point(score), {"rate": self.config.outer_rates})
-        rate = tuned.best["rate"]
+        started, params, curves = time.process_time(), {}, []
+        for rate in self.config.outer_rates:
+            rows, params[rate] = self.curve(weights, rate)
+            curves.append(rows)
+            last, best = rows[-1, 1], np.nanmax(rows[:, 1])
+            ends = f"ends at {last:.1%}" if np.isfinite(last) else "stopped: not finite"
+            print(f"{name:16} outer rate {rate:<6g} {ends}, best {best:.1%}")
+        found = Found(np.array(curves), np.zeros(0), 0.0)
+        rate = found.tuned(self.config).best["rate"]
         result = self.test(params[rate], "test", self.config.test_episodes)
         print(f"{name:16} test {result}", flush=True)
-        return {
-            "curves": curves,
-            "outer_rate": rate,
-            "inside": tuned.inside["rate"],
-            "best_validation": -tuned.score,
-            "test": [result.mean, result.ci95],
-            "test_accuracies": [round(float(x), 6) for x in result.accuracies],
-            "cpu_seconds": round(time.process_time() - started, 1),
-        }
+        return found._replace(
+            accuracies=result.accuracies, cpu_seconds=time.process_time() - started
+        )
+
+
+class Found(NamedTuple):
+    """What was found of a combination of gradients."""
+
+    curves: np.ndarray  # [rates, validations, 3] meta-steps, accuracy, half its 95% CI
+    accuracies: np.ndarray  # [test episodes] at the best rate
+    cpu_seconds: Any
+
+    def tuned(self, config: Config) -> Tuned:
+        scores = -np.nanmax(self.curves[..., 1], 1)
+        return tune(lambda grid: scores, {"rate": config.outer_rates})
 
 
 def run(config: Config, folder: Path) -> None:
@@ -207,54 +209,54 @@ def run(config: Config, folder: Path) -> None:
         flush=True,
     )
     for name, weights in names.items():
-        tag = "_".join(f"{w:g}" for w in weights)
-        path = folder / "combinations" / f"{tag}.json"
-        if not path.exists():
-            path.parent.mkdir(exist_ok=True)
-            write_json(path, trainer.study(name, weights))
-        found[name] = json.loads(path.read_text())
-    shown = {
-        name: {k: v for k, v in one.items() if k != "test_accuracies"}
-        for name, one in found.items()
-    }
-    about = {"name": dataset.name, "checksum": dataset.checksum}
+        path = folder / "combinations" / f"{name}.npz"
+        make = functools.partial(trainer.study, name, weights)
+        found[name] = kept(path, Found, make)
+    table, rows = results_of(found, config)
     write_results(
         folder,
         config,
-        [table(found)],
-        {"combinations": shown, "data": about},
+        [table],
+        {"combinations": rows, "name": dataset.name, "checksum": dataset.checksum},
         {"curves.png": figure(found, config)},
     )
 
 
-def table(found: Mapping[str, Any]) -> Table:
-    cells = []
+def results_of(found: Mapping[str, Found], config: Config) -> tuple[Table, Any]:
+    """The table, and its numbers for results.json."""
+    rows, cells = [], []
     for name, one in found.items():
-        pair = (np.array(found[n]["test_accuracies"]) for n in (name, "g1"))
-        difference = mean_and_ci95(np.subtract(*pair)).percent
-        cells.append(
-            [
-                name,
-                f"{one['outer_rate']:g}{'' if one['inside'] else '*'}",
-                f"{100 * one['best_validation']:.1f}",
-                f"{Estimate(*one['test']).percent:.1f}",
-                "" if name == "g1" else f"{difference:+.1f}",
-                f"{one['cpu_seconds']:.0f}",
-            ]
-        )
+        tuned = one.tuned(config)
+        tested = mean_and_ci95(one.accuracies)
+        difference = mean_and_ci95(one.accuracies - found["g1"].accuracies)
+        row = {
+            "name": name,
+            "outer_rate": tuned.best["rate"],
+            "best_validation": -tuned.score,
+            "test": tested,
+            "difference": difference,
+            "cpu_seconds": round(float(one.cpu_seconds), 1),
+        }
+        rows.append(row)
+        cells.append([name, f"{tuned.best['rate']:g}{tuned.mark('rate')}"])
+        cells[-1] += [f"{-100 * tuned.score:.1f}", f"{tested.percent:.1f}"]
+        cells[-1] += ["" if name == "g1" else f"{difference.percent:+.1f}"]
+        cells[-1] += [f"{row['cpu_seconds']:.0f}"]
     headings = (
         "meta-update", "outer rate", "best validation", "test accuracy % (95% CI)",
         "paired difference to g1", "CPU seconds",
     )  # fmt: skip
-    edge = not all(one["inside"] for one in found.values())
-    notes = ["* at the edge of the grid"] if edge else []
-    return Table("", headings, cells, notes=notes)
+    edge = any("*" in rate for _, rate, *_ in cells)
+    return Table("", headings, cells, notes=["* at the edge of the grid"][:edge]), rows
 
 
-def figure(found: Mapping[str, Any], config: Config) -> Figure:
+def figure(found: Mapping[str, Found], config: Config) -> Figure:
     """Each combination at its best rate; a sum's line, a single gradient's dashes."""
     kinds = {n: "one gradient" if n[1:].isdecimal() else "sum" for n in found}
-    curves = {n: one["curves"][f"{one['outer_rate']:g}"] for n, one in found.items()}
+    curves = {}
+    for name, one in found.items():
+        best = one.curves[config.outer_rates.index(one.tuned(config).best["rate"])]
+        curves[name] = best[np.isfinite(best[:, 1])].tolist()
     return plots.accuracy_sweep(
         curves,
         kinds | {"g1": "sum"},

@@ -11,47 +11,38 @@ On a CPU core some seconds a method and point. Expected: all methods gain from s
 and those that compare with class means lose least with the ways.
 docs/results/omniglot.md has a figure.
 
-Writes shots_and_ways.json after each point, so that the same command resumes where it
-was stopped, then accuracy_vs_shot.png and accuracy_vs_way.png. A head that fixes the
-number of classes is omitted at other ways, and a point for which a class has too few
-images, or the test too few classes, is omitted for all; both are said.
+Each point is kept, so that the same command with the same --workdir resumes. A head
+that fixes the number of classes is omitted at other ways, and a point for which a class
+has too few images, or the test too few classes, is omitted for all; both are said.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple
 
+import numpy as np
 import tyro
 
 import metalstm
-from experiments.common import cli, report
-from experiments.common.cli import Count, Names, Natural, Pair
-from experiments.common.run_folder import write_json
-from experiments.common.study import Study
+from experiments.common.cli import Count, Names, Pair, replace
+from experiments.common.study import Study, StudyOptions, kept, write_results
+from experiments.common.tables import Table
+from experiments.few_shot import saved_runs
 from experiments.few_shot.data import Source, load_source
 from experiments.few_shot.methods import METHODS
 from experiments.few_shot.results import REFERENCE
-from experiments.few_shot.saved_runs import (
-    SavedMethod,
-    choose_methods,
-    names_in,
-    read_runs,
-    refuse_other_images,
-)
 from experiments.few_shot.test import load_saved, modes, spec_for_test
 from metalstm import data, plots
 from metalstm.data import EpisodeSpec
 from metalstm.specs import build_algorithm, fixed_way
+from metalstm.statistics import mean_and_ci95
 
-NAME = "shots_and_ways.json"
 
-
-class Config(cli.Options, frozen=True):
+class Config(StudyOptions, frozen=True, kw_only=True):
     runs: Annotated[tuple[Path, ...], tyro.conf.Positional] = ()
     """Folders of finished few_shot runs on one data set."""
     shots: tuple[Count, ...] = (1, 2, 3, 5, 10, 20)
@@ -71,19 +62,8 @@ class Config(cli.Options, frozen=True):
     """Episodes of each point, the same for every method."""
     test_batch: Count = 8
     """Of these, how many at once."""
-    test_seed: Natural = 0
-    """Which episodes."""
     data_dir: Path | None = None
     """Where the data set is; default: where it was in the first run."""
-    workdir: Path | None = None
-    """Where to write; default: the first run's folder."""
-    debug: bool = False
-    """Show tracebacks."""
-
-
-def check(config: Config) -> None:
-    if not config.runs:
-        raise ValueError("name at least one run folder")
 
 
 class Point(NamedTuple):
@@ -94,96 +74,77 @@ class Point(NamedTuple):
         return f"{self.way}-way {self.shot}-shot"
 
 
-def run(config: Config) -> None:
+class Tested(NamedTuple):
+    accuracies: np.ndarray  # [episodes]
+
+
+def check(config: Config) -> None:
+    if not config.runs:
+        raise ValueError("name at least one run folder")
+    _methods(config)
+
+
+def _methods(config: Config) -> list[saved_runs.SavedMethod]:
+    runs = saved_runs.read_runs(config.runs)
+    names = config.algorithms or saved_runs.names_in(runs)
+    return saved_runs.choose_methods(runs, names)
+
+
+def run(config: Config, folder: Path) -> None:
     """Test what is not tested yet, and draw."""
-    runs = read_runs(config.runs)
-    methods = choose_methods(runs, config.algorithms or names_in(runs))
+    runs, methods = saved_runs.read_runs(config.runs), _methods(config)
     first = runs[0].options.data
-    if config.data_dir is not None:
-        first = cli.replace(first, data_dir=config.data_dir)
-    source = load_source(first, {})
-    refuse_other_images(runs, source)
+    source = load_source(replace(first, data_dir=config.data_dir or first.data_dir), {})
+    saved_runs.refuse_other_images(runs, source)
 
     at_way, at_shot = config.at_way or first.way, config.at_shot or first.shot
     queries = config.queries or first.queries
     by_shot = [Point(at_way, shot) for shot in sorted(set(config.shots))]
     by_way = [Point(way, at_shot) for way in sorted(set(config.ways))]
-
-    folder = config.workdir or config.runs[0]
-    folder.mkdir(parents=True, exist_ok=True)
-    settings = {
-        "runs": [str(path) for path in config.runs],
-        "checksum": source.describe()["checksum"],
-        "queries": queries,
-        "test_episodes": config.test_episodes,
-        "test_seed": config.test_seed,
-    }
-    found = _resumed(folder / NAME, settings)
-    rows = found["points"]
+    rows: list[dict[str, Any]] = []
     for point in dict.fromkeys([*by_shot, *by_way]):
         spec = _episodes(source, point, queries)
-        tested = {row["method"] for row in rows if (row["way"], row["shot"]) == point}
-        left = [method for method in methods if method.label not in tested]
         if isinstance(spec, str):
             print(f"{point} omitted: {spec}", flush=True)
             continue
         if spec.queries < queries:
             print(f"{point}: {spec.queries} queries a class, no more images")
-        for method in left:
+        for method in methods:
             way = fixed_way(method.spec)
             if way not in (None, point.way):
                 about = f"its head has {way} classes"
                 print(f"{point}, {method.label} omitted: {about}", flush=True)
                 continue
-            rows.append(_test(method, spec, source, config))
-            write_json(folder / NAME, found)
+            mode = modes(method, None)[0]
+
+            def test(method=method, mode=mode, spec=spec) -> Tested:
+                evaluation = metalstm.evaluate(
+                    build_algorithm(spec_for_test(method.spec, mode)),
+                    load_saved(method, source)[0],
+                    source.dataset.test,
+                    spec,
+                    num_episodes=config.test_episodes,
+                    seed=config.seed,
+                    batch_size=config.test_batch,
+                )
+                print(f"{spec.way}-way {spec.shot}-shot, {method.label}: {evaluation}")
+                return Tested(evaluation.accuracies)
+
+            file = f"{point} {method.label}".replace("/", "-")
+            found = kept(folder / "points" / f"{file}.npz", Tested, test)
+            row: dict[str, Any] = {
+                "method": method.label,
+                "family": METHODS[method.name].family,
+            }
+            row |= {**point._asdict(), "queries": spec.queries, "batch_norm": mode}
+            mean, ci95 = mean_and_ci95(found.accuracies)
+            rows.append(row | {"mean": mean, "ci95": ci95})
+    figures = {}
     for axis, points in (("shot", by_shot), ("way", by_way)):
         chosen = [row for row in rows if (row["way"], row["shot"]) in points]
         if chosen:
-            figure = _figure(axis, points, chosen)
-            name = report.save_figure(figure, folder / f"accuracy_vs_{axis}.png")
-            print(f"{name} in {folder}", flush=True)
-
-
-def _resumed(path: Path, settings: dict[str, Any]) -> dict[str, Any]:
-    if not path.exists():
-        return {"settings": settings, "points": []}
-    found = json.loads(path.read_text())
-    other = [name for name in settings if found["settings"].get(name) != settings[name]]
-    if other:
-        name = other[0]
-        raise ValueError(
-            f"{path} holds points with {name} {found['settings'].get(name)}, not "
-            f"{settings[name]}: give another --workdir, or remove it"
-        )
-    return found
-
-
-def _test(
-    method: SavedMethod, spec: EpisodeSpec, source: Source, config: Config
-) -> dict[str, Any]:
-    mode = modes(method, None)[0]
-    params, _ = load_saved(method, source)
-    evaluation = metalstm.evaluate(
-        build_algorithm(spec_for_test(method.spec, mode)),
-        params,
-        source.dataset.test,
-        spec,
-        num_episodes=config.test_episodes,
-        seed=config.test_seed,
-        batch_size=config.test_batch,
-    )
-    print(f"{Point(spec.way, spec.shot)}, {method.label}: {evaluation}", flush=True)
-    return {
-        "method": method.label,
-        "family": METHODS[method.name].family,
-        "way": spec.way,
-        "shot": spec.shot,
-        "queries": spec.queries,
-        "batch_norm": mode,
-        "mean": evaluation.mean,
-        "ci95": evaluation.ci95,
-    }
+            figures[f"accuracy_vs_{axis}.png"] = _figure(axis, points, chosen)
+    write_results(folder, config, [_table(rows)], {"points": rows}, figures)
 
 
 def _episodes(source: Source, point: Point, queries: int) -> EpisodeSpec | str:
@@ -198,6 +159,16 @@ def _episodes(source: Source, point: Point, queries: int) -> EpisodeSpec | str:
         else:
             return spec
     return why
+
+
+def _table(rows: Sequence[dict[str, Any]]) -> Table:
+    points = dict.fromkeys(Point(row["way"], row["shot"]) for row in rows)
+    cells: dict[str, dict[Point, str]] = {}
+    for row in rows:
+        text = f"{100 * row['mean']:.1f} ± {100 * row['ci95']:.1f}"
+        cells.setdefault(row["method"], {})[Point(row["way"], row["shot"])] = text
+    lines = [[name, *(own.get(p, "") for p in points)] for name, own in cells.items()]
+    return Table("accuracy, % (95% CI)", ["method", *map(str, points)], lines)
 
 
 def _figure(axis: str, points: Sequence[Point], rows: Sequence[dict[str, Any]]) -> Any:
@@ -222,7 +193,7 @@ STUDY = Study(
     run,
     __doc__,
     check=check,
-    of_runs="the same command resumes from here",
+    may_change=("algorithms", "shots", "ways", "at_way", "at_shot", "test_batch"),
 )
 main = STUDY.main
 

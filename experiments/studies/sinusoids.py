@@ -282,29 +282,20 @@ def training_table(found: Mapping[str, Found], methods: Mapping[str, Method]) ->
 
 
 def summary(found: Found, method: Method, config: Config) -> dict[str, Any]:
-    by_shot, tuned = {}, found.tuned(method)
-    for shot, errors in zip(config.test_shots, found.errors, strict=True):
+    """For results.json; METHOD.npz has every task, trial and meta-training loss."""
+    errors: dict[str, Any] = {}
+    for shot, of_shot in zip(config.test_shots, found.errors, strict=True):
         with np.errstate(invalid="ignore"):  # an explosion is infinite
-            mean, ci95 = zip(*map(mean_and_ci95, errors.mean(0).T), strict=True)
-        by_shot[str(shot)] = {
-            "mean": mean,
-            "ci95": ci95,
-            "median": np.median(errors, (0, 1)).tolist(),
-            "diverged": (~np.isfinite(errors)).sum((0, 1)).tolist(),
-            "mean_of_each_init": errors.mean(1).tolist(),
-        }
+            mean, ci95 = zip(*map(mean_and_ci95, of_shot.mean(0).T), strict=True)
+        errors[str(shot)] = {"mean": mean, "ci95": ci95}
+        errors[str(shot)]["median"] = np.median(of_shot, (0, 1)).tolist()
+    tuned = found.tuned(method)
     return {
-        "errors": by_shot,
+        "errors": errors,
         "inner_rate": tuned.best["inner"],
         "outer_rate": tuned.best["outer"] if method.outer_rates else None,
-        "trials": [
-            [inner, outer, tuned.scores[i, o]]
-            for i, inner in enumerate(tuned.grid["inner"])
-            for o, outer in enumerate(tuned.grid["outer"])
-        ],
         "task_gradients": method.task_gradients,
         "meta_parameters": int(found.meta_parameters),
-        "meta_training_loss": found.losses.tolist(),
         "cpu_seconds": round(float(found.cpu_seconds), 1),
     }
 

@@ -8,8 +8,7 @@ of a person, a letter or a speaker are told from images of two (Koch et al., 201
     python -m experiments.studies.verification RUN --dataset folders --data-dir DIR
     python -m experiments.studies.verification RUN --dataset arrays --data-dir FILE.npz
 
-Prints a table and writes verification.json and verification.png to the run's folder. A
-minute on a CPU core. Expected: every trained embedding far below the equal error rate
+A minute on a CPU core. Expected: every trained embedding far below the equal error rate
 of raw pixels. docs/data.md has an example.
 """
 
@@ -24,9 +23,8 @@ import msgspec
 import numpy as np
 import tyro
 
-from experiments.common import cli, report
-from experiments.common.run_folder import write_json
-from experiments.common.study import Study
+from experiments.common import cli
+from experiments.common.study import Study, StudyOptions, write_results
 from experiments.common.tables import Table
 from experiments.few_shot.data import load_source
 from experiments.few_shot.methods import Spec
@@ -42,7 +40,7 @@ FALSE_ACCEPTS = 0.01
 PIXELS = "pixels"  # the baseline: no learning
 
 
-class Config(cli.Options, frozen=True):
+class Config(StudyOptions, frozen=True, kw_only=True):
     run: Annotated[Path, tyro.conf.Positional]
     """The folder of a finished run of few_shot."""
     methods: cli.Names = ()
@@ -58,13 +56,11 @@ class Config(cli.Options, frozen=True):
     """How embeddings are compared; trained: as each method was trained."""
     bootstrap: cli.Pair = 1_000
     """Draws of identities for the intervals."""
-    seed: cli.Natural = 0
-    """Of the pairs and of the draws."""
-    debug: bool = False
-    """Show tracebacks."""
 
 
 def check(config: Config) -> None:
+    (run,) = read_runs([config.run])
+    _choose(run, config.methods)
     if config.dataset != "run" and config.data_dir is None:
         raise ValueError(
             f"--dataset {config.dataset}: say where they are with --data-dir"
@@ -78,7 +74,7 @@ class Identities(NamedTuple):
     checksum: str
 
 
-def verify_run(config: Config) -> None:
+def run(config: Config, folder: Path) -> None:
     """Compare the same pairs by every method; print, draw and write.
 
     Raises:
@@ -87,7 +83,6 @@ def verify_run(config: Config) -> None:
       FileNotFoundError: a file is not there.
     """
     (run,) = read_runs([config.run])
-    names = _choose(run, config.methods)
     given = _identities(config, run)
     pairs = verification.draw_pairs(given.labels, config.pairs, seed=config.seed)
     people = len(np.unique(given.labels))
@@ -99,7 +94,7 @@ def verify_run(config: Config) -> None:
     x = _normalised(given.x, run.data.get("normalise"))
     rows: dict[str, dict[str, Any]] = {}
     curves = {}
-    for name in [*names, PIXELS]:
+    for name in [*_choose(run, config.methods), PIXELS]:
         learner, state, similarity = _embedding(name, run)
         if config.similarity != "trained":
             similarity = config.similarity
@@ -118,26 +113,18 @@ def verify_run(config: Config) -> None:
         values = found.summary(FALSE_ACCEPTS)._asdict()
         rows[name] = {"similarity": similarity, **values, "ci95": ci95._asdict()}
         curves[name] = found.false_accepts, found.true_accepts
-    print(table(rows), flush=True)
-    own = config.dataset == "run"
-    stem = "verification" if own else f"verification-{given.name}"
     document = {
         "run": str(config.run),
         "data": {"name": given.name, "checksum": given.checksum},
-        "split": "test" if own else "all that is given",
+        "split": "test" if config.dataset == "run" else "all that is given",
         "identities": people,
         "examples": len(given.labels),
         "pairs": {"same": found.num_same, "different": found.num_different},
         "false_accept_rate": FALSE_ACCEPTS,
-        "bootstrap": config.bootstrap,
-        "seed": config.seed,
-        "versions": report.versions(),
         "methods": rows,
     }
-    write_json(config.run / f"{stem}.json", document)
     figure = plots.roc_curves(curves, title=f"{given.name}, {people:,} identities")
-    report.save_figure(figure, config.run / f"{stem}.png")
-    print(f"{stem}.json and {stem}.png in {config.run}", flush=True)
+    write_results(folder, config, [table(rows)], document, {"verification.png": figure})
 
 
 def table(rows: Mapping[str, Mapping[str, Any]]) -> Table:
@@ -255,14 +242,7 @@ def _trained_similarity(spec: Spec) -> str:
     return spec.get("distance", "cosine" if name == "relation" else "euclidean")
 
 
-STUDY = Study(
-    "verification",
-    Config(run=tyro.MISSING),
-    verify_run,
-    __doc__,
-    check=check,
-    of_runs="nothing was written",
-)
+STUDY = Study("verification", Config(run=tyro.MISSING), run, __doc__, check=check)
 main = STUDY.main
 
 if __name__ == "__main__":

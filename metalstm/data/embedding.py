@@ -82,7 +82,7 @@ def embed(
             test=test,
             image_shape=train.images.shape[2:],
             checksum=checksum(*features),
-            info=data.info | {"embedded": name, "images": data.checksum},
+            info=data.info | {"backbone": name, "images_checksum": data.checksum},
         )
     if isinstance(data, ClassPool):
         images, counts = np.asarray(data.images), np.asarray(data.counts)

@@ -6,6 +6,8 @@ Shapes: E episodes, M queries of an episode's classes, U of other classes, way c
 from __future__ import annotations
 
 import dataclasses
+import functools
+import math
 from typing import Any, NamedTuple
 
 import jax
@@ -24,7 +26,7 @@ from metalstm.calibration import (
 from metalstm.checks import check_at_least
 from metalstm.data.episodes import Sampler, episode_key
 from metalstm.meta.evaluation import METHOD_STREAM
-from metalstm.statistics import mean_and_ci95
+from metalstm.statistics import Estimate, mean_and_ci95
 from metalstm.tasks import TaskMapping, map_tasks
 
 __all__ = [
@@ -81,14 +83,68 @@ def collect_scores(
         raise ValueError(f"spec={spec}: choose classes, a regression has no confidence")
     check_at_least("num_unknown", num_unknown, 0)
     check_at_least("num_episodes", num_episodes, 1)
-    way = spec.way
     drawn: Any = spec
     if num_unknown:
-        drawn = dataclasses.replace(drawn, way=way + num_unknown)
+        available = getattr(pool, "num_classes", math.inf)
+        if spec.way + num_unknown > available:
+            raise ValueError(
+                f"num_unknown={num_unknown} and way={spec.way} are more than the "
+                f"{available} classes of the pool: choose fewer"
+            )
+        drawn = dataclasses.replace(drawn, way=spec.way + num_unknown)
+    parts = []
+    for start in range(0, num_episodes, batch_size):
+        keys = _episode_keys(jnp.arange(start, start + batch_size), seed, split=split)
+        episodes = _draw(keys, pool, spec=drawn)
+        scores = _scores(
+            params,
+            keys,
+            episodes,
+            algorithm=algorithm,
+            way=spec.way,
+            drawn_way=drawn.way,
+            task_mapping=task_mapping,
+        )
+        parts.append(jax.device_get(scores))
+    joined = (np.concatenate(part)[:num_episodes] for part in zip(*parts, strict=True))
+    found = EpisodeScores(*joined)
+    if not (np.isfinite(found.known).all() and np.isfinite(found.unknown).all()):
+        raise ValueError(
+            "the method returned scores that are not finite: look at its parameters "
+            "and at the examples"
+        )
+    return found
+
+
+# Programs of their own, so that validation and test share the costly one, `_scores`.
+@functools.partial(jax.jit, static_argnames="split")
+def _episode_keys(tasks: jax.Array, seed: Any, *, split: str) -> jax.Array:
+    return jax.vmap(lambda task: episode_key(seed, split, 0, task))(tasks)
+
+
+@functools.partial(jax.jit, static_argnames="spec")
+def _draw(keys: jax.Array, pool: Any, *, spec: Sampler) -> Episode:
+    return jax.vmap(lambda key: spec.sample(key, pool))(keys)
+
+
+@functools.partial(
+    jax.jit, static_argnames=("algorithm", "way", "drawn_way", "task_mapping")
+)
+def _scores(
+    params: PyTree,
+    keys: jax.Array,
+    episodes: Episode,
+    *,
+    algorithm: MetaAlgorithm,
+    way: int,
+    drawn_way: int,
+    task_mapping: TaskMapping | None,
+) -> tuple[jax.Array, ...]:
+    """Return known scores, their labels, and unknown scores, each with leading [E]."""
 
     def known_first(batch: Batch) -> tuple[Batch, int]:
         order = jnp.argsort(batch.y >= way, stable=True)
-        num_known = len(batch.y) * way // (way + num_unknown)
+        num_known = len(batch.y) * way // drawn_way
         return jax.tree.map(lambda leaf: leaf[order], batch), num_known
 
     def one(key: jax.Array, episode: Episode) -> tuple[jax.Array, ...]:
@@ -99,24 +155,7 @@ def collect_scores(
         scores = algorithm.predict(params, key, support, query.x, num_classes=way)
         return scores[:num_known], query.y[:num_known], scores[num_known:]
 
-    @jax.jit
-    def run(params: PyTree, pool: Any, tasks: jax.Array) -> tuple[jax.Array, ...]:
-        keys = jax.vmap(lambda task: episode_key(seed, split, 0, task))(tasks)
-        episodes = jax.vmap(lambda key: drawn.sample(key, pool))(keys)
-        return map_tasks(one, keys, episodes, how=task_mapping)
-
-    parts = [
-        jax.device_get(run(params, pool, jnp.arange(start, start + batch_size)))
-        for start in range(0, num_episodes, batch_size)
-    ]
-    joined = (np.concatenate(part)[:num_episodes] for part in zip(*parts, strict=True))
-    found = EpisodeScores(*joined)
-    if not (np.isfinite(found.known).all() and np.isfinite(found.unknown).all()):
-        raise ValueError(
-            "the method returned scores that are not finite: look at its parameters "
-            "and at the examples"
-        )
-    return found
+    return map_tasks(one, keys, episodes, how=task_mapping)
 
 
 class Answers(NamedTuple):
@@ -155,7 +194,7 @@ def fit_confidence(
 
     The temperature is fitted on every other episode and the sets on the rest, so that
     no probability in a set's threshold was fitted to the label it is compared with. For
-    one query, of one of the classes, of a new episode
+    a query drawn from those of a new episode's classes
 
         P(its label is in the set)          >= coverage
         P(it is answered "none of these")   <= false_alarm_rate
@@ -193,25 +232,22 @@ def fit_confidence(
 
 
 class ConfidenceReport(NamedTuple):
-    """Shares in [0, 1]; of each pair the mean over episodes and half a 95% interval."""
+    """Shares in [0, 1], over episodes."""
 
-    accuracy: tuple[float, float]  # of the highest score, nothing abstained
+    accuracy: Estimate  # of the highest score, nothing abstained
     reliability: Reliability  # of all known queries; has the calibration error
-    coverage: tuple[float, float]  # labels in their sets
-    set_size: tuple[float, float]  # labels in a set
-    false_alarms: tuple[float, float]  # known queries answered "none of these"
-    misses: tuple[float, float]  # unknown queries given a label; NaN without any
+    coverage: Estimate  # labels in their sets
+    set_size: Estimate  # labels in a set
+    false_alarms: Estimate  # known queries answered "none of these"
+    misses: Estimate  # unknown queries given a label; NaN without any
 
     def __str__(self) -> str:
-        def percent(pair: tuple[float, float]) -> str:
-            return f"{100 * pair[0]:.1f} ± {100 * pair[1]:.1f} %"
-
-        size, ci95 = self.set_size
         return (
-            f"accuracy {percent(self.accuracy)}, "
+            f"accuracy {self.accuracy.percent:.1f} %, "
             f"calibration error {100 * self.reliability.calibration_error:.1f} %, "
-            f"coverage {percent(self.coverage)} by {size:.2f} ± {ci95:.2f} labels, "
-            f"false alarms {percent(self.false_alarms)}, misses {percent(self.misses)}"
+            f"coverage {self.coverage.percent:.1f} % by {self.set_size:.2f} labels, "
+            f"false alarms {self.false_alarms.percent:.1f} %, "
+            f"misses {self.misses.percent:.1f} %"
         )
 
 
@@ -220,10 +256,10 @@ def measure_confidence(test: EpisodeScores, confidence: Confidence) -> Confidenc
     answers = confidence.answer(test.known)
     covered = np.take_along_axis(answers.sets, test.labels[..., None], -1)[..., 0]
 
-    def over_episodes(values: np.ndarray) -> tuple[float, float]:
+    def over_episodes(values: np.ndarray) -> Estimate:
         return mean_and_ci95(values.mean(-1))
 
-    misses = (np.nan, np.nan)
+    misses = Estimate(np.nan, np.nan)
     if test.unknown.shape[1]:
         misses = over_episodes(confidence.answer(test.unknown).labels >= 0)
     return ConfidenceReport(

@@ -63,6 +63,7 @@ def fit(
     save: Callable[[FitState], None] | None = None,
     save_every: int = 0,
     max_seconds: float | None = None,
+    stop: Callable[[], bool] | None = None,
 ) -> FitState:
     """Run ``train_loop`` until ``num_steps`` meta-steps are done.
 
@@ -78,6 +79,8 @@ def fit(
       save: gets the whole state.
       max_seconds: stop after this long; the end is then validated and saved as usual.
         Several processes agree on it when they report.
+      stop: asked before each call; True saves the state as it is and returns it.
+        Several processes agree on it likewise.
 
     Raises:
       NonFiniteLossError: names the step, at most 64 calls of ``train_loop`` after it;
@@ -107,15 +110,17 @@ def fit(
         if report is not None and means:
             report(step, means)
 
-    def time_is_over(step: int) -> bool:
-        if max_seconds is None:
-            return False
-        over = time.monotonic() - started > max_seconds
+    def must_stop(wants: bool) -> bool:
         if jax.process_count() == 1:
-            return over
+            return wants
         # clocks differ and asking costs: at every report all stop if one must
         every = report_every or steps_per_call
-        return step % every == 0 and processes.any_process(over)
+        return step % every == 0 and processes.any_process(wants)
+
+    def time_is_over() -> bool:
+        if max_seconds is None:
+            return False
+        return must_stop(time.monotonic() - started > max_seconds)
 
     def keep(validated: bool) -> None:
         nonlocal state
@@ -126,12 +131,15 @@ def fit(
 
     try:
         while step < num_steps:
+            if stop is not None and must_stop(stop()):
+                keep(validated=False)
+                break
             train, metrics = train_loop(state.train, pool)
             state = state._replace(train=train)
             sharding.block_on_cpu_collectives(metrics)
             step += steps_per_call
             pending.add(metrics, step)
-            done = step >= num_steps or time_is_over(step)
+            done = step >= num_steps or time_is_over()
             validates = done or (bool(validate_every) and step % validate_every == 0)
             saves = done or (bool(save_every) and step % save_every == 0)
             if validates or saves or (bool(report_every) and step % report_every == 0):

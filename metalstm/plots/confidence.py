@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 __all__ = ["confidence_panels"]
 
 
-_FEW = 20  # answers of a bin that is not drawn
+_FEW = 100  # answers of a bin that is not drawn
 
 
 def confidence_panels(
@@ -31,7 +31,8 @@ def confidence_panels(
 
     Args:
       asked: K coverages, of `meta.confidence.fit_confidence`.
-      methods: by name, K `meta.confidence.ConfidenceReport`s on held-out episodes.
+      methods: by name, a `meta.confidence.ConfidenceReport` for each coverage, on
+        held-out episodes.
     """
     figure = new_figure((9.6, 3.3))
     calibrated, covered, missed = figure.subplots(1, 3)

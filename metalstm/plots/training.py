@@ -68,8 +68,8 @@ def learning_curves(
         right.axhline(100 * chance, color="grey", linestyle=":", label="chance")
     left.set(xlabel="meta-training episodes", ylabel="query loss", title=title)
     right.set(xlabel="meta-training episodes", ylabel="query accuracy, %")
-    seeds = max((len(of_seeds) for of_seeds in validation.values()), default=1)
-    over = "validation episodes" if seeds == 1 else f"{seeds} seeds"
+    num_seeds = max(map(len, validation.values()), default=1)
+    over = "validation episodes" if num_seeds == 1 else f"{num_seeds} seeds"
     add_note(
         figure,
         f"loss and pale lines: {train_tasks}; marked lines: validation, with a band "

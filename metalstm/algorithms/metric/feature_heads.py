@@ -122,10 +122,13 @@ def base_mean(pool: ClassPool) -> Array:
     It is the meta-parameters of the heads here: ``evaluate(nearest_centroid(),
     base_mean(features.train), features.test, spec)``.
     """
-    drawn = jnp.arange(pool.images.shape[1]) < pool.counts[:, None]
+    slots = jnp.arange(pool.images.shape[1], dtype=pool.counts.dtype)
+    drawn = slots[None] < pool.counts[:, None]
     x = pool.images.reshape(*drawn.shape, -1).astype(jnp.float32)
-    scale = 255 if pool.images.dtype == jnp.uint8 else 1
-    return jnp.where(drawn[..., None], x, 0).sum((0, 1)) / (scale * drawn.sum())
+    if pool.images.dtype == jnp.uint8:
+        x = x / 255
+    total = jnp.where(drawn[..., None], x, 0).sum((0, 1))
+    return total / drawn.sum().astype(total.dtype)
 
 
 def _on_features(head: Head, unit_length: bool) -> MetaAlgorithm:
@@ -174,7 +177,7 @@ def neighbour_scores(
             "or fewer"
         )
     order = jnp.argsort(distances, axis=-1)[:, :num_neighbours]
-    voted = jax.nn.one_hot(labels[order], way)  # [M, k, way]
+    voted = jax.nn.one_hot(labels[order], way, dtype=distances.dtype)  # [M, k, way]
     # a class's nearest example decides ties: less than a vote, and distinct
     nearness = 1 / (2 + jnp.arange(num_neighbours, dtype=voted.dtype))
     return voted.sum(1) + (voted * nearness[None, :, None]).max(1)
