@@ -312,3 +312,25 @@ def test_distances_of_embeddings_close_together_do_not_cancel(spread):
     exact = np.square(a[:, None].astype(float) - b.astype(float)).sum(-1)
     np.testing.assert_allclose(squared_distances(a, b), exact, rtol=1e-5)
     assert (squared_distances(b, b) >= 0).all()
+
+
+def test_a_predictor_refuses_labels_and_images_of_other_kinds():
+    nearest = algorithms.nearest_neighbour()
+    predict = metalstm.Predictor("nearest", nearest, (), None, (1, 2, 1), None)
+    images = np.arange(8, dtype=np.uint8).reshape(4, 1, 2, 1)
+    assert predict(images, ["a", "b", "a", "b"], images).tolist() == list("abab")
+    assert predict(images, [1, 2, 1.0, True], images[:0]).shape == (0,)
+    for labels in (
+        ["a", 1, "b", 2],
+        [["a", "b"]] * 4,
+        [[1], [2, 3], [4], [5]],
+        [None, 1, 2, 3],
+        [np.nan, 1, 2, 3],
+    ):
+        with pytest.raises(ValueError, match="give one number or one string for each"):
+            predict(images, labels, images)
+    for bad in (images.astype(complex), images.astype(str), images.astype(bool)):
+        with pytest.raises(
+            ValueError, match=r"images are of type .*: give uint8, or fl"
+        ):
+            predict(bad, ["a", "b", "a", "b"], images)

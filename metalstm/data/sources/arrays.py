@@ -120,7 +120,7 @@ def load_arrays(
         found = {name: of_label[name] for name in division[split]}
         sizes = {name: len(chosen) for name, chosen in found.items()}
         limit = images_per_class(sizes, max_per_class, f"{stem}'s {split} split")
-        kept = [evenly_spaced(chosen, limit) for chosen in found.values()]
+        kept = [evenly_spaced(list(chosen), limit) for chosen in found.values()]
         omitted += sum(sizes.values()) - sum(map(len, kept))
         padded, per_label = pad_classes([x[chosen] for chosen in kept])
         splits[split] = Split(padded, per_label, division[split])
