@@ -409,7 +409,7 @@ def test_nearest_neighbour_is_the_closest_support_image():
 def test_the_gradient_is_scaled_by_what_is_asked_for():
     def scale(value, batch_size=None):
         how = adaptation.Adaptation(
-            NET, SGD, first_order(), "final", True, batch_size, value, 1, None
+            NET, SGD, first_order(), "final", True, batch_size, value, 1, None, False
         )
         state = meta_params("maml").learner
         return adaptation._gradient_scale(how, state, EPISODE.support)
@@ -468,12 +468,12 @@ def test_more_steps_at_test_than_in_training():
 
 
 def test_moving_statistics_are_those_of_the_passes():
-    """Flax's momentum 0.8 over two passes at theta_0 and theta_1, from what is kept."""
+    """Flax's momentum 0.8 over two passes at theta_0 and theta_1, from init's values."""
     algorithm, params = CASES["meta_lstm"].algorithm, meta_params("meta_lstm")
     inner, _ = algorithm.adapt(params, KEY, EPISODE.support)
     one_step = algorithms.meta_lstm(NET, GATES, num_steps=1, gradient_scale=1.0)
     theta_1 = one_step.adapt(params, KEY, EPISODE.support)[0].params
-    stats = params.learner.stats
+    stats = NET.init(KEY, EPISODE.support.x).stats
     for theta in (params.learner.params, theta_1):
         own = NET.apply(
             LearnerState(theta, stats, {}), EPISODE.support.x, norm="gather"
