@@ -468,7 +468,7 @@ def test_more_steps_at_test_than_in_training():
 
 
 def test_moving_statistics_are_those_of_the_passes():
-    """Flax's momentum 0.8 over two passes at theta_0 and theta_1, from init's values."""
+    """Flax's momentum 0.8 over two passes at theta_0 and theta_1, from init."""
     algorithm, params = CASES["meta_lstm"].algorithm, meta_params("meta_lstm")
     inner, _ = algorithm.adapt(params, KEY, EPISODE.support)
     one_step = algorithms.meta_lstm(NET, GATES, num_steps=1, gradient_scale=1.0)
