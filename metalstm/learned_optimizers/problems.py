@@ -205,7 +205,7 @@ def sinusoids(
 
     Every minibatch is drawn anew: x ~ U(-5, 5), as in MAML's regression.
     """
-    _check_positive(batch_size=batch_size)
+    check_positive("batch_size", batch_size)
     learner = from_flax(MLP(1, tuple(hidden), jnp.tanh))
 
     def sample(key: Array, data: PyTree) -> PyTree:
@@ -261,7 +261,7 @@ def supervised(
       batch_size: images of a minibatch.
       init_std: draw every parameter from N(0, init_std^2); None: the model's own way.
     """
-    _check_positive(batch_size=batch_size)
+    check_positive("batch_size", batch_size)
     learner = model if isinstance(model, Learner) else from_flax(model)
     measure = task_loss if loss_fn is None else loss_fn
 
@@ -380,10 +380,8 @@ def _redrawn(key: Array, params: PyTree, std: float | None) -> PyTree:
     if std is None:
         return params
     leaves, treedef = jax.tree.flatten(params)
-    drawn = [
-        std * jax.random.normal(jax.random.fold_in(key, k), leaf.shape, leaf.dtype)
-        for k, leaf in enumerate(leaves)
-    ]
+    keys = (jax.random.fold_in(key, k) for k in range(len(leaves)))
+    drawn = [std * jax.random.normal(next(keys), x.shape, x.dtype) for x in leaves]
     return jax.tree.unflatten(treedef, drawn)
 
 
