@@ -114,6 +114,7 @@ def test_a_layer_keeps_the_function_that_it_was_given():
         from_flax(nn.Conv(1, (3, 3)), convolutions="fast")
 
 
+@pytest.mark.filterwarnings("ignore:a convolution of:RuntimeWarning")
 def test_layouts_and_types_that_flax_has_not_are_lax_s():
     x, kernel = jnp.ones((1, 2, 5, 5)), jnp.ones((3, 2, 3, 3))
     out = conv_general_dilated(x, kernel, (1, 1), "SAME")  # channels first

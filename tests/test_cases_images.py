@@ -160,6 +160,7 @@ def load(tmp_path):
     return lambda root, **more: data.load_image_folders(root, **(options | more))
 
 
+@pytest.mark.filterwarnings("ignore:all images of:RuntimeWarning")
 def test_images_that_are_all_alike_are_said(tmp_path, load):
     root = folders(tmp_path / "x")
     for path in root.glob("*/*.png"):

@@ -126,6 +126,7 @@ def test_fingerprint_separates_its_parts():
     assert len(fingerprint([])) == 12
 
 
+@pytest.mark.filterwarnings("ignore:all images of:RuntimeWarning")
 def test_a_data_set_comes_back_from_its_cache_as_it_was(tmp_path):
     calls = []
 

@@ -44,6 +44,7 @@ def load(root, tmp_path, **arguments):
     return load_image_folders(root, cache_dir=tmp_path / "cache", **arguments)
 
 
+@pytest.mark.filterwarnings("ignore:1 files in:RuntimeWarning")
 def test_classes_of_one_folder_are_divided_alike_every_time(tmp_path):
     root = tree(tmp_path / "mine", 10)
     (root / ".hidden").mkdir()
@@ -96,6 +97,7 @@ def test_classes_of_unequal_size_are_sampled_within_their_counts(tmp_path):
 
 
 @pytest.mark.fault("images of several sizes")
+@pytest.mark.filterwarnings("ignore:all images of:RuntimeWarning")
 def test_sizes_are_mixed_turned_and_grey(tmp_path):
     root = tmp_path / "x"
     for c in range(3):

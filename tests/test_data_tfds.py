@@ -127,6 +127,7 @@ class FakeBuilder:
         return self.examples
 
 
+@pytest.mark.filterwarnings("ignore:all images of:RuntimeWarning")
 def test_images_of_several_sizes_need_a_size(tmp_path, monkeypatch):
     sizes = [4, 4, 5, 4]
     examples = [
