@@ -159,8 +159,12 @@ def stacked_backprop(
 
 def evolution(
     settings: Settings, meta_params: PyTree, key: Array, runs: InnerRuns, batches
-) -> tuple[PyTree, Estimate]:
-    """Estimate one task's gradient by persistent evolution strategies, equation 10."""
+) -> tuple[Array, Estimate]:
+    """Persistent evolution strategies of one task (Vicol et al., 2021, equation 10).
+
+    Returns:
+      The slope along the task's ``shift``, whose product is the estimated gradient.
+    """
     noise = _noise(key, meta_params, settings.pes_std)
     shift = jax.tree.map(jnp.add, runs.shift, noise)
     # nothing is differentiated: the plain loop, which keeps nothing
@@ -193,8 +197,7 @@ def evolution(
         first_loss=first.mean(),
         shift=shift,
     )
-    grads = jax.tree.map(lambda xi: slope * xi, shift)
-    return grads, Estimate(values.mean(), losses.mean(0), after)
+    return slope, Estimate(values.mean(), losses.mean(0), after)
 
 
 def _segment(

@@ -37,7 +37,7 @@ from metalstm.learned_optimizers.estimators import (
 from metalstm.learned_optimizers.problems import Draw, ProblemFamily, ProblemSampler
 from metalstm.rules import as_rule, flat
 from metalstm.rules.classic import check_differentiable
-from metalstm.tasks import TaskMapping, mean_over_tasks
+from metalstm.tasks import TaskMapping, map_tasks, mean_over_tasks
 
 __all__ = ["InnerRuns", "learned_optimizer"]
 
@@ -202,16 +202,22 @@ def _meta_gradient(
         grads, estimates = stacked_backprop(
             settings, meta_params, runs, draws.batches, per_coordinate
         )
+        return grads, *_after(settings, estimates, lockstep)
+    how = "unroll" if keys.shape[0] == 1 else layout
+    args = keys, runs, draws.batches
+    if settings.estimator == "pes":
+        one = functools.partial(evolution, settings, meta_params)
+        slopes, estimates = map_tasks(one, *args, how=how)
+        along = slopes / len(slopes)  # one product, and no gradient for each task
+        grads = jax.tree.map(
+            lambda xi: jnp.tensordot(along, xi, 1), estimates.runs.shift
+        )
     else:
-
-        def one(key: Array, runs: InnerRuns, batches: PyTree):
-            if settings.estimator == "pes":
-                return evolution(settings, meta_params, key, runs, batches)
-            return backprop(settings, meta_params, runs, batches)
-
-        how = "unroll" if keys.shape[0] == 1 else layout
         grads, estimates = mean_over_tasks(
-            one, keys, runs, draws.batches, how=how, has_per_task=True
+            lambda _, *xs: backprop(settings, meta_params, *xs),
+            *args,
+            how=how,
+            has_per_task=True,
         )
     return grads, *_after(settings, estimates, lockstep)
 
