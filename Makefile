@@ -2,7 +2,7 @@
 # make test    run the tests
 # make docs    build the documentation into build/docs; warnings are errors
 # make bench   measure speed and memory
-# make faults  kills, full disks, damaged files, bad input; count losses (15 minutes)
+# make faults  kills, full disks, damaged files, bad input; count losses (12 minutes)
 # make lint    format check, lint, type check
 #
 # Each makes .venv when there is none. PYTHON=/path/to/python chooses another Python;
