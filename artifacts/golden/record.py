@@ -49,10 +49,11 @@ DATA = Path("golden_work/data")
 
 # =============================== ADAPTER: begin ========================================
 import metalstm
-from metalstm import algorithms, data, learners, problems, rules
+from metalstm import algorithms, data, learned_optimizers, nn as learners, rules
+from metalstm.learned_optimizers import problems
 from metalstm.base import Batch, Episode, LearnerState
-from metalstm.inner import InnerState
-from metalstm.problems import ProblemSampler
+from metalstm.inner import first_order, second_order
+from metalstm.learned_optimizers.problems import ProblemSampler
 
 # (pattern, replacement) for keystr paths: what a leaf is called now -> what it is called
 # in the recording that --start names. Empty for the recording version.
@@ -62,27 +63,25 @@ LEAF_NAMES: list[tuple[str, str]] = []
 def differentiation(order: str | None, memory: str | None) -> dict:
     """Options of an algorithm factory. New API: differentiation=first_order(...) |
     second_order(keep=memory). None: the factory's default."""
-    out: dict = {}
-    if order is not None:
-        out["second_order"] = order == "second"
-    if memory is not None:
-        out["memory"] = memory
-    return out
+    if order is None and memory is None:
+        return {}
+    keep = {"plain": "all"}.get(memory, memory)
+    how = {"second": second_order, "first": first_order, None: first_order}[order]
+    return {"differentiation": how() if keep is None else how(keep)}
 
 
 def unroll(loss_fn, rule, rule_params, params, batches, *, num_steps, order, memory,
            truncate_every):
     """-> (final params, losses [num_steps]); loss_fn(params, batch) -> scalar."""
+    how = second_order if order == "second" else first_order
     final, trace = metalstm.unroll(
         lambda params, stats, batch, key: (loss_fn(params, batch), stats),
-        rule.bind(rule_params),
-        InnerState(params, (), None),
+        rule,
+        rule_params,
+        params,
         batches,
         num_steps=num_steps,
-        second_order=order == "second",
-        truncate_every=truncate_every,
-        memory=memory,
-        coordinatewise=rule.coordinatewise,
+        differentiation=how({"plain": "all"}.get(memory, memory), truncate_every=truncate_every),
     )
     return final.params, trace.losses
 
@@ -153,8 +152,8 @@ RULES = {
     "only_head": lambda: rules.only(rules.learned_sgd(0.1), "head"),
     "tunable_adam": lambda: rules.tunable(_smooth_adam, learning_rate=0.1, b1=0.8),
     "tunable_sgd": lambda: rules.tunable(_sgd_momentum, learning_rate=0.1),
-    "optax_sgd": lambda: rules.from_optax(optax.sgd(0.1)),
-    "optax_sgd_momentum": lambda: rules.from_optax(optax.sgd(0.1, momentum=0.9)),
+    "optax_sgd": lambda: rules.as_rule(optax.sgd(0.1)),
+    "optax_sgd_momentum": lambda: rules.as_rule(optax.sgd(0.1, momentum=0.9)),
 }
 
 
@@ -222,9 +221,9 @@ def make_learner(name: str):
     }[name]()
 
 
-# rule of the pre-training floors' heads, and the like
+# rule of the pre-training baselines' heads, and the like
 def _sgd():
-    return rules.from_optax(optax.sgd(0.3))
+    return rules.as_rule(optax.sgd(0.3))
 
 
 @functools.cache
@@ -238,7 +237,7 @@ def make_family(name: str):
 
 def _learned_optimizer(family, rule, diff, **options):
     options = {"unroll_steps": 4, "horizon": 8} | options
-    return algorithms.learned_optimizer(
+    return learned_optimizers.learned_optimizer(
         make_family(family), make_rule(rule), num_tasks=TASKS, **options, **diff
     )
 
@@ -310,7 +309,7 @@ def make_algorithm(name: str, order: str | None = None, memory: str | None = Non
         "meta_sgd": lambda: a.meta_sgd(L("mlp"), **N()),
         "reptile": lambda: a.reptile(L("mlp"), **N(num_test_steps=4)),
         "reptile_sgd_norm": lambda: a.reptile(
-            L("norm"), rules.from_optax(optax.sgd(0.1)), **N(num_test_steps=4)
+            L("norm"), rules.as_rule(optax.sgd(0.1)), **N(num_test_steps=4)
         ),
         "reptile_minibatch": lambda: a.reptile(
             L("mlp"), 0.01, **N(num_test_steps=4, batch_size=3, test_batch_size=2)
@@ -473,8 +472,8 @@ def draws(family: str, num_batches: int, key, num: int):
 def pretrained(name):
     """-> an optax transform; None: the names"""
     if name is None:
-        return [card.name for card in metalstm.pretrained()]
-    return metalstm.pretrained(name)
+        return [card.name for card in metalstm.pretrained_optimizer()]
+    return metalstm.pretrained_optimizer(name)
 
 
 def float_copy(tx):
@@ -486,7 +485,7 @@ def evaluate(algorithm, params, spec, num_episodes):
 
 
 def loss_curves(family, tx, **options):
-    return metalstm.optimizer_curves.loss_curves(make_family(family), tx, **options)
+    return learned_optimizers.curves.loss_curves(make_family(family), tx, **options)
 
 
 def episode_key(seed, split, step, task):
@@ -519,7 +518,7 @@ def data_sources():
         return lambda: ({s: jax.jit(lambda k: sampler.sample(k, None)) for s in SPLITS}, "")
 
     E = data.EpisodeSpec
-    tmp = Path("golden_work/golden/tmp_sources")
+    tmp = Path("golden_work/golden/tmp_sources_new")
     tmp.mkdir(parents=True, exist_ok=True)
     rng = np.random.RandomState(0)
     arrays_file = tmp / "arrays.npz"
