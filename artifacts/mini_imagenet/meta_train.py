@@ -96,7 +96,7 @@ def main():
     rule = rules.lstm_gates(hidden_size=a.hidden, bias_per="tensor", input_bias=(b, b),
                             forget_bias=(10.0, 10.0), input_bias_of={"head": (h, h)})
     order = metalstm.first_order() if a.order == "first" else metalstm.second_order()
-    algorithm = algorithms.meta_lstm(
+    algorithm = algorithms.published_meta_lstm(
         learner, rule, num_steps=a.steps, query_norm="frozen", train_query_norm="frozen",
         gradient_scale="way", train_way=a.train_way, support_stats="final", differentiation=order)
     pools = data.load_mini_imagenet(a.data)

@@ -59,7 +59,12 @@ Gates: Any = constructor_options(
     "lstm_gates",
     omit=_OMIT,
     types=_TYPES | {"hidden_size": Natural | None},
-    defaults={"hidden_size": 20, "input_bias_of": ()},
+    defaults={
+        "hidden_size": 4,
+        "forget_bias": (7.0, 7.0),
+        "input_bias": (0.0, 0.0),
+        "input_bias_of": (),
+    },
     integer=Count,
 )
 NETWORKS = ("conv4", "mlp", "resnet12")
@@ -102,8 +107,10 @@ class Method(NamedTuple):
 @functools.cache
 def _options_class(kind: str) -> Any:
     row = _KINDS[kind]
+    defaults = {n: entry.get("default") for n, entry in _MORE.items()}
+    defaults |= {"num_steps": 5, "train_way": None, **row.get("defaults", {})}
     more = [
-        (name, said(_TYPES[name], _MORE[name]["help"]), _MORE[name].get("default"))
+        (name, said(_TYPES[name], _MORE[name]["help"]), defaults[name])
         for name in row.get("more", ())
     ]
     if row.get("gates"):
@@ -113,7 +120,8 @@ def _options_class(kind: str) -> Any:
         *row["from"],
         omit=_OMIT,
         types=_TYPES,
-        defaults={"num_steps": 5, "train_way": None, **row.get("defaults", {})},
+        defaults=row.get("defaults", {})
+        | {n: defaults[n] for n in ("num_steps", "train_way")},
         more=more,
         integer=Count,
         namespace={"kind": kind, "constructor": row["from"][0]},

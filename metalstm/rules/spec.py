@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from metalstm.base import UpdateRule
-from metalstm.rules.classic import chain, learned_sgd
+from metalstm.rules.classic import chain, learned_scale, learned_sgd
 from metalstm.rules.gates import lstm_gates
 from metalstm.rules.groups import by_group, conv_or_dense, matrix_or_vector
 from metalstm.rules.l2l_lstm import l2l
@@ -20,6 +20,7 @@ _MAX_DEPTH = 8
 FACTORIES: dict[str, Callable[..., UpdateRule]] = {
     "gradient_memory": gradient_memory,
     "l2l": l2l,
+    "learned_scale": learned_scale,
     "learned_sgd": learned_sgd,
     "lstm_gates": lstm_gates,
     "two_layer": two_layer,
