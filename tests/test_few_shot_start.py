@@ -7,7 +7,7 @@ import numpy as np
 import optax
 import pytest
 import tiny
-from few_shot_runs import META_LSTM, command
+from few_shot_runs import META_LSTM, command, read
 
 import metalstm
 from experiments.few_shot import __main__ as few_shot
@@ -30,6 +30,8 @@ def test_theta_0_comes_from_the_named_run_and_stays(finished, tmp_path, capsys):
     assert few_shot.main(line) == 0
     said = capsys.readouterr().out
     assert f"meta-lstm starts from meta-lstm of {finished}: 4 arrays\n" in said
+    spent = read(folder / "results.json")["methods"]["meta-lstm"]["meta_training"]
+    assert spent["init_from"] == f"{finished}:meta-lstm"
     before, after = (
         metalstm.load_run(f, "meta-lstm").params for f in (finished, folder)
     )

@@ -233,13 +233,15 @@ class Trainer(NamedTuple):
             flush=True,
         )
         speed = loop.stopwatch.speed()
-        meta_training = {
+        meta_training: dict[str, Any] = {
             "episodes": int(loop.state.train.step) * training.meta_batch,
             "wall_seconds": round(loop.saved.seconds(), 3),
             "episodes_per_second": round(speed, 3) if math.isfinite(speed) else None,
             "best_episode": best,
             "validation_accuracy": mean,
         }
+        if training.init_from is not None:
+            meta_training["init_from"] = training.init_from
         return Found(loop.state.best_params, meta_training, True)
 
     def _validate(
