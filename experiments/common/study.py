@@ -79,7 +79,7 @@ class Made(NamedTuple):
     """What a study has found."""
 
     tables: Sequence[Table]
-    results: Mapping[str, Any]  # for results.json
+    results: Any  # a mapping for results.json
     figures: Mapping[str, Any]  # by the names of their files
 
 

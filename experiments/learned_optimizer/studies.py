@@ -6,7 +6,7 @@ import shlex
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -17,6 +17,7 @@ from experiments.common.cli import replace
 from experiments.common.report import save_figure
 from experiments.common.run_folder import write_json
 from experiments.common.saved_options import from_json, read_config
+from experiments.common.study import Made
 from experiments.common.tables import Table
 from experiments.learned_optimizer import measuring
 from experiments.learned_optimizer.measuring import (
@@ -31,11 +32,6 @@ from metalstm import plots
 from metalstm.inner import first_order, unroll
 from metalstm.rules import find_gates
 from metalstm.runtime.files import atomic_write
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
-
-Rows = list[dict[str, Any]]
 
 COST_REPEATS = 101
 _COST_SHAPES = {"w1": (784, 20), "b1": (20,), "w2": (20, 10), "b2": (10,)}
@@ -101,14 +97,6 @@ class Context(NamedTuple):
         return "python -m experiments.learned_optimizer " + shlex.join(line)
 
 
-class Made(NamedTuple):
-    """What a study made."""
-
-    rows: Rows
-    tables: Sequence[Table]  # the first is printed
-    figures: dict[str, Figure] = {}  # noqa: RUF012 (nobody changes it)
-
-
 class Panel(NamedTuple):
     """One problem of several."""
 
@@ -118,8 +106,8 @@ class Panel(NamedTuple):
     drawn: list[Measured] | None = None  # default what was measured
 
 
-def make_studies(context: Context) -> dict[str, Rows]:
-    """Make and write what ``--study`` names; returns the rows of each."""
+def make_studies(context: Context) -> list[str]:
+    """Make and write what ``--study`` names, and return these names."""
     makers = {
         "comparison": _comparison,
         "generalisation": _generalisation,
@@ -127,19 +115,18 @@ def make_studies(context: Context) -> dict[str, Rows]:
         "plateau": _plateau,
         "cost": _cost,
     }
-    found, folder = {}, context.folder
-    for name in context.config.test.study:
-        made = makers[name](context)
-        print(made.tables[0], flush=True)
-        text = "\n".join(table.markdown().strip() + "\n" for table in made.tables)
+    folder, names = context.folder, context.config.test.study
+    for name in names:
+        tables, rows, figures = makers[name](context)
+        print(tables[0], flush=True)
+        text = "\n".join(table.markdown().strip() + "\n" for table in tables)
         with atomic_write(folder / f"{name}.md") as part:
             part.write_text(f"{text}\n    {context.command(name)}\n")
         files = [f"{name}.json", f"{name}.md"]
-        files += [save_figure(one, folder / f) for f, one in made.figures.items()]
-        write_json(folder / f"{name}.json", made.rows)
+        files += [save_figure(one, folder / f) for f, one in figures.items()]
+        write_json(folder / f"{name}.json", rows)
         print(f"{name}: {', '.join(files)}", flush=True)
-        found[name] = made.rows
-    return found
+    return [*names]
 
 
 def _curves(measured: Sequence[Measured]) -> dict[str, plots.Losses]:
@@ -159,23 +146,20 @@ def _comparison(context: Context) -> Made:
             learned=context.learned,
         )
     }
-    sweeps = dict(_rate_sweep(one.optimizer) for one in measured if one.optimizer.tuned)
+    sweeps = {}
+    for name, _, _, tuned in (one.optimizer for one in measured):
+        if tuned is not None:
+            scores, beta = tuned.scores, tuned.best.get("momentum")
+            if beta is not None:
+                name += f" (beta {beta:g})"
+                scores = scores[:, list(tuned.grid["momentum"]).index(beta)]
+            sweeps[name] = plots.Sweep(tuned.grid["learning_rate"], scores)
     if sweeps:
         ylabel = f"{tune_for} of the last loss"
         figures["sweeps.png"] = plots.rate_sweeps(
             sweeps, ylabel=ylabel, log=tune_for == "mean"
         )
-    return Made(rows, [table], figures)
-
-
-def _rate_sweep(optimizer: Optimizer) -> tuple[str, plots.Sweep]:
-    name, tuned, beta = optimizer.name, optimizer.tuned, optimizer.beta
-    assert tuned is not None
-    scores = tuned.scores
-    if beta is not None:
-        name += f" (beta {beta:g})"
-        scores = scores[:, list(tuned.grid["momentum"]).index(beta)]
-    return name, plots.Sweep(tuned.grid["learning_rate"], scores)
+    return Made([table], rows, figures)
 
 
 def _side_by_side(
@@ -187,12 +171,12 @@ def _side_by_side(
         for panel in panels
         for row in measuring.rows_of(panel.measured, panel.reference)
     ]
-    grid = measuring.grid(rows, row="problem", column="optimizer", caption=caption)
     full = measuring.table(rows, reference=context.reference, first="problem")
     drawn = {p.title: p.measured if p.drawn is None else p.drawn for p in panels}
     curves = {title: _curves(measured) for title, measured in drawn.items() if measured}
     figure = plots.loss_panels(curves, **style)
-    return Made(rows, [grid, full], {f"{study}.png": figure})
+    grid = measuring.grid(rows, caption=caption)
+    return Made([grid, full], rows, {f"{study}.png": figure})
 
 
 def _generalisation(context: Context) -> Made:
@@ -268,8 +252,7 @@ def _other_run(folder: Path, context: Context) -> Context:
 def _plateau(context: Context) -> Made:
     """Who leaves a plateau, and what the forget gates do there."""
     test, measured = context.config.test, context.compete()
-    rows, cells = measuring.rows_of(measured), []
-    escaped, forget = {}, {}
+    rows, escaped, forget = measuring.rows_of(measured), {}, {}
     for row, (optimizer, losses) in zip(rows, measured, strict=True):
         left = losses.values < test.escape_below * losses.values[:, :1]
         share = left.mean(0)
@@ -283,19 +266,23 @@ def _plateau(context: Context) -> Made:
         if gates is not None:
             forget[optimizer.name] = gates
             row["mean_forget"] = float(gates.mean())
-        when, mean = row["updates_to_half"], row.get("mean_forget")
-        cells.append([optimizer.name, f"{row['escaped']:.0%}"])
-        cells[-1] += ["never" if when is None else f"{when:,}"]
-        cells[-1] += ["" if mean is None else f"{mean:.4f}"]
     caption = (
         f"{describe(context.config.problem)}. {context.protocol()} Escaped: a loss "
         f"below {test.escape_below:g} of the first."
     )
-    headings = "optimizer", "escaped", "updates until half have", "mean f"
+    columns = {
+        "optimizer": "{optimizer}",
+        "escaped": "{escaped:.0%}",
+        "updates until half have": "{half}",
+        "mean f": "{mean_forget:.4f}",
+    }
+    halves = (row["updates_to_half"] for row in rows)
+    said = ({"half": "never" if half is None else f"{half:,}"} for half in halves)
+    records = (row | half for row, half in zip(rows, said, strict=True))
+    shown = Table.of(caption, columns, records)
     full = measuring.table(rows, reference=context.reference)
     figure = plots.escape_curves(escaped, forget, learned=context.learned)
-    shown = Table(caption, headings, cells)
-    return Made(rows, [shown, full], {"plateau.png": figure})
+    return Made([shown, full], rows, {"plateau.png": figure})
 
 
 def forget_gates(bench: Bench, rule: Optimizer, steps: int) -> np.ndarray | None:
@@ -341,19 +328,23 @@ def _cost(context: Context) -> Made:
             times[name].append(time.perf_counter() - begun)
     # the first calls compile
     medians = {name: float(np.median(seconds[2:])) for name, seconds in times.items()}
-    size, rows, cells = sum(p.size for p in params.values()), [], []
+    size, rows = sum(p.size for p in params.values()), []
     for name, seconds in medians.items():
-        stored = sum(np.asarray(x).nbytes for x in jax.tree.leaves(states[name])) / size
+        stored = sum(np.asarray(x).nbytes for x in jax.tree.leaves(states[name]))
         row = {"optimizer": name, "milliseconds": 1e3 * seconds}
-        row["times_adam"] = ratio = seconds / medians["adam"]
-        rows.append(row | {"state_bytes_per_parameter": stored})
-        cells.append([name, f"{1e3 * seconds:.3g}", f"{ratio:.1f}", f"{stored:.0f}"])
+        row |= {"times_adam": seconds / medians["adam"]}
+        rows.append(row | {"state_bytes_per_parameter": stored / size})
     caption = (
         f"One jitted update of a 784-20-10 MLP's {size:,} parameters, median of "
         f"{COST_REPEATS}, on {jax.devices()[0].device_kind}, in turn with Adam's."
     )
-    headings = "optimizer", "one update, ms", "times Adam's", "state, bytes a parameter"
-    return Made(rows, [Table(caption, headings, cells)])
+    columns = {
+        "optimizer": "{optimizer}",
+        "one update, ms": "{milliseconds:.3g}",
+        "times Adam's": "{times_adam:.1f}",
+        "state, bytes a parameter": "{state_bytes_per_parameter:.0f}",
+    }
+    return Made([Table.of(caption, columns, rows)], rows, {})
 
 
 def _divisor(steps: int, long_steps: int) -> int:
