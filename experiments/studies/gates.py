@@ -132,7 +132,7 @@ def run(config: Config, folder: Path) -> study.Made:
     def add(
         part: str, rule: str, learner: str, found: Evaluation, to: Any = None, **more
     ) -> None:
-        row = {"part": part, "rule": rule, "learner": learner}
+        row: dict[str, Any] = {"part": part, "rule": rule, "learner": learner}
         row |= {"mean": found.mean, "ci95": found.ci95, **more}
         if to is not None:
             by = metalstm.paired_difference(found, to)

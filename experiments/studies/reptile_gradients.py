@@ -210,7 +210,7 @@ def run(config: Config, folder: Path) -> study.Made:
         one = found[name] = study.kept(path, Found, make)
         tuned = one.tuned(config)
         marks.append(tuned.mark("rate"))
-        row = {
+        row: dict[str, Any] = {
             "name": name,
             "outer_rate": tuned.best["rate"],
             "best_validation": -tuned.score,

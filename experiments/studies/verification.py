@@ -189,7 +189,7 @@ def _identities(config: Config, run: SavedRun) -> Identities:
             f"{list(shape)}: give --dataset arrays"
         )
     images = data.load_image_folders(where, image_size=height, channels=channels)
-    return _pooled(images, data.SPLITS)
+    return _pooled(images, [*data.SPLITS])
 
 
 def _pooled(dataset: data.Dataset, splits: Sequence[str]) -> Identities:
