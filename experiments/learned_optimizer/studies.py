@@ -54,11 +54,6 @@ class Context(NamedTuple):
     def learned(self) -> list[str]:
         return [rule.name for rule in self.rules]
 
-    @property
-    def geometric(self) -> bool:
-        """Whether losses differ by orders of magnitude between problems."""
-        return self.config.problem.name == "quadratics"
-
     def bench(self, problem: Problem | None = None) -> Bench:
         test = self.config.test
         folder = test.curves or self.folder / "curves"
@@ -66,19 +61,22 @@ class Context(NamedTuple):
 
     def compete(
         self,
+        title: str,
         problem: Problem | None = None,
         names: Sequence[str] | None = None,
         tune_steps: int | None = None,
         **options: int,
-    ) -> list[Measured]:
+    ) -> Panel:
         """Measure rules and tuned baselines (default the few) on the same problems."""
+        print(title, flush=True)
         bench, test = self.bench(problem), self.config.test
         settings = {"steps": test.steps, "instances": test.instances}
         settings |= {"every": test.record_every} | options
         names = test.few_baselines if names is None else names
         steps = tune_steps or settings["steps"]
         optimizers = *self.rules, *(bench.tune(name, steps=steps) for name in names)
-        return [Measured(one, bench.losses(one, **settings)) for one in optimizers]
+        found = [Measured(one, bench.losses(one, **settings)) for one in optimizers]
+        return Panel(title, self, found, found)
 
     def protocol(self) -> str:
         test = self.config.test
@@ -98,12 +96,20 @@ class Context(NamedTuple):
 
 
 class Panel(NamedTuple):
-    """One problem of several."""
+    """Optimizers on one problem: a part of the table, and of the figure."""
 
     title: str
+    context: Context
     measured: list[Measured]
-    reference: str
-    drawn: list[Measured] | None = None  # default what was measured
+    drawn: list[Measured]  # in a panel of the figure; nothing: there is none
+
+    def rows(self) -> list[dict[str, Any]]:
+        return measuring.rows_of(self.measured, self.context.reference)
+
+    def part(self, title: str, which: slice) -> Panel:
+        """Some of the updates."""
+        some = [one.part(which) for one in self.measured]
+        return self._replace(title=title, measured=some, drawn=some)
 
 
 def make_studies(context: Context) -> list[str]:
@@ -129,25 +135,34 @@ def make_studies(context: Context) -> list[str]:
     return [*names]
 
 
-def _curves(measured: Sequence[Measured]) -> dict[str, plots.Losses]:
-    return {optimizer.name: losses for optimizer, losses in measured}
+def _figure(panels: Sequence[Panel]) -> Any:
+    curves = {
+        panel.title: {optimizer.name: losses for optimizer, losses in panel.drawn}
+        for panel in panels
+        if panel.drawn
+    }
+    # between quadratics losses differ by orders of magnitude
+    kinds = {panel.title: panel.context.config.problem.name for panel in panels}
+    geometric = [title for title, kind in kinds.items() if kind == "quadratics"]
+    learned = [name for panel in panels for name in panel.context.learned]
+    return plots.loss_panels(curves, geometric=geometric, learned=learned)
+
+
+def _side_by_side(study: str, caption: str, panels: Sequence[Panel], by: str) -> Made:
+    """Several problems: a grid of mean losses, a full table, a figure of panels."""
+    rows = [{"problem": panel.title, **row} for panel in panels for row in panel.rows()]
+    grid = measuring.grid(rows, caption=caption)
+    full = measuring.table(rows, reference=by, first="problem")
+    return Made([grid, full], rows, {f"{study}.png": _figure(panels)})
 
 
 def _comparison(context: Context) -> Made:
     title, tune_for = describe(context.config.problem), context.bench().tune_for
-    measured = context.compete(names=context.config.test.baselines)
-    rows = measuring.rows_of(measured)
-    caption = f"{title}. {context.protocol()}"
+    panel = context.compete(title, names=context.config.test.baselines)
+    rows, caption = panel.rows(), f"{title}. {context.protocol()}"
     table = measuring.table(rows, reference=context.reference, caption=caption)
-    figures = {
-        "comparison.png": plots.loss_panels(
-            {title: _curves(measured)},
-            geometric=[title] if context.geometric else [],
-            learned=context.learned,
-        )
-    }
-    sweeps = {}
-    for name, _, _, tuned in (one.optimizer for one in measured):
+    figures, sweeps = {"comparison.png": _figure([panel])}, {}
+    for name, _, _, tuned in (one.optimizer for one in panel.measured):
         if tuned is not None:
             scores, beta = tuned.scores, tuned.best.get("momentum")
             if beta is not None:
@@ -162,83 +177,56 @@ def _comparison(context: Context) -> Made:
     return Made([table], rows, figures)
 
 
-def _side_by_side(
-    context: Context, study: str, caption: str, panels: Sequence[Panel], **style: Any
-) -> Made:
-    """Several problems: a grid of mean losses, a full table, a figure of panels."""
-    rows = [
-        {"problem": panel.title, **row}
-        for panel in panels
-        for row in measuring.rows_of(panel.measured, panel.reference)
-    ]
-    full = measuring.table(rows, reference=context.reference, first="problem")
-    drawn = {p.title: p.measured if p.drawn is None else p.drawn for p in panels}
-    curves = {title: _curves(measured) for title, measured in drawn.items() if measured}
-    figure = plots.loss_panels(curves, **style)
-    grid = measuring.grid(rows, caption=caption)
-    return Made([grid, full], rows, {f"{study}.png": figure})
-
-
 def _generalisation(context: Context) -> Made:
     """Other widths, depths, activations, starts, data, and a longer horizon."""
-    config, test, by = context.config, context.config.test, context.reference
-    panels = [Panel("as in meta-training", context.compete(), by)]
-    for title, problem in variants(config.problem).items():
-        print(title, flush=True)
-        panels.append(Panel(title, context.compete(problem), by))
+    config, test = context.config, context.config.test
+    problems = {"as in meta-training": None} | variants(config.problem)
+    panels = [context.compete(title, problem) for title, problem in problems.items()]
     caption = (
         f"Rules trained on: {describe(config.problem)}. {context.protocol()} Baselines "
         "are tuned again on every problem."
     )
     if test.long_steps > test.steps:
         title = f"{test.long_steps:,} updates"
-        print(title, flush=True)
         every = _divisor(test.steps, test.long_steps)
         found = context.compete(
+            title,
             names=[*test.few_baselines, "adam-cosine"],
             steps=test.long_steps,
             instances=test.long_instances,
             every=every,
         )
-        early = [one.part(slice(test.steps // every + 1)) for one in found]
-        panels.append(Panel(f"{title}, after {test.steps:,}", early, by, drawn=[]))
-        panels.append(Panel(title, found, by))
+        until = slice(test.steps // every + 1)
+        early = found.part(f"{title}, after {test.steps:,}", until)
+        panels += [early._replace(drawn=[]), found]
         caption += f" {title}: {test.long_instances} problems."
-    geometric = [panel.title for panel in panels] if context.geometric else []
-    style = {"geometric": geometric, "learned": context.learned}
-    return _side_by_side(context, "generalisation", caption, panels, **style)
+    return _side_by_side("generalisation", caption, panels, context.reference)
 
 
 def _panels(context: Context) -> Made:
     """Quadratics; 100 updates; the next 100; 40 units; two layers; ReLU."""
-    config, test, by = context.config, context.config.test, context.reference
-    panels, learned = [], set(context.learned)
+    config, test = context.config, context.config.test
+    panels = []
     if config.run.quadratics_run is not None:
         other = _other_run(config.run.quadratics_run, context)
-        found = other.compete(names=test.few_baselines)
-        panels.append(Panel("quadratics", found, other.reference))
-        learned |= set(other.learned)
+        panels.append(other.compete("quadratics"))
     steps, cut = test.steps, test.steps // test.record_every
-    twice = context.compete(steps=2 * steps, tune_steps=steps)
     family: Any = config.problem.family
     base = f"{config.problem.dataset}, {family.hidden[0]} {family.activation} units"
-    first = [one.part(slice(cut + 1)) for one in twice]
-    then = [one.part(slice(cut, None)) for one in twice]
-    panels.append(Panel(base, first, by))
-    panels.append(Panel(f"{base}, updates {steps} to {2 * steps}", twice, by, then))
+    later = f"{base}, updates {steps} to {2 * steps}"
+    twice = context.compete(later, steps=2 * steps, tune_steps=steps)
+    panels.append(twice.part(base, slice(cut + 1)))
+    panels.append(twice._replace(drawn=twice.part(later, slice(cut, None)).drawn))
     named = variants(config.problem)
     for name in (f"{2 * family.hidden[0]} units", "2 layers", "ReLU"):
         if name in named:
-            print(name, flush=True)
-            found = context.compete(named[name], tune_steps=steps)
-            panels.append(Panel(name, found, by))
+            panels.append(context.compete(name, named[name], tune_steps=steps))
     caption = (
         "As figures 4 and 5 of Andrychowicz et al. (2016). Rules trained on: "
         f"{describe(config.problem)}. {context.protocol()} Baselines are tuned on "
         f"every problem for {steps} updates."
     )
-    style = {"geometric": ["quadratics"], "learned": sorted(learned)}
-    return _side_by_side(context, "panels", caption, panels, **style)
+    return _side_by_side("panels", caption, panels, context.reference)
 
 
 def _other_run(folder: Path, context: Context) -> Context:
@@ -251,9 +239,10 @@ def _other_run(folder: Path, context: Context) -> Context:
 
 def _plateau(context: Context) -> Made:
     """Who leaves a plateau, and what the forget gates do there."""
-    test, measured = context.config.test, context.compete()
-    rows, escaped, forget = measuring.rows_of(measured), {}, {}
-    for row, (optimizer, losses) in zip(rows, measured, strict=True):
+    test, title = context.config.test, describe(context.config.problem)
+    panel = context.compete(title)
+    rows, escaped, forget = panel.rows(), {}, {}
+    for row, (optimizer, losses) in zip(rows, panel.measured, strict=True):
         left = losses.values < test.escape_below * losses.values[:, :1]
         share = left.mean(0)
         escaped[optimizer.name] = losses.steps, share
@@ -267,8 +256,8 @@ def _plateau(context: Context) -> Made:
             forget[optimizer.name] = gates
             row["mean_forget"] = float(gates.mean())
     caption = (
-        f"{describe(context.config.problem)}. {context.protocol()} Escaped: a loss "
-        f"below {test.escape_below:g} of the first."
+        f"{title}. {context.protocol()} Escaped: a loss below {test.escape_below:g} of "
+        "the first."
     )
     columns = {
         "optimizer": "{optimizer}",
