@@ -122,13 +122,8 @@ def base_mean(pool: ClassPool) -> Array:
     It is the meta-parameters of the heads here: ``evaluate(nearest_centroid(),
     base_mean(features.train), features.test, spec)``.
     """
-    slots = jnp.arange(pool.images.shape[1], dtype=pool.counts.dtype)
-    drawn = slots[None] < pool.counts[:, None]
-    x = pool.images.reshape(*drawn.shape, -1).astype(jnp.float32)
-    if pool.images.dtype == jnp.uint8:
-        x = x / 255
-    total = jnp.where(drawn[..., None], x, 0).sum((0, 1))
-    return total / drawn.sum().astype(total.dtype)
+    x = pool.images.reshape(pool.images.shape[0], -1).astype(jnp.float32)
+    return x.mean(0) / 255 if pool.images.dtype == jnp.uint8 else x.mean(0)
 
 
 def _on_features(head: Head, unit_length: bool) -> MetaAlgorithm:
