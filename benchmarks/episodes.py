@@ -82,7 +82,6 @@ def episode_gflop(row: dict, num_parameters: int) -> float:
 def measure(name: str, seconds: float) -> dict:
     """Time one row in this process."""
     import jax
-    import jax.numpy as jnp
     import numpy as np
 
     from metalstm import adam_clipped, algorithms, first_order, nn, rules, second_order

@@ -77,7 +77,6 @@ def tasks_for(parts: Parts, hosts: int, link: Link, share: float = 0.1) -> int:
 
 def build(name: str) -> tuple[Any, Any, Any]:
     """The recipe's algorithm, its episodes, and random images to draw them from."""
-    import jax.numpy as jnp
     import numpy as np
 
     from metalstm import algorithms, nn, rules

@@ -125,7 +125,7 @@ def make_pool(
             counts = np.full(num_classes, num_slots)
         counts = np.asarray(counts)
         bad = counts.shape != (num_classes,)
-        if bad or num_classes and not 1 <= counts.min() <= counts.max() <= num_slots:
+        if bad or (num_classes and not 1 <= counts.min() <= counts.max() <= num_slots):
             raise ValueError(
                 f"counts must hold {num_classes} integers in [1, {num_slots}], got "
                 f"{counts.tolist()[:10]}"
