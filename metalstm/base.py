@@ -131,6 +131,7 @@ class Learner(NamedTuple):
     init: InitLearner
     apply: ApplyLearner
     at_way: Callable[[PyTree, int], PyTree] | None = None
+    made_by: Any = None  # for `metalstm.save`, see `metalstm.records`
 
 
 class InitRule(Protocol):
@@ -219,6 +220,7 @@ class UpdateRule(NamedTuple):
     init: InitRule
     bind: BindRule
     traits: RuleTraits = RuleTraits()
+    made_by: Any = None  # for `metalstm.save`, see `metalstm.records`
 
 
 class MetaParams(NamedTuple):
@@ -388,6 +390,7 @@ class MetaAlgorithm(NamedTuple):
     query_norm: str | None
     trainable: bool
     per_task_carry: bool
+    made_by: Any = None  # for `metalstm.save`, see `metalstm.records`
 
 
 # help() of a NamedTuple then shows, at each function, what the function's type says

@@ -27,6 +27,7 @@ __all__ = [
     "TaskSampler",
     "episode_key",
     "finish_images",
+    "prepare_examples",
     "sample_checked",
     "sample_episode",
     "sample_episodes",
@@ -215,12 +216,21 @@ def finish_images(key: Array, x: Array, turns: Array, spec: EpisodeSpec) -> Arra
         turns = turns[:, None, None, None]
         for quarter in (1, 2):  # two conditional turns make all four
             x = jnp.where(turns & quarter > 0, jnp.rot90(x, quarter, (1, 2)), x)
+    if spec.augment is not None:
+        x = spec.augment(key, prepare_examples(x, None))
+    return prepare_examples(x, spec.normalise)
+
+
+def prepare_examples(x: Array, normalise: Normalisation | None) -> Array:
+    """Scale bytes to [0, 1], and normalise: what training does, and prediction too.
+
+    Args:
+      x: uint8 [N, H, W, ch]; other numbers [N, ...] are not scaled.
+    """
     if x.dtype == jnp.uint8:
         x = x.astype(jnp.float32) / 255
-    if spec.augment is not None:
-        x = spec.augment(key, x)
-    if spec.normalise is not None:
-        mean, std = (to_rank_of(jnp.array(part, x.dtype), x) for part in spec.normalise)
+    if normalise is not None:
+        mean, std = (to_rank_of(jnp.array(part, x.dtype), x) for part in normalise)
         x = (x - mean) / std
     return x
 

@@ -25,6 +25,7 @@ from metalstm.base import Array, Batch, MetaAlgorithm, PyTree
 from metalstm.batches import as_vectors
 from metalstm.checks import check_at_least, check_positive
 from metalstm.data.pools import ClassPool
+from metalstm.records import recorded
 
 __all__ = [
     "HEADS",
@@ -45,6 +46,7 @@ _TOLERANCE = 1e-5  # of a probability, where logistic regression has converged
 _MOST_STEPS = 10_000
 
 
+@recorded("algorithm")
 def nearest_centroid(*, unit_length: bool = True) -> MetaAlgorithm:
     """Minus the squared distance to each class's mean feature vector.
 
@@ -59,6 +61,7 @@ def nearest_centroid(*, unit_length: bool = True) -> MetaAlgorithm:
     return _on_features(_centroid_scores, unit_length)
 
 
+@recorded("algorithm")
 def nearest_neighbour(
     *, num_neighbours: int = 1, unit_length: bool = False
 ) -> MetaAlgorithm:
@@ -80,6 +83,7 @@ def nearest_neighbour(
     return _on_features(head, unit_length)
 
 
+@recorded("algorithm")
 def ridge(*, penalty: float = 1.0, unit_length: bool = True) -> MetaAlgorithm:
     """Linear regression to one-hot labels with an L2 penalty, in closed form.
 
@@ -97,6 +101,7 @@ def ridge(*, penalty: float = 1.0, unit_length: bool = True) -> MetaAlgorithm:
     return _on_features(functools.partial(ridge_scores, penalty=penalty), unit_length)
 
 
+@recorded("algorithm")
 def logistic_regression(
     *, penalty: float = 1.0, unit_length: bool = True
 ) -> MetaAlgorithm:
