@@ -19,7 +19,7 @@ import numpy as np
 from metalstm.base import Batch, Episode, MetaAlgorithm, PyTree
 from metalstm.data.episodes import prepare_examples
 from metalstm.data.pools import Normalisation
-from metalstm.runtime.files import atomic_write
+from metalstm.runtime.exporting import export_program
 from metalstm.runtime.splitting import split_function
 
 __all__ = ["Classifier", "Predictor", "example_episode"]
@@ -229,13 +229,19 @@ class Predictor:
             key = jax.random.key(0)
             return self._predict(way)(self.params, key, support, query)
 
-        images = self._input(num_support)
-        fixed = (images, labels)
-        return _export(path, lambda _: program, fixed, self, num_queries, platforms)
+        return export_program(
+            path,
+            lambda _: program,
+            self._input(num_support),
+            labels,
+            last=self._input(),
+            num_last=num_queries,
+            platforms=platforms,
+        )
 
-    def _input(self, num: Any) -> jax.ShapeDtypeStruct:
+    def _input(self, *num: int) -> jax.ShapeDtypeStruct:
         dtype = "uint8" if self.pixels else self.dtype
-        return jax.ShapeDtypeStruct((num, *self.image_shape), dtype)
+        return jax.ShapeDtypeStruct((*num, *self.image_shape), dtype)
 
     def _predict(self, num_classes: int) -> Callable[..., jax.Array]:
         way = None if self.regression else num_classes
@@ -343,7 +349,13 @@ class Classifier:
             kept = jax.jit(split.earlier)(*fixed)
             return lambda query_images: split.later(kept, query_images)
 
-        return _export(path, adapted, (), predictor, num_queries, platforms)
+        return export_program(
+            path,
+            adapted,
+            last=predictor._input(),
+            num_last=num_queries,
+            platforms=platforms,
+        )
 
     @property
     def _way(self) -> int:
@@ -354,40 +366,6 @@ class Classifier:
 def _filled(query: jax.Array, size: int, filling: jax.Array) -> jax.Array:
     rows = jnp.arange(size - len(query)) % len(filling)
     return jnp.concatenate([query, filling[rows].astype(query.dtype)])
-
-
-def _export(
-    path: str | Path,
-    make: Callable[[jax.ShapeDtypeStruct], Callable[..., jax.Array]],
-    fixed: tuple,
-    predictor: Predictor,
-    num_queries: int | None,
-    platforms: Sequence[str],
-) -> Path:
-    from jax import export
-
-    (num,) = export.symbolic_shape("M") if num_queries is None else (num_queries,)
-    query = predictor._input(num)
-    try:
-        program = jax.jit(make(query))
-        exported = export.export(program, platforms=tuple(platforms))(*fixed, query)
-    except Exception as error:  # whatever a shape that is not a number leads to
-        if num_queries is not None:
-            raise
-        raise ValueError(
-            f"this {predictor.method} cannot be exported for any number of queries "
-            f"({type(error).__name__}): give num_queries"
-        ) from error
-    try:
-        data = exported.serialize()
-    except ImportError as error:
-        raise ImportError(
-            "writing a program needs flatbuffers: pip install 'metalstm[export]'"
-        ) from error
-    path = Path(path)
-    with atomic_write(path) as part:
-        part.write_bytes(data)
-    return path
 
 
 def _classes(labels: Sequence[Any]) -> tuple[np.ndarray, np.ndarray]:

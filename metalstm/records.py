@@ -1,6 +1,7 @@
-"""What made an algorithm, a learner or a rule: its constructor and the arguments.
+"""What NamedTuples of functions say of themselves: their help, and what made them.
 
-`metalstm.save` writes it, as the spec of `metalstm.specs`, next to the arrays.
+`metalstm.save` writes the constructor of an algorithm, a learner or a rule and its
+arguments, as the spec of `metalstm.specs`, next to the arrays.
 """
 
 from __future__ import annotations
@@ -9,11 +10,11 @@ import dataclasses
 import functools
 import inspect
 from collections.abc import Callable, Mapping
-from typing import Any, TypeVar
+from typing import Any, TypeVar, get_type_hints
 
 import numpy as np
 
-__all__ = ["GIVEN", "Record", "recorded", "to_spec"]
+__all__ = ["GIVEN", "Record", "document_slots", "recorded", "to_spec"]
 
 Constructor = TypeVar("Constructor", bound=Callable[..., Any])
 
@@ -104,3 +105,17 @@ def to_spec(value: Any) -> tuple[Any, dict[str, Any]]:
         return {GIVEN: name}
 
     return convert(value, "algorithm"), given
+
+
+def document_slots(*types: Any) -> None:
+    """Let help() of a NamedTuple show, at each function, what the function's type says.
+
+    The type is a Protocol, or optional.
+    """
+    for kind in types:
+        hints = get_type_hints(kind)
+        kind.__new__.__annotations__ = hints  # classes, not ForwardRefs
+        for name, hint in hints.items():
+            function = getattr(hint, "__args__", (hint,))[0]  # Adapt of Adapt | None
+            if getattr(function, "_is_protocol", False):
+                getattr(kind, name).__doc__ = function.__call__.__doc__

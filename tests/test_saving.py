@@ -1,4 +1,4 @@
-"""`save`, `load`, `Predictor`, `Classifier`: what was trained predicts alike elsewhere."""
+"""`save`, `load` and predictors: what was trained predicts alike elsewhere."""
 
 from __future__ import annotations
 
@@ -132,9 +132,7 @@ def test_a_network_of_ones_own_is_given_again_and_is_the_same(tmp_path):
     with pytest.raises(ValueError, match="predicts otherwise"):
         metalstm.load(path, **(own | {"rule": optax.sgd(0.7)}))
     wider = own | {"learner": mlp()}
-    with pytest.raises(
-        ValueError, match="not the algorithm's parameters: params.learn"
-    ):
+    with pytest.raises(ValueError, match=r"not the algorithm's parameters: params\.le"):
         metalstm.load(path, **wider)
     # a field replaced is no longer what the constructor made
     changed = algorithm._replace(query_norm=None)
@@ -151,7 +149,7 @@ def test_what_is_no_file_of_save_is_refused(tmp_path):
         metalstm.save(path, algorithm, {"w": jnp.ones(2)}, POOL, SPEC)
     with pytest.raises(ValueError, match="info= must be JSON"):
         metalstm.save(path, algorithm, trained(algorithm), POOL, SPEC, info={"a": {1}})
-    with pytest.raises(FileNotFoundError, match="metalstm.save writes them"):
+    with pytest.raises(FileNotFoundError, match=r"metalstm\.save writes them"):
         metalstm.load(path)
     metalstm.save(path, algorithm, trained(algorithm), POOL, SPEC)
     whole = path.read_bytes()
@@ -161,10 +159,12 @@ def test_what_is_no_file_of_save_is_refused(tmp_path):
         whole.replace(b"prototypical", b"Prototypical"),
     ):
         path.write_bytes(content)
-        with pytest.raises(ValueError, match="is not a metalstm.save file|is damaged"):
+        with pytest.raises(
+            ValueError, match=r"is not a metalstm\.save file|is damaged"
+        ):
             metalstm.load(path)
     rules.save_rule(path, {"rule": "l2l"}, rules.l2l().init(jax.random.key(0), 0.0))
-    with pytest.raises(ValueError, match="has format 1, and|is damaged|is not"):
+    with pytest.raises(ValueError, match=r"is damaged \(its digest|is not a metalstm"):
         metalstm.load(path)
     nets = [metalstm.from_flax(Net()) for _ in range(2)]
     two = algorithms.relation(*nets, train_way=WAY)

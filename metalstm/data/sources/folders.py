@@ -355,7 +355,8 @@ def decode_splits(
     corrupt: list[tuple[Path, Exception]] = []
     for split in SPLITS:
         num = sum(len(paths) for paths in files[split].values())
-        images, counts = np.zeros((num, size, size, channels), np.uint8), []
+        images = np.zeros((num, size, size, channels), np.uint8)
+        counts: list[int] = []
         for paths in files[split].values():
             decoded = decode_files(
                 paths, size=size, channels=channels, background=background
