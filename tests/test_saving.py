@@ -159,9 +159,7 @@ def test_what_is_no_file_of_save_is_refused(tmp_path):
         whole.replace(b"prototypical", b"Prototypical"),
     ):
         path.write_bytes(content)
-        with pytest.raises(
-            ValueError, match=r"is not a metalstm\.save file|is damaged"
-        ):
+        with pytest.raises(ValueError, match=r"is not a metalstm.* file|is damaged"):
             metalstm.load(path)
     rules.save_rule(path, {"rule": "l2l"}, rules.l2l().init(jax.random.key(0), 0.0))
     with pytest.raises(ValueError, match=r"is damaged \(its digest|is not a metalstm"):

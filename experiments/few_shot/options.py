@@ -93,6 +93,11 @@ class Training(cli.Options, frozen=True):
     """Episodes of one meta-step."""
     learning_rate: Positive = 1e-3
     """Adam's, on the meta-parameters."""
+    theta_learning_rate: Annotated[float, msgspec.Meta(ge=0)] | None = None
+    """Adam's on theta_0, where the rule's is another; 0: theta_0 stays as it is."""
+    init_from: str | None = None
+    """Start theta_0 and its batch statistics from a trained method: a run folder, or
+    FOLDER:METHOD."""
     schedule: Literal["constant", "cosine", "linear"] = "constant"
     """cosine, linear: to 0 over --episodes."""
     clip: Annotated[float, msgspec.Meta(ge=0)] = 0.25
