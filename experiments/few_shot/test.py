@@ -31,7 +31,7 @@ from experiments.few_shot.saved_runs import (
 from experiments.few_shot.train import Found, Trainer, checkpoint_of
 from metalstm.base import MetaParams, PyTree
 from metalstm.meta.evaluation import Evaluation
-from metalstm.predictor import load_params
+from metalstm.run_file import load_params
 from metalstm.runtime import processes, sharding
 from metalstm.runtime.files import atomic_write
 from metalstm.specs import COMPARING, build_algorithm, fixed_way

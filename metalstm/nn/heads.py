@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from metalstm.base import Array, Learner, LearnerState, PyTree
 from metalstm.batches import to_rank_of
 from metalstm.checks import check_features, check_positive
+from metalstm.records import recorded
 
 __all__ = ["output_shape", "tied_head"]
 
@@ -20,6 +21,7 @@ def output_shape(
     return outputs
 
 
+@recorded("learner")
 def tied_head(body: Learner, feature_length: float | None = None) -> Learner:
     """Put a linear head on ``body`` whose classes all start from one learned vector.
 

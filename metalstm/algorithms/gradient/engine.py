@@ -41,6 +41,7 @@ from metalstm.base import (
 from metalstm.batches import first_example
 from metalstm.checks import check_choice
 from metalstm.inner import Differentiation, InnerState, Trace
+from metalstm.records import recorded
 from metalstm.rules import as_rule, find_gates
 from metalstm.rules.classic import check_differentiable
 from metalstm.tasks import TaskMapping, mean_over_tasks
@@ -48,6 +49,7 @@ from metalstm.tasks import TaskMapping, mean_over_tasks
 __all__ = ["learned_init", "with_gradient_of_init"]
 
 
+@recorded("algorithm")
 def learned_init(
     learner: Learner,
     rule: UpdateRule | optax.GradientTransformation,
