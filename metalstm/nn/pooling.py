@@ -54,7 +54,7 @@ def max_pool(
     window = _Window(
         (*more, *window_shape),
         (*more, *strides),
-        (*((0, 0) for _ in more), *map(tuple, pads)),
+        (*((0, 0) for _ in more), *((low, high) for low, high in pads)),
     )
     out = _pool(inputs.reshape(inputs.shape[0], *more, *inputs.shape[1:]), window)
     return out.reshape(inputs.shape[0], *out.shape[1 + len(more) :])
