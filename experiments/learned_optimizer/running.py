@@ -85,7 +85,7 @@ def _run(config: Config, folder: Path) -> None:
     results = {
         "problem": describe(config.problem),
         "rules": found,
-        "studies": list(studies),
+        "studies": studies,
         "versions": report.versions(),
         "device": jax.devices()[0].device_kind,
     }

@@ -48,5 +48,6 @@ class ClassificationSpec:
         y = to_integers(uniform[0], available)
         classes, turns = y // num_turns, y % num_turns
         slots = to_integers(uniform[1], pool.counts[classes])
-        x = pool.images.at[classes, slots].get(mode="promise_in_bounds")
+        rows = pool.starts[classes] + slots
+        x = pool.images.at[rows].get(mode="promise_in_bounds")
         return Batch(finish_images(augment_key, x, turns, self.episodes), y)

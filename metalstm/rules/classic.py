@@ -12,6 +12,7 @@ import optax
 
 from metalstm.base import Array, PyTree, RuleTraits, UpdateRule
 from metalstm.checks import check_at_least, check_choice, check_positive
+from metalstm.records import recorded
 
 __all__ = [
     "as_rule",
@@ -95,6 +96,7 @@ def _cast(tree: PyTree, template: PyTree) -> PyTree:
     return jax.tree.map(lambda x, ref: x.astype(jnp.result_type(ref)), tree, template)
 
 
+@recorded("rule")
 def learned_sgd(
     rate: float | tuple[float, float] = 0.01,
     *,
@@ -173,6 +175,7 @@ def learned_sgd(
     return UpdateRule(init, bind, traits)
 
 
+@recorded("rule")
 def learned_scale(scale: float = 1.0) -> UpdateRule:
     """Multiply updates by a learned positive number, whose parameter is its logarithm.
 
@@ -194,6 +197,7 @@ def learned_scale(scale: float = 1.0) -> UpdateRule:
     return UpdateRule(lambda key, params: jnp.float32(math.log(scale)), bind, traits)
 
 
+@recorded("rule")
 def chain(*rules: UpdateRule | optax.GradientTransformation) -> UpdateRule:
     """Apply rules (or optax transforms) one after another, as `optax.chain` does.
 

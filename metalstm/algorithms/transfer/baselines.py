@@ -32,11 +32,13 @@ from metalstm.base import (
 )
 from metalstm.checks import check_choice
 from metalstm.inner import first_order, unroll
+from metalstm.records import recorded
 from metalstm.rules import tunable
 
 __all__ = ["fine_tuning", "pretrained_features"]
 
 
+@recorded("algorithm")
 def pretrained_features(
     learner: Learner,
     num_classes: int,
@@ -80,6 +82,7 @@ def pretrained_features(
     )
 
 
+@recorded("algorithm")
 def fine_tuning(
     learner: Learner,
     num_classes: int,
