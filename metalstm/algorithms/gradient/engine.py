@@ -118,14 +118,16 @@ def learned_init(
     """
     rule = as_rule(rule)
     calibrates = gradient_scale == "calibrated"
+    if gradient_scale == "calibrated":
+        rule, gradient_scale = chain(learned_scale(), rule), 1.0
     adaptation = Adaptation(
         learner,
-        chain(learned_scale(), rule) if calibrates else rule,
+        rule,
         differentiation,
         support_stats,
         learn_init,
         batch_size,
-        1.0 if calibrates else gradient_scale,
+        gradient_scale,
         scan_unroll,
         axis_name,
         gathers="frozen" in (query_norm, train_query_norm)
