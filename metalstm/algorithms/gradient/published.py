@@ -13,6 +13,7 @@ from metalstm.records import recorded
 from metalstm.rules import learned_sgd, lstm_gates, only
 
 __all__ = [
+    "DEFAULT_GATES",
     "anil",
     "fixed_sgd",
     "fomaml",
@@ -22,6 +23,13 @@ __all__ = [
     "meta_sgd",
     "published_meta_lstm",
 ]
+
+DEFAULT_GATES: dict[str, Any] = {
+    "hidden_size": 4,
+    "forget_bias": (7.0, 7.0),
+    "input_bias": (0.0, 0.0),
+}
+"""Of `meta_lstm`: f starts near 1, i at half of the largest useful step."""
 
 
 @recorded("algorithm")
@@ -44,7 +52,7 @@ def meta_lstm(
         of theta_0 is not forgotten.
     """
     if rule is None:
-        rule = lstm_gates(hidden_size=4, input_bias=(0.0, 0.0), forget_bias=(7.0, 7.0))
+        rule = lstm_gates(**DEFAULT_GATES)
     ours: dict[str, Any] = {
         "differentiation": second_order(),
         "gradient_scale": "calibrated",
