@@ -140,7 +140,7 @@ def _built(spec: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _value(value: Any) -> Any:
-    if isinstance(value, list | tuple):
+    if type(value) in (list, tuple):  # an optax transform is a tuple too
         # JSON has no tuples, and flax modules must be hashable
         return tuple(_value(part) for part in value)
     if not isinstance(value, Mapping):

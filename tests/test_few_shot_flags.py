@@ -67,7 +67,9 @@ def test_the_options_of_rules_and_networks_likewise():
     networks = {"conv4": "Conv4", "mlp": "MLP", "resnet12": "ResNet12"}
     for name, options in LEARNERS.items():
         module = getattr(nn.networks, networks[name])
-        fields = set(options.__struct_fields__) - {"learner", "tied_head"}
+        fields = set(options.__struct_fields__) - {
+            "learner", "tied_head", "feature_length",
+        }  # fmt: skip
         assert fields <= set(inspect.signature(module).parameters)
     assert LEARNERS["conv4"]().filters == nn.networks.Conv4.filters
 
@@ -259,7 +261,8 @@ def test_transfer_methods_share_what_has_the_same_settings():
     assert spec.pop("learner")["num_classes"] is None
     assert spec == {
         "algorithm": "pretrained_features", "num_classes": 9, "compare": "centroid",
-        "classifier": "linear", "batch_size": None,
+        "classifier": "linear", "batch_size": None, "per_class": None,
+        "centroid_weight": 0.0,
     }  # fmt: skip
 
 

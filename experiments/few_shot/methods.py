@@ -64,6 +64,7 @@ Gates: Any = constructor_options(
 )
 NETWORKS = ("conv4", "mlp", "resnet12")
 _HEAD = "All classes start from one learned vector: any --way in training and test."
+_LENGTH = "Scale features to this norm before a tied head; default: as they are."
 LEARNERS: dict[str, Any] = {
     name: constructor_options(
         "nn/networks.py",
@@ -76,6 +77,7 @@ LEARNERS: dict[str, Any] = {
         more=[
             ("learner", said(Literal[NETWORKS], "--help NAME has its options."), name),
             ("tied_head", said(bool, _HEAD), False),
+            ("feature_length", said(Positive | None, _LENGTH), None),
         ],
         integer=Count,
     )
@@ -261,8 +263,11 @@ def _learner_spec(learner: Any, way: int | None) -> Spec:
     """The network with a head for so many classes, or None: up to its features."""
     options = msgspec.structs.asdict(learner)
     tied = options.pop("tied_head") and way is not None
+    length = options.pop("feature_length")
     body = {"num_classes": None if tied else way, **options}
-    return {"learner": "tied_head", "body": body} if tied else body
+    if not tied:
+        return body
+    return {"learner": "tied_head", "body": body, "feature_length": length}
 
 
 def specs_of(options: Options, num_classes: int = 2) -> dict[str, Spec]:
@@ -294,7 +299,10 @@ def pretrainings(
         shared = _options_class("pretrained_features")(
             compare="cosine" if kind == "cosine" else "centroid",
             classifier=kind,
-            batch_size=own.method.batch_size,
+            **{
+                name: getattr(own.method, name)
+                for name in ("batch_size", "per_class", "centroid_weight")
+            },
         )
         own = kind_of("feature-centroid", own.learner.learner)(
             shared, own.learner, own.training

@@ -33,7 +33,7 @@ from experiments.few_shot.train import checkpoint_of
 from metalstm import data, plots, verification
 from metalstm.algorithms import embedding_state
 from metalstm.base import Learner, LearnerState
-from metalstm.predictor import load_params
+from metalstm.run_file import load_params
 from metalstm.specs import COMPARING, build_learner
 
 FALSE_ACCEPTS = 0.01

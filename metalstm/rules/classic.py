@@ -11,6 +11,7 @@ import optax
 
 from metalstm.base import Array, PyTree, RuleTraits, UpdateRule
 from metalstm.checks import check_at_least, check_choice
+from metalstm.records import recorded
 
 __all__ = [
     "as_rule",
@@ -93,6 +94,7 @@ def _cast(tree: PyTree, template: PyTree) -> PyTree:
     return jax.tree.map(lambda x, ref: x.astype(jnp.result_type(ref)), tree, template)
 
 
+@recorded("rule")
 def learned_sgd(
     rate: float | tuple[float, float] = 0.01,
     *,
@@ -171,6 +173,7 @@ def learned_sgd(
     return UpdateRule(init, bind, traits)
 
 
+@recorded("rule")
 def chain(*rules: UpdateRule | optax.GradientTransformation) -> UpdateRule:
     """Apply rules (or optax transforms) one after another, as `optax.chain` does.
 

@@ -79,7 +79,7 @@ def adapt_to(
     if moving and jax.tree.leaves(stats):
         # each episode's own: not what meta-training has averaged over others
         drawn = learner.init(jax.random.fold_in(key, _INIT), first_example(support.x))
-        stats = drawn.stats
+        stats = jax.tree.map(lambda d, s: d.astype(s.dtype), drawn.stats, stats)
     support_norm: Norm = "stored" if norm == "frozen" else "batch"
 
     def loss_fn(params, stats, batch, step_key):

@@ -41,6 +41,7 @@ from metalstm.base import (
 from metalstm.batches import first_example
 from metalstm.checks import check_choice
 from metalstm.inner import Differentiation, InnerState, Trace
+from metalstm.records import recorded
 from metalstm.rules import as_rule, find_gates
 from metalstm.rules.classic import check_differentiable
 from metalstm.tasks import TaskMapping, mean_over_tasks
@@ -48,6 +49,7 @@ from metalstm.tasks import TaskMapping, mean_over_tasks
 __all__ = ["learned_init", "with_gradient_of_init"]
 
 
+@recorded("algorithm")
 def learned_init(
     learner: Learner,
     rule: UpdateRule | optax.GradientTransformation,
@@ -57,6 +59,7 @@ def learned_init(
     query_norm: QueryNorm = "support",
     train_query_norm: QueryNorm = "transductive",
     support_stats: Literal["final", "moving"] = "final",
+    frozen_stats: Literal["gathered", "kept"] = "gathered",
     num_test_steps: int | None = None,
     learn_init: bool = True,
     batch_size: int | None = None,
@@ -83,6 +86,9 @@ def learned_init(
       support_stats: how ``support`` gathers: ``"final"``, one more pass over the
         support set at theta_T; ``"moving"``, the module's moving average over the T
         passes at theta_0 .. theta_{T-1} (Ravi & Larochelle).
+      frozen_stats: where ``frozen`` has its statistics from: ``"gathered"``, averages
+        over meta-training; ``"kept"``, those that a trained theta_0 brings along
+        (`metalstm.init_train_state`'s ``start``).
       num_test_steps: T at meta-test, when it differs.
       learn_init: False draws theta_0 afresh for every episode, so that the rule's
         parameters fit learners of any size.
@@ -117,8 +123,10 @@ def learned_init(
         gradient_scale,
         scan_unroll,
         axis_name,
-        gathers="frozen" in (query_norm, train_query_norm),
+        gathers="frozen" in (query_norm, train_query_norm)
+        and frozen_stats == "gathered",
     )
+    check_choice("frozen_stats", frozen_stats, ("gathered", "kept"))
     check_choice("query_norm", query_norm, get_args(QueryNorm))
     check_choice("train_query_norm", train_query_norm, get_args(QueryNorm))
     _check(adaptation, train_way, trainable)

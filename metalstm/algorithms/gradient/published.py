@@ -9,6 +9,7 @@ import optax
 from metalstm.algorithms.gradient.engine import learned_init
 from metalstm.base import Learner, MetaAlgorithm, QueryNorm, RuleTraits, UpdateRule
 from metalstm.inner import first_order, second_order
+from metalstm.records import recorded
 from metalstm.rules import learned_sgd, lstm_gates, only
 
 __all__ = [
@@ -22,6 +23,7 @@ __all__ = [
 ]
 
 
+@recorded("algorithm")
 def meta_lstm(
     learner: Learner,
     rule: UpdateRule | optax.GradientTransformation | None = None,
@@ -44,6 +46,7 @@ def meta_lstm(
     return learned_init(learner, rule, num_steps=num_steps, **(published | options))
 
 
+@recorded("algorithm")
 def maml(
     learner: Learner, rate: float = 0.01, *, num_steps: int = 5, **options: Any
 ) -> MetaAlgorithm:
@@ -55,6 +58,7 @@ def maml(
     return learned_init(learner, fixed_sgd(rate), num_steps=num_steps, **options)
 
 
+@recorded("algorithm")
 def fomaml(
     learner: Learner, rate: float = 0.01, *, num_steps: int = 5, **options: Any
 ) -> MetaAlgorithm:
@@ -63,6 +67,7 @@ def fomaml(
     return maml(learner, rate, num_steps=num_steps, **options)
 
 
+@recorded("algorithm")
 def anil(
     learner: Learner,
     rate: float = 0.01,
@@ -81,6 +86,7 @@ def anil(
     return learned_init(learner, rule, num_steps=num_steps, **options)
 
 
+@recorded("algorithm")
 def meta_sgd(
     learner: Learner,
     rate: tuple[float, float] = (0.005, 0.1),
@@ -94,6 +100,7 @@ def meta_sgd(
     return learned_init(learner, rule, num_steps=num_steps, **options)
 
 
+@recorded("algorithm")
 def from_scratch(
     learner: Learner,
     rule: UpdateRule | optax.GradientTransformation,

@@ -31,10 +31,12 @@ from metalstm.algorithms.metric.full_context import (
 )
 from metalstm.base import Array, Learner, MetaAlgorithm, Norm
 from metalstm.checks import check_at_least, check_choice
+from metalstm.records import recorded
 
 __all__ = ["matching", "prototypical", "relation"]
 
 
+@recorded("algorithm")
 def prototypical(
     learner: Learner,
     *,
@@ -71,6 +73,7 @@ def prototypical(
     )
 
 
+@recorded("algorithm")
 def matching(
     learner: Learner,
     *,
@@ -136,6 +139,7 @@ def _log_attention_of_classes(similarity: Array, labels: Array, way: int) -> Arr
     return jax.nn.logsumexp(masked, -1)
 
 
+@recorded("algorithm")
 def relation(
     learner: Learner,
     relation_net: Learner,

@@ -25,6 +25,7 @@ from metalstm.base import Array, Batch, MetaAlgorithm, PyTree
 from metalstm.batches import as_vectors
 from metalstm.checks import check_at_least, check_positive
 from metalstm.data.pools import ClassPool
+from metalstm.records import recorded
 
 __all__ = [
     "HEADS",
@@ -45,6 +46,7 @@ _TOLERANCE = 1e-5  # of a probability, where logistic regression has converged
 _MOST_STEPS = 10_000
 
 
+@recorded("algorithm")
 def nearest_centroid(*, unit_length: bool = True) -> MetaAlgorithm:
     """Minus the squared distance to each class's mean feature vector.
 
@@ -59,6 +61,7 @@ def nearest_centroid(*, unit_length: bool = True) -> MetaAlgorithm:
     return _on_features(_centroid_scores, unit_length)
 
 
+@recorded("algorithm")
 def nearest_neighbour(
     *, num_neighbours: int = 1, unit_length: bool = False
 ) -> MetaAlgorithm:
@@ -80,6 +83,7 @@ def nearest_neighbour(
     return _on_features(head, unit_length)
 
 
+@recorded("algorithm")
 def ridge(*, penalty: float = 1.0, unit_length: bool = True) -> MetaAlgorithm:
     """Linear regression to one-hot labels with an L2 penalty, in closed form.
 
@@ -97,6 +101,7 @@ def ridge(*, penalty: float = 1.0, unit_length: bool = True) -> MetaAlgorithm:
     return _on_features(functools.partial(ridge_scores, penalty=penalty), unit_length)
 
 
+@recorded("algorithm")
 def logistic_regression(
     *, penalty: float = 1.0, unit_length: bool = True
 ) -> MetaAlgorithm:
@@ -122,13 +127,8 @@ def base_mean(pool: ClassPool) -> Array:
     It is the meta-parameters of the heads here: ``evaluate(nearest_centroid(),
     base_mean(features.train), features.test, spec)``.
     """
-    slots = jnp.arange(pool.images.shape[1], dtype=pool.counts.dtype)
-    drawn = slots[None] < pool.counts[:, None]
-    x = pool.images.reshape(*drawn.shape, -1).astype(jnp.float32)
-    if pool.images.dtype == jnp.uint8:
-        x = x / 255
-    total = jnp.where(drawn[..., None], x, 0).sum((0, 1))
-    return total / drawn.sum().astype(total.dtype)
+    x = pool.images.reshape(pool.images.shape[0], -1).astype(jnp.float32)
+    return x.mean(0) / 255 if pool.images.dtype == jnp.uint8 else x.mean(0)
 
 
 def _on_features(head: Head, unit_length: bool) -> MetaAlgorithm:
