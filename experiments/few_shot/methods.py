@@ -11,14 +11,16 @@ import functools
 import tomllib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, ClassVar, Literal, NamedTuple
 
 import msgspec
 
+from experiments.common import cli
 from experiments.common.cli import Count, Flat, Natural, Pair, Positive, said
 from experiments.common.constructors import options_of as constructor_options
 from experiments.common.saved_options import from_json, read_config
 from experiments.few_shot.options import Common, Data, Options, Training, with_methods
+from experiments.few_shot.user_network import import_network
 
 GRADIENT, HAND_MADE, METRIC = "gradient-based", "hand-made rule", "metric-based"
 Spec = dict[str, Any]
@@ -68,6 +70,7 @@ Gates: Any = constructor_options(
     integer=Count,
 )
 NETWORKS = ("conv4", "mlp", "resnet12")
+_NETWORK = "--help NAME has its options; or MODULE:NAME of your own flax module."
 _HEAD = "All classes start from one learned vector: any --way in training and test."
 _LENGTH = "Scale features to this norm before a tied head; default: as they are."
 LEARNERS: dict[str, Any] = {
@@ -80,7 +83,7 @@ LEARNERS: dict[str, Any] = {
         ),
         defaults={"initializer": "torch"} | defaults,
         more=[
-            ("learner", said(Literal[NETWORKS], "--help NAME has its options."), name),
+            ("learner", said(Literal[NETWORKS], _NETWORK), name),
             ("tied_head", said(bool, _HEAD), False),
             ("feature_length", said(Positive | None, _LENGTH), None),
         ],
@@ -92,6 +95,31 @@ LEARNERS: dict[str, Any] = {
         "resnet12": {"momentum": 0.05, "widths": (32, 80, 160, 320)},
     }.items()
 }  # fmt: skip
+
+
+class UserNetwork(cli.Options, frozen=True):
+    """A network of one's own: a flax module, or a function that makes one."""
+
+    learner: str
+    """MODULE:NAME, such as mymodule:CNN, of what Python finds from the current
+    directory. An argument num_classes is given the number of outputs, None for the
+    features alone."""
+    tied_head: said(bool, _HEAD) = False  # type: ignore[valid-type]
+    feature_length: said(Positive | None, _LENGTH) = None  # type: ignore[valid-type]
+
+    norm: ClassVar[str] = "batch"  # as far as can be known
+
+
+def learner_options(learner: str) -> Any:
+    """The options of a network by name, or by the path of a user's.
+
+    Raises:
+      ValueError: the path cannot be imported.
+    """
+    if ":" not in learner:
+        return LEARNERS[learner]()
+    import_network(learner)
+    return UserNetwork(learner)
 
 
 class Method(NamedTuple):
@@ -163,11 +191,11 @@ def kind_of(method: str, learner: str) -> Any:
     """The class of all options of a method, for a network by name."""
     parts = {
         "method": METHODS[method].default,
-        "learner": LEARNERS[learner](),
+        "learner": learner_options(learner),
         "training": Training(),
     }
     fields = [(part, Flat[type(value)], value) for part, value in parts.items()]  # type: ignore[misc]
-    name = f"{method.title()}{learner.title()}"
+    name = f"{method.title()}{learner.title()}".replace(":", "")
     return msgspec.defstruct(name, fields, frozen=True)
 
 

@@ -1,0 +1,39 @@
+"""Import the network of one's own that a command line names."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import sys
+
+__all__ = ["import_network"]
+
+
+def import_network(path: str) -> None:
+    """Import the module of ``path``, MODULE:NAME, also from the current directory.
+
+    Raises:
+      ValueError: there is no such module, it cannot be imported, or it lacks the name.
+    """
+    module, _, name = path.partition(":")
+    if not name.isidentifier() or not all(p.isidentifier() for p in module.split(".")):
+        raise ValueError(f"--learner {path}: write MODULE:NAME, such as mymodule:CNN")
+    if os.getcwd() not in sys.path and "" not in sys.path:
+        sys.path.append(os.getcwd())
+    try:
+        importlib.import_module(module)
+    except ModuleNotFoundError as error:
+        remedy = f"install {error.name}, which {module} imports"
+        if error.name and f"{module}.".startswith(f"{error.name}."):
+            remedy = (
+                f"run in the folder of {module.split('.')[0]}, or add it to PYTHONPATH"
+            )
+        raise ValueError(f"--learner {path}: {error}; {remedy}") from None
+    except Exception as error:
+        raise ValueError(
+            f"--learner {path}: importing {module} failed ({type(error).__name__}: "
+            f"{error})"
+        ) from error
+    from metalstm.nn.named import network_at  # imports jax: --help is to be quick
+
+    network_at(path)
