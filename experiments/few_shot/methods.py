@@ -18,9 +18,9 @@ import msgspec
 from experiments.common import cli
 from experiments.common.cli import Count, Flat, Natural, Pair, Positive, said
 from experiments.common.constructors import options_of as constructor_options
+from experiments.common.dotted import import_object
 from experiments.common.saved_options import from_json, read_config
 from experiments.few_shot.options import Common, Data, Options, Training, with_methods
-from experiments.few_shot.user_network import import_network
 
 GRADIENT, HAND_MADE, METRIC = "gradient-based", "hand-made rule", "metric-based"
 Spec = dict[str, Any]
@@ -46,6 +46,7 @@ _TYPES: dict[str, Any] = {
     "last": Count | None,
     "keep": Literal["all", "remat", "mixed", "segments"] | None,
     "order": Literal["first", "second"],
+    "rule": str,
     "of": Literal["maml", "fomaml", "reptile"],
     "optimizer": Literal["sgd", "momentum", "adagrad", "adadelta", "adam"],
 }
@@ -118,7 +119,7 @@ def learner_options(learner: str) -> Any:
     """
     if ":" not in learner:
         return LEARNERS[learner]()
-    import_network(learner)
+    import_object("--learner", learner)
     return UserNetwork(learner)
 
 
@@ -259,6 +260,10 @@ def spec_of(options: Any, data: Data, num_classes: int = 2) -> Spec:
         case "learned_sgd":
             rule = {"rule": "learned_sgd", "per": "tensor", "num_steps": steps}
             given["rule"] = rule | {"rate": given.pop("rate")}
+        case "learned_rule":
+            if ":" in own.rule:
+                import_object("--rule", own.rule)
+            given["rule"] = {"rule": own.rule}
         case "meta_sgd":
             given["rate"] = (own.rate, own.rate)
         case "implicit_maml":
