@@ -277,12 +277,17 @@ def _query_loss(
     metrics = {
         "accuracy": accuracy(outputs, query.y),
         "support_loss": adapted.trace.losses[0],
+        "support_loss_rose": _rose(adapted.trace.losses),
     }
     gathered = {}
     if adaptation.gathers:
         _, after = adaptation.learner.apply(adapted.learner, query.x, norm="gather")
         gathered = lax.stop_gradient(after.stats)
     return task_loss(outputs, query.y), Aux(metrics, gathered)
+
+
+def _rose(losses: Array) -> Array:
+    return lax.stop_gradient(~(losses[-1] <= losses[0])).astype(jnp.float32)  # NaN too
 
 
 def _adapt(
