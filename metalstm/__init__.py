@@ -17,6 +17,7 @@ from metalstm.base import (
     RuleTraits,
     UpdateRule,
 )
+from metalstm.batches import MaskedBatch
 from metalstm.inner import (
     Differentiation,
     InnerState,
@@ -74,6 +75,7 @@ __all__ = [
     "InnerState",
     "Learner",
     "LearnerState",
+    "MaskedBatch",
     "MetaAlgorithm",
     "MetaParams",
     "NonFiniteLossError",
