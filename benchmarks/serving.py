@@ -2,9 +2,9 @@
 
     python -m benchmarks.serving
 
-MAML, 5 steps, 5-way 5-shot, Conv4 with 32 filters on 28 x 28, without batch norm. "adapt
-and predict" is one call of a `metalstm.Predictor`, "predict" one of its classifier after
-``adapt``. Medians, after the calls that compile.
+MAML, 5 steps, 5-way 5-shot, Conv4 with 32 filters on 28 x 28, without batch norm.
+"adapt and predict" is one call of a `metalstm.Predictor`, "predict" one of its
+classifier after ``adapt``. Medians, after the calls that compile.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ import numpy as np
 
 import metalstm
 from metalstm import algorithms, nn
+from metalstm.predictor import example_episode
 
 __all__ = ["main"]
 
@@ -37,7 +38,7 @@ def milliseconds(call: Callable[[], object], rounds: int = 30) -> float:
 def main() -> None:
     rng = np.random.default_rng(0)
     algorithm = algorithms.maml(nn.conv4(WAY, norm="none"), num_steps=5)
-    example = metalstm.predictor.example_episode(SHAPE, WAY)
+    example = example_episode(SHAPE, WAY)
     params = algorithm.init(jax.random.key(0), example)
     predict = metalstm.Predictor("maml", algorithm, params, WAY, SHAPE)
     draw = lambda num: rng.integers(0, 256, (num, *SHAPE), dtype=np.uint8)  # noqa: E731

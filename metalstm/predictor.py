@@ -331,7 +331,8 @@ class Classifier:
 
     def _run(self, query: jax.Array, refilled: str | None = None) -> np.ndarray:
         """Scores [M, way], with another filling of the part ``refilled``."""
-        predictor, num, support = self.predictor, len(query), self.support
+        predictor, num = self.predictor, len(query)
+        support: Any = self.support
         if self._fills("support", support.x):
             support = _filled_batch(support, refilled == "support")
         if self._fills("queries", query):
