@@ -56,6 +56,7 @@ from metalstm.meta.step import (
 )
 from metalstm.nn import from_flax
 from metalstm.predictor import Classifier, Predictor
+from metalstm.pretrained import LearnerCard, pretrained_learner
 from metalstm.rules import load_rule, save_rule
 from metalstm.rules.pretrained import RuleCard, pretrained_optimizer
 from metalstm.run_file import load_run
@@ -74,6 +75,7 @@ __all__ = [
     "FitState",
     "InnerState",
     "Learner",
+    "LearnerCard",
     "LearnerState",
     "MaskedBatch",
     "MetaAlgorithm",
@@ -109,6 +111,7 @@ __all__ = [
     "measure_confidence",
     "nn",
     "paired_difference",
+    "pretrained_learner",
     "pretrained_optimizer",
     "rules",
     "save",

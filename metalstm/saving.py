@@ -28,7 +28,7 @@ from metalstm.runtime.array_files import (
 )
 from metalstm.specs import build_algorithm
 
-__all__ = ["load", "save"]
+__all__ = ["load", "read_info", "save"]
 
 FORMAT_VERSION = 1
 _MAX_BYTES = 8 * 2**30
@@ -126,21 +126,7 @@ def load(path: str | Path, **given: Any) -> Predictor:
         version; an object is missing, or is another than the one saved.
     """
     path = Path(path)
-    if not path.is_file():
-        raise FileNotFoundError(f"there is no file {path}: metalstm.save writes them")
-    header, arrays = read_members(
-        path, "metalstm.save", remedy=_REMEDY, dtypes=_DTYPES, max_bytes=_MAX_BYTES
-    )
-    version = header.get("format")
-    if version != FORMAT_VERSION:
-        raise ValueError(
-            f"{path} has format {version!r}, and this metalstm reads {FORMAT_VERSION}: "
-            "install the metalstm that wrote it"
-        )
-    if header.pop("sha256", None) != digest_of(header, arrays):
-        raise ValueError(
-            f"{path} is damaged (its digest does not match): copy it again"
-        )
+    header, arrays = _read(path)
     names = header["given"]
     if sorted(given) != names:
         wanted = ", ".join(f"{name}=" for name in names) or "nothing else"
@@ -177,6 +163,34 @@ def load(path: str | Path, **given: Any) -> Predictor:
         regression=header["regression"],
         source=None if given else (load, (path.absolute(),)),
     )
+
+
+def read_info(path: str | Path) -> dict[str, Any]:
+    """Return the ``info`` that `save` was given.
+
+    Raises:
+      FileNotFoundError, ValueError: as `load`.
+    """
+    return _read(Path(path))[0]["info"]
+
+
+def _read(path: Path) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
+    if not path.is_file():
+        raise FileNotFoundError(f"there is no file {path}: metalstm.save writes them")
+    header, arrays = read_members(
+        path, "metalstm.save", remedy=_REMEDY, dtypes=_DTYPES, max_bytes=_MAX_BYTES
+    )
+    version = header.get("format")
+    if version != FORMAT_VERSION:
+        raise ValueError(
+            f"{path} has format {version!r}, and this metalstm reads {FORMAT_VERSION}: "
+            "install the metalstm that wrote it"
+        )
+    if header.pop("sha256", None) != digest_of(header, arrays):
+        raise ValueError(
+            f"{path} is damaged (its digest does not match): copy it again"
+        )
+    return header, arrays
 
 
 def _fixed_way(

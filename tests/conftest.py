@@ -13,12 +13,13 @@ import pytest
 # machine has. Subprocesses inherit the environment.
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 # Compiling is most of the tests' time, and many tests compile the same program again,
-# in subprocesses too. `make clean` empties this.
+# in subprocesses too, where a small one costs four times as much as reading it.
+# `make clean` empties this.
 os.environ.setdefault(
     "JAX_COMPILATION_CACHE_DIR",
     str(Path(__file__).parents[1] / ".pytest_cache" / "d" / "xla"),
 )
-os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.1")
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
 # Programs run for milliseconds: LLVM's passes over them would cost more than they save.
 QUICK = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
 if QUICK not in os.environ.get("XLA_FLAGS", ""):

@@ -33,6 +33,8 @@ TASKS, STEPS, HALF = 8, 20, 10
 CASES = ("maml", "l2l")
 # and how many devices share one task: neither number divides the coordinates
 SHARED = {"meta-lstm": 2, "l2l-vmap": 2, "l2l-stacked": 3, "pes": 3}
+# one problem, whether its tasks are stacked or mapped over
+ALONE = {"l2l-vmap": "l2l-stacked"}
 # with its first part's state, which is the gradient: Adam would hide a factor
 OPTIMIZER = optax.chain(optax.trace(0.0), meta_step.adam_clipped(0.01))
 
@@ -177,7 +179,7 @@ def share(folder: Path) -> None:
     # several blocks of coordinates
     coordinatewise._BLOCK = dict.fromkeys(coordinatewise._BLOCK, 16)
     for case, several in SHARED.items():
-        for each in (1, several):
+        for each in (several,) if case in ALONE else (1, several):
             mesh = None
             if each > 1:
                 mesh = sharding.task_mesh(

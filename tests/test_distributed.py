@@ -17,7 +17,7 @@ import numpy as np
 import optax
 import pytest
 import tiny
-from devices_run import CASES, SHARED
+from devices_run import ALONE, CASES, SHARED
 from faults.scripts import draw_images
 from test_training import EPISODE, SPEC, toy
 
@@ -156,13 +156,12 @@ def test_only_the_meta_gradient_travels(ran, case):
 @pytest.mark.parametrize(("case", "each"), SHARED.items())
 def test_devices_that_share_a_task_take_the_steps_of_one(ran, case, each):
     """Also where shares and blocks do not divide the coordinates."""
+    alone = f"shared-{ALONE.get(case, case)}-1"
     for kind in ("gradient", "end", "carry"):
-        assert_same(ran, f"shared-{case}-{each}", f"shared-{case}-1", kind)
-    gradient = load(ran, f"shared-{case}-1", "gradient")
+        assert_same(ran, f"shared-{case}-{each}", alone, kind)
+    gradient = load(ran, alone, "gradient")
     assert np.linalg.norm(np.concatenate([x.ravel() for x in gradient])) > 1e-3
-    assert ("l2l" in case or case == "pes") == bool(
-        load(ran, f"shared-{case}-1", "carry")
-    )
+    assert ("l2l" in case or case == "pes") == bool(load(ran, alone, "carry"))
 
 
 def test_of_a_shared_task_theta_and_the_end_are_gathered(ran):
@@ -171,7 +170,7 @@ def test_of_a_shared_task_theta_and_the_end_are_gathered(ran):
     sizes = [n for kind, n in collectives(program) if kind == "all-gather"]
     padded = 2 * 2 * 16  # 47 coordinates over two devices in blocks of at most 16
     state = sum(
-        x.size // 2 for x in load(ran, "shared-l2l-vmap-1", "carry") if x.ndim > 1
+        x.size // 2 for x in load(ran, "shared-l2l-stacked-1", "carry") if x.ndim > 1
     )
     assert sizes
     assert min(sizes) <= padded
@@ -464,6 +463,14 @@ def test_flags_that_do_not_go_together(flags, message):
         devices.check(devices.Devices(**flags))
 
 
+IN_TURN = """
+import json, sys
+from experiments.learned_optimizer import __main__ as learned_optimizer
+for line in json.loads(sys.argv[1]):
+    assert learned_optimizer.main(line) == 0
+"""
+
+
 def test_a_cpu_counts_as_several_devices(tmp_path):
     """The same meta-steps over two devices that split tasks, or each task; refused once
     JAX has started."""
@@ -478,23 +485,23 @@ def test_a_cpu_counts_as_several_devices(tmp_path):
         "--study none"
     ).split()
     assert learned_optimizer.main([*line, "--workdir", str(tmp_path / "one")]) == 0
-    losses = [losses_of(tmp_path / "one")]
-    for name, more in (("tasks", []), ("coordinates", ["--devices-per-task", "2"])):
-        folder = tmp_path / name
-        done = subprocess.run(
-            [
-                *(sys.executable, "-m", "experiments.learned_optimizer"),
-                *(*line, "--workdir", str(folder), "--cpu-devices", "2", *more),
-            ],
-            env=os.environ | {"XLA_FLAGS": QUICK_XLA, "JAX_PLATFORMS": "cpu"},
-            cwd=TESTS.parent,
-            capture_output=True,
-            text=True,
-            check=False,
-        )
-        assert done.returncode == 0, done.stderr
-        assert "cpu, 2 devices," in done.stdout
-        losses.append(losses_of(folder))
+    folders = [tmp_path / name for name in ("one", "tasks", "coordinates")]
+    lines = [
+        [*line, "--workdir", str(folders[1]), "--cpu-devices", "2"],
+        # in the same process, which has two devices by now
+        [*line, "--workdir", str(folders[2]), "--devices-per-task", "2"],
+    ]
+    done = subprocess.run(
+        [sys.executable, "-c", IN_TURN, json.dumps(lines)],
+        env=os.environ | {"XLA_FLAGS": QUICK_XLA, "JAX_PLATFORMS": "cpu"},
+        cwd=TESTS.parent,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("cpu, 2 devices,") == 2
+    losses = [losses_of(folder) for folder in folders]
     assert len(losses[0]) == 6
     np.testing.assert_allclose(losses[1], losses[0], rtol=1e-4)
     np.testing.assert_allclose(losses[2], losses[0], rtol=1e-4)

@@ -81,10 +81,14 @@ def test_checkpoints_survive_kills_full_disks_and_damage(tmp_path):
 
 
 KILLS = """
-import sys
+import os, shutil, sys
 from pathlib import Path
 from tests.faults import killed_runs, scripts
 
+# not where they are: a kill can leave half a program there
+compiled = Path(os.environ["JAX_COMPILATION_CACHE_DIR"])
+if compiled.exists():
+    shutil.copytree(compiled, Path(sys.argv[1]) / "compiled")
 for o in killed_runs.kill(scripts.LEARNED_OPTIMIZER, Path(sys.argv[1]), kills=2):
     print(o.tried, len(o.lost), *o.lost, sep="|")
 """

@@ -261,7 +261,8 @@ def test_transfer_methods_share_what_has_the_same_settings():
     assert spec.pop("learner")["num_classes"] is None
     assert spec == {
         "algorithm": "pretrained_features", "num_classes": 9, "compare": "centroid",
-        "classifier": "linear", "batch_size": None,
+        "classifier": "linear", "batch_size": None, "per_class": None,
+        "centroid_weight": 0.0,
     }  # fmt: skip
 
 

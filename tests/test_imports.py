@@ -44,6 +44,7 @@ LAYERS = (
     {"specs"},
     {"predictor"},
     {"run_file", "saving"},
+    {"pretrained"},
     {"metalstm"},  # the package's __init__ gathers the public names
     {"experiments"},
     {"benchmarks"},  # starts its processes as experiments does

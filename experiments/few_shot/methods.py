@@ -299,7 +299,10 @@ def pretrainings(
         shared = _options_class("pretrained_features")(
             compare="cosine" if kind == "cosine" else "centroid",
             classifier=kind,
-            batch_size=own.method.batch_size,
+            **{
+                name: getattr(own.method, name)
+                for name in ("batch_size", "per_class", "centroid_weight")
+            },
         )
         own = kind_of("feature-centroid", own.learner.learner)(
             shared, own.learner, own.training

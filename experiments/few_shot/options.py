@@ -75,7 +75,8 @@ class Run(cli.Options, frozen=True):
     """Resume the run in this folder."""
     evaluate: tuple[Path, ...] = ()
     """Test the runs in these folders again, in one table: with --way, --shot,
-    --query-norm (a mode, or all), --num-test-steps ..."""
+    --query-norm (a mode, or all), --num-test-steps ... The names of the package's
+    trained methods, and files of such, will do too."""
     tensorboard: bool = False
     """Write TensorBoard files too."""
     debug: bool = False

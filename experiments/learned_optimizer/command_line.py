@@ -69,7 +69,7 @@ def _read(arguments: list[str], default: Config, all_rules: bool = False) -> Con
         arguments,
         module=MODULE,
         description=_DESCRIPTION,
-        topics=("around", "test", "devices"),
+        topics=("rule", "around", "test", "devices"),
     )
     return replace(config, rule=default.rule | config.rule)
 

@@ -13,11 +13,12 @@ from flax import linen as nn
 from metalstm.base import Array, Learner, LearnerState, Norm, PyTree
 from metalstm.nn.batch_statistics import run_with_statistics
 from metalstm.nn.general_convolution import conv_general_dilated
+from metalstm.nn.pooling import fast_flax_pools
 
 __all__ = ["from_linen"]
 
 
-def from_linen(module: nn.Module, *, fast_convolutions: bool = True) -> Learner:
+def from_linen(module: nn.Module, *, fast: bool = True) -> Learner:
     """Make a learner of a Linen module; see `metalstm.nn.from_flax`."""
     accepted = inspect.signature(type(module).__call__).parameters
     norm_switches = {"train", "training", "is_training", "use_running_average"}
@@ -35,7 +36,8 @@ def from_linen(module: nn.Module, *, fast_convolutions: bool = True) -> Learner:
         with contextlib.ExitStack() as stack:
             switch = _dropout_switch(on=key is not None)
             stack.enter_context(nn.intercept_methods(switch))
-            if fast_convolutions:
+            if fast:
+                stack.enter_context(fast_flax_pools())
                 stack.enter_context(nn.intercept_methods(_convolve_fast))
             yield
 

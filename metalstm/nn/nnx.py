@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import inspect
 from collections.abc import Callable
@@ -14,6 +15,7 @@ from jax import lax
 from metalstm.base import Array, Learner, LearnerState, Norm, PyTree
 from metalstm.nn.batch_statistics import run_with_statistics
 from metalstm.nn.general_convolution import conv_general_dilated
+from metalstm.nn.pooling import fast_flax_pools
 
 if TYPE_CHECKING:  # a quarter of the time of `import metalstm`, for its users alone
     from flax import nnx
@@ -21,9 +23,7 @@ if TYPE_CHECKING:  # a quarter of the time of `import metalstm`, for its users a
 __all__ = ["from_nnx", "parameters_of"]
 
 
-def from_nnx(
-    make: Callable[..., nnx.Module], *, fast_convolutions: bool = True
-) -> Learner:
+def from_nnx(make: Callable[..., nnx.Module], *, fast: bool = True) -> Learner:
     """Make a learner of what ``make(rngs)`` returns; see `metalstm.nn.from_flax`.
 
     The generators are not part of the state: every pass makes them from its key.
@@ -46,7 +46,7 @@ def from_nnx(
             )
 
         model = nnx.eval_shape(checked)
-        for _, node in nnx.iter_graph(model) if fast_convolutions else ():
+        for _, node in nnx.iter_graph(model) if fast else ():
             is_conv = isinstance(node, nnx.Conv)
             if is_conv and node.conv_general_dilated is lax.conv_general_dilated:
                 node.conv_general_dilated = conv_general_dilated
@@ -73,7 +73,8 @@ def from_nnx(
             generators = _fresh_generators(parts[2], key)
             arrays = (state.params, stats, generators, state.other)
             model = nnx.merge(graphdef, *map(_filled, parts, arrays))
-            outputs = model(x)
+            with fast_flax_pools() if fast else contextlib.nullcontext():
+                outputs = model(x)
             _, *split = nnx.split(model, *kinds)
             _, new_stats, _, other = split
             return outputs, nnx.to_pure_dict(new_stats), nnx.to_pure_dict(other)
