@@ -159,7 +159,8 @@ def executed() -> dict[str, str]:
         cells.append(nbformat.v4.new_code_cell("%reset -f"))
         cells += nbformat.read(path, as_version=4).cells
         last[path.stem] = len(cells)
-    for cell in cells:
+    for number, cell in enumerate(cells):
+        cell.id = f"cell-{number}"  # each notebook counts from 0
         if cell.cell_type == "code":
             for long, short in SMALLER.items():
                 cell.source = cell.source.replace(long, short)
