@@ -232,11 +232,15 @@ def test_all_names_every_method():
         assert set(methods.specs_of(options)) == set(METHODS)
 
 
+@functools.cache
+def specs_of_omniglot() -> dict:
+    return methods.specs_of(parsed("--preset omniglot --algorithms all"), 781)
+
+
 @pytest.mark.parametrize("name", METHODS)
 def test_every_method_of_the_omniglot_preset_predicts(name):
     """By shapes alone: nothing is compiled."""
-    options = parsed("--preset omniglot --algorithms all")
-    spec = json.loads(json.dumps(methods.specs_of(options, 781)[name]))
+    spec = json.loads(json.dumps(specs_of_omniglot()[name]))
     algorithm = build_algorithm(spec)
     episode = example_episode((28, 28, 1), 5)
 

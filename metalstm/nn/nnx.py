@@ -106,6 +106,8 @@ def from_nnx(
 
 def _call(make: Callable[..., nnx.Module], rngs: nnx.Rngs) -> nnx.Module:
     """Call a class or a function; ``rngs`` is keyword-only in most classes."""
+    if isinstance(make, type) and getattr(make, "__init__") is object.__init__:  # noqa: B009
+        return make()  # layers without parameters
     return make(rngs=rngs) if "rngs" in parameters_of(make) else make(rngs)
 
 

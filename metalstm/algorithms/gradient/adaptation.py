@@ -24,7 +24,13 @@ from metalstm.base import (
     QueryNorm,
     UpdateRule,
 )
-from metalstm.batches import first_example, join_examples, num_examples
+from metalstm.batches import (
+    first_example,
+    join_examples,
+    mask_of,
+    num_examples,
+    only_present,
+)
 from metalstm.inner import Differentiation, InnerState, Trace, unroll
 
 __all__ = ["Adaptation", "Adapted", "adapt_to", "query_outputs", "step_scale"]
@@ -80,6 +86,11 @@ def adapt_to(
         # each episode's own: not what meta-training has averaged over others
         drawn = learner.init(jax.random.fold_in(key, _INIT), first_example(support.x))
         stats = jax.tree.map(lambda d, s: d.astype(s.dtype), drawn.stats, stats)
+    if mask_of(support) is not None and jax.tree.leaves(stats):
+        raise ValueError(
+            "the learner has batch norm, whose statistics would count rows that are no "
+            "examples: choose tasks of one size (EpisodeSpec), or a learner without it"
+        )
     support_norm: Norm = "stored" if norm == "frozen" else "batch"
 
     def loss_fn(params, stats, batch, step_key):
@@ -90,7 +101,8 @@ def adapt_to(
             norm=support_norm,
             key=step_key,
         )
-        return task_loss(outputs, batch.y), new.stats
+        outputs = only_present(outputs, support)
+        return task_loss(outputs, batch.y, mask_of(batch)), new.stats
 
     inner, trace = unroll(
         loss_fn,
@@ -194,7 +206,7 @@ def query_outputs(
         return _one_by_one(learner, state, support.x, query_x)
     mode: Norm = "batch" if norm == "transductive" else "stored"
     outputs, _ = learner.apply(state, query_x, norm=mode)
-    return outputs
+    return only_present(outputs, support)
 
 
 def _one_by_one(learner: Learner, state: LearnerState, support_x, query_x) -> Array:

@@ -39,7 +39,7 @@ from metalstm.base import (
     TrainSampler,
     UpdateRule,
 )
-from metalstm.batches import first_example
+from metalstm.batches import first_example, mask_of
 from metalstm.checks import check_choice
 from metalstm.inner import Differentiation, InnerState, Trace
 from metalstm.records import recorded
@@ -164,6 +164,8 @@ def learned_init(
         ),
         train_sampler=resampled(way=train_way, queries=train_queries),
         query_norm=query_norm,
+        # a number of examples in the loop's own numbers is that of all rows
+        masked=batch_size is None and not isinstance(gradient_scale, str),
         trainable=trainable,
         task_mapping=task_mapping,
         **slots,
@@ -275,7 +277,7 @@ def _query_loss(
     )
     outputs = query_outputs(adaptation, meta_params, adapted, support, query.x, norm)
     metrics = {
-        "accuracy": accuracy(outputs, query.y),
+        "accuracy": accuracy(outputs, query.y, mask_of(query)),
         "support_loss": adapted.trace.losses[0],
         "support_loss_rose": _rose(adapted.trace.losses),
     }
@@ -283,7 +285,7 @@ def _query_loss(
     if adaptation.gathers:
         _, after = adaptation.learner.apply(adapted.learner, query.x, norm="gather")
         gathered = lax.stop_gradient(after.stats)
-    return task_loss(outputs, query.y), Aux(metrics, gathered)
+    return task_loss(outputs, query.y, mask_of(query)), Aux(metrics, gathered)
 
 
 def _rose(losses: Array) -> Array:
