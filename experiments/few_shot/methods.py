@@ -65,7 +65,7 @@ Gates: Any = constructor_options(
     defaults={
         "hidden_size": 4,
         "forget_bias": (7.0, 7.0),
-        "input_bias": (0.0, 0.0),
+        "input_bias": (2.0, 2.0),
         "input_bias_of": (),
     },
     integer=Count,

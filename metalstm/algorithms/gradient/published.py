@@ -27,9 +27,9 @@ __all__ = [
 DEFAULT_GATES: dict[str, Any] = {
     "hidden_size": 4,
     "forget_bias": (7.0, 7.0),
-    "input_bias": (0.0, 0.0),
+    "input_bias": (2.0, 2.0),
 }
-"""Of `meta_lstm`: f starts near 1, i at half of the largest useful step."""
+"""Of `meta_lstm`: f starts near 1, i at 0.88 of the largest useful step."""
 
 
 @recorded("algorithm")
@@ -44,7 +44,7 @@ def meta_lstm(
 
     `learned_init` with `rules.lstm_gates`, second order, and the gradient on the scale
     of the data (``gradient_scale="calibrated"``), on which the input gate starts at
-    1/2. ``options`` are those of `learned_init`; `published_meta_lstm` has the authors'
+    0.88. ``options`` are those of `learned_init`; `published_meta_lstm` has the authors'
     settings, and docs/choosing_gate_settings.md compares them.
 
     Args:
