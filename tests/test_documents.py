@@ -50,6 +50,11 @@ def test_the_python_of_the_readme_runs_as_it_stands():
 def test_what_write_your_own_shows_runs_and_is_as_short_as_it_says():
     names = run_blocks(DOCS / "write_your_own.md")
     assert names["state"].step == 3
+    episode = names["episode"]
+    low_rank = names["maml"].init(jax.random.key(0), episode).learner
+    assert sum(leaf.size for leaf in jax.tree.leaves(low_rank.params)) == (
+        4 * 2 + 2 * 64 + 64 * 5 + 5
+    )
     tx = names["tanh_descent"]().bind({"alpha": 0.1, "beta": 2.0})
     updates, _ = tx.update(jnp.array([0.5, -2.0]), tx.init(()))
     np.testing.assert_allclose(updates, -0.1 * np.tanh([1.0, -4.0]), rtol=1e-6)
@@ -154,7 +159,8 @@ def executed() -> dict[str, str]:
         cells.append(nbformat.v4.new_code_cell("%reset -f"))
         cells += nbformat.read(path, as_version=4).cells
         last[path.stem] = len(cells)
-    for cell in cells:
+    for number, cell in enumerate(cells):
+        cell.id = f"cell-{number}"  # each notebook counts from 0
         if cell.cell_type == "code":
             for long, short in SMALLER.items():
                 cell.source = cell.source.replace(long, short)

@@ -14,7 +14,7 @@ from flax.linen import pooling as flax_pooling
 from jax import lax
 
 from metalstm.base import Array
-from metalstm.nn.general_convolution import pads_of, shifted_images
+from metalstm.nn.general_convolution import pads_of, say_once, shifted_images
 
 __all__ = ["fast_flax_pools", "max_pool"]
 
@@ -46,7 +46,10 @@ def max_pool(
     halves = tuple(window_shape) == strides == (2, 2)
     if halves and padding == "VALID" and inputs.ndim == 4:
         return _pool(inputs, None)
-    if jax.default_backend() != "cpu" or ndim > 2 or inputs.ndim != ndim + 2:
+    is_plain = ndim <= 2 and inputs.ndim == ndim + 2
+    if jax.default_backend() != "cpu" or not is_plain:
+        if ndim > 2 and jax.default_backend() == "cpu":
+            say_once(f"a max-pool of {ndim} image axes")
         pool = _flax_pool.__wrapped__
         return pool(inputs, -jnp.inf, lax.max, window_shape, strides, padding)
     more = (1,) * (2 - ndim)  # one axis is a row of two
