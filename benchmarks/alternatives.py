@@ -22,7 +22,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from metalstm import adam_clipped, algorithms, nn, rules
-from metalstm.data import ClassPool, EpisodeSpec
+from metalstm.data import EpisodeSpec, make_pool
 from metalstm.inner import first_order, unroll
 from metalstm.meta.step import init_train_state, make_train_step
 
@@ -84,7 +84,7 @@ def through_the_rule(coordinates: int = 32_901, updates: int = 8) -> dict:
 def over_tasks(filters: int, steps: int) -> dict:
     """One meta-step of second-order MAML in each mapping."""
     images = np.random.default_rng(0).integers(0, 256, (20, 20, 28, 28, 1), np.uint8)
-    pool = ClassPool(jnp.asarray(images), jnp.full(20, 20, jnp.int32))
+    pool = make_pool(images)
     spec = EpisodeSpec(way=5, shot=1, queries=15)
     keys = jax.random.split(jax.random.key(0), 4)
     episodes = jax.vmap(lambda key: spec.sample(key, pool))(keys)

@@ -82,11 +82,10 @@ def episode_gflop(row: dict, num_parameters: int) -> float:
 def measure(name: str, seconds: float) -> dict:
     """Time one row in this process."""
     import jax
-    import jax.numpy as jnp
     import numpy as np
 
     from metalstm import adam_clipped, algorithms, first_order, nn, rules, second_order
-    from metalstm.data import ClassPool, EpisodeSpec
+    from metalstm.data import EpisodeSpec, make_pool
     from metalstm.meta.evaluation import make_evaluate
     from metalstm.runtime.sharding import place
 
@@ -97,7 +96,7 @@ def measure(name: str, seconds: float) -> dict:
     images = np.random.default_rng(0).integers(
         0, 256, (20, 40, size, size, channels), dtype=np.uint8
     )
-    pool = ClassPool(jnp.asarray(images), jnp.full(20, 40, jnp.int32))
+    pool = make_pool(images)
     spec = EpisodeSpec(way=5, shot=row["shot"], queries=15)
     learner = nn.conv4(
         5,
@@ -112,7 +111,9 @@ def measure(name: str, seconds: float) -> dict:
     if row.get("rule") == "sgd":
         algorithm = algorithms.maml(learner, 0.1, **options)
     else:
-        algorithm = algorithms.meta_lstm(learner, rules.lstm_gates(), **options)
+        algorithm = algorithms.published_meta_lstm(
+            learner, rules.lstm_gates(), **options
+        )
     optimizer = adam_clipped()
     episode = spec.sample(jax.random.key(0), pool)
     pool = place(pool, mesh)

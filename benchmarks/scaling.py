@@ -77,24 +77,25 @@ def tasks_for(parts: Parts, hosts: int, link: Link, share: float = 0.1) -> int:
 
 def build(name: str) -> tuple[Any, Any, Any]:
     """The recipe's algorithm, its episodes, and random images to draw them from."""
-    import jax.numpy as jnp
     import numpy as np
 
     from metalstm import algorithms, nn, rules
-    from metalstm.data import ClassPool, EpisodeSpec
+    from metalstm.data import EpisodeSpec, make_pool
 
     recipe = RECIPES[name]
     updates = recipe["steps"]
     learner = nn.conv4(5, 32, momentum=0.1)
     if name.startswith("meta-lstm"):
-        algorithm = algorithms.meta_lstm(learner, rules.lstm_gates(), num_steps=updates)
+        algorithm = algorithms.published_meta_lstm(
+            learner, rules.lstm_gates(), num_steps=updates
+        )
     elif name.startswith("maml"):
         algorithm = algorithms.maml(learner, 0.01, num_steps=updates)
     else:
         algorithm = algorithms.prototypical(nn.conv4(None, 32))
     generator = np.random.default_rng(0)
     images = generator.integers(0, 256, (20, 40, 84, 84, 3), dtype=np.uint8)
-    pool = ClassPool(jnp.asarray(images), jnp.full(20, 40, jnp.int32))
+    pool = make_pool(images)
     return algorithm, EpisodeSpec(way=5, shot=recipe["shot"], queries=15), pool
 
 

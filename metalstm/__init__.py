@@ -17,6 +17,7 @@ from metalstm.base import (
     RuleTraits,
     UpdateRule,
 )
+from metalstm.batches import MaskedBatch
 from metalstm.inner import (
     Differentiation,
     InnerState,
@@ -54,13 +55,17 @@ from metalstm.meta.step import (
     make_train_step,
 )
 from metalstm.nn import from_flax
-from metalstm.predictor import Predictor, load_run
+from metalstm.predictor import Classifier, Predictor
+from metalstm.pretrained import LearnerCard, pretrained_learner
 from metalstm.rules import load_rule, save_rule
 from metalstm.rules.pretrained import RuleCard, pretrained_optimizer
+from metalstm.run_file import load_run
+from metalstm.saving import load, save
 
 __all__ = [
     "Aux",
     "Batch",
+    "Classifier",
     "Confidence",
     "ConfidenceReport",
     "Differentiation",
@@ -70,7 +75,9 @@ __all__ = [
     "FitState",
     "InnerState",
     "Learner",
+    "LearnerCard",
     "LearnerState",
+    "MaskedBatch",
     "MetaAlgorithm",
     "MetaParams",
     "NonFiniteLossError",
@@ -93,6 +100,7 @@ __all__ = [
     "init_seeds",
     "init_train_state",
     "learned_optimizers",
+    "load",
     "load_rule",
     "load_run",
     "make_algorithm",
@@ -103,8 +111,10 @@ __all__ = [
     "measure_confidence",
     "nn",
     "paired_difference",
+    "pretrained_learner",
     "pretrained_optimizer",
     "rules",
+    "save",
     "save_rule",
     "second_order",
     "unroll",

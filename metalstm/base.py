@@ -7,10 +7,12 @@ target dimensions. Every function below is written for ONE task; the caller vmap
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, Literal, NamedTuple, Protocol, get_type_hints
+from typing import Any, Literal, NamedTuple, Protocol
 
 import jax
 import optax
+
+from metalstm.records import document_slots
 
 __all__ = [
     "Absorb",
@@ -131,6 +133,7 @@ class Learner(NamedTuple):
     init: InitLearner
     apply: ApplyLearner
     at_way: Callable[[PyTree, int], PyTree] | None = None
+    made_by: Any = None  # for `metalstm.save`, see `metalstm.records`
 
 
 class InitRule(Protocol):
@@ -219,6 +222,7 @@ class UpdateRule(NamedTuple):
     init: InitRule
     bind: BindRule
     traits: RuleTraits = RuleTraits()
+    made_by: Any = None  # for `metalstm.save`, see `metalstm.records`
 
 
 class MetaParams(NamedTuple):
@@ -375,6 +379,7 @@ class MetaAlgorithm(NamedTuple):
       trainable: False: there is nothing to meta-learn, and it is never trained.
       per_task_carry: True: every leaf of the carry has a leading [T], each task's own
         part, which chunks of tasks and devices split. False: one carry for all tasks.
+      masked: True: rows of a `MaskedBatch` that are no examples change nothing.
     """
 
     init: InitAlgorithm
@@ -388,13 +393,8 @@ class MetaAlgorithm(NamedTuple):
     query_norm: str | None
     trainable: bool
     per_task_carry: bool
+    masked: bool = False
+    made_by: Any = None  # for `metalstm.save`, see `metalstm.records`
 
 
-# help() of a NamedTuple then shows, at each function, what the function's type says
-for _type in (Learner, UpdateRule, MetaAlgorithm):
-    _hints = get_type_hints(_type)
-    _type.__new__.__annotations__ = _hints  # classes, not ForwardRefs
-    for _name, _hint in _hints.items():
-        _function = getattr(_hint, "__args__", (_hint,))[0]  # Adapt of Adapt | None
-        if getattr(_function, "_is_protocol", False):
-            getattr(_type, _name).__doc__ = _function.__call__.__doc__
+document_slots(Learner, UpdateRule, MetaAlgorithm)

@@ -1,120 +1,104 @@
-"""Trained methods: one self-describing file, and what predicts with its methods.
+"""A trained method, ready for a user's own examples: adapt once, predict often.
 
-``predictors.json`` holds ``{"format_version", "image_shape", "normalise", "methods":
-{name: {"spec", "checkpoint"}}}``: a spec as `metalstm.specs` has it, and the folder of
-the method's checkpoint, relative to the file's own.
+Programs are compiled once for each power of two of support examples and of queries,
+where a method can leave out the rows that fill them up.
+
+Shapes: N support examples, M queries, way classes, d target dimensions.
 """
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from metalstm.base import Batch, Episode, MetaAlgorithm, PyTree
-from metalstm.checks import check_choice
-from metalstm.runtime import checkpoints
-from metalstm.runtime.files import atomic_write
-from metalstm.specs import build_algorithm, fixed_way
+from metalstm.batches import MaskedBatch
+from metalstm.data.episodes import prepare_examples
+from metalstm.data.pools import Normalisation
+from metalstm.runtime.exporting import export_program
+from metalstm.runtime.splitting import split_function
 
-__all__ = [
-    "Predictor",
-    "describe_methods",
-    "example_episode",
-    "load_params",
-    "load_run",
-]
-
-FILE = "predictors.json"
-FORMAT_VERSION = 1
+__all__ = ["Classifier", "Predictor", "example_episode"]
 
 
-def example_episode(image_shape: Sequence[int], way: int, shot: int = 1) -> Episode:
+def example_episode(
+    image_shape: Sequence[int], way: int, shot: int = 1, dtype: Any = jnp.float32
+) -> Episode:
     """An episode of zeros, for the shapes that initialisation reads."""
 
     def batch() -> Batch:
-        x = jnp.zeros((way * shot, *image_shape), jnp.float32)
+        x = jnp.zeros((way * shot, *image_shape), dtype)
         return Batch(x, jnp.arange(way * shot, dtype=jnp.int32) % way)
 
     return Episode(batch(), batch())
 
 
-def describe_methods(
-    folder: str | Path,
-    methods: Mapping[str, tuple[Mapping[str, Any], str]],
-    *,
-    image_shape: Sequence[int],
-    normalise: Any = None,
-) -> None:
-    """Write the file that `load_run` reads, completely or not at all.
+class _Program(NamedTuple):
+    """`Split` of a method, compiled."""
 
-    Args:
-      methods: name -> spec, and the folder of its checkpoint, relative to ``folder``.
-      image_shape: [H, W, ch] of the images in training.
-      normalise: mean and standard deviation of each channel, or None.
-    """
-    document = {
-        "format_version": FORMAT_VERSION,
-        "image_shape": list(image_shape),
-        "normalise": normalise,
-        "methods": {
-            name: {"spec": spec, "checkpoint": checkpoint}
-            for name, (spec, checkpoint) in methods.items()
-        },
-    }
-    with atomic_write(Path(folder) / FILE) as part:
-        part.write_text(json.dumps(document, indent=1) + "\n")
+    earlier: Callable[..., list[jax.Array]]
+    later: Callable[[list[jax.Array], jax.Array], jax.Array]
 
 
-def load_params(
-    folder: str | Path, spec: Mapping[str, Any], image_shape: Sequence[int]
-) -> tuple[PyTree, str | None]:
-    """Read a method's best meta-parameters, and what had to be skipped to get them."""
-    algorithm = build_algorithm(spec)
-    episode = example_episode(image_shape, fixed_way(spec) or 5)
-    target = jax.eval_shape(algorithm.init, jax.random.key(0), episode)
-    if not jax.tree.leaves(target):
-        return target, None
-    restored = checkpoints.restore(Path(folder), target)
-    return restored.state, restored.message
-
-
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Predictor:
-    """A trained method, ready for a user's own images.
+    """A trained method, ready for a user's own examples.
 
     ::
 
-        predict = metalstm.load_run("runs/few_shot/glyphs-5w1s-0")
+        predict = metalstm.load("letters.npz")
         labels = predict(support_images, ["cat", "dog", ...], query_images)
+        classifier = predict.adapt(support_images, ["cat", "dog", ...])
+        labels = classifier(query_images)  # as often as needed
 
-    It can be pickled, copied and sent to another process, which loads the run folder
-    itself: the folder must be there.
+    `metalstm.load` and `metalstm.load_run` make one. It can be pickled, copied and sent
+    to another process, which loads the file itself: the file must be there.
+
+    Attributes:
+      method: its name, for messages.
+      way: the number of classes it takes; None: any.
+      image_shape: of one example.
+      normalise: as in training.
+      pixels: examples are images: uint8, or floats in [0, 1]. Otherwise they are taken
+        as they are.
+      dtype: of examples in training, after scaling.
+      regression: it predicts float targets.
+      message: which checkpoints could not be read.
+      source: a function and its arguments, which load this again.
     """
 
     method: str
     algorithm: MetaAlgorithm
     params: PyTree
-    way: int | None  # the number of classes it takes; None: any
+    way: int | None
     image_shape: tuple[int, ...]
-    normalise: tuple[tuple[float, ...], tuple[float, ...]] | None
-    message: str | None = None  # which checkpoints could not be read
-    path: Path | None = None  # the run folder that it was loaded from
+    normalise: tuple[tuple[float, ...], tuple[float, ...]] | None = None
+    pixels: bool = True
+    dtype: str = "float32"
+    regression: bool = False
+    message: str | None = None
+    source: tuple[Callable[..., Predictor], tuple] | None = None
+    _programs: dict[Any, _Program] = field(default_factory=dict, init=False, repr=False)
+    _earlier: dict[str, Callable] = field(default_factory=dict, init=False, repr=False)
+    _mixing: set[Any] = field(default_factory=set, init=False, repr=False)
+    _probed: set[Any] = field(default_factory=set, init=False, repr=False)
 
     def __reduce__(self):
-        # programs and closures cannot be pickled: another process loads the run itself
-        if self.path is None:
+        # programs and closures cannot be pickled: another process loads the file itself
+        if self.source is None:
             raise TypeError(
-                "a Predictor without a run folder cannot be pickled: give the process "
-                "what it needs to build one, or load one by metalstm.load_run"
+                "a Predictor without a file cannot be pickled: metalstm.save its "
+                "method, and load it by metalstm.load; a network of your own is given "
+                "to metalstm.load in each process"
             )
-        return load_run, (self.path, self.method)
+        return self.source
 
     def __copy__(self) -> Predictor:
         return self
@@ -125,17 +109,17 @@ class Predictor:
     def __call__(
         self, images: Any, labels: Sequence[Any], query_images: Any
     ) -> np.ndarray:
-        """Return the predicted label of each query; labels may be any values."""
-        scores, classes = self.scores(images, labels, query_images)
-        return classes[scores.argmax(-1)]
+        """Return the label of each query, or its target; labels may be any values."""
+        return self.adapt(images, labels)(query_images)
 
     def scores(
         self, images: Any, labels: Sequence[Any], query_images: Any, *, seed: int = 0
-    ) -> tuple[np.ndarray, np.ndarray]:
+    ) -> tuple[np.ndarray, np.ndarray | None]:
         """Return scores [M, way], higher is better, and the class of each column.
 
         Args:
-          images: the support set, [N, H, W, ch]: uint8, or floats in [0, 1].
+          images: the support set, [N, H, W, ch]: uint8, or floats in [0, 1]; or [N,
+            ...] as in training.
           labels: N values.
           query_images: [M, H, W, ch].
           seed: of what is random in a method, such as a fresh initialisation.
@@ -144,9 +128,22 @@ class Predictor:
           ValueError: images of another shape or range than in training, labels that are
             not N numbers or strings, or a number of classes the learner's head lacks.
         """
-        x, query = (self._prepare(a) for a in (images, query_images))
+        classifier = self.adapt(images, labels, seed=seed)
+        return classifier.scores(query_images), classifier.classes
+
+    def adapt(self, images: Any, labels: Sequence[Any], *, seed: int = 0) -> Classifier:
+        """Adapt to a support set once, for any number of predictions.
+
+        Arguments and errors are those of `scores`. For a regression, ``labels`` are
+        targets [N] or [N, d].
+        """
+        x = self.prepare(images)
         if len(labels) != len(x):
             raise ValueError(f"{len(labels)} labels for {len(x)} images: give one each")
+        if self.regression:
+            y = np.asarray(labels, np.float32)
+            support = Batch(x, jnp.asarray(y.reshape(len(y), -1)))
+            return Classifier(self, support, None, jax.random.key(seed))
         classes, y = _classes(labels)
         if self.way is not None and len(classes) != self.way:
             raise ValueError(
@@ -154,13 +151,15 @@ class Predictor:
                 f"trained with way={self.way}: give {self.way} classes, or train with "
                 f"--way {len(classes)}"
             )
-        support = Batch(jnp.asarray(x), jnp.asarray(y, jnp.int32))
-        out = _predict(self.algorithm, len(classes))(
-            self.params, jax.random.key(seed), support, jnp.asarray(query)
-        )
-        return np.asarray(out), classes
+        support = Batch(x, jnp.asarray(y, jnp.int32))
+        return Classifier(self, support, classes, jax.random.key(seed))
 
-    def _prepare(self, images: Any) -> np.ndarray:
+    def prepare(self, images: Any) -> jax.Array:
+        """Return examples as training saw them: checked, scaled and normalised.
+
+        Raises:
+          ValueError: another shape, type or range than in training.
+        """
         images = np.asarray(images)
         if images.dtype.kind not in "uif":
             raise ValueError(
@@ -171,63 +170,236 @@ class Predictor:
                 f"images have the shape {images.shape}, but this run was trained on "
                 f"[N, {', '.join(map(str, self.image_shape))}]: resize them"
             )
-        if images.dtype == np.uint8:
-            images = images.astype(np.float32) / 255
-        images = images.astype(np.float32)
-        # said so that NaN, which no comparison is true of, is refused too
-        if images.size and not (images.min() >= 0 and images.max() <= 1):
-            raise ValueError(
-                f"images span {images.min():.3g} to {images.max():.3g}: give uint8, or "
-                "floats in [0, 1]; normalisation is done here"
-            )
-        if self.normalise is not None:
-            mean, std = (np.asarray(a, np.float32) for a in self.normalise)
-            images = (images - mean) / std
-        return images
+        if not self.pixels:
+            if not np.can_cast(images.dtype, self.dtype, "same_kind"):
+                raise ValueError(
+                    f"examples are {images.dtype}, but this {self.method} was trained "
+                    f"on {self.dtype}: convert them as in training"
+                )
+            return prepare_examples(jnp.asarray(images, self.dtype), self._statistics)
+        if images.dtype != np.uint8:
+            images = images.astype(np.float32)
+            # said so that NaN, which no comparison is true of, is refused too
+            if images.size and not (images.min() >= 0 and images.max() <= 1):
+                raise ValueError(
+                    f"images span {images.min():.3g} to {images.max():.3g}: give "
+                    "uint8, or floats in [0, 1]; normalisation is done here"
+                )
+        return prepare_examples(jnp.asarray(images), self._statistics)
+
+    @property
+    def _statistics(self) -> Normalisation | None:
+        return None if self.normalise is None else Normalisation(*self.normalise)
+
+    def export(
+        self,
+        path: str | Path,
+        *,
+        num_support: int,
+        num_classes: int | None = None,
+        num_queries: int | None = None,
+        platforms: Sequence[str] = ("cpu",),
+    ) -> Path:
+        """Write a program that adapts and predicts without this library.
+
+        Any process with JAX runs it, meta-parameters and preparation inside::
+
+            program = jax.export.deserialize(bytearray(open(path, "rb").read()))
+            scores = program.call(images, labels, query_images)
+
+        Images are uint8 where training had pixels, labels int32 [N] in [0, way) (for a
+        regression float32 [N, d]), and scores are those of `scores` with ``seed=0``.
+
+        Args:
+          num_support: N.
+          num_classes: way; default: the learner's own. For a regression: d.
+          num_queries: M; None: any, where the method can be exported so.
+          platforms: what it runs on, such as ``("cpu", "cuda")``.
+
+        Raises:
+          ValueError: the number of classes is missing, or M must be fixed.
+        """
+        way = self.way if num_classes is None else num_classes
+        if way is None:
+            raise ValueError("num_classes is not given, and the method takes any: give")
+        labels = jax.ShapeDtypeStruct((num_support, way), jnp.float32)
+        if not self.regression:
+            labels = jax.ShapeDtypeStruct((num_support,), jnp.int32)
+
+        def program(images, y, query_images):
+            support = Batch(prepare_examples(images, self._statistics), y)
+            query = prepare_examples(query_images, self._statistics)
+            key = jax.random.key(0)
+            return self._predict(way)(self.params, key, support, query)
+
+        return export_program(
+            path,
+            lambda _: program,
+            self._input(num_support),
+            labels,
+            last=self._input(),
+            num_last=num_queries,
+            platforms=platforms,
+        )
+
+    def _input(self, *num: int) -> jax.ShapeDtypeStruct:
+        dtype = "uint8" if self.pixels else self.dtype
+        return jax.ShapeDtypeStruct((*num, *self.image_shape), dtype)
+
+    def _predict(self, num_classes: int) -> Callable[..., jax.Array]:
+        way = None if self.regression else num_classes
+        return lambda params, key, support, query: self.algorithm.predict(
+            params, key, support, query, num_classes=way
+        )
+
+    def _program(self, support: Any, query: jax.Array, num_classes: int) -> _Program:
+        """The method split before its queries, compiled once for these shapes."""
+        shapes = [(leaf.shape, str(leaf.dtype)) for leaf in support]
+        key = num_classes, tuple(shapes), query.shape
+        if key not in self._programs:
+            fixed = self.params, jax.random.key(0), support
+            split = split_function(self._predict(num_classes), *fixed, query)
+            # the same for every number of queries, unless the method mixes them
+            text = str(jax.make_jaxpr(split.earlier)(*fixed))
+            earlier = self._earlier.setdefault(text, jax.jit(split.earlier))
+            self._programs[key] = _Program(earlier, jax.jit(split.later))
+        return self._programs[key]
 
 
-def load_run(path: str | Path, method: str | None = None) -> Predictor:
-    """Load a trained method as a predictor for a user's own images.
+@dataclass(frozen=True, eq=False)
+class Classifier:
+    """A `Predictor` that has seen its support set; `Predictor.adapt` makes one."""
 
-    Args:
-      path: a folder with a ``predictors.json``, such as ``python -m
-        experiments.few_shot`` writes.
-      method: one of those in the file; default its first.
-
-    Raises:
-      FileNotFoundError: the file, or the method's checkpoint, is not there.
-      ValueError: there is no such method, or the file is damaged.
-    """
-    path = Path(path)
-    file = path / FILE
-    if not file.exists():
-        raise FileNotFoundError(_not_there(path))
-    document = _read(file)
-    methods = document["methods"]
-    method = next(iter(methods)) if method is None else method
-    check_choice("method", method, methods)
-    spec, shape = methods[method]["spec"], document["image_shape"]
-    checkpoint = path / methods[method]["checkpoint"]
-    try:
-        algorithm, way = build_algorithm(spec), fixed_way(spec)
-    except Exception as error:  # whatever an option of a wrong kind leads to
-        raise _makes_none(file, method, error) from error
-    try:
-        params, message = load_params(checkpoint, spec, shape)
-    except (OSError, ValueError):
-        raise
-    except Exception as error:
-        raise _makes_none(file, method, error) from error
-    return Predictor(
-        method=method,
-        algorithm=algorithm,
-        params=params,
-        way=way,
-        image_shape=tuple(shape),
-        normalise=document.get("normalise"),
-        message=message,
-        path=path.absolute(),
+    predictor: Predictor
+    support: Batch
+    classes: np.ndarray | None  # [way], the labels of the scores' columns; or targets
+    key: jax.Array
+    _adapted: dict[Any, list[jax.Array]] = field(
+        default_factory=dict, init=False, repr=False
     )
+
+    def __call__(self, query_images: Any) -> np.ndarray:
+        """Return the label [M] of each query, or its targets [M, d]."""
+        scores = self.scores(query_images)
+        if self.classes is None:
+            return scores
+        return self.classes[scores.argmax(-1)]
+
+    def scores(self, query_images: Any) -> np.ndarray:
+        """Return scores [M, way], higher is better.
+
+        Queries and, where the method leaves out rows that are no examples, the support
+        set are filled up to a power of two, so that few programs serve any number of
+        them. The first time, each is tried with two fillings: where an answer changes
+        (statistics of all queries together, say), every number gets a program of its
+        own, and a warning says so.
+        """
+        query, predictor = self.predictor.prepare(query_images), self.predictor
+        if not len(query):
+            return np.zeros((0, self._way), np.float32)
+        try:
+            scores = self._run(query)
+        except ValueError:  # what learns by batch statistics refuses empty rows
+            if not self._fills("support", self.support.x):
+                raise
+            self._stop_filling("support")
+            scores = self._run(query)
+        for part, x in (("support", self.support.x), ("queries", query)):
+            known = part, self._way
+            if self._fills(part, x) and known not in predictor._probed:
+                predictor._probed.add(known)
+                again = self._run(query, refilled=part)
+                if not np.array_equal(scores, again, equal_nan=True):
+                    self._stop_filling(part)
+                    scores = self._run(query)
+        return scores
+
+    def _fills(self, part: str, x: jax.Array) -> bool:
+        """Whether rows are added to the support set, or to the queries."""
+        never = part == "support" and not self.predictor.algorithm.masked
+        return not never and part not in self.predictor._mixing and _size(x) > len(x)
+
+    def _stop_filling(self, part: str) -> None:
+        self.predictor._mixing.add(part)
+        what = "support examples" if part == "support" else "queries"
+        warnings.warn(
+            f"an answer of this {self.predictor.method} depends on how many {what} "
+            "there are, so every number of them compiles a program",
+            RuntimeWarning,
+            stacklevel=3,
+        )
+
+    def _run(self, query: jax.Array, refilled: str | None = None) -> np.ndarray:
+        """Scores [M, way], with another filling of the part ``refilled``."""
+        predictor, num = self.predictor, len(query)
+        support: Any = self.support
+        if self._fills("support", support.x):
+            support = _filled_batch(support, refilled == "support")
+        if self._fills("queries", query):
+            query = _filled(query, refilled == "queries")
+        program = predictor._program(support, query, self._way)
+        adapted = self._adapted.get(program.earlier)
+        if adapted is None or refilled == "support":
+            adapted = program.earlier(predictor.params, self.key, support)
+        if refilled != "support":
+            self._adapted[program.earlier] = adapted
+        return np.asarray(program.later(adapted, query))[:num]
+
+    def export(
+        self,
+        path: str | Path,
+        *,
+        num_queries: int | None = None,
+        platforms: Sequence[str] = ("cpu",),
+    ) -> Path:
+        """Write a program that predicts for this support set: ``call(query_images)``.
+
+        Arguments, errors and use are those of `Predictor.export`.
+        """
+        predictor = self.predictor
+
+        def program(params, key, support, query_images):
+            query = prepare_examples(query_images, predictor._statistics)
+            return predictor._predict(self._way)(params, key, support, query)
+
+        fixed = predictor.params, self.key, self.support
+
+        def adapted(query: jax.ShapeDtypeStruct) -> Callable[..., jax.Array]:
+            split = split_function(program, *fixed, query)
+            kept = jax.jit(split.earlier)(*fixed)
+            return lambda query_images: split.later(kept, query_images)
+
+        return export_program(
+            path,
+            adapted,
+            last=predictor._input(),
+            num_last=num_queries,
+            platforms=platforms,
+        )
+
+    @property
+    def _way(self) -> int:
+        """Classes, or target dimensions."""
+        return self.support.y.shape[-1] if self.classes is None else len(self.classes)
+
+
+def _size(x: jax.Array) -> int:
+    """The power of two that holds all rows."""
+    return 1 << (len(x) - 1).bit_length()
+
+
+def _filled(x: jax.Array, other: bool) -> jax.Array:
+    """Fill rows up to a power of two: with zeros, or with others for a trial."""
+    filling = jnp.zeros_like(x)
+    if other:
+        filling = x + 1 if jnp.issubdtype(x.dtype, jnp.floating) else x
+    return jnp.concatenate([x, filling[: _size(x) - len(x)]])
+
+
+def _filled_batch(batch: Batch, other: bool) -> MaskedBatch:
+    num, size = len(batch.y), _size(batch.x)
+    y = jnp.concatenate([batch.y, jnp.zeros_like(batch.y)[: size - num]])
+    return MaskedBatch(_filled(batch.x, other), y, jnp.arange(size) < num)
 
 
 def _classes(labels: Sequence[Any]) -> tuple[np.ndarray, np.ndarray]:
@@ -245,64 +417,3 @@ def _classes(labels: Sequence[Any]) -> tuple[np.ndarray, np.ndarray]:
             "none of them NaN (y.argmax(-1) of a one-hot coding)"
         )
     return np.unique(array, return_inverse=True)
-
-
-def _not_there(path: Path) -> str:
-    inside = sorted(found.parent.name for found in path.glob(f"*/{FILE}"))
-    if inside:
-        return f"{path} holds several runs: give {' or '.join(inside)} in it"
-    return (
-        f"{path} is not a run folder: it has no {FILE}; give the folder that "
-        "experiments.few_shot printed"
-    )
-
-
-def _makes_none(file: Path, method: str, error: Exception) -> ValueError:
-    return ValueError(
-        f"{file} makes no {method} ({type(error).__name__}: {error}): put a copy of it "
-        "back, or train with this metalstm"
-    )
-
-
-def _read(file: Path) -> dict[str, Any]:
-    """The methods of a run and their data; raises ValueError when it is damaged."""
-    try:
-        document = json.loads(file.read_bytes())
-        version, methods = document["format_version"], document["methods"]
-        shape, normalise = document["image_shape"], document.get("normalise")
-        sound = len(methods) > 0 and len(shape) > 0
-        sound &= all(isinstance(n, int) and n > 0 for n in shape)
-        for entry in methods.values():
-            way = fixed_way(entry["spec"])
-            sound &= way is None or (isinstance(way, int) and way > 0)
-            sound &= isinstance(entry["checkpoint"], str)
-        if normalise is not None:
-            mean, std = (np.array(part, np.float32) for part in normalise)
-            sound &= mean.shape == std.shape and mean.shape in ((1,), (shape[-1],))
-            sound &= bool(np.isfinite([mean, std]).all() and (std > 0).all())
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
-        raise ValueError(
-            f"{file} is damaged ({type(error).__name__}: {error}): put a copy of it "
-            "back, or train again"
-        ) from error
-    if version != FORMAT_VERSION:
-        raise ValueError(
-            f"{file} has format_version={version!r}, and this metalstm reads "
-            f"{FORMAT_VERSION}: install the metalstm that wrote it"
-        )
-    if not sound:
-        raise ValueError(
-            f"{file} is damaged (no methods, or sizes that cannot be): put a copy of "
-            "it back, or train again"
-        )
-    return document
-
-
-def _predict(algorithm: MetaAlgorithm, num_classes: int) -> Callable[..., jax.Array]:
-    # jitted afresh for each call: a user predicts with few shapes, and keeping programs
-    # would tie their life to the predictor's
-    return jax.jit(
-        lambda params, key, support, query: algorithm.predict(
-            params, key, support, query, num_classes=num_classes
-        )
-    )

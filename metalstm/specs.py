@@ -9,6 +9,7 @@ spec is ever evaluated or unpickled.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -18,6 +19,7 @@ from metalstm import algorithms, nn, rules
 from metalstm.base import Learner, MetaAlgorithm, UpdateRule
 from metalstm.checks import check_choice
 from metalstm.inner import Differentiation, first_order, second_order
+from metalstm.nn.named import learner_at
 
 __all__ = [
     "COMPARING",
@@ -53,6 +55,7 @@ _ALGORITHMS: dict[str, Callable[..., MetaAlgorithm]] = COMPARING | {
     "meta_sgd": algorithms.meta_sgd,
     "nearest_centroid": algorithms.nearest_centroid,
     "nearest_neighbour": algorithms.nearest_neighbour,
+    "published_meta_lstm": algorithms.published_meta_lstm,
     "reptile": algorithms.reptile,
     "ridge": algorithms.ridge,
 }
@@ -84,8 +87,14 @@ def build_algorithm(spec: Mapping[str, Any]) -> MetaAlgorithm:
 
 
 def build_learner(spec: Mapping[str, Any]) -> Learner:
-    """Build a learner: conv4, mlp, resnet12, relation_net, or tied_head of a body."""
-    return _call("learner", spec, _LEARNERS)
+    """Build a learner: conv4, mlp, resnet12, relation_net, or tied_head of a body.
+
+    A name with a colon, such as ``mymodule:CNN``, is a user's network, whose module
+    must be imported already: `metalstm.nn.named.learner_at`.
+    """
+    path = str(spec.get("learner")) if isinstance(spec, Mapping) else ""
+    users = {path: functools.partial(learner_at, path)} if ":" in path else {}
+    return _call("learner", spec, _LEARNERS | users)
 
 
 def build_rule(spec: Mapping[str, Any]) -> UpdateRule:
@@ -140,7 +149,7 @@ def _built(spec: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _value(value: Any) -> Any:
-    if isinstance(value, list | tuple):
+    if type(value) in (list, tuple):  # an optax transform is a tuple too
         # JSON has no tuples, and flax modules must be hashable
         return tuple(_value(part) for part in value)
     if not isinstance(value, Mapping):

@@ -303,9 +303,8 @@ def score_pairs(
 
 def pool_examples(pool: Any) -> tuple[np.ndarray, np.ndarray]:
     """Return the examples [N, ...] of a `metalstm.data.ClassPool` and their classes."""
-    images, counts = np.asarray(pool.images), np.asarray(pool.counts)
-    present = np.arange(images.shape[1])[None] < counts[:, None]
-    return images[present], np.nonzero(present)[0]
+    counts = np.asarray(pool.counts)
+    return np.asarray(pool.images), np.repeat(np.arange(len(counts)), counts)
 
 
 def _embed(learner, state, x: np.ndarray, batch_size: int) -> np.ndarray:

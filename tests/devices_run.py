@@ -173,7 +173,9 @@ def build_shared(case: str, axis_name: str | None):
         spec = ClusterSpec(way=tiny.WAY, shot=1, queries=2, dim=tiny.FEATURES)
         rule = rules.lstm_gates(hidden_size=3, init_scale=0.3)
         net = tiny.tanh_net()
-        return algorithms.meta_lstm(net, rule, num_steps=3, axis_name=axis_name), spec
+        return algorithms.published_meta_lstm(
+            net, rule, num_steps=3, axis_name=axis_name
+        ), spec
     family = problems.quadratics(47)
     algorithm = learned_optimizers.learned_optimizer(
         family,

@@ -189,7 +189,7 @@ def _random_spec(rng: random.Random, depth: int = 0) -> Any:
 def rule_spec(rng: random.Random, folder: Path) -> None:
     """A file that is whole, signed rightly, with any header and any arrays."""
     from metalstm import rules
-    from metalstm.rules.io import _digest
+    from metalstm.runtime.array_files import digest_of
 
     spec, _ = rng.choice(list(_good_rules().values()))
     with np.load(io.BytesIO(_good_file(rng.choice(list(_good_rules()))))) as data:
@@ -206,7 +206,7 @@ def rule_spec(rng: random.Random, folder: Path) -> None:
         header = changed(rng, header)
     if isinstance(header, dict) and rng.random() < 0.9:
         with contextlib.suppress(TypeError, UnicodeError, KeyError, ValueError):
-            header["sha256"] = _digest(header["spec"], header["info"], arrays)
+            header["sha256"] = digest_of([header["spec"], header["info"]], arrays)
     text = json.dumps(header).encode()
     if rng.random() < 0.05:
         depth = rng.choice((1000, 100_000))
@@ -388,7 +388,7 @@ def _good_run() -> Path:
 
     from experiments.few_shot.methods import specs_of
     from experiments.few_shot.train import checkpoint_of
-    from metalstm import predictor
+    from metalstm import predictor, run_file
     from metalstm.runtime import checkpoints
     from metalstm.specs import build_algorithm
 
@@ -404,7 +404,7 @@ def _good_run() -> Path:
         params = init(jax.random.key(0), predictor.example_episode(shape, 2))
         checkpoints.save(folder / path, params, step=0, metadata={}, keep=1)
     normalise = [[0.5], [0.5]]
-    predictor.describe_methods(folder, methods, image_shape=shape, normalise=normalise)
+    run_file.describe_methods(folder, methods, image_shape=shape, normalise=normalise)
     return folder
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 from typing import get_args
 
@@ -46,3 +47,23 @@ def test_only_what_the_table_says_moves_a_prediction(
     others = jnp.abs(first_query(0.0, query.x.at[1:].add(3.0)) - usual).max() > 1e-6
     assert bool(averages) == (query_norm == "frozen")
     assert bool(others) == (query_norm == "transductive")
+
+
+def test_meta_parameters_in_float64_normalise_by_moving_averages():
+    """flax draws the averages that an episode starts from in float32."""
+    algorithm = algorithms.learned_init(
+        norm_net(),
+        rules.learned_sgd(0.1),
+        num_steps=1,
+        differentiation=first_order(),
+        support_stats="moving",
+    )
+    with jax.enable_x64(True):
+        double = functools.partial(jax.tree.map, lambda leaf: jnp.asarray(leaf, float))
+        params = double(algorithm.init(jax.random.key(0), episode()))
+        support, query = episode()
+        support = support._replace(x=double(support.x))
+        scores = algorithm.predict(
+            params, jax.random.key(0), support, double(query.x), num_classes=3
+        )
+        assert scores.dtype == jnp.float64

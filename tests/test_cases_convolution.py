@@ -52,7 +52,7 @@ def make(kind: str, *, linen: bool, out: int = 4, **options):
 def test_values_and_derivatives_are_those_of_flax(kind):
     options, linen = KINDS[kind], list(KINDS).index(kind) % 2 == 0
     module, x = make(kind, linen=linen, **options), inputs(options)
-    ours, theirs = (from_flax(module, convolutions=c) for c in ("fastest", "flax"))
+    ours, theirs = (from_flax(module, layers=c) for c in ("fastest", "flax"))
     state = theirs.init(jax.random.key(0), x)
     assert jax.tree.structure(ours.init(jax.random.key(0), x)) == jax.tree.structure(
         state
@@ -108,10 +108,8 @@ def test_a_layer_keeps_the_function_that_it_was_given():
         calls.clear()
         learner.apply(state, x, norm="batch")
         assert calls
-    with pytest.raises(
-        ValueError, match="convolutions='fast': choose one of fastest, f"
-    ):
-        from_flax(nn.Conv(1, (3, 3)), convolutions="fast")
+    with pytest.raises(ValueError, match="layers='fast': choose one of fastest, f"):
+        from_flax(nn.Conv(1, (3, 3)), layers="fast")
 
 
 @pytest.mark.filterwarnings("ignore:a convolution of:RuntimeWarning")

@@ -291,15 +291,12 @@ def test_fit_reads_metrics_as_it_goes_and_notices_what_is_not_finite():
     assert len(calls) == 64
 
 
-def test_a_predictor_is_pickled_by_its_folder(monkeypatch):
-    predictor = metalstm.Predictor("x", None, (), None, (1, 1, 1), None, path="folder")
-    monkeypatch.setattr(
-        "metalstm.predictor.load_run", lambda path, method: (path, method)
-    )
-    make, args = predictor.__reduce__()
-    assert make(*args) == ("folder", "x")
-    with pytest.raises(TypeError, match="without a run folder cannot be pickled"):
-        pickle.dumps(dataclasses.replace(predictor, path=None))
+def test_a_predictor_is_pickled_by_its_folder():
+    source = (metalstm.load_run, ("folder", "x"))
+    predictor = metalstm.Predictor("x", None, (), None, (1, 1, 1), source=source)
+    assert predictor.__reduce__() == source
+    with pytest.raises(TypeError, match="a Predictor without a file cannot be pickled"):
+        pickle.dumps(dataclasses.replace(predictor, source=None))
 
 
 @pytest.mark.parametrize("spread", [1.0, 1e-1, 1e-2, 1e-3])

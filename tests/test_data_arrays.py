@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import io
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -35,14 +37,14 @@ def test_nobody_is_in_two_splits_and_nothing_is_lost(path):
     for split in data.SPLITS:
         pool = found.pool(split)
         for index, name in enumerate(found.class_names[split]):
-            np.testing.assert_array_equal(pool.images[index, ..., 0], x[y == name])
+            np.testing.assert_array_equal(pool.of_class(index)[..., 0], x[y == name])
     other = data.load_arrays(path, seed=1)
     assert other.class_names != found.class_names
     assert data.load_arrays(path).checksum == found.checksum
     data.validate(data.EpisodeSpec(way=2, shot=1, queries=3), found, "test")
 
 
-def test_labels_of_unequal_number_are_padded(tmp_path):
+def test_labels_of_unequal_number_keep_their_examples_and_type(tmp_path):
     x, _ = speakers()
     y = np.repeat(np.arange(5), [2, 3, 5, 10, 20])
     np.savez(tmp_path / "a.npz", x=x, y=y)
@@ -54,18 +56,64 @@ def test_labels_of_unequal_number_are_padded(tmp_path):
             found.class_names[split], found.pool(split).counts, strict=True
         )
     }
-    assert counts == {"0": 2, "1": 3, "2": 5, "3": 10, "4": 20}
+    assert counts == {0: 2, 1: 3, 2: 5, 3: 10, 4: 20}
+    assert all(type(name) is int for name in counts)
 
 
-def test_floats_are_kept_in_256_levels_and_channels_as_they_are(tmp_path):
-    x = np.linspace(0, 1, 2 * 3 * 4 * 2, dtype=np.float32).reshape(2, 3, 4, 2)
-    np.savez_compressed(tmp_path / "a.npz", x=x, y=[1, 1])
-    found, labels = data.read_arrays(tmp_path / "a.npz")
-    assert found.shape == x.shape
-    np.testing.assert_allclose(found / 255, x, atol=0.5 / 255 + 1e-6)
-    np.testing.assert_array_equal(labels, [1, 1])
-    np.savez(tmp_path / "b.npz", x=x.astype(np.float16), y=[1, 1])
-    assert np.abs(data.read_arrays(tmp_path / "b.npz")[0].astype(int) - found).max() < 2
+@pytest.mark.parametrize(
+    "x",
+    [
+        np.random.default_rng(0).normal(50, 100, (30, 7)),  # embeddings
+        np.random.default_rng(1).normal(size=(30, 9, 2)).astype(np.float32),  # series
+        np.linspace(0, 1, 30 * 6, dtype=np.float16).reshape(30, 3, 2),  # spectrograms
+        np.arange(30 * 4).reshape(30, 4) * 1000,  # token ids
+    ],
+    ids=lambda x: f"{x.dtype}{list(x.shape)}",
+)
+@pytest.mark.parametrize("folder", [False, True])
+def test_what_is_no_byte_comes_as_it_is(tmp_path, x, folder):
+    y = np.arange(30) % 6
+    path = tmp_path / ("folder" if folder else "a.npz")
+    if folder:
+        for index, (example, label) in enumerate(zip(x, y, strict=True)):
+            (path / f"c{label}").mkdir(parents=True, exist_ok=True)
+            np.save(path / f"c{label}" / f"{index:02d}.npy", example)
+    else:
+        np.savez_compressed(path, x=x, y=y)
+        np.testing.assert_array_equal(data.read_arrays(path)[0], x)
+    found = data.load_arrays(path)
+    assert found.image_shape == x.shape[1:]
+    expected = jnp.asarray(x)
+    for split in data.SPLITS:
+        pool = found.pool(split)
+        assert pool.images.dtype == expected.dtype
+        for index, name in enumerate(found.class_names[split]):
+            label = int(str(name).removeprefix("c"))
+            np.testing.assert_array_equal(pool.of_class(index), expected[y == label])
+    spec = data.EpisodeSpec(way=2, shot=2, queries=1)
+    episode = data.sample_episode(jax.random.key(0), found.train, spec)
+    assert episode.support.x.dtype == expected.dtype
+    rows = {example.tobytes() for example in np.asarray(expected)}
+    assert {example.tobytes() for example in np.asarray(episode.support.x)} <= rows
+
+
+def test_arrays_of_a_folder_are_of_one_shape_and_others_are_counted(tmp_path):
+    for k in range(6):
+        (tmp_path / f"c{k % 3}").mkdir(exist_ok=True)
+        np.save(tmp_path / f"c{k % 3}" / f"{k}.npy", np.full(4, k / 7))
+    (tmp_path / "c0" / "note.txt").write_text("a note")
+    with pytest.warns(RuntimeWarning, match="1 files in .* are not read: c0/note.txt"):
+        found = data.load_arrays(tmp_path)
+    assert found.info["omitted"] == 1
+    np.save(tmp_path / "c1" / "9.npy", np.zeros(5))
+    (tmp_path / "c0" / "note.txt").unlink()
+    with pytest.raises(
+        ValueError, match=r"9.npy is float64 \[5\] and .*: give all one"
+    ):
+        data.load_arrays(tmp_path)
+    (tmp_path / "c1" / "9.npy").write_bytes(b"text")
+    with pytest.raises(ValueError, match=r"9.npy cannot be read .*np.save"):
+        data.load_arrays(tmp_path)
 
 
 X, Y = speakers(3, 2)
@@ -78,15 +126,10 @@ BAD = np.where(np.arange(30).reshape(1, 6, 5) == 7, np.nan, 0.5).repeat(6, 0)
         ({"x": X}, r"bad.npz holds no arrays x and y: write it with np.savez"),
         ({"x": X, "y": Y[:3]}, r"y of .* is <U9 \[3\]: give an integer or a string"),
         ({"x": X, "y": np.zeros(6)}, r"y of .* is float64 \[6\]: give an integer"),
-        ({"x": X[0], "y": Y}, r"x of .* has the shape \[6, 5\]: give \[N, H, W\] or"),
+        ({"x": X[0], "y": Y}, r"x of .* has the shape \[6, 5\]: give images \[N, H"),
         ({"x": X[:0], "y": Y[:0]}, r"has the shape \[0, 6, 5\]"),
-        ({"x": X.astype(np.int32), "y": Y}, r"is int32: give uint8, or floats in"),
-        (
-            {"x": X / 100, "y": Y},
-            r"is float64 from .* to 2\.\d+: give uint8, or floats",
-        ),
-        ({"x": X - 1.0, "y": Y}, r"is float64 from -1 to .*scaled the same way"),
-        ({"x": BAD, "y": Y}, r"is float64 from nan to nan: give uint8"),
+        ({"x": X > 0, "y": Y}, "x of .* is bool: give bytes, floats or integers"),
+        ({"x": BAD, "y": Y}, "x of .* has 6 numbers that are not finite: replace"),
         ({"x": X, "y": Y.astype(object)}, r"bad.npz cannot be read \(Object arrays"),
         ({"x": X, "y": np.arange(6)}, r"label 0 of .* has 1 examples, at least 2"),
         ({"x": X[:4], "y": np.array(list("aabb"))}, r"2 classes cannot be divided"),

@@ -134,9 +134,9 @@ def test_a_data_set_comes_back_from_its_cache_as_it_was(tmp_path):
         calls.append(1)
         made = {}
         for i, name in enumerate(("train", "validation", "test"), 1):
-            images = np.full((i, 4, 2, 3, 1), i, np.uint8)
+            images = np.full((i * 4, 2, 3, 1), i, np.uint8)
             groups = np.tile(np.arange(4, dtype=np.int32), (i, 1))
-            counts = np.full(i, 3, np.int32)
+            counts = np.full(i, 4, np.int32)
             names = tuple(f"{name} {k}" for k in range(i))
             made[name] = Split(images, counts, names, groups if i == 2 else None)
         return made, {"rotations": False}
@@ -155,6 +155,6 @@ def test_a_data_set_comes_back_from_its_cache_as_it_was(tmp_path):
     for pool in ("train", "validation", "test"):
         a, b = first.pool(pool), second.pool(pool)
         np.testing.assert_array_equal(a.images, b.images)
-        assert a.counts.tolist() == b.counts.tolist() == [3] * a.num_classes
+        assert a.counts.tolist() == b.counts.tolist() == [4] * a.num_classes
     assert second.train.groups is None
     assert second.validation.groups.shape == (2, 4)

@@ -10,12 +10,13 @@ import pytest
 from PIL import Image
 
 from metalstm.data.episodes import EpisodeSpec, sample_episode, validate
-from metalstm.data.images import fit
-from metalstm.data.pools import SPLITS
+from metalstm.data.images import fit, read_images
+from metalstm.data.pools import SPLITS, Normalisation
 from metalstm.data.sources import mini_imagenet
 from metalstm.data.sources.folders import load_image_folders
 from metalstm.data.sources.mini_imagenet import load_mini_imagenet
 from metalstm.data.splits import check_disjoint, split_classes
+from metalstm.predictor import Predictor
 
 
 def write(path: Path, colour=(200, 30, 60), size=(12, 12)) -> Path:
@@ -60,7 +61,8 @@ def test_classes_of_one_folder_are_divided_alike_every_time(tmp_path):
     assert first.image_shape == (8, 8, 3)
     for split in SPLITS:
         pool = first.pool(split)
-        for name, images in zip(first.class_names[split], pool.images, strict=True):
+        for index, name in enumerate(first.class_names[split]):
+            images = pool.of_class(index)
             colours = np.unique(np.asarray(images).reshape(-1, 3), axis=0)
             expected = [[20 * int(name[5:]), 60 * m, 255] for m in range(4)]
             assert colours.tolist() == sorted(expected)
@@ -115,7 +117,7 @@ def test_sizes_are_mixed_turned_and_grey(tmp_path):
     Image.new("RGBA", (5, 5), (10, 20, 30, 0)).save(root / "c1" / "0.png")
     dataset = load(root, tmp_path, image_size=4, channels=3)
     split = next(s for s in SPLITS if "c0" in dataset.class_names[s])
-    images = np.asarray(dataset.pool(split).images[0])
+    images = np.asarray(dataset.pool(split).of_class(0))
     assert images[0].min() == 255
     assert images[1, :2].min() == 255
     assert images[1, 2:].max() == 0
@@ -224,7 +226,7 @@ def test_mini_imagenet_is_read_in_the_published_split(tmp_path):
     )
     assert [dataset.pool(s).num_classes for s in SPLITS] == [64, 16, 20]
     assert dataset.class_names == mini_imagenet.CLASSES
-    np.testing.assert_allclose(dataset.train.images[7, 0, 0, 0], [7, 100, 10], atol=3)
+    np.testing.assert_allclose(dataset.train.of_class(7)[0, 0, 0], [7, 100, 10], atol=3)
     assert dataset.name == "mini-imagenet"
 
 
@@ -266,11 +268,38 @@ def test_real_mini_imagenet(real_data_dir, tmp_path):
     dataset = load_mini_imagenet(some, images_per_class=20, cache_dir=tmp_path)
     for split, num in (("train", 64), ("validation", 16), ("test", 20)):
         pool = dataset.pool(split)
-        assert pool.images.shape == (num, 20, 84, 84, 3)
+        assert pool.images.shape == (num * 20, 84, 84, 3)
         assert np.all(np.asarray(pool.counts) == 20)
-    mean = np.asarray(dataset.test.images).mean((0, 1, 2, 3)) / 255
+    mean = np.asarray(dataset.test.images).mean((0, 1, 2)) / 255
     np.testing.assert_allclose(mean, [0.47, 0.45, 0.40], atol=0.03)
     validate(EpisodeSpec(5, 5), dataset, "test")
     path = root / "val" / dataset.class_names["validation"][3]
     first = np.asarray(Image.open(sorted(path.iterdir())[0]))
-    np.testing.assert_array_equal(dataset.validation.images[3, 0], first)
+    np.testing.assert_array_equal(dataset.validation.of_class(3)[0], first)
+
+
+def test_images_to_predict_are_prepared_as_training_did(tmp_path):
+    root = tmp_path / "photos"
+    for name, images in (("a", 3), ("b", 3), ("c", 3)):
+        (root / name).mkdir(parents=True)
+        for k in range(images):
+            pixels = np.random.default_rng(k).integers(0, 256, (9 + k, 12, 3), np.uint8)
+            Image.fromarray(pixels).save(root / name / f"{k}.png")
+    dataset = load(root, tmp_path)
+    split = next(s for s in SPLITS if "a" in dataset.class_names[s])
+    files = sorted((root / "a").iterdir())
+    size, _, channels = dataset.image_shape
+    found = read_images(files, image_size=size, channels=channels)
+    index = dataset.class_names[split].index("a")
+    np.testing.assert_array_equal(found, dataset.pool(split).of_class(index))
+    statistics = Normalisation((0.4, 0.5, 0.6), (0.2, 0.3, 0.4))
+    spec = EpisodeSpec(1, 2, 1, normalise=statistics)
+    episode = spec.sample(jax.random.key(0), dataset.pool(split))
+    predict = Predictor("x", None, (), None, dataset.image_shape, statistics)
+    prepared = np.asarray(predict.prepare(dataset.pool(split).images))
+    rows = {x.tobytes() for x in prepared}
+    drawn = np.concatenate([episode.support.x, episode.query.x])
+    assert {x.tobytes() for x in drawn} <= rows
+    files[0].write_bytes(b"text")
+    with pytest.raises(ValueError, match=r"1 of 3 images cannot be decoded: .*0.png"):
+        read_images(files, image_size=8)

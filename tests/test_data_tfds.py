@@ -75,7 +75,7 @@ def test_images_of_all_splits_are_regrouped_by_class(folder, tmp_path):
             kind = int(name[1:])
             count = 6 if kind == 2 else 5
             assert pool.counts[row] == count
-            seen = {int(v) for v in np.asarray(pool.images[row, :count]).ravel()}
+            seen = {int(v) for v in np.asarray(pool.of_class(row)).ravel()}
             assert seen == {10 * kind + m for m in range(count)}
     again = load(folder, tmp_path)
     assert again.checksum == dataset.checksum
@@ -86,7 +86,7 @@ def test_splits_size_and_number_of_images_are_the_users(folder, tmp_path):
     splits = {"train": ["k0", "k6"], "validation": ["k2"], "test": ["k1", "k3"]}
     dataset = load(folder, tmp_path, splits=splits, image_size=3, max_per_class=2)
     assert dataset.class_names == {k: tuple(v) for k, v in splits.items()}
-    assert dataset.train.images.shape == (2, 2, 3, 3, 1)
+    assert dataset.train.images.shape == (2 * 2, 3, 3, 1)
 
 
 @pytest.mark.parametrize(
@@ -205,6 +205,6 @@ def test_real_mnist(real_data_dir, tmp_path, monkeypatch):
     assert sorted(n for s in SPLITS for n in dataset.class_names[s]) == list(
         "0123456789"
     )
-    assert dataset.train.images.shape == (6, 100, 28, 28, 1)
+    assert dataset.train.images.shape == (6 * 100, 28, 28, 1)
     assert dataset.test.num_classes == 2
     assert 0.08 < np.asarray(dataset.train.images).mean() / 255 < 0.2

@@ -50,6 +50,11 @@ def test_the_python_of_the_readme_runs_as_it_stands():
 def test_what_write_your_own_shows_runs_and_is_as_short_as_it_says():
     names = run_blocks(DOCS / "write_your_own.md")
     assert names["state"].step == 3
+    episode = names["episode"]
+    low_rank = names["maml"].init(jax.random.key(0), episode).learner
+    assert sum(leaf.size for leaf in jax.tree.leaves(low_rank.params)) == (
+        4 * 2 + 2 * 64 + 64 * 5 + 5
+    )
     tx = names["tanh_descent"]().bind({"alpha": 0.1, "beta": 2.0})
     updates, _ = tx.update(jnp.array([0.5, -2.0]), tx.init(()))
     np.testing.assert_allclose(updates, -0.1 * np.tanh([1.0, -4.0]), rtol=1e-6)
@@ -62,6 +67,14 @@ def test_what_write_your_own_shows_runs_and_is_as_short_as_it_says():
         block = re.sub('""".*?"""', "", block, flags=re.DOTALL)
         assert len([row for row in block.splitlines() if row.strip()]) <= limit
         assert max(map(len, block.splitlines())) <= 88
+
+
+def test_what_is_kept_and_served_predicts(tmp_path, monkeypatch):
+    pytest.importorskip("flatbuffers", reason="pip install 'metalstm[export]'")
+    monkeypatch.chdir(tmp_path)
+    names = run_blocks(DOCS / "serving.md")
+    assert names["scores"].shape == (12, 3)
+    assert (tmp_path / "classifier.bin").exists()
 
 
 @pytest.mark.parametrize("of", ["UpdateRule", "Learner", "MetaAlgorithm"])

@@ -223,7 +223,7 @@ def test_a_bad_spec_is_refused_at_construction(arguments, message):
             "way=7 is more than the 6 classes of toy's test split; choose way <= 6",
         ),
         (EpisodeSpec(5, 1, 7), r"class 'class 2' of toy's test split has 7; choose"),
-        (EpisodeSpec(5, 1, 12), r"no class of toy's test split has more than 12"),
+        (EpisodeSpec(5, 1, 12), r"class 'class 2' of toy's test split has 7; choose"),
         (EpisodeSpec(5, 1, 2, rotations=True), "choose rotations=False"),
         (
             EpisodeSpec(5, 1, 2, normalise=((0, 0), (1, 1))),
@@ -249,6 +249,8 @@ def test_validate_accepts_what_fits_and_counts_groups(pool):
 def test_shapes_alone_are_checked_under_jit(pool):
     with pytest.raises(ValueError, match="way=7 is more than the 6 classes of pool"):
         sample(jax.random.key(0), pool, EpisodeSpec(7, 1, 2))
+    with pytest.raises(ValueError, match="8 images a class, but the smallest class of"):
+        sample(jax.random.key(0), pool, EpisodeSpec(3, 2, 6))
     wide = make_pool(np.zeros((3, 4, 5, 6, 1), np.uint8))
     with pytest.raises(ValueError, match="square images, but those of pool are 5 x 6"):
         sample(jax.random.key(0), wide, EpisodeSpec(2, 1, 1, rotations=True))
@@ -271,17 +273,24 @@ def test_floats_come_as_they_are(shape):
         sample(jax.random.key(0), wide, EpisodeSpec(2, 1, 1, rotations=True))
 
 
-def test_make_pool_pads_and_refuses():
+def test_make_pool_joins_classes_and_refuses():
     ragged = [np.full((n, 2, 2, 1), n, np.uint8) for n in (3, 1, 2)]
     pool = make_pool(ragged)
-    assert pool.images.shape == (3, 3, 2, 2, 1)
+    assert pool.images.shape == (6, 2, 2, 1)
+    assert pool.smallest == 1
+    for index, images in enumerate(ragged):
+        np.testing.assert_array_equal(pool.of_class(index), images)
     assert pool.counts.tolist() == [3, 1, 2]
     with pytest.raises(ValueError, match="images is empty"):
         make_pool([])
     with pytest.raises(ValueError, match="must be uint8 of shape"):
         make_pool(np.zeros((3, 2, 2, 1), np.uint8))
-    with pytest.raises(ValueError, match=r"or floats .*, got int64 \[1, 3, 2, 2, 1\]"):
-        make_pool([np.zeros((3, 2, 2, 1), np.int64)])
+    with pytest.raises(ValueError, match=r"or floats .*, got complex64 of 1 classes"):
+        make_pool([np.zeros((3, 2, 2, 1), np.complex64)])
+    with pytest.raises(
+        ValueError, match="integers up to 2147483648: give what 32 bits"
+    ):
+        make_pool([np.full((3, 2), 2**31)])
     with pytest.raises(ValueError, match=r"images\[1\] are float32 and images"):
         make_pool([ragged[0], ragged[1].astype(np.float32)])
     images = np.zeros((2, 3, 2, 2, 1), np.uint8)

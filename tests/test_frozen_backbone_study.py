@@ -18,6 +18,7 @@ def drawn_classes() -> object:
         centres = rng.normal(size=(12, 1, 8))
         features = (centres + 0.5 * rng.normal(size=(12, 9, 8))).astype(np.float32)
         counts = np.full(12, 9, np.int32)
+        features = features.reshape(-1, 8)
         splits[split] = Split(features, counts, tuple(f"{split}{c}" for c in range(12)))
     return assemble("drawn", splits, {})
 

@@ -17,13 +17,22 @@ LAYERS = (
     {
         "batches",
         "checks",
+        "records",
         "runtime",
         "runtime.compilation",
         "runtime.files",
         "runtime.saved_config",
+        "runtime.splitting",
         "statistics",
+        "user_objects",
     },
-    {"calibration", "runtime.processes", "runtime.sharding"},
+    {
+        "calibration",
+        "runtime.array_files",
+        "runtime.exporting",
+        "runtime.processes",
+        "runtime.sharding",
+    },
     {"tasks"},
     {"base"},
     {"runtime.checkpoint_format"},
@@ -35,6 +44,8 @@ LAYERS = (
     {"meta"},
     {"specs"},
     {"predictor"},
+    {"run_file", "saving"},
+    {"pretrained"},
     {"metalstm"},  # the package's __init__ gathers the public names
     {"experiments"},
     {"benchmarks"},  # starts its processes as experiments does

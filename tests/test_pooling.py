@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import get_args
 
 import jax
@@ -9,11 +10,12 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from flax import linen
+from flax import linen, nnx
 
 from metalstm import algorithms, nn, second_order, unroll
 from metalstm.base import Batch, Episode
 from metalstm.inner.differentiation import Keep
+from metalstm.nn.general_convolution import say_once
 from metalstm.nn.pooling import max_pool
 
 
@@ -121,3 +123,44 @@ def test_any_window_is_flax_s_value_and_gradient(shape, options):
         np.testing.assert_allclose(ours, theirs, rtol=1e-6)
     bad = x.at[0].set(jnp.nan)
     assert jnp.isnan(max_pool(bad, **options)).any()
+
+
+@pytest.mark.parametrize(("layers", "has_window"), [("fastest", False), ("flax", True)])
+@pytest.mark.parametrize("is_nnx", [False, True])
+def test_a_user_s_max_pools_are_ours_unless_switched_off(layers, has_window, is_nnx):
+    module = linen.Sequential([lambda x: linen.max_pool(x, (3, 2), (1, 2))])
+
+    class Pools(nnx.Module):
+        def __call__(self, x):
+            return nnx.max_pool(x, (3, 2), (1, 2))
+
+    learner = nn.from_flax(Pools if is_nnx else module, layers=layers)
+    x = jnp.asarray(np.random.default_rng(0).normal(size=(2, 5, 6, 3)), jnp.float32)
+    state = learner.init(jax.random.key(0), x)
+    run = lambda x: learner.apply(state, x, norm="batch")[0]  # noqa: E731
+    assert ("reduce_window" in str(jax.make_jaxpr(run)(x))) == has_window
+    np.testing.assert_array_equal(run(x), linen.max_pool(x, (3, 2), (1, 2)))
+    averages = nn.from_flax(linen.Sequential([lambda x: linen.avg_pool(x, (2, 2))]))
+    state = averages.init(jax.random.key(0), x)
+    found, _ = averages.apply(state, x, norm="batch")
+    np.testing.assert_array_equal(found, linen.avg_pool(x, (2, 2)))
+
+
+def test_the_mask_is_computed_once():
+    """Else XLA's CPU backend compares the corners again in every use of it."""
+    program = str(
+        jax.make_jaxpr(jax.grad(lambda x: max_pool(x).sum()))(jnp.ones((1, 4, 4, 1)))
+    )
+    assert ("optimization_barrier" in program) == (jax.default_backend() == "cpu")
+
+
+@pytest.mark.skipif("jax.default_backend() != 'cpu'")
+def test_a_pool_of_three_axes_says_once_that_it_stays_slow():
+    say_once.cache_clear()
+    x = jnp.ones((1, 4, 4, 4, 1))
+    with pytest.warns(RuntimeWarning, match="max-pool of 3 image axes has no fast"):
+        out = max_pool(x, (2, 2, 2), (2, 2, 2))
+    assert out.shape == (1, 2, 2, 2, 1)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        max_pool(x, (2, 2, 2), (2, 2, 2))

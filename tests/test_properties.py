@@ -16,7 +16,7 @@ from jax import lax
 
 from metalstm import rules
 from metalstm.data.episodes import EpisodeSpec, episode_key, sample_episodes
-from metalstm.data.pools import ClassPool
+from metalstm.data.pools import ClassPool, make_pool
 from metalstm.rules.features import log_sign
 
 quick = settings(max_examples=20, deadline=None, derandomize=True)
@@ -52,14 +52,15 @@ def _of_one_step(seed, step, pool):
 @st.composite
 def pools(draw) -> ClassPool:
     """Images 3x3x2 that hold their class and slot, and a corner that shows turns."""
-    counts = draw(st.lists(st.integers(5, SLOTS), min_size=CLASSES, max_size=CLASSES))
+    # of one sum: the number of images is a shape, and each shape a program
+    counts = draw(st.permutations(np.linspace(5, SLOTS, CLASSES).astype(int).tolist()))
     images = np.zeros((CLASSES, SLOTS, 3, 3, 2), np.uint8)
     images[:, :, 1, 1, 0] = 1 + np.arange(CLASSES)[:, None]
     images[:, :, 1, 1, 1] = np.arange(SLOTS)
     images[:, :, 0, 0, 0] = 255
     for of_class, count in zip(images, counts, strict=True):
         of_class[count:] = 99
-    return ClassPool(jnp.asarray(images), jnp.asarray(counts, jnp.int32))
+    return make_pool(images, np.array(counts))
 
 
 seeds, steps = st.integers(0, 2**31 - 1), st.integers(0, 2**31 - 3)

@@ -18,7 +18,8 @@ from experiments.few_shot.train import checkpoint_of
 from experiments.studies import verification
 from metalstm import algorithms, data
 from metalstm import verification as library
-from metalstm.predictor import example_episode, load_params
+from metalstm.predictor import example_episode
+from metalstm.run_file import load_params
 from metalstm.runtime import checkpoints
 from metalstm.specs import build_algorithm, build_learner
 

@@ -10,20 +10,14 @@ from typing import Any
 
 import jax
 
+import metalstm
 from metalstm.runtime.files import atomic_write
 
 
 def versions() -> dict[str, str]:
-    names = ("metalstm", "jax", "flax", "optax", "numpy")
-    found = {}
-    for name in names:
-        try:
-            found[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            import metalstm
-
-            found[name] = metalstm.__version__ if name == "metalstm" else "unknown"
-    return found
+    installed = ("jax", "flax", "optax", "numpy")
+    found = {name: importlib.metadata.version(name) for name in installed}
+    return {"metalstm": metalstm.__version__, **found}
 
 
 def machine(computing: str) -> str:

@@ -19,6 +19,7 @@ __all__ = [
     "flag",
     "flags_of",
     "from_json",
+    "located",
     "read_config",
     "split_commas",
     "to_json",
@@ -98,10 +99,16 @@ def flags_of(kind: type[msgspec.Struct]) -> set[str]:
 def read_config(folder: Path) -> dict[str, Any]:
     """What a run wrote of its options, methods and data.
 
+    ``folder`` may be a file of `metalstm.save` whose ``info`` has it, or the name of a
+    trained method of the package.
+
     Raises:
       FileNotFoundError: there is no such run.
       ValueError: its config.json is damaged.
     """
+    folder = located(folder)
+    if folder.suffix == ".npz":
+        return _of_file(folder)
     path = folder / "config.json"
     try:
         document = json.loads(path.read_bytes())
@@ -117,6 +124,24 @@ def read_config(folder: Path) -> dict[str, Any]:
             f"{path} is damaged ({type(error).__name__}: {error}): put a copy of it "
             "back, or start again in another --workdir"
         ) from None
+    return document
+
+
+def located(folder: Path) -> Path:
+    """The folder or file, or where the package has the trained method of this name."""
+    shipped = Path(__file__).parents[2] / "metalstm" / "shipped" / f"{folder}.npz"
+    return shipped if not folder.exists() and shipped.exists() else folder
+
+
+def _of_file(path: Path) -> dict[str, Any]:
+    from metalstm.saving import read_info  # imports jax
+
+    document = read_info(path)
+    if not isinstance(document.get("config"), dict):
+        raise ValueError(
+            f"{path} does not say how to test it: give a run folder, or a trained "
+            "method of the package by name"
+        )
     return document
 
 

@@ -5,8 +5,8 @@ A study's module ends with
     STUDY = Study("gates", Config(), run, __doc__)
     main = STUDY.main
 
-where ``run(config, folder)`` does what is not in the run folder yet (`kept`), and ends
-with `write_results`.
+where ``run(config, folder)`` does what is not in the run folder yet (`kept`), and
+returns what is to be printed and written.
 """
 
 from __future__ import annotations
@@ -16,27 +16,27 @@ import textwrap
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal, NamedTuple, TypeVar
 
 import jax
 import numpy as np
+import optax
 
+import metalstm
 from experiments.common import cli, report
 from experiments.common.compiled_programs import keep_compiled_programs
-from experiments.common.run_folder import (
-    free_folder,
-    locked,
-    refuse_other_runs,
-    write_json,
-)
+from experiments.common.run_folder import free_folder, locked, write_json
 from experiments.common.saved_options import to_json, value_of
 from experiments.common.script_end import exit_status
 from experiments.common.tables import Table
 from metalstm import data
 from metalstm.data.cache import cached
+from metalstm.meta.evaluation import Evaluation
 from metalstm.runtime.files import atomic_write
 
-__all__ = ["CharacterOptions", "Study", "StudyOptions", "kept", "write_results"]
+__all__ = [
+    "CharacterOptions", "Made", "Study", "StudyOptions", "kept", "meta_train", "tester",
+]  # fmt: skip
 
 Kept = TypeVar("Kept", bound=Any)
 
@@ -70,6 +70,14 @@ class CharacterOptions(StudyOptions, frozen=True, kw_only=True):
         return data.load_omniglot(self.data_dir or os.environ.get("TFDS_DATA_DIR"))
 
 
+class Made(NamedTuple):
+    """What a study has found."""
+
+    tables: Sequence[Table]
+    results: Any  # a mapping for results.json
+    figures: Mapping[str, Any]  # by the names of their files
+
+
 @dataclass(frozen=True)
 class Study:
     """The command line of a study.
@@ -80,7 +88,7 @@ class Study:
 
     name: str  # of its module
     default: Any
-    run: Callable[[Any, Path], None]
+    run: Callable[[Any, Path], Made]
     about: str | None
     presets: Mapping[str, str] = field(default_factory=dict)  # flags that come before
     check: Callable[[Any], None] = lambda config: None  # refuses what cannot be
@@ -111,11 +119,10 @@ class Study:
             config = self.parse(arguments)
             folder = config.workdir or free_folder(Path("runs") / self.name)
             changeable = (*self.may_change, "preset", "workdir", "debug", "data_dir")
-            refuse_other_runs(folder, config, changeable)
             keep_compiled_programs()
             with locked(folder, config, changeable):
                 write_json(folder / "config.json", {"config": to_json(config)})
-                self.run(config, folder)
+                _write(folder, config, self.run(config, folder))
 
         def stopped() -> str:
             return f"stopped; to resume: the same with --workdir {folder}"
@@ -133,15 +140,59 @@ def kept(path: Path, kind: type[Kept], make: Callable[[], Kept]) -> Kept:
     return kind(**arrays)
 
 
-def write_results(
-    folder: Path,
-    config: StudyOptions,
-    tables: Sequence[Table],
-    results: Mapping[str, Any],
-    figures: Mapping[str, Any],
-) -> None:
-    """Print the tables; write table.md, results.json and the figures by their names."""
-    text = "\n".join(table.markdown().lstrip() for table in tables)
+def tester(
+    algorithm: metalstm.MetaAlgorithm,
+    spec: data.EpisodeSpec,
+    dataset: data.Dataset,
+    config: Any,
+) -> Callable[..., Evaluation]:
+    """Compile once ``(meta-parameters, split) -> Evaluation``.
+
+    Every call sees the same ``config.SPLIT_episodes`` episodes.
+    """
+    evaluate = metalstm.make_evaluate(algorithm, spec, batch_size=10)
+
+    def test(params: Any, split: str = "test") -> Evaluation:
+        number, pool = getattr(config, f"{split}_episodes"), dataset.pool(split)
+        return evaluate(
+            params, pool, num_episodes=number, split=split, seed=config.seed
+        )
+
+    return test
+
+
+def meta_train(
+    algorithm: metalstm.MetaAlgorithm,
+    optimizer: optax.GradientTransformation,
+    spec: data.EpisodeSpec,
+    pool: Any,
+    *,
+    num_steps: int,
+    num_tasks: int,
+    seed: int,
+) -> Any:
+    """Return the meta-parameters after ``num_steps``; say four times how it goes."""
+
+    def say(step: int, means: Mapping[str, float]) -> None:
+        loss, accuracy = means["loss"], means["accuracy"]
+        print(f"  step {step:5d}  loss {loss:.3f}  acc {accuracy:.3f}", flush=True)
+
+    episode = spec.sample(jax.random.key(0), pool)
+    start = metalstm.init_train_state(algorithm, optimizer, seed, episode)
+    state = metalstm.fit(
+        metalstm.make_train_loop(algorithm, optimizer, spec, num_tasks=num_tasks),
+        metalstm.init_fit_state(start),
+        pool,
+        num_steps=num_steps,
+        report=say,
+        report_every=max(num_steps // 4, 1),
+    )
+    return state.train.params
+
+
+def _write(folder: Path, config: StudyOptions, made: Made) -> None:
+    """Print the tables; write table.md, results.json and the figures."""
+    text = "\n".join(table.markdown().lstrip() for table in made.tables)
     with atomic_write(folder / "table.md") as part:
         part.write_text(text)
     settings = to_json(config)
@@ -149,13 +200,13 @@ def write_results(
         settings.pop(name, None)
     document = {
         "config": settings,
-        **results,
+        **made.results,
         "versions": report.versions(),
         "device": f"{jax.devices()[0].device_kind}, {os.cpu_count()} cores",
     }
     write_json(folder / "results.json", document)
-    for name, figure in figures.items():
+    for name, figure in made.figures.items():
         report.save_figure(figure, folder / name)
-    print(*tables, sep="\n\n")
-    written = ["table.md", "results.json", *figures]
+    print(*made.tables, sep="\n\n")
+    written = ["table.md", "results.json", *made.figures]
     print(textwrap.fill(f"{', '.join(written)} in {folder}", break_on_hyphens=False))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import csv
 import textwrap
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -26,6 +26,28 @@ class Table(NamedTuple):
     records: Sequence[Mapping[str, Any]] = ()  # of the CSV, one a row
     notes: Sequence[str] = ()  # one paragraph each
     left: Sequence[int] = (0,)  # columns that are aligned to the left
+
+    @classmethod
+    def of(
+        cls,
+        caption: str,
+        columns: Mapping[str, str],
+        records: Iterable[Mapping[str, Any]],
+        **more: Any,
+    ) -> Table:
+        """Fill each column's format, by heading, from a record's values.
+
+        A cell is empty if the record lacks what its format names.
+        """
+
+        def cell(style: str, record: Mapping[str, Any]) -> str:
+            try:
+                return style.format_map(record)
+            except KeyError:
+                return ""
+
+        cells = [[cell(style, one) for style in columns.values()] for one in records]
+        return cls(caption, [*columns], cells, **more)
 
     def __str__(self) -> str:
         lines = [textwrap.fill(self.caption, WIDTH)] if self.caption else []

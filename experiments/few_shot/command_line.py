@@ -199,8 +199,11 @@ def _method(
     kept = saved and saved.learner.learner
     preset = of_each.get("learner", recipe.shared.get("learner", "conv4"))
     learner = networks[-1] if networks else kept or preset
-    if learner not in LEARNERS:
-        raise ValueError(f"--learner {learner}: choose {', '.join(LEARNERS)}")
+    if ":" not in learner and learner not in LEARNERS:
+        raise ValueError(
+            f"--learner {learner}: choose {', '.join(LEARNERS)}, or MODULE:NAME of "
+            "your own network"
+        )
     options = saved
     if kept != learner:
         options = kind_of(name, learner)()

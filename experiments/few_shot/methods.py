@@ -11,12 +11,14 @@ import functools
 import tomllib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, ClassVar, Literal, NamedTuple
 
 import msgspec
 
+from experiments.common import cli
 from experiments.common.cli import Count, Flat, Natural, Pair, Positive, said
 from experiments.common.constructors import options_of as constructor_options
+from experiments.common.dotted import import_object
 from experiments.common.saved_options import from_json, read_config
 from experiments.few_shot.options import Common, Data, Options, Training, with_methods
 
@@ -44,6 +46,7 @@ _TYPES: dict[str, Any] = {
     "last": Count | None,
     "keep": Literal["all", "remat", "mixed", "segments"] | None,
     "order": Literal["first", "second"],
+    "rule": str,
     "of": Literal["maml", "fomaml", "reptile"],
     "optimizer": Literal["sgd", "momentum", "adagrad", "adadelta", "adam"],
 }
@@ -59,11 +62,18 @@ Gates: Any = constructor_options(
     "lstm_gates",
     omit=_OMIT,
     types=_TYPES | {"hidden_size": Natural | None},
-    defaults={"hidden_size": 20, "input_bias_of": ()},
+    defaults={
+        "hidden_size": 4,
+        "forget_bias": (7.0, 7.0),
+        "input_bias": (0.0, 0.0),
+        "input_bias_of": (),
+    },
     integer=Count,
 )
 NETWORKS = ("conv4", "mlp", "resnet12")
+_NETWORK = "--help NAME has its options; or MODULE:NAME of your own flax module."
 _HEAD = "All classes start from one learned vector: any --way in training and test."
+_LENGTH = "Scale features to this norm before a tied head; default: as they are."
 LEARNERS: dict[str, Any] = {
     name: constructor_options(
         "nn/networks.py",
@@ -74,8 +84,9 @@ LEARNERS: dict[str, Any] = {
         ),
         defaults={"initializer": "torch"} | defaults,
         more=[
-            ("learner", said(Literal[NETWORKS], "--help NAME has its options."), name),
+            ("learner", said(Literal[NETWORKS], _NETWORK), name),
             ("tied_head", said(bool, _HEAD), False),
+            ("feature_length", said(Positive | None, _LENGTH), None),
         ],
         integer=Count,
     )
@@ -85,6 +96,31 @@ LEARNERS: dict[str, Any] = {
         "resnet12": {"momentum": 0.05, "widths": (32, 80, 160, 320)},
     }.items()
 }  # fmt: skip
+
+
+class UserNetwork(cli.Options, frozen=True):
+    """A network of one's own: a flax module, or a function that makes one."""
+
+    learner: str
+    """MODULE:NAME, such as mymodule:CNN, of what Python finds from the current
+    directory. An argument num_classes is given the number of outputs, None for the
+    features alone."""
+    tied_head: said(bool, _HEAD) = False  # type: ignore[valid-type]
+    feature_length: said(Positive | None, _LENGTH) = None  # type: ignore[valid-type]
+
+    norm: ClassVar[str] = "batch"  # as far as can be known
+
+
+def learner_options(learner: str) -> Any:
+    """The options of a network by name, or by the path of a user's.
+
+    Raises:
+      ValueError: the path cannot be imported.
+    """
+    if ":" not in learner:
+        return LEARNERS[learner]()
+    import_object("--learner", learner)
+    return UserNetwork(learner)
 
 
 class Method(NamedTuple):
@@ -102,8 +138,10 @@ class Method(NamedTuple):
 @functools.cache
 def _options_class(kind: str) -> Any:
     row = _KINDS[kind]
+    defaults = {n: entry.get("default") for n, entry in _MORE.items()}
+    defaults |= {"num_steps": 5, "train_way": None, **row.get("defaults", {})}
     more = [
-        (name, said(_TYPES[name], _MORE[name]["help"]), _MORE[name].get("default"))
+        (name, said(_TYPES[name], _MORE[name]["help"]), defaults[name])
         for name in row.get("more", ())
     ]
     if row.get("gates"):
@@ -113,7 +151,8 @@ def _options_class(kind: str) -> Any:
         *row["from"],
         omit=_OMIT,
         types=_TYPES,
-        defaults={"num_steps": 5, "train_way": None, **row.get("defaults", {})},
+        defaults=row.get("defaults", {})
+        | {n: defaults[n] for n in ("num_steps", "train_way")},
         more=more,
         integer=Count,
         namespace={"kind": kind, "constructor": row["from"][0]},
@@ -153,11 +192,11 @@ def kind_of(method: str, learner: str) -> Any:
     """The class of all options of a method, for a network by name."""
     parts = {
         "method": METHODS[method].default,
-        "learner": LEARNERS[learner](),
+        "learner": learner_options(learner),
         "training": Training(),
     }
     fields = [(part, Flat[type(value)], value) for part, value in parts.items()]  # type: ignore[misc]
-    name = f"{method.title()}{learner.title()}"
+    name = f"{method.title()}{learner.title()}".replace(":", "")
     return msgspec.defstruct(name, fields, frozen=True)
 
 
@@ -221,6 +260,10 @@ def spec_of(options: Any, data: Data, num_classes: int = 2) -> Spec:
         case "learned_sgd":
             rule = {"rule": "learned_sgd", "per": "tensor", "num_steps": steps}
             given["rule"] = rule | {"rate": given.pop("rate")}
+        case "learned_rule":
+            if ":" in own.rule:
+                import_object("--rule", own.rule)
+            given["rule"] = {"rule": own.rule}
         case "meta_sgd":
             given["rate"] = (own.rate, own.rate)
         case "implicit_maml":
@@ -261,8 +304,11 @@ def _learner_spec(learner: Any, way: int | None) -> Spec:
     """The network with a head for so many classes, or None: up to its features."""
     options = msgspec.structs.asdict(learner)
     tied = options.pop("tied_head") and way is not None
+    length = options.pop("feature_length")
     body = {"num_classes": None if tied else way, **options}
-    return {"learner": "tied_head", "body": body} if tied else body
+    if not tied:
+        return body
+    return {"learner": "tied_head", "body": body, "feature_length": length}
 
 
 def specs_of(options: Options, num_classes: int = 2) -> dict[str, Spec]:
@@ -294,7 +340,10 @@ def pretrainings(
         shared = _options_class("pretrained_features")(
             compare="cosine" if kind == "cosine" else "centroid",
             classifier=kind,
-            batch_size=own.method.batch_size,
+            **{
+                name: getattr(own.method, name)
+                for name in ("batch_size", "per_class", "centroid_weight")
+            },
         )
         own = kind_of("feature-centroid", own.learner.learner)(
             shared, own.learner, own.training

@@ -75,7 +75,8 @@ class Run(cli.Options, frozen=True):
     """Resume the run in this folder."""
     evaluate: tuple[Path, ...] = ()
     """Test the runs in these folders again, in one table: with --way, --shot,
-    --query-norm (a mode, or all), --num-test-steps ..."""
+    --query-norm (a mode, or all), --num-test-steps ... The names of the package's
+    trained methods, and files of such, will do too."""
     tensorboard: bool = False
     """Write TensorBoard files too."""
     debug: bool = False
@@ -93,6 +94,11 @@ class Training(cli.Options, frozen=True):
     """Episodes of one meta-step."""
     learning_rate: Positive = 1e-3
     """Adam's, on the meta-parameters."""
+    theta_learning_rate: Annotated[float, msgspec.Meta(ge=0)] | None = None
+    """Adam's on theta_0, where the rule's is another; 0: theta_0 stays as it is."""
+    init_from: str | None = None
+    """Start theta_0 and its batch statistics from a trained method: a run folder, or
+    FOLDER:METHOD."""
     schedule: Literal["constant", "cosine", "linear"] = "constant"
     """cosine, linear: to 0 over --episodes."""
     clip: Annotated[float, msgspec.Meta(ge=0)] = 0.25

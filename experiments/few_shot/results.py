@@ -114,4 +114,5 @@ def batch_norm_of(spec: Mapping[str, Any], mode: str | None) -> str | None:
     """How a method's queries are normalised; None: it has no batch norm."""
     learner = learner_spec(spec) or {}
     learner = learner.get("body", learner)
-    return mode if learner.get("norm") == "batch" else None
+    is_of_user = ":" in learner.get("learner", "")
+    return mode if is_of_user or learner.get("norm") == "batch" else None

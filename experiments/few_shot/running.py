@@ -31,7 +31,7 @@ from experiments.few_shot.train import (
     make_all_programs,
     may_change,
 )
-from metalstm.predictor import describe_methods
+from metalstm.run_file import describe_methods
 from metalstm.runtime import processes
 
 ROOT = Path("runs") / "few_shot"

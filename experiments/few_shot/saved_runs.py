@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from experiments.common.saved_options import read_config
+from experiments.common.saved_options import located, read_config
 from experiments.few_shot.data import Source
 from experiments.few_shot.methods import (
     Spec,
@@ -35,14 +35,14 @@ class SavedRun(NamedTuple):
 
 
 def read_runs(folders: Sequence[Path]) -> list[SavedRun]:
-    """Read what the folders hold.
+    """Read what the folders hold, or the files of trained methods.
 
     Raises:
       FileNotFoundError: one is no run folder, or holds a run for each of several seeds.
       ValueError: one is named twice, or damaged.
     """
     runs: list[SavedRun] = []
-    for folder in folders:
+    for folder in map(located, folders):
         if folder.resolve() in [run.folder.resolve() for run in runs]:
             raise ValueError(f"--evaluate names {folder} twice: drop one")
         saved, options = read_config(folder), options_of(folder)
@@ -90,6 +90,8 @@ def choose_methods(runs: Sequence[SavedRun], names: Sequence[str]) -> list[Saved
 def _meta_training(run: SavedRun, name: str) -> Mapping[str, Any]:
     """What was spent on a method, by its checkpoint; it may still be in training."""
     _, uses = pretrainings(run.options, run.specs)
+    if run.folder.suffix == ".npz":
+        return read_config(run.folder).get("meta_training", {})
     state = run.folder / "checkpoints" / uses.get(name, name) / "state"
     step = checkpoints.latest(state)
     if step is None:

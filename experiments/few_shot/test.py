@@ -31,7 +31,7 @@ from experiments.few_shot.saved_runs import (
 from experiments.few_shot.train import Found, Trainer, checkpoint_of
 from metalstm.base import MetaParams, PyTree
 from metalstm.meta.evaluation import Evaluation
-from metalstm.predictor import load_params
+from metalstm.run_file import load_params
 from metalstm.runtime import processes, sharding
 from metalstm.runtime.files import atomic_write
 from metalstm.specs import COMPARING, build_algorithm, fixed_way
@@ -195,7 +195,10 @@ def evaluate_again(options: Options) -> Table:
     print(table)
     if not processes.is_main():
         return table
-    folder = options.run.workdir or folders[0]
+    # a file may be the package's own: nothing is written next to it
+    folder = options.run.workdir or next(
+        (path for path in folders if path.is_dir()), Path("runs") / "few_shot"
+    )
     folder.mkdir(parents=True, exist_ok=True)
     mode = "" if anew.query_norm is None else f"{anew.query_norm}-"
     stem = f"evaluation-{data.way}w{data.shot}s-{mode}{test.test_seed}"
@@ -242,6 +245,8 @@ def _test_again(
 
 def load_saved(method: SavedMethod, source: Source) -> tuple[PyTree, str | None]:
     """The best parameters of a saved method, and what had to be skipped."""
+    if method.folder.suffix == ".npz":
+        return metalstm.load(method.folder).params, None
     shape = source.dataset.image_shape
     return load_params(method.folder / checkpoint_of(method.name), method.spec, shape)
 

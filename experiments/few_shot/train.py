@@ -28,8 +28,10 @@ from experiments.few_shot.methods import (
     is_inner_loop,
     pretrainings,
 )
+from experiments.few_shot.optimizer import in_steps, make_optimizer, num_steps
 from experiments.few_shot.options import Common, Options, Training
-from metalstm.base import MetaParams, PyTree
+from metalstm import nn
+from metalstm.base import LearnerState, MetaParams, PyTree
 from metalstm.predictor import example_episode
 from metalstm.runtime import checkpoints, sharding
 from metalstm.specs import build_algorithm
@@ -82,7 +84,7 @@ def make_programs(spec: Spec, common: Common, own: Any, source: Source) -> Progr
     trained = algorithm  # evaluation shares no task between devices
     if (axis := sharding.shared_axis(mesh)) and is_inner_loop(own.method):
         trained = build_algorithm(sharing(spec, axis))
-    optimizer = _optimizer(own.method, training)
+    optimizer = make_optimizer(own.method, training)
     train_loop = metalstm.make_train_loop(
         trained,
         optimizer,
@@ -106,22 +108,6 @@ def sharing(spec: Spec, axis_name: str) -> Spec:
     if "of" in spec:
         return spec | {"of": sharing(spec["of"], axis_name)}
     return spec | {"axis_name": axis_name}
-
-
-def _optimizer(method: Any, training: Training) -> optax.GradientTransformation:
-    """Adam, clipped; for reptile SGD, whose step is the outer one."""
-    moves = "reptile" in (method.constructor, getattr(method, "of", None))
-    first_rate = method.outer_step if moves else training.learning_rate
-    rate: optax.ScalarOrSchedule = first_rate
-    if training.schedule == "cosine":
-        rate = optax.cosine_decay_schedule(first_rate, _num_steps(training))
-    elif training.schedule == "linear":
-        rate = optax.linear_schedule(first_rate, 0.0, _num_steps(training))
-    if moves:
-        return optax.sgd(rate)
-    if training.clip:
-        return metalstm.adam_clipped(rate, training.clip)
-    return optax.adam(rate)
 
 
 # -- meta-training ---------------------------------------------------------------------
@@ -149,17 +135,6 @@ def _describe(means: dict[str, float]) -> str:
     if "accuracy" in means:
         text += f"  acc {means['accuracy']:.1%}"
     return text
-
-
-def _num_steps(training: Training) -> int:
-    # with minutes: far enough that time decides
-    return _in_steps(training.episodes if training.minutes is None else 10**9, training)
-
-
-def _in_steps(episodes: int, training: Training) -> int:
-    """Meta-steps for that many episodes, up to a whole jitted call."""
-    calls = math.ceil(episodes / (training.meta_batch * training.steps_per_call))
-    return calls * training.steps_per_call
 
 
 class Trainer(NamedTuple):
@@ -224,12 +199,12 @@ class Trainer(NamedTuple):
                 "data.data_dir",
                 *(f"training.{option}" for option in _movable(training)),
             ),
-            num_steps=_num_steps(training),
+            num_steps=num_steps(training),
             minutes=training.minutes,
             steps_per_call=training.steps_per_call,
-            validate_every=_in_steps(training.validate_every, training),
-            report_every=_in_steps(max(20, training.episodes // 2_000), training),
-            save_every=_in_steps(training.save_every, training),
+            validate_every=in_steps(training.validate_every, training),
+            report_every=in_steps(max(20, training.episodes // 2_000), training),
+            save_every=in_steps(training.save_every, training),
             score=score,
             describe=_describe,
             unit="episode",
@@ -242,6 +217,7 @@ class Trainer(NamedTuple):
             programs.optimizer,
             seed,
             self._example(),
+            start=self._start(name, training.init_from),
         )
         loop = Loop(setup, self.folder, metrics, programs.algorithm, make_state)
         with loop.running():
@@ -257,13 +233,15 @@ class Trainer(NamedTuple):
             flush=True,
         )
         speed = loop.stopwatch.speed()
-        meta_training = {
+        meta_training: dict[str, Any] = {
             "episodes": int(loop.state.train.step) * training.meta_batch,
             "wall_seconds": round(loop.saved.seconds(), 3),
             "episodes_per_second": round(speed, 3) if math.isfinite(speed) else None,
             "best_episode": best,
             "validation_accuracy": mean,
         }
+        if training.init_from is not None:
+            meta_training["init_from"] = training.init_from
         return Found(loop.state.best_params, meta_training, True)
 
     def _validate(
@@ -284,6 +262,28 @@ class Trainer(NamedTuple):
         """What a method starts from, its rate not yet tuned."""
         key = jax.random.key(self.options.run.seed)
         return self.programs[name].algorithm.init(key, self._example())
+
+    def _start(self, name: str, init_from: str | None) -> LearnerState | None:
+        """What theta_0 starts from, if from a trained method; says what it takes."""
+        if init_from is None:
+            return None
+        folder, colon, method = init_from.rpartition(":")
+        if not colon or Path(init_from).exists():
+            folder, method = init_from, ""
+        try:
+            source = metalstm.load_run(folder, method or None)
+            started = nn.init_from(
+                learner_of(self._untrained(name)), learner_of(source.params)
+            )
+        except (OSError, ValueError) as error:
+            raise ValueError(f"--init-from {init_from}: {error}") from error
+        left = f"; as drawn: {', '.join(started.left)}" if started.left else ""
+        print(
+            f"{name} starts from {source.method} of {folder}: {len(started.taken)} "
+            f"arrays{left}",
+            flush=True,
+        )
+        return started.state
 
     def _tune(
         self, name: str, params: PyTree, most_steps: int = 0
@@ -322,6 +322,18 @@ class Trainer(NamedTuple):
             path = self.folder / checkpoint_of(name)
             checkpoints.save(path, params, step=0, metadata=chosen, keep=1)
         return params, tuned
+
+
+def learner_of(params: PyTree) -> LearnerState:
+    """The network in a method's meta-parameters.
+
+    Raises:
+      ValueError: it has none.
+    """
+    learner = getattr(params, "learner", params)
+    if not isinstance(learner, LearnerState):
+        raise ValueError("the method has no network to start from another's")
+    return learner
 
 
 def _keys(tried: Mapping[Any, float]) -> dict[str, float]:

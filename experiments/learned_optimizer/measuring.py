@@ -237,57 +237,42 @@ def table(
     rows: Sequence[Row], *, reference: str, caption: str = "", first: str = ""
 ) -> Table:
     """One line an optimizer; ``first`` names a column to put before the others."""
-    names = [first] if first else []
-    names += [
-        "optimizer", "updates", "loss (95% CI)", "mean log", "median", "99%",
-        "diverged", f"loss − {reference}", f"log-loss − {reference}", "tuned",
-    ]  # fmt: skip
-    cells = [[str(row[first])] if first else [] for row in rows]
-    cells = [one + _cells(row) for one, row in zip(cells, rows, strict=True)]
-    return Table(caption, names, cells, left=(0, 1) if first else (0,))
+    columns = {first: f"{{{first}}}"} if first else {}
+    columns |= {
+        "optimizer": "{optimizer}",
+        "updates": "{updates:,}",
+        "loss (95% CI)": "{loss}",
+        "mean log": "{log:.2f}",
+        "median": "{median:.3g}",
+        "99%": "{p99:.3g}",
+        "diverged": "{diverged}",
+        f"loss − {reference}": "{difference:+.3g}",
+        f"log-loss − {reference}": "{log_difference:+.2f}",
+        "tuned": "rate {rate:.3g}{momentum}{edge}",
+    }
+    left = (0, 1) if first else (0,)
+    return Table.of(caption, columns, map(_for_table, rows), left=left)
 
 
-def grid(rows: Sequence[Row], *, row: str, column: str, caption: str) -> Table:
+def grid(rows: Sequence[Row], *, caption: str) -> Table:
     """Mean losses with their intervals, one row a problem, one column an optimizer."""
-    names = list(dict.fromkeys(r[column] for r in rows))
-    found = {(r[row], r[column]): _mean(r) for r in rows}
-    cells = [
-        [title, *(found.get((title, name), "") for name in names)]
-        for title in dict.fromkeys(r[row] for r in rows)
-    ]
-    return Table(caption, [row, *names], cells)
+    names = dict.fromkeys(row["optimizer"] for row in rows)
+    lines: dict[str, dict[str, str]] = {}
+    for row in rows:
+        line = lines.setdefault(row["problem"], dict.fromkeys(names, ""))
+        line[row["optimizer"]] = _for_table(row)["loss"]
+    cells = [[title, *line.values()] for title, line in lines.items()]
+    return Table(caption, ["problem", *names], cells)
 
 
-def _cells(row: Row) -> list[str]:
-    difference, log_difference = row.get("difference"), row.get("log_difference")
-    return [
-        row["optimizer"],
-        f"{row['updates']:,}",
-        _mean(row),
-        f"{Estimate(row['mean_log'], row['mean_log_ci95']):.2f}",
-        f"{row['median']:.3g}",
-        f"{row['p99']:.3g}",
-        _percent(row["share_diverged"]),
-        "" if difference is None else f"{difference:+.3g}",
-        "" if log_difference is None else f"{log_difference:+.2f}",
-        _tuned(row),
-    ]
-
-
-def _mean(row: Row) -> str:
-    if not np.isfinite(row["mean"]):
-        return f"{_percent(row['share_diverged'])} diverge"
-    return f"{row['mean']:.3g} ± {row['ci95']:.2g}"
-
-
-def _tuned(row: Row) -> str:
-    if "rate" not in row:
-        return ""
-    beta = "" if row["beta"] is None else f", beta {row['beta']:g}"
-    edge = "" if row["inside"] else " (at the edge of the grid)"
-    return f"rate {row['rate']:.3g}{beta}{edge}"
-
-
-def _percent(share: float) -> str:
-    """0%, and no rounding of one problem in a thousand to it."""
-    return f"{100 * share:.3g}%"
+def _for_table(row: Row) -> Row:
+    # 0%, and no rounding of one problem in a thousand to it
+    diverged = f"{100 * row['share_diverged']:.3g}%"
+    loss = f"{row['mean']:.3g} ± {row['ci95']:.2g}"
+    shown = row | {"log": Estimate(row["mean_log"], row["mean_log_ci95"])}
+    shown["diverged"] = diverged
+    shown["loss"] = loss if np.isfinite(row["mean"]) else f"{diverged} diverge"
+    if "rate" in row:
+        shown["momentum"] = "" if row["beta"] is None else f", beta {row['beta']:g}"
+        shown["edge"] = "" if row["inside"] else " (at the edge of the grid)"
+    return shown

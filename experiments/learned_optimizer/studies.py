@@ -6,7 +6,7 @@ import shlex
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -17,6 +17,7 @@ from experiments.common.cli import replace
 from experiments.common.report import save_figure
 from experiments.common.run_folder import write_json
 from experiments.common.saved_options import from_json, read_config
+from experiments.common.study import Made
 from experiments.common.tables import Table
 from experiments.learned_optimizer import measuring
 from experiments.learned_optimizer.measuring import (
@@ -31,11 +32,6 @@ from metalstm import plots
 from metalstm.inner import first_order, unroll
 from metalstm.rules import find_gates
 from metalstm.runtime.files import atomic_write
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
-
-Rows = list[dict[str, Any]]
 
 COST_REPEATS = 101
 _COST_SHAPES = {"w1": (784, 20), "b1": (20,), "w2": (20, 10), "b2": (10,)}
@@ -58,11 +54,6 @@ class Context(NamedTuple):
     def learned(self) -> list[str]:
         return [rule.name for rule in self.rules]
 
-    @property
-    def geometric(self) -> bool:
-        """Whether losses differ by orders of magnitude between problems."""
-        return self.config.problem.name == "quadratics"
-
     def bench(self, problem: Problem | None = None) -> Bench:
         test = self.config.test
         folder = test.curves or self.folder / "curves"
@@ -70,19 +61,22 @@ class Context(NamedTuple):
 
     def compete(
         self,
+        title: str,
         problem: Problem | None = None,
         names: Sequence[str] | None = None,
         tune_steps: int | None = None,
         **options: int,
-    ) -> list[Measured]:
+    ) -> Panel:
         """Measure rules and tuned baselines (default the few) on the same problems."""
+        print(title, flush=True)
         bench, test = self.bench(problem), self.config.test
         settings = {"steps": test.steps, "instances": test.instances}
         settings |= {"every": test.record_every} | options
         names = test.few_baselines if names is None else names
         steps = tune_steps or settings["steps"]
         optimizers = *self.rules, *(bench.tune(name, steps=steps) for name in names)
-        return [Measured(one, bench.losses(one, **settings)) for one in optimizers]
+        found = [Measured(one, bench.losses(one, **settings)) for one in optimizers]
+        return Panel(title, self, found, found)
 
     def protocol(self) -> str:
         test = self.config.test
@@ -101,25 +95,25 @@ class Context(NamedTuple):
         return "python -m experiments.learned_optimizer " + shlex.join(line)
 
 
-class Made(NamedTuple):
-    """What a study made."""
-
-    rows: Rows
-    tables: Sequence[Table]  # the first is printed
-    figures: dict[str, Figure] = {}  # noqa: RUF012 (nobody changes it)
-
-
 class Panel(NamedTuple):
-    """One problem of several."""
+    """Optimizers on one problem: a part of the table, and of the figure."""
 
     title: str
+    context: Context
     measured: list[Measured]
-    reference: str
-    drawn: list[Measured] | None = None  # default what was measured
+    drawn: list[Measured]  # in a panel of the figure; nothing: there is none
+
+    def rows(self) -> list[dict[str, Any]]:
+        return measuring.rows_of(self.measured, self.context.reference)
+
+    def part(self, title: str, which: slice) -> Panel:
+        """Some of the updates."""
+        some = [one.part(which) for one in self.measured]
+        return self._replace(title=title, measured=some, drawn=some)
 
 
-def make_studies(context: Context) -> dict[str, Rows]:
-    """Make and write what ``--study`` names; returns the rows of each."""
+def make_studies(context: Context) -> list[str]:
+    """Make and write what ``--study`` names, and return these names."""
     makers = {
         "comparison": _comparison,
         "generalisation": _generalisation,
@@ -127,134 +121,112 @@ def make_studies(context: Context) -> dict[str, Rows]:
         "plateau": _plateau,
         "cost": _cost,
     }
-    found, folder = {}, context.folder
-    for name in context.config.test.study:
-        made = makers[name](context)
-        print(made.tables[0], flush=True)
-        text = "\n".join(table.markdown().strip() + "\n" for table in made.tables)
+    folder, names = context.folder, context.config.test.study
+    for name in names:
+        tables, rows, figures = makers[name](context)
+        print(tables[0], flush=True)
+        text = "\n".join(table.markdown().strip() + "\n" for table in tables)
         with atomic_write(folder / f"{name}.md") as part:
             part.write_text(f"{text}\n    {context.command(name)}\n")
         files = [f"{name}.json", f"{name}.md"]
-        files += [save_figure(one, folder / f) for f, one in made.figures.items()]
-        write_json(folder / f"{name}.json", made.rows)
+        files += [save_figure(one, folder / f) for f, one in figures.items()]
+        write_json(folder / f"{name}.json", rows)
         print(f"{name}: {', '.join(files)}", flush=True)
-        found[name] = made.rows
-    return found
+    return [*names]
 
 
-def _curves(measured: Sequence[Measured]) -> dict[str, plots.Losses]:
-    return {optimizer.name: losses for optimizer, losses in measured}
+def _figure(panels: Sequence[Panel]) -> Any:
+    curves = {
+        panel.title: {optimizer.name: losses for optimizer, losses in panel.drawn}
+        for panel in panels
+        if panel.drawn
+    }
+    # between quadratics losses differ by orders of magnitude
+    kinds = {panel.title: panel.context.config.problem.name for panel in panels}
+    geometric = [title for title, kind in kinds.items() if kind == "quadratics"]
+    learned = [name for panel in panels for name in panel.context.learned]
+    return plots.loss_panels(curves, geometric=geometric, learned=learned)
+
+
+def _side_by_side(study: str, caption: str, panels: Sequence[Panel], by: str) -> Made:
+    """Several problems: a grid of mean losses, a full table, a figure of panels."""
+    rows = [{"problem": panel.title, **row} for panel in panels for row in panel.rows()]
+    grid = measuring.grid(rows, caption=caption)
+    full = measuring.table(rows, reference=by, first="problem")
+    return Made([grid, full], rows, {f"{study}.png": _figure(panels)})
 
 
 def _comparison(context: Context) -> Made:
     title, tune_for = describe(context.config.problem), context.bench().tune_for
-    measured = context.compete(names=context.config.test.baselines)
-    rows = measuring.rows_of(measured)
-    caption = f"{title}. {context.protocol()}"
+    panel = context.compete(title, names=context.config.test.baselines)
+    rows, caption = panel.rows(), f"{title}. {context.protocol()}"
     table = measuring.table(rows, reference=context.reference, caption=caption)
-    figures = {
-        "comparison.png": plots.loss_panels(
-            {title: _curves(measured)},
-            geometric=[title] if context.geometric else [],
-            learned=context.learned,
-        )
-    }
-    sweeps = dict(_rate_sweep(one.optimizer) for one in measured if one.optimizer.tuned)
+    figures, sweeps = {"comparison.png": _figure([panel])}, {}
+    for name, _, _, tuned in (one.optimizer for one in panel.measured):
+        if tuned is not None:
+            scores, beta = tuned.scores, tuned.best.get("momentum")
+            if beta is not None:
+                name += f" (beta {beta:g})"
+                scores = scores[:, list(tuned.grid["momentum"]).index(beta)]
+            sweeps[name] = plots.Sweep(tuned.grid["learning_rate"], scores)
     if sweeps:
         ylabel = f"{tune_for} of the last loss"
         figures["sweeps.png"] = plots.rate_sweeps(
             sweeps, ylabel=ylabel, log=tune_for == "mean"
         )
-    return Made(rows, [table], figures)
-
-
-def _rate_sweep(optimizer: Optimizer) -> tuple[str, plots.Sweep]:
-    name, tuned, beta = optimizer.name, optimizer.tuned, optimizer.beta
-    assert tuned is not None
-    scores = tuned.scores
-    if beta is not None:
-        name += f" (beta {beta:g})"
-        scores = scores[:, list(tuned.grid["momentum"]).index(beta)]
-    return name, plots.Sweep(tuned.grid["learning_rate"], scores)
-
-
-def _side_by_side(
-    context: Context, study: str, caption: str, panels: Sequence[Panel], **style: Any
-) -> Made:
-    """Several problems: a grid of mean losses, a full table, a figure of panels."""
-    rows = [
-        {"problem": panel.title, **row}
-        for panel in panels
-        for row in measuring.rows_of(panel.measured, panel.reference)
-    ]
-    grid = measuring.grid(rows, row="problem", column="optimizer", caption=caption)
-    full = measuring.table(rows, reference=context.reference, first="problem")
-    drawn = {p.title: p.measured if p.drawn is None else p.drawn for p in panels}
-    curves = {title: _curves(measured) for title, measured in drawn.items() if measured}
-    figure = plots.loss_panels(curves, **style)
-    return Made(rows, [grid, full], {f"{study}.png": figure})
+    return Made([table], rows, figures)
 
 
 def _generalisation(context: Context) -> Made:
     """Other widths, depths, activations, starts, data, and a longer horizon."""
-    config, test, by = context.config, context.config.test, context.reference
-    panels = [Panel("as in meta-training", context.compete(), by)]
-    for title, problem in variants(config.problem).items():
-        print(title, flush=True)
-        panels.append(Panel(title, context.compete(problem), by))
+    config, test = context.config, context.config.test
+    problems = {"as in meta-training": None} | variants(config.problem)
+    panels = [context.compete(title, problem) for title, problem in problems.items()]
     caption = (
         f"Rules trained on: {describe(config.problem)}. {context.protocol()} Baselines "
         "are tuned again on every problem."
     )
     if test.long_steps > test.steps:
         title = f"{test.long_steps:,} updates"
-        print(title, flush=True)
         every = _divisor(test.steps, test.long_steps)
         found = context.compete(
+            title,
             names=[*test.few_baselines, "adam-cosine"],
             steps=test.long_steps,
             instances=test.long_instances,
             every=every,
         )
-        early = [one.part(slice(test.steps // every + 1)) for one in found]
-        panels.append(Panel(f"{title}, after {test.steps:,}", early, by, drawn=[]))
-        panels.append(Panel(title, found, by))
+        until = slice(test.steps // every + 1)
+        early = found.part(f"{title}, after {test.steps:,}", until)
+        panels += [early._replace(drawn=[]), found]
         caption += f" {title}: {test.long_instances} problems."
-    geometric = [panel.title for panel in panels] if context.geometric else []
-    style = {"geometric": geometric, "learned": context.learned}
-    return _side_by_side(context, "generalisation", caption, panels, **style)
+    return _side_by_side("generalisation", caption, panels, context.reference)
 
 
 def _panels(context: Context) -> Made:
     """Quadratics; 100 updates; the next 100; 40 units; two layers; ReLU."""
-    config, test, by = context.config, context.config.test, context.reference
-    panels, learned = [], set(context.learned)
+    config, test = context.config, context.config.test
+    panels = []
     if config.run.quadratics_run is not None:
         other = _other_run(config.run.quadratics_run, context)
-        found = other.compete(names=test.few_baselines)
-        panels.append(Panel("quadratics", found, other.reference))
-        learned |= set(other.learned)
+        panels.append(other.compete("quadratics"))
     steps, cut = test.steps, test.steps // test.record_every
-    twice = context.compete(steps=2 * steps, tune_steps=steps)
     family: Any = config.problem.family
     base = f"{config.problem.dataset}, {family.hidden[0]} {family.activation} units"
-    first = [one.part(slice(cut + 1)) for one in twice]
-    then = [one.part(slice(cut, None)) for one in twice]
-    panels.append(Panel(base, first, by))
-    panels.append(Panel(f"{base}, updates {steps} to {2 * steps}", twice, by, then))
+    later = f"{base}, updates {steps} to {2 * steps}"
+    twice = context.compete(later, steps=2 * steps, tune_steps=steps)
+    panels.append(twice.part(base, slice(cut + 1)))
+    panels.append(twice._replace(drawn=twice.part(later, slice(cut, None)).drawn))
     named = variants(config.problem)
     for name in (f"{2 * family.hidden[0]} units", "2 layers", "ReLU"):
         if name in named:
-            print(name, flush=True)
-            found = context.compete(named[name], tune_steps=steps)
-            panels.append(Panel(name, found, by))
+            panels.append(context.compete(name, named[name], tune_steps=steps))
     caption = (
         "As figures 4 and 5 of Andrychowicz et al. (2016). Rules trained on: "
         f"{describe(config.problem)}. {context.protocol()} Baselines are tuned on "
         f"every problem for {steps} updates."
     )
-    style = {"geometric": ["quadratics"], "learned": sorted(learned)}
-    return _side_by_side(context, "panels", caption, panels, **style)
+    return _side_by_side("panels", caption, panels, context.reference)
 
 
 def _other_run(folder: Path, context: Context) -> Context:
@@ -267,10 +239,10 @@ def _other_run(folder: Path, context: Context) -> Context:
 
 def _plateau(context: Context) -> Made:
     """Who leaves a plateau, and what the forget gates do there."""
-    test, measured = context.config.test, context.compete()
-    rows, cells = measuring.rows_of(measured), []
-    escaped, forget = {}, {}
-    for row, (optimizer, losses) in zip(rows, measured, strict=True):
+    test, title = context.config.test, describe(context.config.problem)
+    panel = context.compete(title)
+    rows, escaped, forget = panel.rows(), {}, {}
+    for row, (optimizer, losses) in zip(rows, panel.measured, strict=True):
         left = losses.values < test.escape_below * losses.values[:, :1]
         share = left.mean(0)
         escaped[optimizer.name] = losses.steps, share
@@ -283,19 +255,23 @@ def _plateau(context: Context) -> Made:
         if gates is not None:
             forget[optimizer.name] = gates
             row["mean_forget"] = float(gates.mean())
-        when, mean = row["updates_to_half"], row.get("mean_forget")
-        cells.append([optimizer.name, f"{row['escaped']:.0%}"])
-        cells[-1] += ["never" if when is None else f"{when:,}"]
-        cells[-1] += ["" if mean is None else f"{mean:.4f}"]
     caption = (
-        f"{describe(context.config.problem)}. {context.protocol()} Escaped: a loss "
-        f"below {test.escape_below:g} of the first."
+        f"{title}. {context.protocol()} Escaped: a loss below {test.escape_below:g} of "
+        "the first."
     )
-    headings = "optimizer", "escaped", "updates until half have", "mean f"
+    columns = {
+        "optimizer": "{optimizer}",
+        "escaped": "{escaped:.0%}",
+        "updates until half have": "{half}",
+        "mean f": "{mean_forget:.4f}",
+    }
+    halves = (row["updates_to_half"] for row in rows)
+    said = ({"half": "never" if half is None else f"{half:,}"} for half in halves)
+    records = (row | half for row, half in zip(rows, said, strict=True))
+    shown = Table.of(caption, columns, records)
     full = measuring.table(rows, reference=context.reference)
     figure = plots.escape_curves(escaped, forget, learned=context.learned)
-    shown = Table(caption, headings, cells)
-    return Made(rows, [shown, full], {"plateau.png": figure})
+    return Made([shown, full], rows, {"plateau.png": figure})
 
 
 def forget_gates(bench: Bench, rule: Optimizer, steps: int) -> np.ndarray | None:
@@ -341,19 +317,23 @@ def _cost(context: Context) -> Made:
             times[name].append(time.perf_counter() - begun)
     # the first calls compile
     medians = {name: float(np.median(seconds[2:])) for name, seconds in times.items()}
-    size, rows, cells = sum(p.size for p in params.values()), [], []
+    size, rows = sum(p.size for p in params.values()), []
     for name, seconds in medians.items():
-        stored = sum(np.asarray(x).nbytes for x in jax.tree.leaves(states[name])) / size
+        stored = sum(np.asarray(x).nbytes for x in jax.tree.leaves(states[name]))
         row = {"optimizer": name, "milliseconds": 1e3 * seconds}
-        row["times_adam"] = ratio = seconds / medians["adam"]
-        rows.append(row | {"state_bytes_per_parameter": stored})
-        cells.append([name, f"{1e3 * seconds:.3g}", f"{ratio:.1f}", f"{stored:.0f}"])
+        row |= {"times_adam": seconds / medians["adam"]}
+        rows.append(row | {"state_bytes_per_parameter": stored / size})
     caption = (
         f"One jitted update of a 784-20-10 MLP's {size:,} parameters, median of "
         f"{COST_REPEATS}, on {jax.devices()[0].device_kind}, in turn with Adam's."
     )
-    headings = "optimizer", "one update, ms", "times Adam's", "state, bytes a parameter"
-    return Made(rows, [Table(caption, headings, cells)])
+    columns = {
+        "optimizer": "{optimizer}",
+        "one update, ms": "{milliseconds:.3g}",
+        "times Adam's": "{times_adam:.1f}",
+        "state, bytes a parameter": "{state_bytes_per_parameter:.0f}",
+    }
+    return Made([Table.of(caption, columns, rows)], rows, {})
 
 
 def _divisor(steps: int, long_steps: int) -> int:

@@ -25,7 +25,7 @@ import jax
 
 import metalstm
 from experiments.common.cli import Count, Pair
-from experiments.common.study import CharacterOptions, Study, write_results
+from experiments.common.study import CharacterOptions, Made, Study, meta_train
 from experiments.common.tables import Table
 from metalstm import algorithms, data, nn, plots
 
@@ -36,6 +36,16 @@ HEADS = {
     "logistic regression": algorithms.logistic_regression(),
 }
 RATES = (0.01, 0.02, 0.05, 0.1, 0.2, 0.3)  # of false alarms, and of labels not covered
+COLUMNS = {
+    "head": "{head}",
+    "accuracy %": "{found.accuracy.percent:.1f}",
+    "calibration error %": "{error:.1f}",
+    "asked for": "{rate:.0%}",
+    "coverage %": "{found.coverage.percent:.1f}",
+    "labels in a set": "{found.set_size:.2f}",
+    "false alarms %": "{found.false_alarms.percent:.1f}",
+    "misses %": "{found.misses.percent:.1f}",
+}
 
 
 class Config(CharacterOptions, frozen=True, kw_only=True):
@@ -53,21 +63,17 @@ class Config(CharacterOptions, frozen=True, kw_only=True):
 def train_backbone(dataset: data.Dataset, config: Config) -> Any:
     """Return a function from images [N, H, W, 1] to features [N, D]."""
     learner = nn.conv4(None, config.filters, downsample="stride", momentum=0.05)
-    algorithm = algorithms.prototypical(learner)
-    optimizer = metalstm.adam_clipped(1e-3, 10.0)
     rotations = dataset.info.get("rotations", True)
-    spec = data.EpisodeSpec(20, 1, 5, rotations=rotations)
-    episode = spec.sample(jax.random.key(0), dataset.train)
-    start = metalstm.init_train_state(algorithm, optimizer, config.seed, episode)
-    state = metalstm.fit(
-        metalstm.make_train_loop(algorithm, optimizer, spec, num_tasks=1),
-        metalstm.init_fit_state(start),
+    params = meta_train(
+        algorithms.prototypical(learner),
+        metalstm.adam_clipped(1e-3, 10.0),
+        data.EpisodeSpec(20, 1, 5, rotations=rotations),
         dataset.train,
         num_steps=config.meta_steps,
-        report=lambda step, means: print(f"step {step}", means, flush=True),
-        report_every=max(config.meta_steps // 4, 1),
+        num_tasks=1,
+        seed=config.seed,
     )
-    frozen = algorithms.embedding_state(state.train.params)
+    frozen = algorithms.embedding_state(params)
     return jax.jit(lambda images: learner.apply(frozen, images, norm="stored")[0])
 
 
@@ -95,7 +101,7 @@ def measure(
     return [metalstm.measure_confidence(to_measure, each) for each in fitted]
 
 
-def run(config: Config, folder: Path) -> None:
+def run(config: Config, folder: Path) -> Made:
     dataset = config.load()
     features = data.embed(train_backbone(dataset, config), dataset, batch_size=256)
     found = {name: measure(head, features, config) for name, head in HEADS.items()}
@@ -105,22 +111,20 @@ def run(config: Config, folder: Path) -> None:
         f"{config.fit_on} classes; asked for: this share of false alarms, and of "
         "labels outside their sets."
     )
-    headings = "head|accuracy %|calibration error %|asked for|coverage %|"
-    headings += "labels in a set|false alarms %|misses %"
-    cells = []
-    for name, reports in found.items():
-        for rate, report in zip(RATES, reports, strict=True):
-            error = f"{100 * report.reliability.calibration_error:.1f}"
-            texts = [f"{part.percent:.1f}" for part in (report.accuracy, *report[2:])]
-            texts[2] = f"{report.set_size:.2f}"
-            cells.append([name, texts[0], error, f"{rate:.0%}", *texts[1:]])
-    write_results(
-        folder,
-        config,
-        [Table(caption, headings.split("|"), cells, left=(0,))],
-        {"rows": cells, "checksum": dataset.checksum},
-        {"confidence.png": plots.confidence_panels([1 - r for r in RATES], found)},
-    )
+    records = [
+        {
+            "head": name,
+            "rate": rate,
+            "found": one,
+            "error": 100 * one.reliability.calibration_error,
+        }
+        for name, reports in found.items()
+        for rate, one in zip(RATES, reports, strict=True)
+    ]
+    table = Table.of(caption, COLUMNS, records)
+    figure = plots.confidence_panels([1 - rate for rate in RATES], found)
+    about = {"rows": table.cells, "checksum": dataset.checksum}
+    return Made([table], about, {"confidence.png": figure})
 
 
 STUDY = Study("frozen_backbone", Config(), run, __doc__)

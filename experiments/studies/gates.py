@@ -23,19 +23,18 @@ from __future__ import annotations
 import dataclasses
 import sys
 import time
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import jax
 
 import metalstm
+from experiments.common import study
 from experiments.common.cli import Count, Natural, Pair
-from experiments.common.study import CharacterOptions, Study, write_results
 from experiments.common.tables import Table
 from experiments.common.tuning import each_point, tune
 from metalstm import algorithms, nn, plots, rules
-from metalstm.base import Learner, PyTree
+from metalstm.base import Learner
 from metalstm.data import Dataset, EpisodeSpec
 from metalstm.meta.evaluation import Evaluation
 from metalstm.statistics import Estimate
@@ -51,12 +50,17 @@ ABLATIONS: dict[str, dict[str, Any]] = {
     "no theta input": {"theta_input": False},
     "no previous gates": {"carry_input": False},
 }
-HEADINGS = (
-    "part", "rule", "learner", "accuracy % (95% CI)", "paired difference", "note",
-)  # fmt: skip
+COLUMNS = {
+    "part": "{part}",
+    "rule": "{rule}",
+    "learner": "{learner}",
+    "accuracy % (95% CI)": "{accuracy.percent:.1f}",
+    "paired difference": "{paired.percent:+.1f}",
+    "note": "rate {rate:.3g}{edge}",
+}
 
 
-class Config(CharacterOptions, frozen=True, kw_only=True):
+class Config(study.CharacterOptions, frozen=True, kw_only=True):
     shot: Count = 5
     steps: Count = 5
     """Inner updates."""
@@ -86,8 +90,11 @@ def learners(config: Config) -> dict[str, Learner]:
 class Adapted:
     """A learner that a rule adapts, compiled once; each episode draws theta_0."""
 
-    def __init__(self, learner: Learner, spec: dict[str, Any], config: Config):
-        self.config, self.episodes = config, EpisodeSpec(config.way, config.shot, 15)
+    def __init__(
+        self, learner: Learner, spec: dict[str, Any], dataset: Dataset, config: Config
+    ):
+        self.config, self.pool = config, dataset.train
+        self.episodes = EpisodeSpec(config.way, config.shot, 15)
         self.algorithm = algorithms.learned_init(
             learner,
             rules.build_rule(spec),
@@ -96,125 +103,93 @@ class Adapted:
             learn_init=False,
             scan_unroll=config.steps,
         )
-        self._evaluate = metalstm.make_evaluate(
-            self.algorithm, self.episodes, batch_size=10
-        )
+        self._test = study.tester(self.algorithm, self.episodes, dataset, config)
 
-    def meta_train(self, dataset: Dataset) -> PyTree:
+    def meta_train(self) -> Any:
         """The rule's parameters."""
-        config, optimizer = self.config, metalstm.adam_clipped(1e-2, 1.0)
-        episode = self.episodes.sample(jax.random.key(0), dataset.train)
-        start = metalstm.init_train_state(
-            self.algorithm, optimizer, config.seed, episode
+        params = study.meta_train(
+            self.algorithm,
+            metalstm.adam_clipped(1e-2, 1.0),
+            dataclasses.replace(self.episodes, queries=5),
+            self.pool,
+            num_steps=self.config.meta_steps,
+            num_tasks=self.config.meta_batch,
+            seed=self.config.seed,
         )
-        spec = dataclasses.replace(self.episodes, queries=5)
-        loop = metalstm.make_train_loop(
-            self.algorithm, optimizer, spec, num_tasks=config.meta_batch
-        )
+        return params.rule
 
-        def say(step: int, means: Mapping[str, float]) -> None:
-            loss, accuracy = means["loss"], means["accuracy"]
-            print(f"  step {step:5d}  loss {loss:.3f}  acc {accuracy:.3f}", flush=True)
-
-        state = metalstm.fit(
-            loop,
-            metalstm.init_fit_state(start),
-            dataset.train,
-            num_steps=config.meta_steps,
-            report=say,
-            report_every=max(config.meta_steps // 4, 1),
-        )
-        return state.train.params.rule
-
-    def test(self, rule: PyTree, dataset: Dataset, split: str = "test") -> Evaluation:
-        episode = self.episodes.sample(jax.random.key(0), dataset.train)
-        params = self.algorithm.init(jax.random.key(0), episode)._replace(rule=rule)
-        test, validation = self.config.test_episodes, self.config.validation_episodes
-        number = test if split == "test" else validation
-        pool = dataset.pool(split)
-        return self._evaluate(params, pool, num_episodes=number, split=split)
+    def test(self, rule: Any, split: str = "test") -> Evaluation:
+        key = jax.random.key(0)
+        params = self.algorithm.init(key, self.episodes.sample(key, self.pool))
+        return self._test(params._replace(rule=rule), split)
 
 
-def run(config: Config, folder: Path) -> None:
-    """Meta-train what is not in ``folder``/rules yet; test all; write."""
-    dataset, targets, rows = config.load(), learners(config), Rows()
-    trained_on, learner = next(iter(targets.items()))
+def run(config: Config, folder: Path) -> study.Made:
+    """Meta-train what is not in ``folder``/rules yet; test all."""
+    dataset, targets = config.load(), learners(config)
+    rows: list[dict[str, Any]] = []
+
+    def add(
+        part: str, rule: str, learner: str, found: Evaluation, to: Any = None, **more
+    ) -> None:
+        row: dict[str, Any] = {"part": part, "rule": rule, "learner": learner}
+        row |= {"mean": found.mean, "ci95": found.ci95, **more}
+        if to is not None:
+            by = metalstm.paired_difference(found, to)
+            row["difference"], row["difference_ci95"] = by
+        rows.append(row)
+        print(f"{part:10} {rule:28} {learner:10}", found, flush=True)
+
     # a first step of a useful size: i_0 = sigmoid(0) = 0.5
     gates = {"rule": "lstm_gates", "hidden_size": config.hidden}
     gates |= {"forget_bias": (4.0, 5.0), "input_bias": (0.0, 0.0)}
-    trained: dict[str, PyTree] = {}
+    (trained_on, learner), *_ = targets.items()
     tested: dict[str, Evaluation] = {}
     for name, changes in ABLATIONS.items():
         path, spec = folder / "rules" / f"{name}.npz", gates | changes
-        adapted, started = Adapted(learner, spec, config), time.monotonic()
+        adapted, started = Adapted(learner, spec, dataset, config), time.monotonic()
         if not path.exists():
             print(f"meta-training: {name}", flush=True)
-            params = adapted.meta_train(dataset)
+            params = adapted.meta_train()
             path.parent.mkdir(exist_ok=True)
             info = {"seconds": time.monotonic() - started}
             rules.save_rule(path, spec, params, info=info)
-        saved = rules.load_rule(path)
-        trained[name], reference = saved.params, tested.get("all parts")
-        tested[name] = adapted.test(saved.params, dataset)
-        row = "ablation", name, trained_on
-        rows.add(row, tested[name], reference, seconds=saved.info["seconds"])
+        saved, reference = rules.load_rule(path), tested.get("all parts")
+        tested[name], seconds = adapted.test(saved.params), saved.info["seconds"]
+        add("ablation", name, trained_on, tested[name], reference, seconds=seconds)
+    all_parts = rules.load_rule(folder / "rules" / "all parts.npz").params
     for name, target in targets.items():
-        sgd = Adapted(target, {"rule": "learned_sgd"}, config)
-        score = lambda rate, sgd=sgd: -sgd.test(rate, dataset, "validation").mean  # noqa: E731
+        sgd = Adapted(target, {"rule": "learned_sgd"}, dataset, config)
+        score = lambda rate, sgd=sgd: -sgd.test(rate, "validation").mean  # noqa: E731
         tuned = tune(each_point(score), {"rate": SGD_RATES})
-        by_sgd = sgd.test(tuned.best["rate"], dataset)
-        by_gates = Adapted(target, gates, config).test(trained["all parts"], dataset)
-        rows.add(("transfer", "learned gates", name), by_gates, by_sgd)
-        rate, inside = tuned.best["rate"], tuned.inside["rate"]
-        row = "transfer", "tuned SGD", name
-        rows.add(row, by_sgd, rate=rate, rate_inside_grid=inside)
+        by_sgd = sgd.test(tuned.best["rate"])
+        by_gates = Adapted(target, gates, dataset, config).test(all_parts)
+        add("transfer", "learned gates", name, by_gates, by_sgd)
+        at = {"rate": tuned.best["rate"], "rate_inside_grid": tuned.inside["rate"]}
+        add("transfer", "tuned SGD", name, by_sgd, **at)
     caption = (
         f"{dataset.name}, {config.way}-way {config.shot}-shot, {config.steps} updates, "
         "theta_0 drawn in every episode, first order, batch norm: support (inductive), "
         f"{config.meta_steps} meta-steps of {config.meta_batch} episodes, seed "
         f"{config.seed}, {config.test_episodes} test episodes."
     )
-    bars = {f"{r['rule']}, {r['learner']}": (r["mean"], r["ci95"]) for r in rows.rows}
-    write_results(
-        folder,
-        config,
-        [Table(caption, HEADINGS, rows.cells, left=(0, 1, 2, 5))],
-        {"rows": rows.rows, "checksum": dataset.checksum},
-        {"gates.png": plots.accuracy_bars(bars, chance=1 / config.way)},
-    )
+    table = Table.of(caption, COLUMNS, map(for_table, rows), left=(0, 1, 2, 5))
+    bars = {f"{r['rule']}, {r['learner']}": (r["mean"], r["ci95"]) for r in rows}
+    figure = plots.accuracy_bars(bars, chance=1 / config.way)
+    about = {"rows": rows, "checksum": dataset.checksum}
+    return study.Made([table], about, {"gates.png": figure})
 
 
-class Rows:
-    """For results.json, and as cells of the table."""
-
-    def __init__(self) -> None:
-        self.rows: list[dict[str, Any]] = []
-        self.cells: list[list[str]] = []
-
-    def add(
-        self,
-        names: tuple[str, str, str],
-        found: Evaluation,
-        to: Evaluation | None = None,
-        **more: Any,
-    ) -> None:
-        row: dict[str, Any] = dict(zip(HEADINGS, names, strict=False))
-        row |= {"mean": found.mean, "ci95": found.ci95, **more}
-        difference = note = ""
-        if to is not None:
-            by = metalstm.paired_difference(found, to)
-            row["difference"], row["difference_ci95"] = by
-            difference = f"{by.percent:+.1f}"
-        if "rate" in more:
-            edge = "" if more["rate_inside_grid"] else " (at the edge of the grid)"
-            note = f"rate {more['rate']:.3g}{edge}"
-        accuracy = f"{Estimate(found.mean, found.ci95).percent:.1f}"
-        self.rows.append(row)
-        self.cells.append([*names, accuracy, difference, note])
-        print("{:10} {:28} {:10}".format(*names), found, flush=True)
+def for_table(row: dict[str, Any]) -> dict[str, Any]:
+    shown = row | {"accuracy": Estimate(row["mean"], row["ci95"])}
+    if "difference" in row:
+        shown["paired"] = Estimate(row["difference"], row["difference_ci95"])
+    if "rate" in row:
+        shown["edge"] = "" if row["rate_inside_grid"] else " (at the edge of the grid)"
+    return shown
 
 
-STUDY = Study("gates", Config(), run, __doc__)
+STUDY = study.Study("gates", Config(), run, __doc__)
 main = STUDY.main
 
 if __name__ == "__main__":

@@ -36,23 +36,30 @@ import optax
 from matplotlib.figure import Figure
 
 import metalstm
+from experiments.common import study
 from experiments.common.cli import Count, Pair, Positive, check_multiple
-from experiments.common.study import CharacterOptions, Study, kept, write_results
 from experiments.common.tables import Table
 from experiments.common.tuning import Tuned, tune
 from metalstm import algorithms, data, nn, plots
 from metalstm.algorithms.gradient.published import fixed_sgd
 from metalstm.data import EpisodeSpec
-from metalstm.meta.evaluation import Evaluation
 from metalstm.statistics import mean_and_ci95
 
 PRESETS = {
     "demo": "--inner-batches 2 --outer-rates 0.02 --meta-steps 400 "
     "--validation-episodes 50"
 }
+COLUMNS = {
+    "meta-update": "{name}",
+    "outer rate": "{outer_rate:g}{mark}",
+    "best validation": "{best:.1f}",
+    "test accuracy % (95% CI)": "{test.percent:.1f}",
+    "paired difference to g1": "{paired.percent:+.1f}",
+    "CPU seconds": "{cpu_seconds:.0f}",
+}
 
 
-class Config(CharacterOptions, frozen=True, kw_only=True):
+class Config(study.CharacterOptions, frozen=True, kw_only=True):
     shot: Count = 5
     train_shot: Count = 10
     """Images of a class in meta-training, cut into minibatches."""
@@ -100,92 +107,6 @@ def combinations(num_batches: int) -> dict[str, tuple[float, ...]]:
     return found
 
 
-class Trainer:
-    """What is compiled once and serves every combination and outer rate."""
-
-    def __init__(self, config: Config):
-        self.config, self.dataset = config, config.load()
-        self.spec = EpisodeSpec(config.way, config.shot, config.queries)
-        for split in ("validation", "test"):
-            data.validate(self.spec, self.dataset, split)
-        trained = EpisodeSpec(config.way, config.train_shot, 1)
-        data.validate(trained, self.dataset, "train")
-        learner = nn.conv4(
-            config.way, config.filters, downsample="stride", norm="layer"
-        )
-
-        def reptile(weights):
-            return algorithms.reptile(
-                learner,
-                fixed_sgd(config.inner_rate),
-                num_steps=config.inner_batches,
-                batch_size=config.batch_size,
-                num_test_steps=config.test_updates,
-                train_shots=config.train_shot,
-                gradient_weights=weights,
-            )
-
-        @jax.jit
-        def advance(state, weights, rate, pool):
-            loop = metalstm.make_train_loop(
-                reptile(weights),
-                optax.sgd(rate),
-                self.spec,
-                num_tasks=1,
-                steps_per_call=config.validate_every,
-            )
-            return loop(state, pool)
-
-        self.advance, tested = advance, reptile(None)
-        self.evaluate = metalstm.make_evaluate(tested, self.spec, batch_size=10)
-        episode = self.spec.sample(jax.random.key(0), self.dataset.train)
-        self.start = metalstm.init_train_state(
-            tested, optax.sgd(0.0), config.seed, episode
-        )
-
-    def curve(self, weights: tuple[float, ...], rate: float) -> tuple[np.ndarray, Any]:
-        """`Found.curves` at one rate, and the parameters of the best validation."""
-        config, state, best = self.config, self.start, self.start.params
-        every = config.validate_every
-        rows: list[list[float]] = []
-        for done in range(0, config.meta_steps + 1, every):
-            if done:
-                state, metrics = self.advance(
-                    state, jnp.array(weights), jnp.float32(rate), self.dataset.train
-                )
-                if not bool(metrics["finite"].all()):
-                    break
-            found = self.test(state.params, "validation", config.validation_episodes)
-            if not rows or found.mean > max(row[1] for row in rows):
-                best = state.params
-            rows.append([done, found.mean, found.ci95])
-        missing = config.meta_steps // every + 1 - len(rows)
-        return np.pad(rows, ((0, missing), (0, 0)), constant_values=np.nan), best
-
-    def test(self, params: Any, split: str, episodes: int) -> Evaluation:
-        pool, seed = self.dataset.pool(split), self.config.seed
-        return self.evaluate(
-            params, pool, num_episodes=episodes, split=split, seed=seed
-        )
-
-    def study(self, name: str, weights: tuple[float, ...]) -> Found:
-        """One combination at every outer rate, and the test of the best."""
-        started, params, curves = time.process_time(), {}, []
-        for rate in self.config.outer_rates:
-            rows, params[rate] = self.curve(weights, rate)
-            curves.append(rows)
-            last, best = rows[-1, 1], np.nanmax(rows[:, 1])
-            ends = f"ends at {last:.1%}" if np.isfinite(last) else "stopped: not finite"
-            print(f"{name:16} outer rate {rate:<6g} {ends}, best {best:.1%}")
-        found = Found(np.array(curves), np.zeros(0), 0.0)
-        rate = found.tuned(self.config).best["rate"]
-        result = self.test(params[rate], "test", self.config.test_episodes)
-        print(f"{name:16} test {result}", flush=True)
-        return found._replace(
-            accuracies=result.accuracies, cpu_seconds=time.process_time() - started
-        )
-
-
 class Found(NamedTuple):
     """What was found of a combination of gradients."""
 
@@ -198,8 +119,82 @@ class Found(NamedTuple):
         return tune(lambda grid: scores, {"rate": config.outer_rates})
 
 
-def run(config: Config, folder: Path) -> None:
-    """Study what ``folder`` does not have yet; then write the table and the figure."""
+class Trainer:
+    """What is compiled once and serves every combination and outer rate."""
+
+    def __init__(self, config: Config):
+        self.config, self.dataset = config, config.load()
+        spec = EpisodeSpec(config.way, config.shot, config.queries)
+        for split in ("validation", "test"):
+            data.validate(spec, self.dataset, split)
+        trained = EpisodeSpec(config.way, config.train_shot, 1)
+        data.validate(trained, self.dataset, "train")
+        learner = nn.conv4(
+            config.way, config.filters, downsample="stride", norm="layer"
+        )
+        reptile = functools.partial(
+            algorithms.reptile,
+            learner,
+            fixed_sgd(config.inner_rate),
+            num_steps=config.inner_batches,
+            batch_size=config.batch_size,
+            num_test_steps=config.test_updates,
+            train_shots=config.train_shot,
+        )
+
+        @jax.jit
+        def advance(state, weights, rate, pool):
+            loop = metalstm.make_train_loop(
+                reptile(gradient_weights=weights),
+                optax.sgd(rate),
+                spec,
+                num_tasks=1,
+                steps_per_call=config.validate_every,
+            )
+            return loop(state, pool)
+
+        self.advance = advance
+        self.test = study.tester(reptile(), spec, self.dataset, config)
+        episode = spec.sample(jax.random.key(0), self.dataset.train)
+        self.start = metalstm.init_train_state(
+            reptile(), optax.sgd(0.0), config.seed, episode
+        )
+
+    def curve(self, weights: tuple[float, ...], rate: float) -> tuple[np.ndarray, Any]:
+        """`Found.curves` at one rate, and the parameters of the best validation."""
+        state, best, every = self.start, self.start.params, self.config.validate_every
+        rows = np.full((self.config.meta_steps // every + 1, 3), np.nan)
+        for call in range(len(rows)):
+            if call:
+                state, metrics = self.advance(
+                    state, jnp.array(weights), jnp.float32(rate), self.dataset.train
+                )
+                if not bool(metrics["finite"].all()):
+                    break
+            found = self.test(state.params, "validation")
+            if call and found.mean > np.nanmax(rows[:, 1]):
+                best = state.params
+            rows[call] = call * every, found.mean, found.ci95
+        return rows, best
+
+    def study(self, name: str, weights: tuple[float, ...]) -> Found:
+        """One combination at every outer rate, and the test of the best."""
+        started, params, curves = time.process_time(), {}, []
+        for rate in self.config.outer_rates:
+            rows, params[rate] = self.curve(weights, rate)
+            curves.append(rows)
+            last, best = rows[-1, 1], np.nanmax(rows[:, 1])
+            ends = f"ends at {last:.1%}" if np.isfinite(last) else "stopped: not finite"
+            print(f"{name:16} outer rate {rate:<6g} {ends}, best {best:.1%}")
+        found = Found(np.array(curves), np.zeros(0), 0.0)
+        result = self.test(params[found.tuned(self.config).best["rate"]])
+        print(f"{name:16} test {result}", flush=True)
+        seconds = time.process_time() - started
+        return found._replace(accuracies=result.accuracies, cpu_seconds=seconds)
+
+
+def run(config: Config, folder: Path) -> study.Made:
+    """Study what ``folder`` does not have yet."""
     trainer, found = Trainer(config), {}
     names, dataset = combinations(config.inner_batches), trainer.dataset
     print(
@@ -208,46 +203,34 @@ def run(config: Config, folder: Path) -> None:
         f"{len(config.outer_rates)} outer rates",
         flush=True,
     )
+    rows, marks = [], []
     for name, weights in names.items():
         path = folder / "combinations" / f"{name}.npz"
         make = functools.partial(trainer.study, name, weights)
-        found[name] = kept(path, Found, make)
-    table, rows = results_of(found, config)
-    write_results(
-        folder,
-        config,
-        [table],
-        {"combinations": rows, "name": dataset.name, "checksum": dataset.checksum},
-        {"curves.png": figure(found, config)},
-    )
-
-
-def results_of(found: Mapping[str, Found], config: Config) -> tuple[Table, Any]:
-    """The table, and its numbers for results.json."""
-    rows, cells = [], []
-    for name, one in found.items():
+        one = found[name] = study.kept(path, Found, make)
         tuned = one.tuned(config)
-        tested = mean_and_ci95(one.accuracies)
-        difference = mean_and_ci95(one.accuracies - found["g1"].accuracies)
-        row = {
+        marks.append(tuned.mark("rate"))
+        row: dict[str, Any] = {
             "name": name,
             "outer_rate": tuned.best["rate"],
             "best_validation": -tuned.score,
-            "test": tested,
-            "difference": difference,
+            "test": mean_and_ci95(one.accuracies),
+            "difference": mean_and_ci95(one.accuracies - found["g1"].accuracies),
             "cpu_seconds": round(float(one.cpu_seconds), 1),
         }
         rows.append(row)
-        cells.append([name, f"{tuned.best['rate']:g}{tuned.mark('rate')}"])
-        cells[-1] += [f"{-100 * tuned.score:.1f}", f"{tested.percent:.1f}"]
-        cells[-1] += ["" if name == "g1" else f"{difference.percent:+.1f}"]
-        cells[-1] += [f"{row['cpu_seconds']:.0f}"]
-    headings = (
-        "meta-update", "outer rate", "best validation", "test accuracy % (95% CI)",
-        "paired difference to g1", "CPU seconds",
-    )  # fmt: skip
-    edge = any("*" in rate for _, rate, *_ in cells)
-    return Table("", headings, cells, notes=["* at the edge of the grid"][:edge]), rows
+    shown = [
+        row
+        | {"mark": mark, "best": 100 * row["best_validation"]}
+        | ({} if row["name"] == "g1" else {"paired": row["difference"]})
+        for row, mark in zip(rows, marks, strict=True)
+    ]
+    notes = ["* at the edge of the grid"] if any(marks) else []
+    return study.Made(
+        [Table.of("", COLUMNS, shown, notes=notes)],
+        {"combinations": rows, "name": dataset.name, "checksum": dataset.checksum},
+        {"curves.png": figure(found, config)},
+    )
 
 
 def figure(found: Mapping[str, Found], config: Config) -> Figure:
@@ -267,7 +250,9 @@ def figure(found: Mapping[str, Found], config: Config) -> Figure:
     )
 
 
-STUDY = Study("reptile_gradients", Config(), run, __doc__, presets=PRESETS, check=check)
+STUDY = study.Study(
+    "reptile_gradients", Config(), run, __doc__, presets=PRESETS, check=check
+)
 main = STUDY.main
 
 if __name__ == "__main__":

@@ -29,7 +29,7 @@ import tyro
 
 import metalstm
 from experiments.common.cli import Count, Names, Pair, replace
-from experiments.common.study import Study, StudyOptions, kept, write_results
+from experiments.common.study import Made, Study, StudyOptions, kept
 from experiments.common.tables import Table
 from experiments.few_shot import saved_runs
 from experiments.few_shot.data import Source, load_source
@@ -90,7 +90,7 @@ def _methods(config: Config) -> list[saved_runs.SavedMethod]:
     return saved_runs.choose_methods(runs, names)
 
 
-def run(config: Config, folder: Path) -> None:
+def run(config: Config, folder: Path) -> Made:
     """Test what is not tested yet, and draw."""
     runs, methods = saved_runs.read_runs(config.runs), _methods(config)
     first = runs[0].options.data
@@ -144,7 +144,7 @@ def run(config: Config, folder: Path) -> None:
         chosen = [row for row in rows if (row["way"], row["shot"]) in points]
         if chosen:
             figures[f"accuracy_vs_{axis}.png"] = _figure(axis, points, chosen)
-    write_results(folder, config, [_table(rows)], {"points": rows}, figures)
+    return Made([_table(rows)], {"points": rows}, figures)
 
 
 def _episodes(source: Source, point: Point, queries: int) -> EpisodeSpec | str:

@@ -32,7 +32,7 @@ import numpy as np
 import optax
 
 from experiments.common.cli import Count, Names, Natural, Pair, check_names
-from experiments.common.study import Study, StudyOptions, kept, write_results
+from experiments.common.study import Made, Study, StudyOptions, kept
 from experiments.common.tables import Table
 from experiments.studies import regression
 from experiments.studies.regression import Found, Method, make_learner
@@ -160,8 +160,8 @@ def make_methods(config: Config) -> dict[str, Method]:
     return chosen | {"scratch": scratch}
 
 
-def run(config: Config, folder: Path) -> None:
-    """Study what is not finished in ``folder`` yet; then write tables and figures."""
+def run(config: Config, folder: Path) -> Made:
+    """Study what is not finished in ``folder`` yet."""
     methods = make_methods(config)
     print(
         f"sinusoids: {config.meta_steps:,} meta-steps of {config.tasks} tasks with "
@@ -179,11 +179,9 @@ def run(config: Config, folder: Path) -> None:
         shot: {name: one.errors[index] for name, one in found.items()}
         for index, shot in enumerate(config.test_shots)
     }
-    write_results(
-        folder,
-        config,
-        [t for shot, errors in shots.items() for t in tables(shot, errors)]
-        + [training_table(found, methods)],
+    made = [table for shot, errors in shots.items() for table in tables(shot, errors)]
+    return Made(
+        [*made, training_table(found, methods)],
         {"methods": {n: summary(f, methods[n], config) for n, f in found.items()}},
         figures(found, shots, config),
     )

@@ -15,7 +15,7 @@ of raw pixels. docs/data.md has an example.
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple
 
@@ -24,7 +24,7 @@ import numpy as np
 import tyro
 
 from experiments.common import cli
-from experiments.common.study import Study, StudyOptions, write_results
+from experiments.common.study import Made, Study, StudyOptions
 from experiments.common.tables import Table
 from experiments.few_shot.data import load_source
 from experiments.few_shot.methods import Spec
@@ -33,7 +33,7 @@ from experiments.few_shot.train import checkpoint_of
 from metalstm import data, plots, verification
 from metalstm.algorithms import embedding_state
 from metalstm.base import Learner, LearnerState
-from metalstm.predictor import load_params
+from metalstm.run_file import load_params
 from metalstm.specs import COMPARING, build_learner
 
 FALSE_ACCEPTS = 0.01
@@ -74,8 +74,8 @@ class Identities(NamedTuple):
     checksum: str
 
 
-def run(config: Config, folder: Path) -> None:
-    """Compare the same pairs by every method; print, draw and write.
+def run(config: Config, folder: Path) -> Made:
+    """Compare the same pairs by every method.
 
     Raises:
       ValueError: the run has no such method or none that embeds, or its data or those
@@ -93,7 +93,7 @@ def run(config: Config, folder: Path) -> None:
     )
     x = _normalised(given.x, run.data.get("normalise"))
     rows: dict[str, dict[str, Any]] = {}
-    curves = {}
+    curves, cells = {}, []
     for name in [*_choose(run, config.methods), PIXELS]:
         learner, state, similarity = _embedding(name, run)
         if config.similarity != "trained":
@@ -102,6 +102,7 @@ def run(config: Config, folder: Path) -> None:
             learner, state, x, pairs, similarity=similarity
         )
         found = verification.receiver_operating_characteristic(scores, pairs.same)
+        values = found.summary(FALSE_ACCEPTS)._asdict()
         ci95 = verification.bootstrap_over_identities(
             scores,
             pairs,
@@ -109,10 +110,21 @@ def run(config: Config, folder: Path) -> None:
             false_accept_rate=FALSE_ACCEPTS,
             num_samples=config.bootstrap,
             seed=config.seed,
-        )
-        values = found.summary(FALSE_ACCEPTS)._asdict()
-        rows[name] = {"similarity": similarity, **values, "ci95": ci95._asdict()}
+        )._asdict()
+        rows[name] = {"similarity": similarity, **values, "ci95": ci95}
         curves[name] = found.false_accepts, found.true_accepts
+        numbers = (
+            f"{100 * values[key]:.1f} ({100 * low:.1f}-{100 * high:.1f})"
+            for key, (low, high) in ci95.items()
+        )
+        cells.append([name, similarity, *numbers])
+    accepts = f"true at {FALSE_ACCEPTS:.0%} false"
+    table = Table(
+        "verification, % (95% intervals over identities)",
+        ["method", "compared by", "equal error rate", accepts, "area"],
+        cells,
+        left=(0, 1),
+    )
     document = {
         "run": str(config.run),
         "data": {"name": given.name, "checksum": given.checksum},
@@ -124,22 +136,7 @@ def run(config: Config, folder: Path) -> None:
         "methods": rows,
     }
     figure = plots.roc_curves(curves, title=f"{given.name}, {people:,} identities")
-    write_results(folder, config, [table(rows)], document, {"verification.png": figure})
-
-
-def table(rows: Mapping[str, Mapping[str, Any]]) -> Table:
-    """One line a method; intervals over identities in brackets."""
-    cells = []
-    for name, row in rows.items():
-        numbers = (
-            f"{100 * row[key]:.1f} ({100 * low:.1f}-{100 * high:.1f})"
-            for key, (low, high) in row["ci95"].items()
-        )
-        cells.append([name, row["similarity"], *numbers])
-    caption = "verification, % (95% intervals over identities)"
-    accepts = f"true at {FALSE_ACCEPTS:.0%} false"
-    headings = ["method", "compared by", "equal error rate", accepts, "area"]
-    return Table(caption, headings, cells, left=(0, 1))
+    return Made([table], document, {"verification.png": figure})
 
 
 def _choose(run: SavedRun, wanted: Sequence[str]) -> list[str]:
@@ -163,39 +160,36 @@ def _choose(run: SavedRun, wanted: Sequence[str]) -> list[str]:
 
 
 def _identities(config: Config, run: SavedRun) -> Identities:
-    shape = tuple(run.data["image_shape"])
-    trained_on = run.options.data.data_dir
-    places = [path and path.resolve() for path in (trained_on, config.data_dir)]
-    if config.dataset != "run" and places[0] == places[1]:
+    trained, where = run.options.data, config.data_dir
+    if config.dataset == "run":
+        # no episodes are drawn, so none need be possible
+        own = cli.replace(
+            trained, shot=1, queries=1, data_dir=where or trained.data_dir
+        )
+        found = load_source(own, {}).dataset
+        if found.checksum != run.data["checksum"]:
+            print("note: the data differ from those of the run (another checksum)")
+        return _pooled(found, ["test"])
+    assert where is not None, "refused by check"
+    if trained.data_dir and trained.data_dir.resolve() == where.resolve():
         print("note: the run was trained on some of these identities")
+    shape = tuple(run.data["image_shape"])
     if config.dataset == "arrays":
-        assert config.data_dir is not None
-        x, y = data.read_arrays(config.data_dir)
+        x, y = data.read_arrays(where)
         if x.shape[1:] != shape:
             raise ValueError(
-                f"--data-dir {config.data_dir} has examples of {list(x.shape[1:])}, "
-                f"and {run.folder} was trained on {list(shape)}: make them alike"
+                f"--data-dir {where} has examples of {list(x.shape[1:])}, and "
+                f"{run.folder} was trained on {list(shape)}: make them alike"
             )
-        return Identities(x, y, config.data_dir.stem, data.checksum(x))
-    if config.dataset == "folders":
-        assert config.data_dir is not None
-        if shape[0] != shape[1]:
-            raise ValueError(
-                f"--dataset folders gives squares, and {run.folder} was trained on "
-                f"{list(shape)}: give --dataset arrays"
-            )
-        found = data.load_image_folders(
-            config.data_dir, image_size=shape[0], channels=shape[2]
+        return Identities(x, y, where.stem, data.checksum(x))
+    height, width, channels = shape
+    if height != width:
+        raise ValueError(
+            f"--dataset folders gives squares, and {run.folder} was trained on "
+            f"{list(shape)}: give --dataset arrays"
         )
-        return _pooled(found, list(data.SPLITS))
-    # no episodes are drawn, so none need be possible
-    of_run = cli.replace(run.options.data, shot=1, queries=1)
-    if config.data_dir is not None:
-        of_run = cli.replace(of_run, data_dir=config.data_dir)
-    found = load_source(of_run, {}).dataset
-    if found.checksum != run.data["checksum"]:
-        print("note: the data differ from those of the run (another checksum)")
-    return _pooled(found, ["test"])
+    images = data.load_image_folders(where, image_size=height, channels=channels)
+    return _pooled(images, [*data.SPLITS])
 
 
 def _pooled(dataset: data.Dataset, splits: Sequence[str]) -> Identities:

@@ -17,7 +17,12 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from metalstm.data.pools import SPLITS, Dataset, checksum, make_pool
+from metalstm.data.pools import (
+    SPLITS,
+    Dataset,
+    checksum_of_classes,
+    pool_of,
+)
 from metalstm.runtime.files import atomic_write
 
 __all__ = [
@@ -32,15 +37,15 @@ __all__ = [
 
 PathLike = str | os.PathLike[str]
 
-_HASHED = ("images", "counts")
+_FORMAT = 2  # of what `cached_dataset` writes
 
 
 class Split(NamedTuple):
     """One split as numpy arrays, before it goes to the device."""
 
-    images: np.ndarray  # uint8 [C, M, H, W, ch]
+    images: np.ndarray  # [N, ...], one class behind the other
     counts: np.ndarray  # int32 [C]
-    names: tuple[str, ...]  # C class names
+    names: tuple[Any, ...]  # C class names
     groups: np.ndarray | None = None  # int32 [C, M]
 
 
@@ -131,17 +136,15 @@ def assemble(
                 stacklevel=3,
             )
     if digest is None:
-        digest = checksum(*(array for split in SPLITS for array in splits[split][:2]))
+        digest = checksum_of_classes(*(splits[split][:2] for split in SPLITS))
     pools = {
-        split: make_pool(
-            splits[split].images, splits[split].counts, splits[split].groups
-        )
+        split: pool_of(splits[split].images, splits[split].counts, splits[split].groups)
         for split in SPLITS
     }
     return Dataset(
         name=name,
         class_names={split: tuple(splits[split].names) for split in SPLITS},
-        image_shape=tuple(splits["train"].images.shape[2:]),
+        image_shape=tuple(splits["train"].images.shape[1:]),
         checksum=digest,
         info=dict(info),
         **pools,
@@ -150,11 +153,8 @@ def assemble(
 
 def _all_alike(split: Split) -> bool:
     """Whether there are several images and no two differ; stops at the first two."""
-    return int(split.counts.sum()) > 1 and all(
-        np.array_equal(split.images[0, 0], image)
-        for of_class, count in zip(split.images, split.counts, strict=True)
-        for image in of_class[:count]
-    )
+    first = split.images[0]
+    return len(split.images) > 1 and all(np.array_equal(first, i) for i in split.images)
 
 
 def cached_dataset(
@@ -163,6 +163,7 @@ def cached_dataset(
     build: Callable[[], tuple[Mapping[str, Split], Mapping[str, Any]]],
 ) -> Dataset:
     """Do what `cached` does for a `Dataset`; ``build`` returns splits and info."""
+    path = path.with_name(f"{path.stem}-format{_FORMAT}{path.suffix}")
 
     def to_arrays() -> dict[str, np.ndarray]:
         splits, info = build()
@@ -174,7 +175,7 @@ def cached_dataset(
             names[split] = part.names
             if part.groups is not None:
                 arrays[f"{split}.groups"] = part.groups
-        digest = checksum(*(arrays[f"{s}.{a}"] for s in SPLITS for a in _HASHED))
+        digest = checksum_of_classes(*(splits[split][:2] for split in SPLITS))
         meta = {"names": names, "info": dict(info), "checksum": digest}
         return {"meta": np.array(json.dumps(meta)), **arrays}
 

@@ -5,6 +5,7 @@ Shapes: N images, D features.
 
 from __future__ import annotations
 
+import dataclasses
 import re
 from collections.abc import Callable, Iterable
 from typing import Any, TypeVar
@@ -14,7 +15,13 @@ import numpy as np
 
 from metalstm.checks import check_at_least
 from metalstm.data.cache import PathLike, cache_folder, cached, fingerprint
-from metalstm.data.pools import SPLITS, ClassPool, Dataset, checksum
+from metalstm.data.pools import (
+    SPLITS,
+    ClassPool,
+    Dataset,
+    checksum,
+    checksum_of_classes,
+)
 
 __all__ = ["embed"]
 
@@ -35,7 +42,7 @@ def embed(
 ) -> Data:
     """Replace each image by its vector ``fn(image)``, once.
 
-    The result holds float32 vectors, [C, M, D] in place of [C, M, H, W, ch], with the
+    The result holds float32 vectors, [N, D] in place of [N, H, W, ch], with the
     classes' names, counts and groups. Samplers and algorithms take it as they take
     images; the vectors are neither scaled nor quantised.
 
@@ -74,23 +81,19 @@ def embed(
     }
     if isinstance(data, Dataset):
         pools = [embed(fn, data.pool(split), **options) for split in SPLITS]
-        features = [np.asarray(part) for pool in pools for part in pool[:2]]
+        parts = [(np.asarray(pool.images), np.asarray(pool.counts)) for pool in pools]
         train, validation, test = pools
         return data._replace(
             train=train,
             validation=validation,
             test=test,
-            image_shape=train.images.shape[2:],
-            checksum=checksum(*features),
+            image_shape=train.images.shape[1:],
+            checksum=checksum_of_classes(*parts),
             info=data.info | {"backbone": name, "images_checksum": data.checksum},
         )
     if isinstance(data, ClassPool):
-        images, counts = np.asarray(data.images), np.asarray(data.counts)
-        drawn: Any = np.arange(images.shape[1]) < counts[:, None]
-        vectors = _embed_array(fn, images[drawn], **options)
-        features = np.zeros((*drawn.shape, vectors.shape[-1]), np.float32)
-        features[drawn] = vectors
-        return data._replace(images=jnp.asarray(features))
+        vectors = _embed_array(fn, np.asarray(data.images), **options)
+        return dataclasses.replace(data, images=jnp.asarray(vectors))
     return _embed_array(fn, np.asarray(data), **options)
 
 

@@ -7,7 +7,7 @@ pool is an argument.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -27,6 +27,7 @@ __all__ = [
     "TaskSampler",
     "episode_key",
     "finish_images",
+    "prepare_examples",
     "sample_checked",
     "sample_episode",
     "sample_episodes",
@@ -132,15 +133,15 @@ def episode_key(seed: Any, split: str, step: Any, task: Any = 0) -> Array:
 def sample_episode(key: Array, pool: ClassPool, spec: EpisodeSpec) -> Episode:
     """Draw one episode: x float32 [N, H, W, ch] in [0, 1] and y int32 [N].
 
-    Of a pool of floats x holds what the pool holds, [N, ...].
+    Of a pool of other numbers than bytes x holds what the pool holds, [N, ...].
 
     Classes are distinct and labelled at random, the images of a class are distinct, and
     support and query come in shuffled order. Where the pool has groups, support and
     query share none. ``augment`` and ``normalise`` come last and change x's range.
 
     Raises:
-      ValueError: if the pool's shape alone shows that ``spec`` asks for too much.
-        `validate` checks the counts too, before anything is traced.
+      ValueError: if ``spec`` asks for more classes than the pool has, or more images
+        than its smallest class. `validate` checks the groups too.
     """
     _check_shapes(spec, pool, "pool")
     way, num = spec.way, spec.shot + spec.queries
@@ -176,7 +177,8 @@ def sample_episode(key: Array, pool: ClassPool, spec: EpisodeSpec) -> Episode:
         return jnp.concatenate([part.ravel() for part in parts])[order]
 
     y = arrange(labels).astype(jnp.int32)
-    x = pool.images.at[classes[y], arrange(slots)].get(mode="promise_in_bounds")
+    rows = arrange(pool.starts[classes][:, None] + slots)
+    x = pool.images.at[rows].get(mode="promise_in_bounds")
     x = finish_images(augment_key, x, turns[y], spec)
     return Episode(
         support=Batch(x[:num_support], y[:num_support]),
@@ -214,12 +216,21 @@ def finish_images(key: Array, x: Array, turns: Array, spec: EpisodeSpec) -> Arra
         turns = turns[:, None, None, None]
         for quarter in (1, 2):  # two conditional turns make all four
             x = jnp.where(turns & quarter > 0, jnp.rot90(x, quarter, (1, 2)), x)
+    if spec.augment is not None:
+        x = spec.augment(key, prepare_examples(x, None))
+    return prepare_examples(x, spec.normalise)
+
+
+def prepare_examples(x: Array, normalise: Normalisation | None) -> Array:
+    """Scale bytes to [0, 1], and normalise: what training does, and prediction too.
+
+    Args:
+      x: uint8 [N, H, W, ch]; other numbers [N, ...] are not scaled.
+    """
     if x.dtype == jnp.uint8:
         x = x.astype(jnp.float32) / 255
-    if spec.augment is not None:
-        x = spec.augment(key, x)
-    if spec.normalise is not None:
-        mean, std = (to_rank_of(jnp.array(part, x.dtype), x) for part in spec.normalise)
+    if normalise is not None:
+        mean, std = (to_rank_of(jnp.array(part, x.dtype), x) for part in normalise)
         x = (x - mean) / std
     return x
 
@@ -233,48 +244,44 @@ def validate(spec: EpisodeSpec, dataset: Dataset, split: str = "train") -> None:
         number of channels; each message has a remedy.
     """
     pool, where = dataset.pool(split), f"{dataset.name}'s {split} split"
-    _check_shapes(spec, pool, where)
+    names = dataset.class_names[split]
     if spec.rotations and not dataset.info.get("rotations", True):
         raise ValueError(
             f"rotations=True: a turned class of {dataset.name} can be another of its "
             f"classes; choose rotations=False"
         )
-    names = dataset.class_names[split]
-    if pool.groups is None:
-        counts = np.asarray(pool.counts)
-        smallest = int(counts.argmin())
-        if spec.shot + spec.queries > counts[smallest]:
-            raise ValueError(
-                f"shot={spec.shot} and queries={spec.queries} need "
-                f"{spec.shot + spec.queries} images a class, but class "
-                f"{names[smallest]!r} of {where} has {counts[smallest]}; choose "
-                f"shot + queries <= {counts[smallest]} or omit such classes"
-            )
-        return
-    available = np.asarray(grouped_capacity(pool))
-    for column, name in enumerate(("shot", "queries")):
-        smallest = int(available[:, column].argmin())
-        limit = int(available[smallest, column])
-        if getattr(spec, name) > limit:
-            raise ValueError(
-                f"{name}={getattr(spec, name)}: half the groups of class "
-                f"{names[smallest]!r} of {where} hold {limit} images, and support and "
-                f"query share no group; choose {name} <= {limit}"
-            )
+    if pool.groups is not None:
+        available = np.asarray(grouped_capacity(pool))
+        for column, name in enumerate(("shot", "queries")):
+            smallest = int(available[:, column].argmin())
+            limit = int(available[smallest, column])
+            if getattr(spec, name) > limit:
+                raise ValueError(
+                    f"{name}={getattr(spec, name)}: half the groups of class "
+                    f"{names[smallest]!r} of {where} hold {limit} images, and support "
+                    f"and query share no group; choose {name} <= {limit}"
+                )
+    _check_shapes(spec, pool, where, names)
 
 
-def _check_shapes(spec: EpisodeSpec, pool: ClassPool, where: str) -> None:
-    num_classes, num_slots, *shape = pool.images.shape
+def _check_shapes(
+    spec: EpisodeSpec, pool: ClassPool, where: str, names: Sequence[Any] | None = None
+) -> None:
+    num_classes, shape = pool.num_classes, pool.images.shape[1:]
     if spec.way > num_classes:
         raise ValueError(
             f"way={spec.way} is more than the {num_classes} classes of {where}; choose "
             f"way <= {num_classes}"
         )
-    if spec.shot + spec.queries > num_slots:
+    if spec.shot + spec.queries > pool.smallest:
+        smallest = "the smallest class"
+        if names is not None:
+            smallest = f"class {names[int(np.argmin(pool.counts))]!r}"
         raise ValueError(
             f"shot={spec.shot} and queries={spec.queries} need "
-            f"{spec.shot + spec.queries} images a class, but no class of {where} has "
-            f"more than {num_slots}; choose shot + queries <= {num_slots}"
+            f"{spec.shot + spec.queries} images a class, but {smallest} of {where} has "
+            f"{pool.smallest}; choose shot + queries <= {pool.smallest} or omit such "
+            "classes"
         )
     if spec.rotations and (len(shape) != 3 or shape[0] != shape[1]):
         raise ValueError(

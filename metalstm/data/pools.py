@@ -1,16 +1,18 @@
 """Pools of examples on the device, grouped by class: episodes are drawn from them.
 
-Shapes: C classes, M slots a class, H x W pixels, ch channels, D features.
+Shapes: N examples, C classes, M_c examples of class c, M of the largest; H x W pixels,
+ch channels, D features.
 """
 
 from __future__ import annotations
 
-import bisect
+import dataclasses
 import hashlib
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -24,10 +26,11 @@ __all__ = [
     "Dataset",
     "Normalisation",
     "checksum",
+    "checksum_of_classes",
     "evenly_spaced",
-    "images_per_class",
+    "join_classes",
     "make_pool",
-    "pad_classes",
+    "pool_of",
 ]
 
 SPLITS = {"train": 0, "validation": 1, "test": 2}
@@ -45,21 +48,35 @@ IMAGENET = Normalisation((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 """The usual statistics of ImageNet's training images."""
 
 
-class ClassPool(NamedTuple):
-    """The images of one split. An *argument* of jitted functions, never closed over.
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class ClassPool:
+    """The examples of one split. An *argument* of jitted functions, never closed over.
 
-    Slots from ``counts[c]`` on are padding and are never drawn. ``groups``, when given,
-    says which images of a class belong together (letters in one font face,
-    drawings of one person): support and query of an episode then share no group.
+    They lie one class behind the other, so that a class takes the memory of its own
+    examples, however large another is. ``groups``, when given, says which examples of a
+    class belong together (letters in one font face, drawings of one person): support
+    and query of an episode then share no group. `make_pool` builds a pool.
     """
 
-    images: Array  # uint8 [C, M, H, W, ch], or floats [C, M, ...] such as features
-    counts: Array  # int32 [C], images of each class
-    groups: Array | None = None  # int32 [C, M], ids in [0, M)
+    images: Array  # [N, ...]: uint8 [N, H, W, ch], or numbers that are kept as they are
+    counts: Array  # int32 [C], examples of each class
+    groups: Array | None  # int32 [C, M], ids in [0, M); of unequal classes padded
+    smallest: int = dataclasses.field(metadata={"static": True})  # the least M_c
 
     @property
     def num_classes(self) -> int:
-        return self.images.shape[0]
+        return self.counts.shape[0]
+
+    @property
+    def starts(self) -> Array:
+        """int32 [C], where each class begins in ``images``."""
+        return jnp.cumsum(self.counts) - self.counts
+
+    def of_class(self, index: int) -> Array:
+        """Return the examples [M_c, ...] of one class, outside of jitted functions."""
+        start = int(self.counts[:index].sum())
+        return self.images[start : start + int(self.counts[index])]
 
 
 class Dataset(NamedTuple):
@@ -69,7 +86,7 @@ class Dataset(NamedTuple):
     train: ClassPool
     validation: ClassPool
     test: ClassPool
-    class_names: dict[str, tuple[str, ...]]  # by split, in the pool's order
+    class_names: dict[str, tuple[Any, ...]]  # by split, in the pool's order
     image_shape: tuple[int, ...]  # (H, W, ch), or of what else an example is
     checksum: str  # of all images and counts; goes into results
     info: dict[str, Any]  # how it was split, versions, counts of merged or skipped
@@ -85,119 +102,114 @@ def make_pool(
     counts: np.ndarray | None = None,
     groups: np.ndarray | None = None,
 ) -> ClassPool:
-    """Build a pool from uint8 [C, M, H, W, ch], or from C arrays [M_c, H, W, ch].
+    """Build a pool from C arrays [M_c, ...], or from one [C, M, ...].
 
-    Floats of any shape [C, M, ...] are kept as they are: an episode's x then holds
-    the same numbers, neither divided by 255 nor quantised. Classes of unequal size are
-    padded to the largest.
+    Bytes are pixels, uint8 [.., H, W, ch]: an episode divides them by 255. Floats and
+    wider integers of any shape (embeddings, spectrograms, token ids) are kept as they
+    are, in 32 bits unless JAX is told otherwise: an episode's x then holds the same
+    numbers. Classes of unequal size are not padded.
+
+    Args:
+      images: of each class.
+      counts: [C], for [C, M, ...]: examples of each class, of which the others are
+        padding.
+      groups: ids [C, M] in [0, M), see `ClassPool`.
 
     Raises:
-      ValueError: if there is no class, an image is neither uint8 nor float, the shape
-        is another, a count is outside [1, M], or all images of a class are of one
-        group.
+      ValueError: if there is no class, an image is no number or a byte of another
+        shape, an integer needs more than 32 bits, a count is outside [1, M], or all
+        images of a class are of one group.
     """
-    if not isinstance(images, np.ndarray):
-        images, counts = pad_classes(images)
-    is_image = images.dtype == np.uint8 and images.ndim == 5
-    is_float = jnp.issubdtype(images.dtype, jnp.floating) and images.ndim >= 3
-    if not (is_image or is_float) or images.shape[0] == 0:
-        raise ValueError(
-            f"images must be uint8 of shape [C, M, H, W, ch], or floats [C, M, ...], "
-            f"with C >= 1, got {images.dtype} {list(images.shape)}"
+    if isinstance(images, np.ndarray):
+        num_classes, num_slots = (*images.shape, 0, 0)[:2]
+        if counts is None:
+            counts = np.full(num_classes, num_slots)
+        counts = np.asarray(counts)
+        bad = counts.shape != (num_classes,)
+        if bad or (num_classes and not 1 <= counts.min() <= counts.max() <= num_slots):
+            raise ValueError(
+                f"counts must hold {num_classes} integers in [1, {num_slots}], got "
+                f"{counts.tolist()[:10]}"
+            )
+        if (counts == num_slots).all():
+            images = images.reshape(-1, *images.shape[2:])
+        else:
+            images = images[np.arange(num_slots) < counts[:, None]]
+    else:
+        images, counts = join_classes(images)
+    if len(images) > 1 and all(np.array_equal(images[0], image) for image in images):
+        warnings.warn(
+            f"all {len(images)} examples are the same: look at where they come from",
+            RuntimeWarning,
+            stacklevel=2,
         )
-    num_classes, num_slots = images.shape[:2]
-    if counts is None:
-        counts = np.full(num_classes, num_slots)
-    if len(counts) != num_classes or np.min(counts) < 1 or np.max(counts) > num_slots:
+    return pool_of(images, counts, groups)
+
+
+def pool_of(
+    images: np.ndarray, counts: np.ndarray, groups: np.ndarray | None = None
+) -> ClassPool:
+    """Build a pool from examples [N, ...], one class behind the other."""
+    images, counts = np.asarray(images), np.asarray(counts)
+    is_number = images.dtype.kind in "iuf" or jnp.issubdtype(images.dtype, jnp.floating)
+    is_pixels = images.dtype != np.uint8 or images.ndim == 4
+    if not (is_number and is_pixels and images.ndim >= 2) or not len(counts):
         raise ValueError(
-            f"counts must hold {num_classes} integers in [1, {num_slots}], got "
-            f"{np.asarray(counts).tolist()[:10]}"
+            f"images must be uint8 of shape [C, M, H, W, ch], or floats or wider "
+            f"integers [C, M, ...], with C >= 1, got {images.dtype} of {len(counts)} "
+            f"classes, each example of shape {list(images.shape[1:])}"
         )
+    if images.dtype.itemsize > 4 and images.dtype.kind in "iu":
+        if np.abs(images).max(initial=0) >= 2**31:
+            raise ValueError(
+                f"images hold integers up to {np.abs(images).max()}: give what 32 bits "
+                "hold"
+            )
+        images = images.astype(np.int32)
+    if counts.min() < 1:
+        raise ValueError(f"class {counts.argmin()} has no example: omit it")
     if groups is not None:
-        _check_groups(groups, counts, (num_classes, num_slots))
+        _check_groups(groups, counts, (len(counts), int(counts.max())))
     return ClassPool(
         jnp.asarray(images),
         jnp.asarray(counts, jnp.int32),
         None if groups is None else jnp.asarray(groups, jnp.int32),
+        int(counts.min()),
     )
 
 
-def pad_classes(images: Sequence[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
-    """Pad C arrays [M_c, ...] to the largest: [C, M, ...] and counts int32 [C].
+def join_classes(images: Sequence[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
+    """Put C arrays [M_c, ...] one behind the other: [N, ...] and counts int32 [C].
 
     Raises:
       ValueError: if there is no class, or dtypes or shapes differ.
     """
-    if not images:
+    if not len(images):
         raise ValueError("images is empty: a pool needs at least one class")
-    counts = np.array([len(of_class) for of_class in images], np.int32)
-    shape = (len(images), counts.max(), *images[0].shape[1:])
-    padded = np.zeros(shape, images[0].dtype)
-    for i, (row, of_class) in enumerate(zip(padded, images, strict=True)):
-        if of_class.dtype != padded.dtype:
+    for i, of_class in enumerate(images):
+        if of_class.dtype != images[0].dtype:
             raise ValueError(
-                f"images[{i}] are {of_class.dtype} and images[0] {padded.dtype}: give "
-                "all as uint8, or all as one type of floats"
+                f"images[{i}] are {of_class.dtype} and images[0] {images[0].dtype}: "
+                "give all as uint8, or all as one type of floats"
             )
         if of_class.shape[1:] != images[0].shape[1:]:
             raise ValueError(
                 f"images[{i}] are of shape {list(of_class.shape[1:])} and images[0] of "
                 f"{list(images[0].shape[1:])}: resize them to one"
             )
-        row[: len(of_class)] = of_class
-    return padded, counts
+    counts = np.array([len(of_class) for of_class in images], np.int32)
+    return np.concatenate(images), counts
 
 
-_PADDING = 3  # the memory of a pool is at most so many times that of its images
-
-
-def images_per_class(
-    counts: Mapping[str, int], max_per_class: int | None, where: str
-) -> int:
-    """Return how many images of a class to keep, at most.
-
-    A pool gives every class the memory of the largest. ``max_per_class=None`` keeps
-    all, unless that is more than three times the memory of the images: then it warns,
-    names the largest class and says how many images are omitted.
-
-    >>> images_per_class({"a": 3, "b": 5}, None, "train")
-    5
-
-    Raises:
-      ValueError: ``max_per_class`` is below 1.
-    """
-    if max_per_class is not None:
-        check_at_least("max_per_class", max_per_class, 1, "or None")
-        return max_per_class
-    sizes = np.array(list(counts.values()))
-    largest = int(sizes.max(initial=0))
-
-    def too_large(limit: int) -> bool:
-        return len(sizes) * limit > _PADDING * np.minimum(sizes, limit).sum()
-
-    if not too_large(largest):
-        return largest
-    limit = bisect.bisect_left(range(largest), True, lo=1, key=too_large) - 1
-    name = max(counts, key=lambda name: counts[name])
-    omitted = int(np.maximum(sizes - limit, 0).sum())
-    warnings.warn(
-        f"class {name!r} of {where} has {largest} images, and each of its {len(sizes)} "
-        f"classes would take as much memory: {limit} images of a class are kept and "
-        f"{omitted} are omitted; choose max_per_class, or divide the class",
-        RuntimeWarning,
-        stacklevel=3,
-    )
-    return limit
-
-
-def evenly_spaced(items: Sequence, limit: int) -> Sequence:
-    """Return at most ``limit`` of the items, in order.
+def evenly_spaced(items: Sequence, limit: int | None) -> Sequence:
+    """Return at most ``limit`` of the items, in order; None: all.
 
     >>> evenly_spaced("abcdefgh", 3)
     ['a', 'e', 'h']
     """
-    if len(items) <= limit:
+    if limit is None or len(items) <= limit:
         return items
+    check_at_least("max_per_class", limit, 1, "or None")
     chosen = np.linspace(0, len(items) - 1, limit).round().astype(int)
     return [items[i] for i in chosen]
 
@@ -210,6 +222,19 @@ def checksum(*arrays: np.ndarray) -> str:
         digest.update(f"{array.dtype.str}{array.shape}".encode())
         digest.update(array.data)
     return digest.hexdigest()[:16]
+
+
+def checksum_of_classes(*parts: tuple[np.ndarray, np.ndarray]) -> str:
+    """Return the `checksum` of pairs of examples [N, ...] and counts [C].
+
+    Classes of one size count as [C, M, ...].
+    """
+    arrays: list[np.ndarray] = []
+    for images, counts in parts:
+        if len(counts) and (counts == counts[0]).all():
+            images = images.reshape(len(counts), -1, *images.shape[1:])
+        arrays += [images, counts]
+    return checksum(*arrays)
 
 
 def _check_groups(groups: np.ndarray, counts: np.ndarray, shape: tuple) -> None:

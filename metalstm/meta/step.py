@@ -15,9 +15,18 @@ import optax
 from jax import lax
 from jax.sharding import Mesh
 
-from metalstm.base import Array, Episode, MetaAlgorithm, PyTree
+from metalstm.base import (
+    Array,
+    Episode,
+    LearnerState,
+    MetaAlgorithm,
+    MetaParams,
+    PyTree,
+)
 from metalstm.checks import check_at_least
 from metalstm.data.episodes import TaskSampler, episode_key, sample_checked
+from metalstm.data.varying import check_masked
+from metalstm.nn.starting import init_from
 from metalstm.runtime import sharding
 from metalstm.runtime.compilation import Jitted
 from metalstm.tasks import in_chunks, over_mesh
@@ -55,18 +64,42 @@ def init_train_state(
     optimizer: optax.GradientTransformation,
     seed: int | Array,
     episode: PyTree,
+    *,
+    start: LearnerState | MetaParams | None = None,
 ) -> TrainState:
     """Draw meta-parameters for episodes shaped like ``episode`` (ONE task).
 
     The sampler returns ``episode``, an `Episode` or a `learned_optimizers.Draw`.
+
+    Args:
+      start: what theta_0 and its batch statistics start from, by
+        `metalstm.nn.init_from`: a trained learner, or the meta-parameters of a trained
+        method.
+
+    Raises:
+      ValueError: ``start`` does not fit, or the method has no learner to start.
     """
     seed = jnp.asarray(seed, jnp.uint32)
     key = jax.random.fold_in(jax.random.key(seed), _INIT)
     params = algorithm.init(key, episode)
+    if start is not None:
+        params = _started(params, start)
     carry = algorithm.init_carry(jax.random.fold_in(key, 1), params, episode)
     state = TrainState(jnp.int32(0), seed, params, optimizer.init(params), carry)
     # copies: a train step donates its state, which may hold no buffer twice
     return jax.tree.map(jnp.array, state)
+
+
+def _started(params: PyTree, start: LearnerState | MetaParams) -> PyTree:
+    trained = start.learner if isinstance(start, MetaParams) else start
+    if isinstance(params, MetaParams):
+        return params._replace(learner=init_from(params.learner, trained).state)
+    if isinstance(params, LearnerState):
+        return init_from(params, trained).state
+    raise ValueError(
+        f"start={type(start).__name__}: this method's meta-parameters are no learner; "
+        "omit it"
+    )
 
 
 def place_state(
@@ -130,6 +163,7 @@ def make_train_loop(
     check_at_least("num_tasks", num_tasks, 1)
     check_at_least("steps_per_call", steps_per_call, 1)
     train_spec = algorithm.train_sampler(spec)
+    check_masked(algorithm, train_spec)
 
     def sample(keys: Array, pool: Any) -> Any:
         return jax.vmap(lambda key: sample_checked(train_spec, key, pool))(keys)

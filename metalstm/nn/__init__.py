@@ -13,14 +13,17 @@ from metalstm.nn.networks import (
     resnet12,
 )
 from metalstm.nn.pooling import max_pool
+from metalstm.nn.starting import Start, init_from
 
 __all__ = [
     "MLP",
     "Conv4",
     "RelationNet",
     "ResNet12",
+    "Start",
     "conv4",
     "from_flax",
+    "init_from",
     "max_pool",
     "mlp",
     "relation_net",

@@ -8,14 +8,15 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from flax import linen as nn
 
 from metalstm.base import Learner
 from metalstm.checks import check_choice
 from metalstm.nn.linen import from_linen
-from metalstm.nn.nnx import from_nnx, parameters_of
+from metalstm.nn.nnx import from_nnx
+from metalstm.nn.signatures import parameters_of
 
 if TYPE_CHECKING:  # a quarter of the time of `import metalstm`, for its users alone
     from flax import nnx
@@ -26,23 +27,28 @@ __all__ = ["from_flax"]
 def from_flax(
     module: nn.Module | Callable[..., nnx.Module],
     *,
-    convolutions: Literal["fastest", "flax"] = "fastest",
+    wrt: Any = None,
+    layers: Literal["fastest", "flax"] = "fastest",
 ) -> Learner:
     """Make a learner of a Linen module, an NNX class or a function that makes one.
 
-    Linen: ``__call__`` takes x [N, ...] and, where the module has a batch norm, one of
-    ``train``, ``training``, ``is_training`` or ``use_running_average``; it is passed
-    accordingly. ``deterministic``, if there, is whether dropout is off. The key of a
-    pass alone switches `nn.Dropout`, not the module's flag; other random layers ask
+    ``__call__`` takes x [N, ...] and, where it has them, ``train``, ``training``,
+    ``is_training`` or ``use_running_average``, which say whether a batch norm uses its
+    batch, and ``deterministic``, whether dropout is off. Where it takes several inputs,
+    such as token ids and a mask, x is a tuple of them, or a dict with their names.
+
+    Linen: a module with a batch norm must take one of the switches. The key of a pass
+    alone switches `nn.Dropout`, not the module's flag; other random layers ask
     ``self.has_rng("dropout")``.
 
     >>> learner = from_flax(nn.Dense(5))
 
     NNX: the class or function is called with ``rngs``. Every layer's
     ``use_running_average`` and ``deterministic`` are set, as ``module.train()`` and
-    ``module.eval()`` do. NNX's batch norm stops gradients at its averages (flax 0.12):
-    where a query is normalised by the support set's, they are constants to a
-    second-order meta-gradient. Linen's are not.
+    ``module.eval()`` do; without a key dropout is off whatever the module says. NNX's
+    batch norm stops gradients at its averages (flax 0.12): where a query is normalised
+    by the support set's, they are constants to a second-order meta-gradient. Linen's
+    are not.
 
     >>> import functools
     >>> from flax import nnx
@@ -54,21 +60,25 @@ def from_flax(
 
     Args:
       module: as above.
-      convolutions: "fastest" computes those of `nn.Conv` and `nnx.Conv` in the form
-        that is fastest where they run, 10 to 20 times faster than flax's in an inner
-        loop on a CPU, and equal up to rounding. A layer that was given its own
-        ``conv_general_dilated`` keeps it. "flax" leaves all of them. `nn.max_pool` has
-        a drop-in as well: `metalstm.nn.max_pool`.
+      wrt: which parameters are ``params``: an nnx filter, such as ``nnx.LoRAParam``,
+        ``nnx.PathContains("head")`` or a function of (path, parameter). The others are
+        ``other``: neither adapted nor learned. To learn them without adapting them, see
+        `metalstm.rules.only`.
+      layers: "fastest" computes the convolutions of `nn.Conv` and `nnx.Conv` and flax's
+        `max_pool` in the form that is fastest where they run, 10 to 30 times faster
+        than flax's in an inner loop on a CPU, and equal up to rounding. A layer that
+        was given its own ``conv_general_dilated`` keeps it. "flax" leaves all of them.
 
     Raises:
       ValueError: for an NNX instance, an NNX class that needs more than ``rngs``, a
-        Linen class, and (when initialised) for a Linen module with batch statistics and
-        no switch for them.
+        Linen class; when initialised, for a Linen module with batch statistics and
+        no switch for them, a ``wrt`` that selects nothing, or an x whose parts are not
+        the inputs.
     """
-    check_choice("convolutions", convolutions, ("fastest", "flax"))
-    fastest = convolutions == "fastest"
+    check_choice("layers", layers, ("fastest", "flax"))
+    fastest = layers == "fastest"
     if isinstance(module, nn.Module):
-        return from_linen(module, fast_convolutions=fastest)
+        return from_linen(module, wrt=wrt, fast=fastest)
     if _is_nnx_instance(module):
         name = type(module).__name__
         raise ValueError(
@@ -90,7 +100,7 @@ def from_flax(
             f"from_flax got the class {name}, which needs {', '.join(missing)} too: "
             f"from_flax(functools.partial({name}, {missing[0]}=...))"
         )
-    return from_nnx(module, fast_convolutions=fastest)
+    return from_nnx(module, wrt=wrt, fast=fastest)
 
 
 def _is_nnx_instance(module: object) -> bool:

@@ -21,7 +21,7 @@ from jax import lax
 from metalstm.base import Array
 from metalstm.nn.convolution import conv2d
 
-__all__ = ["conv_general_dilated", "pads_of", "shifted_images"]
+__all__ = ["conv_general_dilated", "pads_of", "say_once", "shifted_images"]
 
 Pads = Sequence[tuple[int, int]]
 
@@ -69,7 +69,9 @@ def conv_general_dilated(
                 groups=feature_group_count,
             )
             return out.reshape(out.shape[0], *out.shape[1 + more :])
-        _say_once(f"{ndim} image axes, lhs_dilation={lhs_dilation}, {dtype}")
+        say_once(
+            f"a convolution of {ndim} image axes, lhs_dilation={lhs_dilation}, {dtype}"
+        )
     return lax.conv_general_dilated(
         lhs,
         rhs,
@@ -87,9 +89,9 @@ def conv_general_dilated(
 
 
 @functools.cache
-def _say_once(what: str) -> None:
+def say_once(what: str) -> None:
     warnings.warn(
-        f"a convolution of {what} has no fast form on a CPU and may be many times "
+        f"{what} has no fast form on a CPU and may be many times "
         "slower there inside a loop: run it on an accelerator, or build it of layers "
         "with one or two image axes",
         RuntimeWarning,
@@ -137,7 +139,8 @@ def _conv2d(
     shifted = shifted_images(x, kernel.shape[:2], strides, pads, dilation)
     shape = (*shifted[0].shape[:3], kernel.shape[-1])
     if groups == 1:  # a product of matrices, as `conv2d` has it
-        rows = jnp.concatenate(shifted, -1).reshape(math.prod(shape[:3]), -1)
+        width = len(shifted) * x.shape[-1]
+        rows = jnp.concatenate(shifted, -1).reshape(math.prod(shape[:3]), width)
         return (rows @ kernel.reshape(-1, shape[-1])).reshape(shape)
     kernel = kernel.reshape(len(shifted), *kernel.shape[2:])  # [shifts, C // G, O]
     if groups == x.shape[-1]:  # depthwise: no sum over channels

@@ -7,7 +7,8 @@ import jax.numpy as jnp
 
 from metalstm.base import Array, Learner, LearnerState, PyTree
 from metalstm.batches import to_rank_of
-from metalstm.checks import check_features
+from metalstm.checks import check_features, check_positive
+from metalstm.records import recorded
 
 __all__ = ["output_shape", "tied_head"]
 
@@ -20,7 +21,8 @@ def output_shape(
     return outputs
 
 
-def tied_head(body: Learner) -> Learner:
+@recorded("learner")
+def tied_head(body: Learner, feature_length: float | None = None) -> Learner:
     """Put a linear head on ``body`` whose classes all start from one learned vector.
 
     Labels are given to classes at random in every episode, so nothing can be learned
@@ -31,11 +33,21 @@ def tied_head(body: Learner) -> Learner:
 
     Args:
       body: returns features [N, d], such as ``conv4(None)``.
+      feature_length: scale every feature vector to this Euclidean norm before the head.
+        A step size of the head then fits any number of features, pixels and shots, and
+        from a head of zeros one small step is the nearest centroid by cosine. None: the
+        features as they are.
 
     Returns:
       A learner with params ``{"body", "head": {"kernel" [d, 1], "bias" [1]}}`` as
       learned; `Learner.at_way` repeats the head for the classes of a task.
+
+    Raises:
+      ValueError: ``feature_length`` is not above 0; on initialisation, features that
+        are not [N, d].
     """
+    if feature_length is not None:
+        check_positive("feature_length", feature_length)
 
     def init(key: Array, x: Array) -> LearnerState:
         state = body.init(key, x)
@@ -51,6 +63,10 @@ def tied_head(body: Learner) -> Learner:
     def apply(state: LearnerState, x: Array, *, norm, key=None):
         inner = state._replace(params=state.params["body"])
         features, after = body.apply(inner, x, norm=norm, key=key)
+        if feature_length is not None:
+            # the small term keeps the derivative of features that are all 0 finite
+            squares = jnp.sum(features * features, -1, keepdims=True) + 1e-12
+            features = feature_length * features / jnp.sqrt(squares)
         head = state.params["head"]
         outputs = features @ head["kernel"]
         outputs = outputs + to_rank_of(head["bias"], outputs)

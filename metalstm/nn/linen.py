@@ -3,70 +3,74 @@
 from __future__ import annotations
 
 import contextlib
-import inspect
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from flax import core
 from flax import linen as nn
+from jax import lax
 
-from metalstm.base import Array, Learner, LearnerState, Norm, PyTree
+from metalstm.base import Array, Learner, LearnerState, PyTree
 from metalstm.nn.batch_statistics import run_with_statistics
 from metalstm.nn.general_convolution import conv_general_dilated
+from metalstm.nn.pooling import fast_flax_pools
+from metalstm.nn.selection import joined, selected
+from metalstm.nn.signatures import arguments_of, has_norm_switch
 
 __all__ = ["from_linen"]
 
 
-def from_linen(module: nn.Module, *, fast_convolutions: bool = True) -> Learner:
+def from_linen(module: nn.Module, *, wrt: Any = None, fast: bool = True) -> Learner:
     """Make a learner of a Linen module; see `metalstm.nn.from_flax`."""
-    accepted = inspect.signature(type(module).__call__).parameters
-    norm_switches = {"train", "training", "is_training", "use_running_average"}
-    switches = (norm_switches | {"deterministic"}) & set(accepted)
-
-    def flags(norm: Norm, key: Array | None) -> dict[str, Any]:
-        use_batch = norm != "stored"
-        values = dict.fromkeys(("train", "training", "is_training"), use_batch)
-        values["use_running_average"] = not use_batch
-        values["deterministic"] = key is None
-        return {name: values[name] for name in switches}
+    kind = type(module)
 
     @contextlib.contextmanager
     def intercepted(key: Array | None) -> Iterator[None]:
         with contextlib.ExitStack() as stack:
             switch = _dropout_switch(on=key is not None)
             stack.enter_context(nn.intercept_methods(switch))
-            if fast_convolutions:
+            if fast:
+                stack.enter_context(fast_flax_pools())
                 stack.enter_context(nn.intercept_methods(_convolve_fast))
             yield
 
     def init(key: Array, x: Array) -> LearnerState:
         with intercepted(None):
-            variables = module.init({"params": key}, x, **flags("stored", None))
+            args, kwargs = arguments_of(kind, x, norm="stored", dropout=False)
+            variables = module.init({"params": key}, *args, **kwargs)
         params, stats, other = _split_collections(variables)
-        if stats and not switches & norm_switches:
+        if stats and not has_norm_switch(kind):
             raise ValueError(
-                f"{type(module).__name__} has batch statistics but no way to say which "
+                f"{kind.__name__} has batch statistics but no way to say which "
                 "to use: let its __call__ take `train: bool` and build its norms with "
                 "use_running_average=not train"
             )
+        if wrt is not None:
+            params, other["params"] = selected(params, wrt)
         return LearnerState(params, stats, other)
 
     def apply(state, x, *, norm, key=None):
 
         def run(stats):
             variables = {"params": state.params, **state.other}
+            if wrt is not None:
+                fixed = lax.stop_gradient(state.other["params"])
+                variables["params"] = joined(state.params, fixed)
             variables |= {"batch_stats": stats} if stats else {}
+            dropout = key is not None
+            args, kwargs = arguments_of(kind, x, norm=norm, dropout=dropout)
             with intercepted(key):
                 outputs, updated = module.apply(
                     variables,
-                    x,
+                    *args,
                     # Layers that ask for another collection fall back to "params".
                     rngs=None if key is None else {"dropout": key, "params": key},
                     mutable=core.DenyList(["params", "intermediates"]),
-                    **flags(norm, key),
+                    **kwargs,
                 )
             _, new_stats, other = _split_collections(updated)
-            return outputs, new_stats, {name: other[name] for name in state.other}
+            carried = state.other | {n: other[n] for n in state.other if n != "params"}
+            return outputs, new_stats, carried
 
         outputs, stats, other = run_with_statistics(
             run, state.stats, norm, differentiable=True

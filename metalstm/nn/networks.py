@@ -31,6 +31,7 @@ from metalstm.nn.layers import (
     normalise,
 )
 from metalstm.nn.pooling import max_pool
+from metalstm.records import recorded
 
 __all__ = [
     "MLP",
@@ -288,11 +289,13 @@ class ResNet12(nn.Module):
         return normalise(self, f"norm{name}", x, bias, train)
 
 
+@recorded("learner")
 def conv4(num_classes: int | None, filters: int = 32, **options: Any) -> Learner:
     """The four-block convolutional learner; ``options`` are `Conv4`'s attributes."""
     return from_flax(Conv4(num_classes=num_classes, filters=filters, **options))
 
 
+@recorded("learner")
 def mlp(
     num_classes: int | None, widths: tuple[int, ...] = (64, 64), **options
 ) -> Learner:
@@ -300,11 +303,13 @@ def mlp(
     return from_flax(MLP(num_classes=num_classes, widths=tuple(widths), **options))
 
 
+@recorded("learner")
 def relation_net(**options: Any) -> Learner:
     """What scores (classes, queries); ``options`` are `RelationNet`'s attributes."""
     return from_flax(RelationNet(**options))
 
 
+@recorded("learner")
 def resnet12(num_classes: int | None, **options: Any) -> Learner:
     """The few-shot ResNet-12; ``options`` are `ResNet12`'s attributes."""
     return from_flax(ResNet12(num_classes=num_classes, **options))

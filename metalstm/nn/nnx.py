@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
-import inspect
 from collections.abc import Callable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
@@ -14,15 +14,18 @@ from jax import lax
 from metalstm.base import Array, Learner, LearnerState, Norm, PyTree
 from metalstm.nn.batch_statistics import run_with_statistics
 from metalstm.nn.general_convolution import conv_general_dilated
+from metalstm.nn.pooling import fast_flax_pools
+from metalstm.nn.selection import raise_nothing_selected
+from metalstm.nn.signatures import arguments_of, parameters_of
 
 if TYPE_CHECKING:  # a quarter of the time of `import metalstm`, for its users alone
     from flax import nnx
 
-__all__ = ["from_nnx", "parameters_of"]
+__all__ = ["from_nnx"]
 
 
 def from_nnx(
-    make: Callable[..., nnx.Module], *, fast_convolutions: bool = True
+    make: Callable[..., nnx.Module], *, wrt: Any = None, fast: bool = True
 ) -> Learner:
     """Make a learner of what ``make(rngs)`` returns; see `metalstm.nn.from_flax`.
 
@@ -30,7 +33,8 @@ def from_nnx(
     """
     from flax import nnx
 
-    kinds = (nnx.Param, nnx.BatchStat, nnx.RngState, ...)
+    params = nnx.Param if wrt is None else nnx.All(nnx.Param, wrt)
+    kinds = (params, nnx.BatchStat, nnx.RngState, ...)
 
     @functools.cache
     def template(norm: Norm, dropout: bool) -> tuple[nnx.GraphDef, tuple]:
@@ -46,7 +50,7 @@ def from_nnx(
             )
 
         model = nnx.eval_shape(checked)
-        for _, node in nnx.iter_graph(model) if fast_convolutions else ():
+        for _, node in nnx.iter_graph(model) if fast else ():
             is_conv = isinstance(node, nnx.Conv)
             if is_conv and node.conv_general_dilated is lax.conv_general_dilated:
                 node.conv_general_dilated = conv_general_dilated
@@ -55,25 +59,39 @@ def from_nnx(
             deterministic=not dropout,
             raise_if_not_found=False,
         )
+        if not dropout:  # also where the module passes `deterministic` itself
+            model.set_attributes(nnx.Dropout, rate=0.0, raise_if_not_found=False)
+            model.set_attributes(
+                nnx.MultiHeadAttention, dropout_rate=0.0, raise_if_not_found=False
+            )
         if norm == "gather":  # exact for flax's layer; see `_gather` for others
             model.set_attributes(nnx.BatchNorm, momentum=0.0, raise_if_not_found=False)
         graphdef, *parts = nnx.split(model, *kinds)
         return graphdef, tuple(parts)
 
     def init(key: Array, x: Array) -> LearnerState:
+        model = _call(make, nnx.Rngs(key))
         template("stored", False)
-        _, *parts = nnx.split(_call(make, nnx.Rngs(key)), *kinds)
+        arguments_of(type(model), x, norm="stored", dropout=False)  # or refuse x
+        _, *parts = nnx.split(model, *kinds)
         params, stats, _, other = map(nnx.to_pure_dict, parts)
+        if wrt is not None and not params:
+            raise_nothing_selected(wrt, nnx.to_pure_dict(nnx.state(model, nnx.Param)))
         return LearnerState(params, stats, other)
 
     def apply(state, x, *, norm, key=None):
         graphdef, parts = template(norm, key is not None)
 
+        fixed = state.other if wrt is None else lax.stop_gradient(state.other)
+
         def run(stats):
             generators = _fresh_generators(parts[2], key)
-            arrays = (state.params, stats, generators, state.other)
+            arrays = (state.params, stats, generators, fixed)
             model = nnx.merge(graphdef, *map(_filled, parts, arrays))
-            outputs = model(x)
+            dropout = key is not None
+            args, kwargs = arguments_of(type(model), x, norm=norm, dropout=dropout)
+            with fast_flax_pools() if fast else contextlib.nullcontext():
+                outputs = model(*args, **kwargs)
             _, *split = nnx.split(model, *kinds)
             _, new_stats, _, other = split
             return outputs, nnx.to_pure_dict(new_stats), nnx.to_pure_dict(other)
@@ -88,21 +106,9 @@ def from_nnx(
 
 def _call(make: Callable[..., nnx.Module], rngs: nnx.Rngs) -> nnx.Module:
     """Call a class or a function; ``rngs`` is keyword-only in most classes."""
+    if isinstance(make, type) and getattr(make, "__init__") is object.__init__:  # noqa: B009
+        return make()  # layers without parameters
     return make(rngs=rngs) if "rngs" in parameters_of(make) else make(rngs)
-
-
-def parameters_of(make: Callable) -> dict[str, inspect.Parameter]:
-    """Return the parameters of a function, or of a class's ``__init__``.
-
-    The signature of an NNX class is that of its metaclass, ``(*args, **kwargs)``.
-    """
-    while isinstance(make, functools.partial):
-        make = make.func
-    if isinstance(make, type):
-        init = getattr(make, "__init__")  # noqa: B009 (of the class, for a type checker)
-        _, *parameters = inspect.signature(init).parameters.items()
-        return dict(parameters)
-    return dict(inspect.signature(make).parameters)
 
 
 def _fresh_generators(abstract: nnx.State, key: Array | None) -> PyTree:

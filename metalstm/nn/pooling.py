@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+import contextvars
+import functools
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from flax import linen as nn
+from flax.linen import pooling as flax_pooling
+from jax import lax
 
 from metalstm.base import Array
-from metalstm.nn.general_convolution import pads_of, shifted_images
+from metalstm.nn.general_convolution import pads_of, say_once, shifted_images
 
-__all__ = ["max_pool"]
+__all__ = ["fast_flax_pools", "max_pool"]
 
 
 def max_pool(
@@ -40,50 +45,106 @@ def max_pool(
     strides = (1,) * ndim if strides is None else tuple(strides)
     halves = tuple(window_shape) == strides == (2, 2)
     if halves and padding == "VALID" and inputs.ndim == 4:
-        return _halved(inputs)
-    if jax.default_backend() != "cpu" or ndim > 2 or inputs.ndim != ndim + 2:
-        return nn.max_pool(inputs, window_shape, strides, padding)
+        return _pool(inputs, None)
+    is_plain = ndim <= 2 and inputs.ndim == ndim + 2
+    if jax.default_backend() != "cpu" or not is_plain:
+        if ndim > 2 and jax.default_backend() == "cpu":
+            say_once(f"a max-pool of {ndim} image axes")
+        pool = _flax_pool.__wrapped__
+        return pool(inputs, -jnp.inf, lax.max, window_shape, strides, padding)
     more = (1,) * (2 - ndim)  # one axis is a row of two
     pads = pads_of(padding, inputs.shape, window_shape, strides, (1,) * ndim)
-    corners = shifted_images(
-        inputs.reshape(inputs.shape[0], *more, *inputs.shape[1:]),
+    window = _Window(
         (*more, *window_shape),
         (*more, *strides),
-        (*((0, 0) for _ in more), *pads),
-        (1, 1),
-        fill=-jnp.inf,
+        (*((0, 0) for _ in more), *((low, high) for low, high in pads)),
     )
-    largest, *others = corners
-    for corner in others:
-        keeps = (largest >= corner) | jnp.isnan(largest)
-        largest = jnp.where(keeps, largest, corner)
-    return largest.reshape(inputs.shape[0], *largest.shape[1 + len(more) :])
+    out = _pool(inputs.reshape(inputs.shape[0], *more, *inputs.shape[1:]), window)
+    return out.reshape(inputs.shape[0], *out.shape[1 + len(more) :])
 
 
-@jax.custom_jvp
-def _halved(x: Array) -> Array:
-    return _cells(x).max((2, 4))
+class _Window(NamedTuple):
+    """Of two image axes, each."""
+
+    shape: tuple[int, ...]
+    strides: tuple[int, ...]
+    pads: tuple[tuple[int, int], ...]
 
 
-@_halved.defjvp
-def _halved_jvp(primals, tangents):
+@functools.partial(jax.custom_jvp, nondiff_argnums=(1,))
+def _pool(x: Array, window: _Window | None) -> Array:
+    """x [N, H, W, C]; ``window`` None: 2x2 cells."""
+    return functools.reduce(jnp.maximum, _corners(x, window, -jnp.inf))
+
+
+@_pool.defjvp
+def _pool_jvp(window, primals, tangents):
     (x,), (tangent,) = primals, tangents
-    cells = _cells(x)
     # corners are compared with each other, never with their maximum: XLA may compute
     # that from copies that are rounded otherwise, and equal to none of them
-    largest, *others = (cells[:, :, i, :, j] for i in (0, 1) for j in (0, 1))
-    first = jnp.zeros(largest.shape, jnp.int32)
+    largest, *others = _corners(x, window, -jnp.inf)
+    first = jnp.zeros(largest.shape, jnp.int8 if len(others) < 127 else jnp.int32)
     for index, corner in enumerate(others, 1):
-        first = jnp.where(corner > largest, index, first)
-        largest = jnp.maximum(largest, corner)
-    corner = jnp.arange(4).reshape(1, 1, 2, 1, 2, 1)
-    taken = (first[:, :, None, :, None] == corner).astype(x.dtype)
-    # _halved again, not its maximum: the next derivative is this one too
-    return _halved(x), (_cells(tangent) * taken).sum((2, 4))
+        larger = corner > largest
+        first = jnp.where(larger, jnp.asarray(index, first.dtype), first)
+        largest = jnp.where(larger, corner, largest)
+    if jax.default_backend() == "cpu":
+        # else XLA fuses the comparisons into every use of them, pixel by pixel
+        first = lax.optimization_barrier(first)
+    # _pool again, not its maximum: the next derivative is this one too
+    return _pool(x, window), _taken(tangent, first, window)
 
 
-def _cells(x: Array) -> Array:
+def _corners(x: Array, window: _Window | None, fill: float) -> list[Array]:
+    """What each place of the window sees, each [N, H', W', C]."""
+    if window is not None:
+        return shifted_images(x, *window, (1, 1), fill=fill)
     images, height, width, channels = x.shape
-    height, width = height // 2, width // 2
-    x = x[:, : 2 * height, : 2 * width]
-    return x.reshape(images, height, 2, width, 2, channels)
+    # pairs of pixels side by side: a slice of whole vectors
+    pairs = x[:, : height // 2 * 2, : width // 2 * 2].reshape(
+        images, height // 2, 2, width // 2, 2 * channels
+    )
+    halves = slice(None, channels), slice(channels, None)
+    return [pairs[:, :, i, :, half] for i in (0, 1) for half in halves]
+
+
+def _taken(x: Array, first: Array, window: _Window | None) -> Array:
+    """Take corner ``first`` [N, H', W', C] of every window of x [N, H, W, C]."""
+    if window is not None:
+        taken, *others = _corners(x, window, 0.0)
+        for index, corner in enumerate(others, 1):
+            taken = jnp.where(first == index, corner, taken)
+        return taken
+    images, height, width, channels = first.shape
+    cells = x[:, : 2 * height, : 2 * width].reshape(
+        images, height, 2, width, 2, channels
+    )
+    corner = jnp.arange(4, dtype=first.dtype).reshape(1, 1, 2, 1, 2, 1)
+    is_taken = first[:, :, None, :, None] == corner
+    return jnp.where(is_taken, cells, jnp.zeros((), x.dtype)).sum((2, 4))
+
+
+# flax's functions that pool take no function as an argument, as its convolutions do.
+# All of them call this one, which is flax's own wherever `fast_flax_pools` is not.
+_fast = contextvars.ContextVar("_fast", default=False)
+
+
+@functools.wraps(flax_pooling.pool)
+def _flax_pool(inputs, init, reduce_fn, window_shape, strides, padding) -> Any:
+    if _fast.get() and reduce_fn is lax.max and isinstance(init, float):
+        return max_pool(inputs, tuple(window_shape), strides, padding)
+    pool = _flax_pool.__wrapped__
+    return pool(inputs, init, reduce_fn, window_shape, strides, padding)
+
+
+flax_pooling.pool = _flax_pool
+
+
+@contextlib.contextmanager
+def fast_flax_pools() -> Iterator[None]:
+    """Let `max_pool` compute flax's max-pools within, in this thread."""
+    token = _fast.set(True)
+    try:
+        yield
+    finally:
+        _fast.reset(token)

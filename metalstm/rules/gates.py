@@ -17,6 +17,7 @@ from jax import lax
 
 from metalstm.base import Array, PyTree, RuleTraits, UpdateRule
 from metalstm.checks import check_at_least, check_choice
+from metalstm.records import recorded
 from metalstm.rules.features import log_sign
 from metalstm.rules.flat import coordinate_dtype, flatten, leaf_sizes, unflatten
 from metalstm.rules.lstm_cell import lstm_step, tanh_sigmoid
@@ -55,6 +56,7 @@ class GatesState(NamedTuple):
     input: Array  # [N] the input gate's
 
 
+@recorded("rule")
 def lstm_gates(
     *,
     hidden_size: int | None = None,

@@ -72,20 +72,27 @@ def by_group(
     return UpdateRule(init, bind, traits)
 
 
-def only(rule: UpdateRule | optax.GradientTransformation, part: str) -> UpdateRule:
+def only(
+    rule: UpdateRule | optax.GradientTransformation,
+    part: str | Callable[[tuple[str, ...], Array], bool],
+) -> UpdateRule:
     """Apply ``rule`` to the tensors whose path has a ``part``; the others stay.
 
     ``only(rule, "head")`` updates the last layer of the networks that come with the
     library. The rule's parameters are those of ``rule`` alone.
+
+    Args:
+      part: a name in the path, or a function of (path, tensor), such as
+        ``nnx.PathContains("head")``.
 
     Raises:
       ValueError: from ``init``, when no parameter lies in ``part``.
     """
 
     def label(path: Any, leaf: Array) -> str:
-        del leaf
         names = jax.tree_util.keystr(path, simple=True, separator="/").split("/")
-        return "moves" if part in names else "stays"
+        moves = part(tuple(names), leaf) if callable(part) else part in names
+        return "moves" if moves else "stays"
 
     nothing = as_rule(optax.set_to_zero(), RuleTraits(smooth=True, reads_loss=False))
     both = by_group({"moves": rule, "stays": nothing}, label)

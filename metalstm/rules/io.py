@@ -8,10 +8,6 @@ is read.
 
 from __future__ import annotations
 
-import hashlib
-import io
-import json
-import zipfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -24,14 +20,18 @@ import optax
 from metalstm.base import PyTree, UpdateRule
 from metalstm.rules.features import FEATURES_VERSION
 from metalstm.rules.spec import build_rule
-from metalstm.runtime.files import atomic_write
+from metalstm.runtime.array_files import (
+    as_json,
+    digest_of,
+    named_leaves,
+    read_members,
+    write_members,
+)
 
 __all__ = ["SavedRule", "load_rule", "save_rule"]
 
 FORMAT_VERSION = 1
 _MAX_BYTES = 64 * 2**20
-_MAX_HEADER_BYTES = 2**20
-_HEADER = "header"
 
 
 class SavedRule(NamedTuple):
@@ -64,9 +64,9 @@ def save_rule(
       ValueError: ``params`` are not the spec's, or not finite; ``info`` is not JSON.
     """
     path = Path(path)
-    spec, info = _as_json("spec", spec), _as_json("info", info or {})
+    spec, info = as_json("spec", spec), as_json("info", info or {})
     arrays = {}
-    for name, leaf in _named(params).items():
+    for name, leaf in named_leaves(params).items():
         array = np.asarray(leaf)
         if array.dtype != np.float64:  # bfloat16 has no name outside JAX
             array = array.astype(np.float32)
@@ -77,12 +77,9 @@ def save_rule(
         "features": FEATURES_VERSION,
         "spec": spec,
         "info": info,
-        "sha256": _digest(spec, info, arrays),
+        "sha256": digest_of([spec, info], arrays),
     }
-    text = np.frombuffer(json.dumps(header).encode(), np.uint8)
-    # a file, not a name: to one without .npz numpy would add it
-    with atomic_write(path) as part, part.open("wb") as file:
-        np.savez(file, **{_HEADER: text}, **arrays)  # type: ignore[arg-type]
+    write_members(path, header, arrays)
     return path
 
 
@@ -96,10 +93,16 @@ def load_rule(path: str | Path) -> SavedRule:
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"there is no rule file {path}: save_rule writes them")
-    members = _read_members(path)
-    header = _read_header(path, members.pop(_HEADER, None))
+    header, members = read_members(
+        path,
+        "rule",
+        remedy="write it with save_rule",
+        dtypes=(np.float32, np.float64),
+        max_bytes=_MAX_BYTES,
+    )
+    _check_header(path, header)
     spec, info = header["spec"], header["info"]
-    if header["sha256"] != _digest(spec, info, members):
+    if header["sha256"] != digest_of([spec, info], members):
         raise ValueError(
             f"{path} is damaged (its digest does not match what it holds): copy or "
             "download it again"
@@ -109,57 +112,15 @@ def load_rule(path: str | Path) -> SavedRule:
         template = _check_arrays(rule, members, "the file")
     except ValueError as error:
         raise ValueError(f"{path} holds no usable rule: {error}") from error
-    names, treedef = list(_named(template)), jax.tree.structure(template)
+    names, treedef = list(named_leaves(template)), jax.tree.structure(template)
     params = jax.tree.unflatten(treedef, [jnp.asarray(members[n]) for n in names])
     return SavedRule(rule, params, spec, info)
 
 
-def _read_members(path: Path) -> dict[str, np.ndarray]:
-    """All arrays of the file, by name; as `np.load` does, but within known limits."""
-    remedy = "write it with save_rule, or copy it again"
+def _check_header(path: Path, header: dict[str, Any]) -> None:
     try:
-        with zipfile.ZipFile(path) as archive:
-            entries = archive.infolist()
-            if sum(entry.file_size for entry in entries) > _MAX_BYTES:
-                raise ValueError(f"it holds more than {_MAX_BYTES >> 20} MiB")
-            if any(entry.compress_type != zipfile.ZIP_STORED for entry in entries):
-                raise ValueError("it is compressed")  # its true size is unknown
-            names = [entry.filename.removesuffix(".npy") for entry in entries]
-            if len(set(names)) < len(names):
-                raise ValueError("two of its arrays have one name")
-            return {
-                name: _parse_npy(archive.read(entry))
-                for name, entry in zip(names, entries, strict=True)
-            }
-    except Exception as error:  # zipfile and numpy have a dozen kinds for a bad file
-        raise ValueError(
-            f"{path} is not a rule file, or is cut short or damaged ({error}): {remedy}"
-        ) from error
-
-
-def _parse_npy(data: bytes) -> np.ndarray:
-    """A .npy, read without the allocation its header asks for before it is checked."""
-    file = io.BytesIO(data)
-    if np.lib.format.read_magic(file) != (1, 0):
-        raise ValueError("an array has a layout that save_rule does not write")
-    shape, fortran, dtype = np.lib.format.read_array_header_1_0(file)
-    if fortran or dtype not in (np.float32, np.float64, np.uint8):
-        raise ValueError(f"an array is of {dtype}")
-    return np.frombuffer(data, dtype, offset=file.tell()).reshape(shape)
-
-
-def _read_header(path: Path, raw: np.ndarray | None) -> dict[str, Any]:
-    if raw is None:
-        raise ValueError(
-            f"{path} is not a rule file: it has no {_HEADER}; write it with save_rule"
-        )
-    try:
-        if raw.nbytes > _MAX_HEADER_BYTES:
-            raise ValueError(f"more than {_MAX_HEADER_BYTES} bytes")
-        header = json.loads(raw.tobytes())
-        json.dumps(header)  # the digest will
         version, features = int(header["format"]), int(header["features"])
-    except (OverflowError, KeyError, TypeError, ValueError, RecursionError) as error:
+    except (OverflowError, KeyError, TypeError, ValueError) as error:
         raise ValueError(
             f"{path} has a header that cannot be read ({error}): copy it again"
         ) from error
@@ -180,7 +141,6 @@ def _read_header(path: Path, raw: np.ndarray | None) -> dict[str, Any]:
             raise ValueError(
                 f"{path} has a header without {name}: write it with save_rule"
             )
-    return header
 
 
 def _check_arrays(rule: UpdateRule, arrays: dict[str, np.ndarray], what: str) -> PyTree:
@@ -192,7 +152,7 @@ def _check_arrays(rule: UpdateRule, arrays: dict[str, np.ndarray], what: str) ->
         return tx.update(probe, tx.init(probe), probe, value=probe)
 
     template = _shapes(rule.init, jax.random.key(0), probe)
-    expected = {name: leaf.shape for name, leaf in _named(template).items()}
+    expected = {name: leaf.shape for name, leaf in named_leaves(template).items()}
     given = {name: array.shape for name, array in arrays.items()}
     if expected != given:
         differing = sorted(
@@ -221,25 +181,3 @@ def _shapes(fn: Callable, *args: Any) -> PyTree:
         return jax.eval_shape(fn, *args)
     except Exception as error:  # whatever an argument of a wrong kind leads to
         raise ValueError(f"the spec makes no rule that runs: {error}") from error
-
-
-def _named(tree: PyTree) -> dict[str, Any]:
-    leaves = jax.tree_util.tree_flatten_with_path(tree)[0]
-    return {"params" + jax.tree_util.keystr(path): leaf for path, leaf in leaves}
-
-
-def _as_json(name: str, value: Mapping[str, Any]) -> dict[str, Any]:
-    try:
-        return json.loads(json.dumps(dict(value), allow_nan=False))
-    except (TypeError, ValueError) as error:
-        raise ValueError(f"{name}= must be JSON: {error}") from error
-
-
-def _digest(spec: Any, info: Any, arrays: Mapping[str, np.ndarray]) -> str:
-    """Of everything that a reader relies on, in a fixed order."""
-    digest = hashlib.sha256(json.dumps([spec, info], sort_keys=True).encode())
-    for name in sorted(arrays):
-        array = arrays[name]
-        digest.update(f"{name} {array.dtype.str} {array.shape};".encode())
-        digest.update(array.tobytes())
-    return digest.hexdigest()

@@ -14,6 +14,7 @@ from jax import lax
 
 from metalstm.base import Array, PyTree, RuleTraits, UpdateRule
 from metalstm.checks import check_at_least, check_choice
+from metalstm.records import recorded
 from metalstm.rules.features import log_sign
 from metalstm.rules.flat import coordinate_dtype, flatten, leaf_sizes, unflatten
 from metalstm.rules.lstm_cell import init_lstm, lstm_step
@@ -40,6 +41,7 @@ class L2LState(NamedTuple):
     moments: Moments | tuple[()]  # () without them
 
 
+@recorded("rule")
 def l2l(
     *,
     hidden_size: int = 20,

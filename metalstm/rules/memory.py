@@ -15,6 +15,7 @@ from jax import lax
 
 from metalstm.base import Array, PyTree, RuleTraits, UpdateRule
 from metalstm.checks import check_at_least, check_positive
+from metalstm.records import recorded
 from metalstm.rules.classic import chain
 from metalstm.rules.features import log_sign
 from metalstm.rules.flat import coordinate_dtype, flatten, leaf_sizes, unflatten
@@ -42,6 +43,7 @@ class MemoryState(NamedTuple):
     square: Array  # [N] v
 
 
+@recorded("rule")
 def gradient_memory(
     *,
     hidden_size: int = 20,
@@ -126,6 +128,7 @@ def gradient_memory(
     return UpdateRule(init, bind, traits)
 
 
+@recorded("rule")
 def two_layer(
     *,
     memory: Mapping[str, Any] | None = None,

@@ -25,7 +25,8 @@ _ONLY_SUMS = {"xla_cpu_experimental_ynn_fusion_type": "LIBRARY_FUSION_TYPE_REDUC
 class Jitted:
     """``jax.jit(fn, **options)``, compiled with `compiler_options`.
 
-    Where it is called within another jitted function, that one's options hold.
+    Where it is called within another jitted function, that one's options hold. An array
+    that appears twice in the arguments (a state built by hand) may be donated.
     """
 
     def __init__(self, fn: Callable, **options: Any):
@@ -41,8 +42,12 @@ class Jitted:
         )
 
     def __call__(self, *args: Any) -> Any:
-        inside = any(isinstance(x, jax.core.Tracer) for x in jax.tree.leaves(args))
-        return self._nested(*args) if inside else self._outermost(*args)
+        leaves, structure = jax.tree.flatten(args)
+        if any(isinstance(leaf, jax.core.Tracer) for leaf in leaves):
+            return self._nested(*args)
+        if "donate_argnums" in self._options and len({*map(id, leaves)}) < len(leaves):
+            args = jax.tree.unflatten(structure, _without_repeats(leaves))
+        return self._outermost(*args)
 
     def lower(self, *args: Any) -> Any:
         """As the method of a `jax.jit` function."""
@@ -51,6 +56,17 @@ class Jitted:
     def _cache_size(self) -> int:
         """How many programs it holds, as the method of a `jax.jit` function."""
         return self._outermost._cache_size()
+
+
+def _without_repeats(leaves: list[Any]) -> list[Any]:
+    """Copies in place of what came before: no buffer can be donated twice."""
+    seen: set[int] = set()
+    unique = []
+    for leaf in leaves:
+        again = id(leaf) in seen and isinstance(leaf, jax.Array)
+        unique.append(leaf.copy() if again else leaf)
+        seen.add(id(leaf))
+    return unique
 
 
 @functools.cache

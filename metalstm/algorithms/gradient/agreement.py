@@ -6,11 +6,13 @@ import jax
 import jax.numpy as jnp
 
 from metalstm.base import Array, Episode, MetaAlgorithm, PyTree
+from metalstm.records import recorded
 from metalstm.tasks import TaskMapping, map_tasks
 
 __all__ = ["gradient_agreement"]
 
 
+@recorded("algorithm")
 def gradient_agreement(
     algorithm: MetaAlgorithm, *, task_mapping: TaskMapping | None = None
 ) -> MetaAlgorithm:

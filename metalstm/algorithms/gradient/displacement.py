@@ -22,6 +22,7 @@ from metalstm.base import (
     UpdateRule,
 )
 from metalstm.inner import first_order
+from metalstm.records import recorded
 from metalstm.rules import as_rule
 
 __all__ = ["reptile"]
@@ -29,6 +30,7 @@ __all__ = ["reptile"]
 _TEST_STEPS = 50
 
 
+@recorded("algorithm")
 def reptile(
     learner: Learner,
     rule: UpdateRule | optax.GradientTransformation | float = 1e-3,

@@ -26,6 +26,7 @@ from metalstm.base import (
 )
 from metalstm.checks import check_at_least, check_choice, check_positive
 from metalstm.inner import first_order
+from metalstm.records import recorded
 from metalstm.rules import as_rule
 
 __all__ = ["implicit_maml", "proximal_pull"]
@@ -47,6 +48,7 @@ def proximal_pull(strength: float) -> optax.GradientTransformation:
     return optax.GradientTransformation(lambda params: params, update)
 
 
+@recorded("algorithm")
 def implicit_maml(
     learner: Learner,
     rule: UpdateRule | optax.GradientTransformation | float = 0.1,

@@ -16,6 +16,7 @@ from metalstm.algorithms.metric.distances import unit
 from metalstm.algorithms.metric.engine import Comparison, compare_embeddings
 from metalstm.base import Array, Learner, LearnerState, MetaAlgorithm, Norm, PyTree
 from metalstm.checks import check_features
+from metalstm.records import recorded
 
 __all__ = ["MemoryNetState", "MemorySizes", "mann", "memory_step"]
 
@@ -40,6 +41,7 @@ class MemoryNetState(NamedTuple):
     reads: Array  # [R W], of the previous step
 
 
+@recorded("algorithm")
 def mann(
     learner: Learner,
     way: int,

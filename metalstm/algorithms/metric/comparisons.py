@@ -31,10 +31,12 @@ from metalstm.algorithms.metric.full_context import (
 )
 from metalstm.base import Array, Learner, MetaAlgorithm, Norm
 from metalstm.checks import check_at_least, check_choice
+from metalstm.records import recorded
 
 __all__ = ["matching", "prototypical", "relation"]
 
 
+@recorded("algorithm")
 def prototypical(
     learner: Learner,
     *,
@@ -67,10 +69,15 @@ def prototypical(
 
     comparison = stateless(scores, (lambda key, embedded: params) if params else None)
     return compare_embeddings(
-        learner, comparison, train_way=train_way, train_queries=train_queries
+        learner,
+        comparison,
+        train_way=train_way,
+        train_queries=train_queries,
+        masked=True,
     )
 
 
+@recorded("algorithm")
 def matching(
     learner: Learner,
     *,
@@ -118,7 +125,11 @@ def matching(
     learns = bool(scale_params) or context_steps is not None
     comparison = stateless(scores, init_params if learns else None)
     return compare_embeddings(
-        learner, comparison, train_way=train_way, train_queries=train_queries
+        learner,
+        comparison,
+        train_way=train_way,
+        train_queries=train_queries,
+        masked=context_steps is None,  # an LSTM reads every row
     )
 
 
@@ -129,6 +140,7 @@ def _log_attention_of_classes(similarity: Array, labels: Array, way: int) -> Arr
     >>> jnp.exp(_log_attention_of_classes(similarity, labels, way=2)).round(4)
     Array([[0.5, 0.5]], dtype=float32)
     """
+    similarity = jnp.where(labels[None] >= 0, similarity, -jnp.inf)  # -1: no example
     log_weights = jax.nn.log_softmax(similarity)
     is_class = labels[None, :] == jnp.arange(way)[:, None]
     # finite where a class has no image, so that the derivative is too
@@ -136,6 +148,7 @@ def _log_attention_of_classes(similarity: Array, labels: Array, way: int) -> Arr
     return jax.nn.logsumexp(masked, -1)
 
 
+@recorded("algorithm")
 def relation(
     learner: Learner,
     relation_net: Learner,

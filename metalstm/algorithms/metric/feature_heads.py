@@ -22,9 +22,10 @@ from metalstm.algorithms.metric.distances import (
     unit,
 )
 from metalstm.base import Array, Batch, MetaAlgorithm, PyTree
-from metalstm.batches import as_vectors
+from metalstm.batches import as_vectors, labels_of, only_present
 from metalstm.checks import check_at_least, check_positive
 from metalstm.data.pools import ClassPool
+from metalstm.records import recorded
 
 __all__ = [
     "HEADS",
@@ -45,6 +46,7 @@ _TOLERANCE = 1e-5  # of a probability, where logistic regression has converged
 _MOST_STEPS = 10_000
 
 
+@recorded("algorithm")
 def nearest_centroid(*, unit_length: bool = True) -> MetaAlgorithm:
     """Minus the squared distance to each class's mean feature vector.
 
@@ -56,9 +58,10 @@ def nearest_centroid(*, unit_length: bool = True) -> MetaAlgorithm:
     Args:
       unit_length: scale each example, after centring, to length 1.
     """
-    return _on_features(_centroid_scores, unit_length)
+    return _on_features(_centroid_scores, unit_length, masked=True)
 
 
+@recorded("algorithm")
 def nearest_neighbour(
     *, num_neighbours: int = 1, unit_length: bool = False
 ) -> MetaAlgorithm:
@@ -80,6 +83,7 @@ def nearest_neighbour(
     return _on_features(head, unit_length)
 
 
+@recorded("algorithm")
 def ridge(*, penalty: float = 1.0, unit_length: bool = True) -> MetaAlgorithm:
     """Linear regression to one-hot labels with an L2 penalty, in closed form.
 
@@ -97,6 +101,7 @@ def ridge(*, penalty: float = 1.0, unit_length: bool = True) -> MetaAlgorithm:
     return _on_features(functools.partial(ridge_scores, penalty=penalty), unit_length)
 
 
+@recorded("algorithm")
 def logistic_regression(
     *, penalty: float = 1.0, unit_length: bool = True
 ) -> MetaAlgorithm:
@@ -122,16 +127,11 @@ def base_mean(pool: ClassPool) -> Array:
     It is the meta-parameters of the heads here: ``evaluate(nearest_centroid(),
     base_mean(features.train), features.test, spec)``.
     """
-    slots = jnp.arange(pool.images.shape[1], dtype=pool.counts.dtype)
-    drawn = slots[None] < pool.counts[:, None]
-    x = pool.images.reshape(*drawn.shape, -1).astype(jnp.float32)
-    if pool.images.dtype == jnp.uint8:
-        x = x / 255
-    total = jnp.where(drawn[..., None], x, 0).sum((0, 1))
-    return total / drawn.sum().astype(total.dtype)
+    x = pool.images.reshape(pool.images.shape[0], -1).astype(jnp.float32)
+    return x.mean(0) / 255 if pool.images.dtype == jnp.uint8 else x.mean(0)
 
 
-def _on_features(head: Head, unit_length: bool) -> MetaAlgorithm:
+def _on_features(head: Head, unit_length: bool, masked: bool = False) -> MetaAlgorithm:
     def prepare(mean: PyTree, x: PyTree) -> Array:
         x = as_vectors(x)
         x = x.astype(jnp.promote_types(x.dtype, jnp.float32))
@@ -147,10 +147,11 @@ def _on_features(head: Head, unit_length: bool) -> MetaAlgorithm:
     def predict(mean, key, support: Batch, query_x, *, num_classes: int):
         del key
         features, query = prepare(mean, support.x), prepare(mean, query_x)
-        return head(features, support.y, query, num_classes)
+        scores = head(features, labels_of(support), query, num_classes)
+        return only_present(scores, support)
 
     return make_algorithm(
-        init=lambda key, episode: (), predict=predict, trainable=False
+        init=lambda key, episode: (), predict=predict, trainable=False, masked=masked
     )
 
 

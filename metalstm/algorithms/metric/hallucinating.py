@@ -13,10 +13,12 @@ from metalstm.algorithms.metric.engine import Comparison, compare_embeddings
 from metalstm.base import Array, Learner, LearnerState, MetaAlgorithm, Norm, PyTree
 from metalstm.batches import to_rank_of
 from metalstm.checks import check_at_least, check_features
+from metalstm.records import recorded
 
 __all__ = ["generate", "hallucination"]
 
 
+@recorded("algorithm")
 def hallucination(
     learner: Learner,
     *,

@@ -21,10 +21,12 @@ from metalstm.algorithms.metric.engine import (
 )
 from metalstm.base import Array, Learner, MetaAlgorithm
 from metalstm.checks import check_choice, check_positive
+from metalstm.records import recorded
 
 __all__ = ["contrastive_loss", "siamese", "triplet_loss"]
 
 
+@recorded("algorithm")
 def siamese(
     learner: Learner,
     *,

@@ -16,6 +16,7 @@ from metalstm.algorithms.metric.distances import class_means, similarities, unit
 from metalstm.algorithms.transfer.engine import features_of, pretrain
 from metalstm.base import Array, Batch, Learner, MetaAlgorithm
 from metalstm.checks import check_choice, check_positive
+from metalstm.records import recorded
 
 __all__ = ["MarginLoss", "margin_classifier", "margin_logits"]
 
@@ -30,6 +31,7 @@ _SPHEREFACE_BLEND = 5.0  # lambda, where the authors' annealing ends
 _EDGE = 1e-6  # cosines keep this far from 1, where an angle has no derivative
 
 
+@recorded("algorithm")
 def margin_classifier(
     learner: Learner,
     num_classes: int,

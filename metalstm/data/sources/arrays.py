@@ -1,4 +1,4 @@
-"""Arrays with labels, such as spectrograms of speakers: one .npz, divided by label."""
+"""Arrays with labels, such as spectrograms of speakers, divided by label."""
 
 from __future__ import annotations
 
@@ -10,13 +10,8 @@ from typing import Any
 import numpy as np
 
 from metalstm.data.cache import PathLike, Split, assemble
-from metalstm.data.pools import (
-    SPLITS,
-    Dataset,
-    evenly_spaced,
-    images_per_class,
-    pad_classes,
-)
+from metalstm.data.pools import SPLITS, Dataset, evenly_spaced, join_classes
+from metalstm.data.sources.folders import find_files
 from metalstm.data.splits import split_classes
 
 __all__ = ["load_arrays", "read_arrays"]
@@ -28,10 +23,12 @@ _UNREADABLE = (
 
 
 def read_arrays(path: PathLike) -> tuple[np.ndarray, np.ndarray]:
-    """Read examples uint8 [N, H, W, ch] and their labels [N] from a .npz.
+    """Read examples [N, ...] and their labels [N] from a .npz.
 
-    The file holds ``x``, [N, H, W] or [N, H, W, ch], of bytes or of floats in [0, 1],
-    which are kept in 256 levels, and ``y``, [N], of integers or strings.
+    The file holds ``x`` and ``y``. Where x is of bytes it holds images, [N, H, W] or
+    [N, H, W, ch]. Floats and wider integers are of any shape [N, ...] (embeddings,
+    spectrograms, time series, token ids) and are returned as they are. y is of integers
+    or strings.
 
     Raises:
       FileNotFoundError: there is no such file.
@@ -52,30 +49,31 @@ def read_arrays(path: PathLike) -> tuple[np.ndarray, np.ndarray]:
         raise ValueError(
             f"{path} cannot be read ({error}): write it with np.savez(path, x=.., y=..)"
         ) from error
-    if x.ndim not in (3, 4) or not x.size:
-        raise ValueError(
-            f"x of {path} has the shape {list(x.shape)}: give [N, H, W] or "
-            "[N, H, W, ch]"
-        )
+    x = _checked(x, f"x of {path}")
     if y.shape != x.shape[:1] or y.dtype.kind not in "iuU":
         raise ValueError(
             f"y of {path} is {y.dtype} {list(y.shape)}: give an integer or a string "
             f"for each of the {len(x)} examples"
         )
-    return _as_bytes(x if x.ndim == 4 else x[..., None], path), y
+    return x, y
 
 
-def _as_bytes(x: np.ndarray, path: Path) -> np.ndarray:
-    if x.dtype == np.uint8:
-        return x
-    # in this form it refuses NaN too, of which no comparison is true
-    if x.dtype.kind != "f" or not (x.min() >= 0 and x.max() <= 1):
-        span = "" if x.dtype.kind != "f" else f" from {x.min():.3g} to {x.max():.3g}"
+def _checked(x: np.ndarray, where: str) -> np.ndarray:
+    """Return examples [N, ...] as they are, grey images with their channel."""
+    ranks = (3, 4) if x.dtype == np.uint8 else range(2, 32)
+    if x.ndim not in ranks or not x.size:
         raise ValueError(
-            f"x of {path} is {x.dtype}{span}: give uint8, or floats in [0, 1], scaled "
-            "the same way in every file that is used together"
+            f"{where} has the shape {list(x.shape)}: give images [N, H, W] or "
+            "[N, H, W, ch] of bytes, or floats or wider integers [N, ...]"
         )
-    return np.rint(x * np.float32(255)).astype(np.uint8)
+    if x.dtype.kind not in "iuf":
+        raise ValueError(f"{where} is {x.dtype}: give bytes, floats or integers")
+    if x.dtype.kind == "f" and not np.isfinite(x).all():
+        raise ValueError(
+            f"{where} has {int((~np.isfinite(x)).sum())} numbers that are not finite: "
+            "replace them, or omit these examples"
+        )
+    return x[..., None] if x.dtype == np.uint8 and x.ndim == 3 else x
 
 
 def load_arrays(
@@ -89,21 +87,32 @@ def load_arrays(
     """Load labelled arrays, the labels divided into training, validation and test.
 
     No label is in two splits. The same labels and ``seed`` give the same division.
+    Bytes are images; all else comes as it is, see `read_arrays`. ``class_names`` holds
+    the labels, of the type that they have in the file.
 
     Args:
-      path: see `read_arrays`.
+      path: a .npz, see `read_arrays`; or a folder like those of `load_image_folders`,
+        in which each file is one example, a .npy.
       fractions: of the labels for training, validation and test.
       seed: of the division.
       min_examples: the fewest a label may have.
-      max_per_class: keep only so many of a label, evenly spaced in the file, counted in
-        ``info["omitted"]``. None: all, unless one label alone would take most of the
-        memory; a warning then says how many are kept.
+      max_per_class: keep only so many of a label, evenly spaced in the file; ``info``
+        counts the others, as ``"over_limit"``. None: all.
 
     Raises:
       FileNotFoundError: there is no such file.
       ValueError: as `read_arrays`; fewer than three labels, or one with too few
         examples.
     """
+    path = Path(path).expanduser()
+    if path.is_dir():
+        return _load_folders(
+            path,
+            fractions=fractions,
+            seed=seed,
+            min_files=min_examples,
+            max_per_class=max_per_class,
+        )
     x, y = read_arrays(path)
     labels, which, counts = np.unique(y, return_inverse=True, return_counts=True)
     few = counts < min_examples
@@ -113,16 +122,47 @@ def load_arrays(
             f"{min_examples} are needed: add some, or omit it"
         )
     rows = np.split(np.argsort(which, kind="stable"), np.cumsum(counts)[:-1])
-    of_label = dict(zip(map(str, labels), rows, strict=True))
+    of_label = {
+        str(label): (label, evenly_spaced(list(chosen), max_per_class))
+        for label, chosen in zip(labels.tolist(), rows, strict=True)
+    }
     division = split_classes(list(of_label), seed=seed, fractions=fractions)
-    splits, omitted, stem = {}, 0, Path(path).stem
+    splits, num_kept = {}, 0
     for split in SPLITS:
-        found = {name: of_label[name] for name in division[split]}
-        sizes = {name: len(chosen) for name, chosen in found.items()}
-        limit = images_per_class(sizes, max_per_class, f"{stem}'s {split} split")
-        kept = [evenly_spaced(list(chosen), limit) for chosen in found.values()]
-        omitted += sum(sizes.values()) - sum(map(len, kept))
-        padded, per_label = pad_classes([x[chosen] for chosen in kept])
-        splits[split] = Split(padded, per_label, division[split])
+        names, chosen = zip(*(of_label[name] for name in division[split]), strict=True)
+        joined = np.concatenate(chosen)
+        sizes = np.array([len(part) for part in chosen], np.int32)
+        splits[split] = Split(x[joined], sizes, names)
+        num_kept += len(joined)
     info: dict[str, Any] = {"split": f"by label, seed {seed}"}
-    return assemble(stem, splits, info | ({"omitted": omitted} if omitted else {}))
+    if num_kept < len(x):
+        info["over_limit"] = len(x) - num_kept
+    return assemble(path.stem, splits, info)
+
+
+def _load_folders(root: Path, **options: Any) -> Dataset:
+    files, how, left_out = find_files(root, suffixes=(".npy",), **options)
+    splits = {}
+    for split in SPLITS:
+        classes = [_stack(paths) for paths in files[split].values()]
+        splits[split] = Split(*join_classes(classes), tuple(files[split]))
+    return assemble(root.resolve().name, splits, {"split": how} | left_out)
+
+
+def _stack(paths: list[Path]) -> np.ndarray:
+    """Return the examples of a class, [M_c, ...]."""
+    examples = []
+    for path in paths:
+        try:
+            examples.append(np.load(path, allow_pickle=False))
+        except _UNREADABLE as error:
+            raise ValueError(
+                f"{path} cannot be read ({error}): write it with np.save"
+            ) from error
+        first, example = examples[0], examples[-1]
+        if (example.shape, example.dtype) != (first.shape, first.dtype):
+            raise ValueError(
+                f"{path} is {example.dtype} {list(example.shape)} and {paths[0]} "
+                f"{first.dtype} {list(first.shape)}: give all one shape and type"
+            )
+    return _checked(np.stack(examples), f"what {paths[0].parent} holds")

@@ -18,7 +18,7 @@ from metalstm.data.cache import (
     fingerprint,
 )
 from metalstm.data.images import decode_files
-from metalstm.data.pools import SPLITS, Dataset, evenly_spaced, images_per_class
+from metalstm.data.pools import SPLITS, Dataset, evenly_spaced
 from metalstm.data.splits import check_disjoint, split_classes
 
 __all__ = [
@@ -26,6 +26,7 @@ __all__ = [
     "Files",
     "class_files",
     "decode_splits",
+    "find_files",
     "list_files",
     "load_image_folders",
     "split_folders",
@@ -78,9 +79,8 @@ def load_image_folders(
         ``info["skipped"]`` and the first named in ``info["skipped_files"]``, where the
         default is to name and count them and stop.
       background: the colour behind transparent images, as Pillow names it.
-      max_per_class: keep only so many images of a class, evenly spaced by name. None:
-        all, unless one class alone would take most of the memory; a warning then says
-        how many are kept. Either way ``info["over_limit"]`` counts the others.
+      max_per_class: keep only so many images of a class, evenly spaced by name;
+        ``info["over_limit"]`` counts the others. None: all.
       cache_dir: where the decoded images are kept; see `metalstm.data.cache`.
 
     Raises:
@@ -94,14 +94,13 @@ def load_image_folders(
     root = Path(root).expanduser()
     if not root.is_dir():
         raise FileNotFoundError(f"no folder {root}; give one with a folder per class")
-    found, how = _divide_files(root, fractions, seed)
-    _check_counts({n: len(f) for s in SPLITS for n, f in found[s].items()}, min_images)
-    _check_links(found)
-    left_out: dict[str, Any] = _count_omitted(root, found)
-    files = _limit(found, max_per_class, root.name)
-    if over := _num_files(found) - _num_files(files):
-        left_out["over_limit"] = over
-
+    files, how, left_out = find_files(
+        root,
+        fractions=fractions,
+        seed=seed,
+        min_files=min_images,
+        max_per_class=max_per_class,
+    )
     key = fingerprint(
         [
             VERSION,
@@ -132,12 +131,47 @@ def load_image_folders(
             dataset.class_names[split], dataset.pool(split).counts, strict=True
         )
     }
-    _check_counts(counts, min_images)  # again: skipping may have left too few
+    _check_counts(counts, min_images, "images")  # again: skipping may have left too few
     return dataset
 
 
+def find_files(
+    root: Path,
+    *,
+    fractions: tuple[float, float, float],
+    seed: int,
+    min_files: int,
+    max_per_class: int | None,
+    suffixes: tuple[str, ...] = _SUFFIXES,
+) -> tuple[dict[str, Files], str, dict[str, Any]]:
+    """Find the files of each split's classes, and what is left out.
+
+    Returns:
+      per split its classes' files; how they were divided, in words; what the info says
+      of files that are not read, which a warning names, and of those over the limit.
+
+    Raises:
+      FileNotFoundError, ValueError: see `load_image_folders`.
+    """
+    found, how = _divide_files(root, fractions, seed, suffixes)
+    counts = {n: len(f) for s in SPLITS for n, f in found[s].items()}
+    _check_counts(counts, min_files, "images" if suffixes == _SUFFIXES else "files")
+    _check_links(found)
+    left_out = _count_omitted(root, found, suffixes)
+    files = {
+        split: {name: list(evenly_spaced(f, max_per_class)) for name, f in part.items()}
+        for split, part in found.items()
+    }
+    if over := _num_files(found) - _num_files(files):
+        left_out["over_limit"] = over
+    return files, how, left_out
+
+
 def _divide_files(
-    root: Path, fractions: tuple[float, float, float], seed: int
+    root: Path,
+    fractions: tuple[float, float, float],
+    seed: int,
+    suffixes: tuple[str, ...],
 ) -> tuple[dict[str, Files], str]:
     """Return per split its classes' files, and in words how they were divided."""
     found = split_folders(root)
@@ -149,50 +183,40 @@ def _divide_files(
             f"have them divided"
         )
     if found:
-        files = {split: class_files(found[split]) for split in SPLITS}
+        files = {split: class_files(found[split], suffixes) for split in SPLITS}
         how = "folders"
     else:
-        every = class_files(root)
-        _check_some(every, root)
+        every = class_files(root, suffixes)
+        _check_some(every, root, suffixes)
         division = split_classes(list(every), seed=seed, fractions=fractions)
         files = {s: {name: every[name] for name in division[s]} for s in SPLITS}
         how = f"by class, seed {seed}"
     for split in SPLITS:
-        _check_some(files[split], found.get(split, root))
+        _check_some(files[split], found.get(split, root), suffixes)
     check_disjoint({split: list(files[split]) for split in SPLITS})
     return files, how
 
 
-def _check_some(files: Files, folder: Path) -> None:
+def _check_some(files: Files, folder: Path, suffixes: tuple[str, ...]) -> None:
     if not any(files.values()):
+        what = "images" if suffixes == _SUFFIXES else "files"
         raise FileNotFoundError(
-            f"no images in {folder}: expected a folder per class with files ending in "
-            f"{', '.join(_SUFFIXES)}"
+            f"no {what} in {folder}: expected a folder per class with files ending in "
+            f"{', '.join(suffixes)}"
         )
 
 
-def _check_counts(counts: Mapping[str, int], min_images: int) -> None:
+def _check_counts(counts: Mapping[str, int], fewest: int, what: str) -> None:
     for name, count in counts.items():
-        if count < min_images:
+        if count < fewest:
             raise ValueError(
-                f"class {name!r} has {count} images, at least {min_images} are needed; "
-                f"add images or move the class out of the folder"
+                f"class {name!r} has {count} {what}, at least {fewest} are needed; "
+                f"add {what} or move the class out of the folder"
             )
 
 
 def _num_files(files: Mapping[str, Files]) -> int:
     return sum(len(paths) for split in files.values() for paths in split.values())
-
-
-def _limit(
-    files: Mapping[str, Files], max_per_class: int | None, name: str
-) -> dict[str, Files]:
-    limited = {}
-    for split, classes in files.items():
-        counts = {class_name: len(paths) for class_name, paths in classes.items()}
-        most = images_per_class(counts, max_per_class, f"{name}'s {split} split")
-        limited[split] = {c: list(evenly_spaced(classes[c], most)) for c in classes}
-    return limited
 
 
 def _check_links(files: Mapping[str, Files]) -> None:
@@ -213,7 +237,9 @@ def _check_links(files: Mapping[str, Files]) -> None:
                 )
 
 
-def _count_omitted(root: Path, files: Mapping[str, Files]) -> dict[str, Any]:
+def _count_omitted(
+    root: Path, files: Mapping[str, Files], suffixes: tuple[str, ...]
+) -> dict[str, Any]:
     """Count the files under ``root`` that are not read, and warn of visible ones."""
     classes = [paths for split in files.values() for paths in split.values()]
     read = {os.fspath(path) for paths in classes for path in paths}
@@ -235,9 +261,9 @@ def _count_omitted(root: Path, files: Mapping[str, Files]) -> dict[str, Any]:
         few += ", .." * (len(visible) > _NUM_NAMED)
         warnings.warn(
             f"{len(visible)} files in {root} are not read: {few}. Read are "
-            f"files in a class's folder that end in {', '.join(_SUFFIXES)}",
+            f"files in a class's folder that end in {', '.join(suffixes)}",
             RuntimeWarning,
-            stacklevel=3,
+            stacklevel=4,
         )
     return {
         "omitted": len(omitted),
@@ -269,8 +295,8 @@ def split_folders(root: Path) -> dict[str, Path]:
     return found
 
 
-def class_files(folder: Path) -> Files:
-    """Return each class folder's image files, sorted; hidden folders are omitted.
+def class_files(folder: Path, suffixes: tuple[str, ...] = _SUFFIXES) -> Files:
+    """Return each class folder's files, sorted; hidden folders are omitted.
 
     Raises:
       ValueError: two folders have one name when printed.
@@ -285,7 +311,7 @@ def class_files(folder: Path) -> Files:
         found[name] = [
             entry / file
             for file in sorted(os.listdir(entry))
-            if file.lower().endswith(_SUFFIXES) and not file.startswith(".")
+            if file.lower().endswith(suffixes) and not file.startswith(".")
         ]
     return found
 
@@ -328,29 +354,33 @@ def decode_splits(
     splits: dict[str, Split] = {}
     corrupt: list[tuple[Path, Exception]] = []
     for split in SPLITS:
-        most = max(len(paths) for paths in files[split].values())
-        shape = (len(files[split]), most, size, size, channels)
-        images, counts = np.zeros(shape, np.uint8), np.zeros(shape[0], np.int32)
-        for row, paths in enumerate(files[split].values()):
+        num = sum(len(paths) for paths in files[split].values())
+        images = np.zeros((num, size, size, channels), np.uint8)
+        counts: list[int] = []
+        for paths in files[split].values():
             decoded = decode_files(
                 paths, size=size, channels=channels, background=background
             )
+            start = sum(counts)
+            good = [image for image in decoded if not isinstance(image, Exception)]
             for path, image in zip(paths, decoded, strict=True):
-                if not isinstance(image, Exception):
-                    images[row, counts[row]] = image
-                    counts[row] += 1
-                else:
+                if isinstance(image, Exception):
                     corrupt.append((path, image))
-            if skip_corrupt and not counts[row]:
+            images[start : start + len(good)] = good or images[:0]
+            counts.append(len(good))
+            if skip_corrupt and not good:
                 name = paths[0].parent.name
                 raise ValueError(f"class {name!r}: none of its files can be decoded")
-        splits[split] = Split(images, counts, tuple(files[split]))
+        kept = images[: sum(counts)]
+        splits[split] = Split(kept, np.array(counts, np.int32), tuple(files[split]))
     if corrupt and not skip_corrupt:
         raise ValueError(_describe_corrupt(corrupt))
-    kept: dict[str, Any] = {"skipped": len(corrupt)}
+    left_out: dict[str, Any] = {"skipped": len(corrupt)}
     if corrupt:
-        kept["skipped_files"] = [_printable(str(p)) for p, _ in corrupt[:_NUM_NAMED]]
-    return splits, {**info, **kept}
+        left_out["skipped_files"] = [
+            _printable(str(p)) for p, _ in corrupt[:_NUM_NAMED]
+        ]
+    return splits, {**info, **left_out}
 
 
 def _describe_corrupt(corrupt: list[tuple[Path, Exception]]) -> str:

@@ -118,7 +118,7 @@ def _render(fonts: list[Path], seed: int) -> tuple[dict[str, Split], dict[str, A
         parts[_split_of(letter.code)].append(letter)
     splits = {}
     for split, members in parts.items():
-        images = np.stack([_draw(letter, seed, noise) for letter in members])
+        images = np.concatenate([_draw(letter, seed, noise) for letter in members])
         # Image m is in face m % F: the faces share a class's images evenly.
         groups = [np.arange(IMAGES_PER_CLASS) % len(m.faces) for m in members]
         names = tuple(f"{chr(m.code)} {_name(m.code)}" for m in members)

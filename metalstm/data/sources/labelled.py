@@ -94,11 +94,10 @@ def load_image_data(
 
 
 def _letters(glyphs: Dataset, num_classes: int = 10) -> LabelledImages:
-    images = np.asarray(glyphs.train.images[:num_classes])
-    per_class = images.shape[1]
+    per_class = glyphs.train.smallest
+    x = np.asarray(glyphs.train.images[: num_classes * per_class])
     labels = np.repeat(np.arange(num_classes), per_class)
     held_out = np.tile(np.arange(per_class) % _HELD_OUT == 0, num_classes)
-    x = images.reshape(-1, *images.shape[2:])
     arrays = {
         "train.x": x[~held_out],
         "train.y": labels[~held_out],

@@ -105,7 +105,7 @@ def _divide(drawings: _Drawings, split: str, seed: int) -> Dataset:
         info["seed"] = seed
     parts = {
         name: Split(
-            drawings.images[index],
+            drawings.images[index].reshape(-1, *drawings.images.shape[2:]),
             np.full(len(index), _DRAWINGS, np.int32),
             tuple(drawings.names[index].tolist()),
         )

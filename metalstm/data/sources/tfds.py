@@ -22,7 +22,7 @@ from metalstm.data.cache import (
     fingerprint,
 )
 from metalstm.data.images import fit_to_set
-from metalstm.data.pools import SPLITS, Dataset
+from metalstm.data.pools import SPLITS, Dataset, join_classes
 from metalstm.data.splits import check_disjoint, split_classes
 
 __all__ = ["check_label", "load_tfds", "open_builder"]
@@ -211,10 +211,5 @@ def _stack(
     present = [name for name in wanted if images.get(index[name])]
     if not present:
         raise ValueError(f"none of the classes {', '.join(wanted[:5])} has an image")
-    counts = np.array([len(images[index[name]]) for name in present], np.int32)
-    shape = images[index[present[0]]][0].shape
-    stacked = np.zeros((len(present), counts.max(), *shape), np.uint8)
-    for row, name in zip(stacked, present, strict=True):
-        of_class = images.pop(index[name])
-        row[: len(of_class)] = of_class
+    stacked, counts = join_classes([np.stack(images.pop(index[n])) for n in present])
     return Split(stacked, counts, tuple(present))

@@ -1,0 +1,89 @@
+"""A run whose theta_0 starts from another run's, and theta_0's own learning rate."""
+
+from __future__ import annotations
+
+import jax
+import numpy as np
+import optax
+import pytest
+import tiny
+from few_shot_runs import META_LSTM, command, read
+
+import metalstm
+from experiments.few_shot import __main__ as few_shot
+from experiments.few_shot.methods import kind_of
+from experiments.few_shot.optimizer import make_optimizer
+from experiments.few_shot.options import Training
+from metalstm import algorithms
+from metalstm.base import MetaParams
+
+pytestmark = pytest.mark.usefixtures("tiny_instead_of_glyphs")
+
+
+def test_theta_0_comes_from_the_named_run_and_stays(finished, tmp_path, capsys):
+    folder = tmp_path / "run"
+    line = command(
+        "--algorithms", "meta-lstm", *META_LSTM, "--init-from", f"{finished}:meta-lstm",
+        "--theta-learning-rate", 0, "--seed", 3, "--episodes", 4, "--validate-every", 2,
+        workdir=folder,
+    )  # fmt: skip
+    assert few_shot.main(line) == 0
+    said = capsys.readouterr().out
+    assert f"meta-lstm starts from meta-lstm of {finished}: 4 arrays\n" in said
+    spent = read(folder / "results.json")["methods"]["meta-lstm"]["meta_training"]
+    assert spent["init_from"] == f"{finished}:meta-lstm"
+    before, after = (
+        metalstm.load_run(f, "meta-lstm").params for f in (finished, folder)
+    )
+    tiny.assert_equal(before.learner, after.learner)
+    for old, new in zip(*map(jax.tree.leaves, (before.rule, after.rule)), strict=True):
+        assert not np.array_equal(old, new)
+
+
+@pytest.mark.parametrize(
+    ("extra", "message"),
+    [
+        (("--widths", "5"), r"is \[5\] in the new learner and \[6\] in the trained"),
+        (("--init-from", "nowhere"), "nowhere is not a run folder"),
+        (("--init-from", "{run}:maml"), "method='maml': choose one of"),
+        (("--init-from", "{run}:nearest-neighbour"), "no network to start from"),
+    ],
+)  # fmt: skip
+def test_a_start_that_does_not_fit_is_refused(
+    extra, message, finished, tmp_path, capsys
+):
+    given = [word.format(run=finished) for word in extra]
+    line = command(
+        "--algorithms", "meta-lstm", *META_LSTM, "--init-from", finished, *given,
+        workdir=tmp_path / "run",
+    )  # fmt: skip
+    assert few_shot.main(line) == 2
+    error = capsys.readouterr().err
+    assert "error: --init-from" in error
+    assert message.replace("\\", "") in error
+
+
+def test_theta_0_has_a_learning_rate_of_its_own():
+    """Adam's first step is the rate, whatever the gradient."""
+    method = kind_of("meta-lstm", "mlp")().method
+    training = Training(learning_rate=0.1, theta_learning_rate=0.01, clip=0.0)
+    algorithm = algorithms.meta_lstm(tiny.tanh_net(), num_steps=1)
+    params = algorithm.init(jax.random.key(0), tiny.episode())
+    optimizer = make_optimizer(method, training)
+    ones = jax.tree.map(np.ones_like, params)
+    step, _ = optimizer.update(ones, optimizer.init(params), params)
+    for part, rate in (("learner", 0.01), ("rule", 0.1)):
+        for leaf in jax.tree.leaves(getattr(step, part)):
+            np.testing.assert_allclose(leaf, -rate, rtol=1e-5)
+    with pytest.raises(ValueError, match="methods that learn theta_0 for a rule"):
+        optimizer.init(params.learner)
+
+
+def test_without_it_the_optimizer_is_adam_with_clipping():
+    method = kind_of("meta-lstm", "mlp")().method
+    params = MetaParams({"a": np.ones(3, np.float32)}, {"b": np.ones(2, np.float32)})
+    grads = jax.tree.map(lambda leaf: 3 * leaf, params)
+    ours = make_optimizer(method, Training(learning_rate=0.1, clip=0.5))
+    usual = optax.chain(optax.clip_by_global_norm(0.5), optax.adam(0.1))
+    mine, theirs = (o.update(grads, o.init(params), params)[0] for o in (ours, usual))
+    tiny.assert_equal(mine, theirs)

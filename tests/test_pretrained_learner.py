@@ -1,0 +1,83 @@
+"""Trained methods in files: listed, loaded, and tested again by the command."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+import tiny
+from few_shot_runs import read, tiny_dataset
+
+import metalstm
+from experiments.common.saved_options import located
+from experiments.few_shot import __main__ as few_shot
+from metalstm import data
+
+pytestmark = pytest.mark.usefixtures("tiny_instead_of_glyphs")
+CARD = {"trained_on": "tiny", "result": "chance", "limits": "6x6 images"}
+
+
+@pytest.fixture(scope="module")
+def shipped(finished, tmp_path_factory):
+    """The Meta-LSTM of a run as one file."""
+    saved = read(finished / "config.json")
+    methods = {"meta-lstm": saved["config"]["methods"]["meta-lstm"]}
+    trained = metalstm.load_run(finished, "meta-lstm")
+    return metalstm.save(
+        tmp_path_factory.mktemp("shipped") / "ours.npz",
+        trained.algorithm,
+        trained.params,
+        tiny_dataset().train,
+        data.EpisodeSpec(3, 1, 2),
+        info=CARD
+        | {"config": saved["config"] | {"methods": methods}, "data": saved["data"]}
+        | {"meta_training": {"episodes": 40, "wall_seconds": 1.0}},
+    )
+
+
+def test_the_command_tests_a_file_as_it_tests_the_run(
+    finished, shipped, tmp_path, capsys
+):
+    for source in (shipped, finished):
+        line = ["--evaluate", source, "--algorithms", "meta-lstm", "--test-seed", 3]
+        assert few_shot.main([*map(str, line), "--workdir", str(tmp_path / "out")]) == 0
+        (row,) = read(tmp_path / "out" / "evaluation-3w1s-3.json")
+        with np.load(tmp_path / "out" / "evaluation-3w1s-3.npz") as arrays:
+            row |= {"accuracies": arrays["meta-lstm"].tolist()}
+        if source == shipped:
+            of_file = row
+    same = {"mean", "ci95", "accuracies", "meta_training_episodes"}
+    assert {k: of_file[k] for k in same} == {k: row[k] for k in same}
+    assert "meta-lstm" in capsys.readouterr().out
+
+
+def test_methods_are_listed_and_loaded_by_name(shipped, finished):
+    (card,) = metalstm.pretrained_learner(directory=shipped.parent)
+    assert card == metalstm.LearnerCard("ours", *CARD.values())
+    ours = metalstm.pretrained_learner("ours", directory=shipped.parent)
+    run = metalstm.load_run(finished, "meta-lstm")
+    tiny.assert_equal(ours.params, run.params)
+    images = np.random.default_rng(0).integers(0, 256, (5, 6, 6, 1), np.uint8)
+    labels = ["a", "b", "c"]
+    assert (ours(images[:3], labels, images) == run(images[:3], labels, images)).all()
+    with pytest.raises(ValueError, match="no trained method 'other': choose from ours"):
+        metalstm.pretrained_learner("other", directory=shipped.parent)
+    assert metalstm.pretrained_learner(directory=shipped.parent / "none") == ()
+
+
+def test_every_shipped_method_can_be_tested_by_its_name():
+    for card in metalstm.pretrained_learner():
+        path = located(Path(card.name))
+        assert "config" in metalstm.saving.read_info(path)
+        assert "not stated" not in card
+        assert jax.tree.leaves(metalstm.pretrained_learner(card.name).params)
+
+
+def test_a_file_that_does_not_say_how_to_test_it_is_refused(shipped, tmp_path, capsys):
+    plain = metalstm.load(shipped)
+    spec, pool = data.EpisodeSpec(3, 1, 2), tiny_dataset().train
+    path = metalstm.save(tmp_path / "a.npz", plain.algorithm, plain.params, pool, spec)
+    assert few_shot.main(["--evaluate", str(path)]) == 2
+    assert "does not say how to test it" in capsys.readouterr().err
