@@ -111,7 +111,9 @@ def measure(name: str, seconds: float) -> dict:
     if row.get("rule") == "sgd":
         algorithm = algorithms.maml(learner, 0.1, **options)
     else:
-        algorithm = algorithms.meta_lstm(learner, rules.lstm_gates(), **options)
+        algorithm = algorithms.published_meta_lstm(
+            learner, rules.lstm_gates(), **options
+        )
     optimizer = adam_clipped()
     episode = spec.sample(jax.random.key(0), pool)
     pool = place(pool, mesh)

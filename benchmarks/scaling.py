@@ -86,7 +86,9 @@ def build(name: str) -> tuple[Any, Any, Any]:
     updates = recipe["steps"]
     learner = nn.conv4(5, 32, momentum=0.1)
     if name.startswith("meta-lstm"):
-        algorithm = algorithms.meta_lstm(learner, rules.lstm_gates(), num_steps=updates)
+        algorithm = algorithms.published_meta_lstm(
+            learner, rules.lstm_gates(), num_steps=updates
+        )
     elif name.startswith("maml"):
         algorithm = algorithms.maml(learner, 0.01, num_steps=updates)
     else:

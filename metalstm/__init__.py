@@ -17,6 +17,7 @@ from metalstm.base import (
     RuleTraits,
     UpdateRule,
 )
+from metalstm.batches import MaskedBatch
 from metalstm.inner import (
     Differentiation,
     InnerState,
@@ -76,6 +77,7 @@ __all__ = [
     "Learner",
     "LearnerCard",
     "LearnerState",
+    "MaskedBatch",
     "MetaAlgorithm",
     "MetaParams",
     "NonFiniteLossError",

@@ -379,6 +379,7 @@ class MetaAlgorithm(NamedTuple):
       trainable: False: there is nothing to meta-learn, and it is never trained.
       per_task_carry: True: every leaf of the carry has a leading [T], each task's own
         part, which chunks of tasks and devices split. False: one carry for all tasks.
+      masked: True: rows of a `MaskedBatch` that are no examples change nothing.
     """
 
     init: InitAlgorithm
@@ -392,6 +393,7 @@ class MetaAlgorithm(NamedTuple):
     query_norm: str | None
     trainable: bool
     per_task_carry: bool
+    masked: bool = False
     made_by: Any = None  # for `metalstm.save`, see `metalstm.records`
 
 

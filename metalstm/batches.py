@@ -9,13 +9,15 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 __all__ = [
+    "UNMASKED",
+    "MaskedBatch",
     "are_labels",
     "as_vectors",
     "check_adapt",
@@ -26,11 +28,53 @@ __all__ = [
     "first_example",
     "flatten_examples",
     "join_examples",
+    "labels_of",
+    "mask_of",
     "num_examples",
+    "only_present",
     "to_rank_of",
 ]
 
 PyTree = Any
+
+
+class MaskedBatch(NamedTuple):
+    """A `Batch` of which some rows stand for no example.
+
+    Episodes of fewer classes or examples than others have them, so that all are of one
+    shape. Losses, metrics and methods with ``MetaAlgorithm.masked`` give what they give
+    without these rows; all other methods refuse them.
+    """
+
+    x: PyTree  # [N, ...]
+    y: jax.Array  # [N]
+    mask: jax.Array  # bool [N], False where there is no example
+
+
+def mask_of(batch: Any) -> jax.Array | None:
+    """Return which rows are examples; None: all."""
+    return getattr(batch, "mask", None)
+
+
+def labels_of(batch: Any) -> jax.Array:
+    """Return y [N]; -1, which is no class, where there is no example."""
+    mask = mask_of(batch)
+    return batch.y if mask is None else jnp.where(mask, batch.y, -1)
+
+
+def only_present(scores: jax.Array, support: Any) -> jax.Array:
+    """Set scores [M, way] to -inf for classes without an example, of a masked support.
+
+    >>> support = MaskedBatch(None, jnp.array([0, 1]), jnp.array([True, False]))
+    >>> only_present(jnp.array([[2.0, 3.0]]), support)
+    Array([[  2., -inf]], dtype=float32)
+    """
+    mask = mask_of(support)
+    if mask is None or not are_labels(support.y):
+        return scores
+    present = jnp.zeros(scores.shape[-1], bool).at[support.y].max(mask)
+    # a sum, whose terms broadcast, so that nothing of the mask has the queries' shape
+    return scores + jnp.where(present, 0, -jnp.inf).astype(scores.dtype)[None]
 
 
 def first_example(x: PyTree) -> PyTree:
@@ -161,17 +205,30 @@ def check_batch(
             )
 
 
-def check_predict(predict: Callable) -> Callable:
-    """Let a ``predict`` of `MetaAlgorithm` see only support sets that fit the task."""
+def check_predict(predict: Callable, masked: bool) -> Callable:
+    """Let a ``predict`` of `MetaAlgorithm` see only support sets that fit the task.
+
+    Args:
+      masked: it takes a `MaskedBatch`.
+    """
 
     @functools.wraps(predict)
     def checked(meta_params, key, support, query_x, /, *, num_classes):
         regression = num_classes is None
         if support is not None:  # an optimizer predicts nothing
             check_batch(support, "support", regression=regression, way=num_classes)
+        if not masked and mask_of(support) is not None:
+            raise ValueError(UNMASKED)
         return predict(meta_params, key, support, query_x, num_classes=num_classes)
 
     return checked
+
+
+UNMASKED = (
+    "this method cannot tell rows that are no examples from those that are: choose "
+    "tasks of one size (EpisodeSpec), or maml, meta_lstm or another learned_init "
+    "without batch norm or minibatches, prototypical, matching or nearest_centroid"
+)
 
 
 def check_adapt(adapt: Callable) -> Callable:

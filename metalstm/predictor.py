@@ -1,7 +1,9 @@
 """A trained method, ready for a user's own examples: adapt once, predict often.
 
-Programs are compiled once for each size of a support set, and once for each power of
-two of queries. Shapes: N support examples, M queries, way classes, d target dimensions.
+Programs are compiled once for each power of two of support examples and of queries,
+where a method can leave out the rows that fill them up.
+
+Shapes: N support examples, M queries, way classes, d target dimensions.
 """
 
 from __future__ import annotations
@@ -17,6 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from metalstm.base import Batch, Episode, MetaAlgorithm, PyTree
+from metalstm.batches import MaskedBatch
 from metalstm.data.episodes import prepare_examples
 from metalstm.data.pools import Normalisation
 from metalstm.runtime.exporting import export_program
@@ -249,9 +252,9 @@ class Predictor:
             params, key, support, query, num_classes=way
         )
 
-    def _program(self, support: Batch, query: jax.Array, num_classes: int) -> _Program:
+    def _program(self, support: Any, query: jax.Array, num_classes: int) -> _Program:
         """The method split before its queries, compiled once for these shapes."""
-        shapes = jax.tree.map(lambda leaf: (leaf.shape, str(leaf.dtype)), support)
+        shapes = [(leaf.shape, str(leaf.dtype)) for leaf in support]
         key = num_classes, tuple(shapes), query.shape
         if key not in self._programs:
             fixed = self.params, jax.random.key(0), support
@@ -285,45 +288,62 @@ class Classifier:
     def scores(self, query_images: Any) -> np.ndarray:
         """Return scores [M, way], higher is better.
 
-        Queries are filled up to a power of two, so that few programs serve any number
-        of them. The first time, this is tried with two fillings: where an answer
-        changes (statistics of all queries together, say), every number of queries gets
-        a program of its own, and a warning says so.
+        Queries and, where the method leaves out rows that are no examples, the support
+        set are filled up to a power of two, so that few programs serve any number of
+        them. The first time, each is tried with two fillings: where an answer changes
+        (statistics of all queries together, say), every number gets a program of its
+        own, and a warning says so.
         """
-        query = self.predictor.prepare(query_images)
-        num, predictor = query.shape[0], self.predictor
-        if not num:
+        query, predictor = self.predictor.prepare(query_images), self.predictor
+        if not len(query):
             return np.zeros((0, self._way), np.float32)
-        kind = self._way, self.support.x.shape
-        size = num if kind in predictor._mixing else 1 << (num - 1).bit_length()
-        if size == num:
-            return self._run(query)
-        scores = self._run(_filled(query, size, jnp.zeros_like(query[:1])))
-        if kind not in predictor._probed:
-            other = self.support.x
-            if jnp.issubdtype(other.dtype, jnp.floating):
-                other = other + 1
-            again = self._run(_filled(query, size, other))
-            predictor._probed.add(kind)
-            if not np.array_equal(scores[:num], again[:num], equal_nan=True):
-                predictor._mixing.add(kind)
-                warnings.warn(
-                    f"an answer of this {predictor.method} depends on the other "
-                    "queries, so every number of queries compiles a program",
-                    RuntimeWarning,
-                    stacklevel=2,
-                )
-                return self._run(query)
-        return scores[:num]
+        try:
+            scores = self._run(query)
+        except ValueError:  # what learns by batch statistics refuses empty rows
+            if not self._fills("support", self.support.x):
+                raise
+            self._stop_filling("support")
+            scores = self._run(query)
+        for part, x in (("support", self.support.x), ("queries", query)):
+            known = part, self._way
+            if self._fills(part, x) and known not in predictor._probed:
+                predictor._probed.add(known)
+                again = self._run(query, refilled=part)
+                if not np.array_equal(scores, again, equal_nan=True):
+                    self._stop_filling(part)
+                    scores = self._run(query)
+        return scores
 
-    def _run(self, query: jax.Array) -> np.ndarray:
-        predictor = self.predictor
-        program = predictor._program(self.support, query, self._way)
+    def _fills(self, part: str, x: jax.Array) -> bool:
+        """Whether rows are added to the support set, or to the queries."""
+        never = part == "support" and not self.predictor.algorithm.masked
+        return not never and part not in self.predictor._mixing and _size(x) > len(x)
+
+    def _stop_filling(self, part: str) -> None:
+        self.predictor._mixing.add(part)
+        what = "support examples" if part == "support" else "queries"
+        warnings.warn(
+            f"an answer of this {self.predictor.method} depends on how many {what} "
+            "there are, so every number of them compiles a program",
+            RuntimeWarning,
+            stacklevel=3,
+        )
+
+    def _run(self, query: jax.Array, refilled: str | None = None) -> np.ndarray:
+        """Scores [M, way], with another filling of the part ``refilled``."""
+        predictor, num = self.predictor, len(query)
+        support: Any = self.support
+        if self._fills("support", support.x):
+            support = _filled_batch(support, refilled == "support")
+        if self._fills("queries", query):
+            query = _filled(query, refilled == "queries")
+        program = predictor._program(support, query, self._way)
         adapted = self._adapted.get(program.earlier)
-        if adapted is None:
-            adapted = program.earlier(predictor.params, self.key, self.support)
+        if adapted is None or refilled == "support":
+            adapted = program.earlier(predictor.params, self.key, support)
+        if refilled != "support":
             self._adapted[program.earlier] = adapted
-        return np.asarray(program.later(adapted, query))
+        return np.asarray(program.later(adapted, query))[:num]
 
     def export(
         self,
@@ -363,9 +383,23 @@ class Classifier:
         return self.support.y.shape[-1] if self.classes is None else len(self.classes)
 
 
-def _filled(query: jax.Array, size: int, filling: jax.Array) -> jax.Array:
-    rows = jnp.arange(size - len(query)) % len(filling)
-    return jnp.concatenate([query, filling[rows].astype(query.dtype)])
+def _size(x: jax.Array) -> int:
+    """The power of two that holds all rows."""
+    return 1 << (len(x) - 1).bit_length()
+
+
+def _filled(x: jax.Array, other: bool) -> jax.Array:
+    """Fill rows up to a power of two: with zeros, or with others for a trial."""
+    filling = jnp.zeros_like(x)
+    if other:
+        filling = x + 1 if jnp.issubdtype(x.dtype, jnp.floating) else x
+    return jnp.concatenate([x, filling[: _size(x) - len(x)]])
+
+
+def _filled_batch(batch: Batch, other: bool) -> MaskedBatch:
+    num, size = len(batch.y), _size(batch.x)
+    y = jnp.concatenate([batch.y, jnp.zeros_like(batch.y)[: size - num]])
+    return MaskedBatch(_filled(batch.x, other), y, jnp.arange(size) < num)
 
 
 def _classes(labels: Sequence[Any]) -> tuple[np.ndarray, np.ndarray]:

@@ -67,13 +67,14 @@ def save(
       ValueError: ``params`` are not the algorithm's; ``info`` is not JSON; an example
         is not one array; two objects that a file cannot hold have one name.
 
+    >>> import tempfile
     >>> from metalstm import algorithms, data, nn
     >>> pool = data.make_pool(np.zeros((3, 4, 2), np.float32))
     >>> spec, learner = data.EpisodeSpec(2, 1, 1), nn.mlp(None, widths=(4,))
     >>> algorithm = algorithms.prototypical(learner)
     >>> episode = spec.sample(jax.random.key(0), pool)
     >>> params = algorithm.init(jax.random.key(0), episode)
-    >>> path = save(getfixture("tmp_path") / "it.npz", algorithm, params, pool, spec)
+    >>> path = save(tempfile.mktemp(".npz"), algorithm, params, pool, spec)
     >>> load(path)([[0.0, 0.0], [1.0, 1.0]], ["a", "b"], [[0.9, 1.0]]).tolist()
     ['b']
     """

@@ -55,6 +55,7 @@ _ALGORITHMS: dict[str, Callable[..., MetaAlgorithm]] = COMPARING | {
     "meta_sgd": algorithms.meta_sgd,
     "nearest_centroid": algorithms.nearest_centroid,
     "nearest_neighbour": algorithms.nearest_neighbour,
+    "published_meta_lstm": algorithms.published_meta_lstm,
     "reptile": algorithms.reptile,
     "ridge": algorithms.ridge,
 }

@@ -69,7 +69,14 @@ def copy(finished: Path, tmp_path: Path) -> Path:
     return shutil.copytree(finished, tmp_path / "copy")
 
 
+# Each worker makes the session's fixtures anew: files that share one run on one worker.
+TOGETHER = {"test_few_shot_evaluate": "test_few_shot"}
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        name = item.path.stem
+        item.add_marker(pytest.mark.xdist_group(TOGETHER.get(name, name)))
     # a worker that begins a long file last leaves the others idle
     slow = {item.path for item in items if "slow" in item.keywords}
     items.sort(key=lambda item: item.path not in slow)
@@ -79,6 +86,12 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if "real_data" in item.keywords:
             item.add_marker(skip)
+
+
+def pytest_collection_finish() -> None:
+    # what was imported is no garbage: each look at it takes a fifth of a second
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.hookimpl(wrapper=True)

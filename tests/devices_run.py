@@ -55,10 +55,24 @@ def build(case: str):
     return algorithm, problems.ProblemSampler(family, 3)
 
 
+def make_start(algorithm, sampler):
+    """In one program: of each operation on its own there would be a hundred."""
+
+    @jax.jit
+    def start() -> meta_step.TrainState:
+        episode = sampler.sample(jax.random.key(0))
+        return meta_step.init_train_state(algorithm, OPTIMIZER, 0, episode)
+
+    return start
+
+
+@functools.cache
+def compiled_start(case: str):
+    return make_start(*build(case))
+
+
 def start(case: str) -> meta_step.TrainState:
-    algorithm, sampler = build(case)
-    episode = sampler.sample(jax.random.key(0))
-    return meta_step.init_train_state(algorithm, OPTIMIZER, 0, episode)
+    return compiled_start(case)()
 
 
 @functools.cache
@@ -159,7 +173,9 @@ def build_shared(case: str, axis_name: str | None):
         spec = ClusterSpec(way=tiny.WAY, shot=1, queries=2, dim=tiny.FEATURES)
         rule = rules.lstm_gates(hidden_size=3, init_scale=0.3)
         net = tiny.tanh_net()
-        return algorithms.meta_lstm(net, rule, num_steps=3, axis_name=axis_name), spec
+        return algorithms.published_meta_lstm(
+            net, rule, num_steps=3, axis_name=axis_name
+        ), spec
     family = problems.quadratics(47)
     algorithm = learned_optimizers.learned_optimizer(
         family,
@@ -186,8 +202,7 @@ def share(folder: Path) -> None:
                     2, num_devices=2 * each, devices_per_task=each
                 )
             algorithm, sampler = build_shared(case, sharding.shared_axis(mesh))
-            draw = sampler.sample(jax.random.key(0))
-            state = meta_step.init_train_state(algorithm, OPTIMIZER, 0, draw)
+            state = make_start(algorithm, sampler)()
             state = meta_step.place_state(algorithm, state, mesh)
             loop = meta_step.make_train_loop(
                 algorithm, OPTIMIZER, sampler, num_tasks=2, mesh=mesh

@@ -44,11 +44,13 @@ class Case(NamedTuple):
 
 
 CASES = {
+    "meta_lstm_default": Case(algorithms.meta_lstm(NET, **STEPS), learns_rule=True),
     "meta_lstm": Case(
-        algorithms.meta_lstm(NET, GATES, **STEPS, gradient_scale=1.0), learns_rule=True
+        algorithms.published_meta_lstm(NET, GATES, **STEPS, gradient_scale=1.0),
+        learns_rule=True,
     ),
     "meta_lstm_second_order": Case(
-        algorithms.meta_lstm(
+        algorithms.published_meta_lstm(
             NET,
             GATES,
             **STEPS,
@@ -58,7 +60,7 @@ CASES = {
         learns_rule=True,
     ),
     "meta_lstm_frozen": Case(
-        algorithms.meta_lstm(
+        algorithms.published_meta_lstm(
             NET, GATES, **STEPS, query_norm="frozen", train_query_norm="frozen"
         ),
         learns_rule=True,
@@ -435,7 +437,7 @@ def test_minibatches_cover_the_support_set_once_an_epoch_in_new_orders():
 
 
 def test_drawn_initialisation_follows_the_key_and_leaves_nothing_to_learn():
-    algorithm = algorithms.meta_lstm(
+    algorithm = algorithms.published_meta_lstm(
         tiny.tanh_net(), GATES, num_steps=1, learn_init=False
     )
     params = algorithm.init(jax.random.key(0), EPISODE)
@@ -451,7 +453,7 @@ def test_drawn_initialisation_follows_the_key_and_leaves_nothing_to_learn():
     tiny.assert_equal(first, again)
     assert tiny.max_difference(first, other) > 0.1
     # so the rule serves a learner of another size
-    wide = algorithms.meta_lstm(
+    wide = algorithms.published_meta_lstm(
         tiny.tanh_net(hidden=9), GATES, num_steps=1, learn_init=False
     )
     inner, trace = jax.eval_shape(wide.adapt, params, KEY, EPISODE.support)
@@ -471,7 +473,9 @@ def test_moving_statistics_are_those_of_the_passes():
     """Flax's momentum 0.8 over two passes at theta_0 and theta_1, from init."""
     algorithm, params = CASES["meta_lstm"].algorithm, meta_params("meta_lstm")
     inner, _ = algorithm.adapt(params, KEY, EPISODE.support)
-    one_step = algorithms.meta_lstm(NET, GATES, num_steps=1, gradient_scale=1.0)
+    one_step = algorithms.published_meta_lstm(
+        NET, GATES, num_steps=1, gradient_scale=1.0
+    )
     theta_1 = one_step.adapt(params, KEY, EPISODE.support)[0].params
     stats = NET.init(KEY, EPISODE.support.x).stats
     for theta in (params.learner.params, theta_1):

@@ -44,7 +44,7 @@ METHODS = {
     "mann": lambda: algorithms.mann(MLP, way=3, hidden_size=1, num_slots=4),
     "margin_classifier": lambda: algorithms.margin_classifier(MLP, 4, loss="arcface"),
     "matching": lambda: algorithms.matching(MLP, context_steps=1),
-    "meta_lstm": lambda: algorithms.meta_lstm(CONV, GATES, num_steps=1),
+    "meta_lstm": lambda: algorithms.published_meta_lstm(CONV, GATES, num_steps=1),
     "meta_sgd": lambda: algorithms.meta_sgd(CONV),
     "nearest_neighbour": algorithms.nearest_neighbour,
     "pretrained_features": lambda: algorithms.pretrained_features(MLP, 4),

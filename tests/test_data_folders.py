@@ -10,12 +10,13 @@ import pytest
 from PIL import Image
 
 from metalstm.data.episodes import EpisodeSpec, sample_episode, validate
-from metalstm.data.images import fit
-from metalstm.data.pools import SPLITS
+from metalstm.data.images import fit, read_images
+from metalstm.data.pools import SPLITS, Normalisation
 from metalstm.data.sources import mini_imagenet
 from metalstm.data.sources.folders import load_image_folders
 from metalstm.data.sources.mini_imagenet import load_mini_imagenet
 from metalstm.data.splits import check_disjoint, split_classes
+from metalstm.predictor import Predictor
 
 
 def write(path: Path, colour=(200, 30, 60), size=(12, 12)) -> Path:
@@ -275,3 +276,30 @@ def test_real_mini_imagenet(real_data_dir, tmp_path):
     path = root / "val" / dataset.class_names["validation"][3]
     first = np.asarray(Image.open(sorted(path.iterdir())[0]))
     np.testing.assert_array_equal(dataset.validation.of_class(3)[0], first)
+
+
+def test_images_to_predict_are_prepared_as_training_did(tmp_path):
+    root = tmp_path / "photos"
+    for name, images in (("a", 3), ("b", 3), ("c", 3)):
+        (root / name).mkdir(parents=True)
+        for k in range(images):
+            pixels = np.random.default_rng(k).integers(0, 256, (9 + k, 12, 3), np.uint8)
+            Image.fromarray(pixels).save(root / name / f"{k}.png")
+    dataset = load(root, tmp_path)
+    split = next(s for s in SPLITS if "a" in dataset.class_names[s])
+    files = sorted((root / "a").iterdir())
+    size, _, channels = dataset.image_shape
+    found = read_images(files, image_size=size, channels=channels)
+    index = dataset.class_names[split].index("a")
+    np.testing.assert_array_equal(found, dataset.pool(split).of_class(index))
+    statistics = Normalisation((0.4, 0.5, 0.6), (0.2, 0.3, 0.4))
+    spec = EpisodeSpec(1, 2, 1, normalise=statistics)
+    episode = spec.sample(jax.random.key(0), dataset.pool(split))
+    predict = Predictor("x", None, (), None, dataset.image_shape, statistics)
+    prepared = np.asarray(predict.prepare(dataset.pool(split).images))
+    rows = {x.tobytes() for x in prepared}
+    drawn = np.concatenate([episode.support.x, episode.query.x])
+    assert {x.tobytes() for x in drawn} <= rows
+    files[0].write_bytes(b"text")
+    with pytest.raises(ValueError, match=r"1 of 3 images cannot be decoded: .*0.png"):
+        read_images(files, image_size=8)

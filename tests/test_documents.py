@@ -69,6 +69,14 @@ def test_what_write_your_own_shows_runs_and_is_as_short_as_it_says():
         assert max(map(len, block.splitlines())) <= 88
 
 
+def test_what_is_kept_and_served_predicts(tmp_path, monkeypatch):
+    pytest.importorskip("flatbuffers", reason="pip install 'metalstm[export]'")
+    monkeypatch.chdir(tmp_path)
+    names = run_blocks(DOCS / "serving.md")
+    assert names["scores"].shape == (12, 3)
+    assert (tmp_path / "classifier.bin").exists()
+
+
 @pytest.mark.parametrize("of", ["UpdateRule", "Learner", "MetaAlgorithm"])
 def test_help_teaches_how_to_write_one(of):
     said = pydoc.plain(pydoc.render_doc(getattr(metalstm, of)))
@@ -151,7 +159,8 @@ def executed() -> dict[str, str]:
         cells.append(nbformat.v4.new_code_cell("%reset -f"))
         cells += nbformat.read(path, as_version=4).cells
         last[path.stem] = len(cells)
-    for cell in cells:
+    for number, cell in enumerate(cells):
+        cell.id = f"cell-{number}"  # each notebook counts from 0
         if cell.cell_type == "code":
             for long, short in SMALLER.items():
                 cell.source = cell.source.replace(long, short)

@@ -20,6 +20,7 @@ from experiments.few_shot.options import Common, Options, Retest
 from experiments.few_shot.presets import Preset
 from experiments.few_shot.train import may_change
 from metalstm import algorithms, nn, rules
+from metalstm.algorithms.gradient.published import DEFAULT_GATES
 from metalstm.predictor import example_episode
 from metalstm.specs import build_algorithm, build_learner, build_rule
 
@@ -62,8 +63,9 @@ def test_the_options_of_rules_and_networks_likewise():
     gates = inspect.signature(rules.lstm_gates).parameters
     own = methods.Gates()
     for field in own.__struct_fields__:
-        if field not in ("hidden_size", "input_bias_of"):
-            assert getattr(own, field) == gates[field].default
+        if field != "input_bias_of":
+            default = DEFAULT_GATES.get(field, gates[field].default)
+            assert getattr(own, field) == default
     networks = {"conv4": "Conv4", "mlp": "MLP", "resnet12": "ResNet12"}
     for name, options in LEARNERS.items():
         module = getattr(nn.networks, networks[name])
@@ -230,11 +232,15 @@ def test_all_names_every_method():
         assert set(methods.specs_of(options)) == set(METHODS)
 
 
+@functools.cache
+def specs_of_omniglot() -> dict:
+    return methods.specs_of(parsed("--preset omniglot --algorithms all"), 781)
+
+
 @pytest.mark.parametrize("name", METHODS)
 def test_every_method_of_the_omniglot_preset_predicts(name):
     """By shapes alone: nothing is compiled."""
-    options = parsed("--preset omniglot --algorithms all")
-    spec = json.loads(json.dumps(methods.specs_of(options, 781)[name]))
+    spec = json.loads(json.dumps(specs_of_omniglot()[name]))
     algorithm = build_algorithm(spec)
     episode = example_episode((28, 28, 1), 5)
 
@@ -261,7 +267,8 @@ def test_transfer_methods_share_what_has_the_same_settings():
     assert spec.pop("learner")["num_classes"] is None
     assert spec == {
         "algorithm": "pretrained_features", "num_classes": 9, "compare": "centroid",
-        "classifier": "linear", "batch_size": None,
+        "classifier": "linear", "batch_size": None, "per_class": None,
+        "centroid_weight": 0.0,
     }  # fmt: skip
 
 

@@ -210,7 +210,7 @@ def test_second_order(task, variant, hidden, features):
 def test_meta_lstm_is_the_published_algorithm(task, how):
     """The algorithm itself: gradient / batch size, then query loss at theta_T."""
     rule, weights = make_rule("code", HIDDEN)
-    algorithm = algorithms.meta_lstm(
+    algorithm = algorithms.published_meta_lstm(
         tiny.tanh_net(NET.hidden, NET.classes, NET.inputs),
         rule,
         num_steps=STEPS,

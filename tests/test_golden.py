@@ -59,7 +59,9 @@ def case(factory, *args, **options):
     return lambda: factory(*args, **options)
 
 
-_meta_lstm = functools.partial(case, algorithms.meta_lstm, NET, GATES, **STEPS)
+_meta_lstm = functools.partial(
+    case, algorithms.published_meta_lstm, NET, GATES, **STEPS
+)
 _maml = functools.partial(case, algorithms.maml, NET, 0.3, **STEPS)
 _two_layer = functools.partial(case, algorithms.learned_init, NET, TWO_LAYER, **STEPS)
 CASES = {

@@ -24,6 +24,7 @@ LAYERS = (
         "runtime.saved_config",
         "runtime.splitting",
         "statistics",
+        "user_objects",
     },
     {
         "calibration",

@@ -420,11 +420,17 @@ def test_help_shows_what_one_rule_needs_and_the_rest_by_topic(capsys):
     def shown(*line):
         with pytest.raises(SystemExit, match="0"):
             learned_optimizer.main([*line])
-        return {word for word in capsys.readouterr().out.split() if word[:2] == "--"}
+        lines = capsys.readouterr().out.splitlines()
+        return {word for line in lines for word in line.strip("│ ").split()[:1]}
 
     flags = shown("--help")
-    assert {"--dim", "--l2l.hidden-size", "--num-tasks"} <= flags
-    assert not {"--v2.memory.p", "--hidden", "--instances"} & flags
+    assert {"--dim", "--num-tasks"} <= flags
+    assert not {"--l2l.hidden-size", "--hidden", "--instances"} & flags
+    assert sum(flag.startswith("--") for flag in flags) <= 45
+    of_rule = shown("--help", "rule")
+    assert "--l2l.hidden-size" in of_rule
+    assert "--v2.memory.p" not in of_rule
+    assert "--v2.memory.p" in shown("--rules", "v2", "--help", "rule")
     assert "--hidden" in shown("--problem", "mlp", "--help")
     assert "--num-tasks" not in shown("--help", "test")
     assert "--instances" in shown("--help", "test")

@@ -48,6 +48,7 @@ RULES: dict[str, UpdateRule] = {
     "sgd_rule": rules.learned_sgd(0.1),
     "sgd_tensor": rules.learned_sgd(0.1, per="tensor", num_steps=2),
     "sgd_parameter": rules.learned_sgd((0.05, 0.2), per="parameter"),
+    "scale": rules.chain(rules.learned_scale(0.3), optax.sgd(1.0)),
     "tunable": rules.tunable(SMOOTH_ADAM, learning_rate=0.1, b1=0.8),
     "as_rule": rules.as_rule(optax.sgd(0.1, momentum=0.9)),
     "chain": rules.chain(optax.clip_by_global_norm(1.0), rules.learned_sgd(0.1)),

@@ -64,12 +64,14 @@ BUILT_IN = {
 }
 
 
-def scores_of(algorithm, params, spec=SPEC):
-    """What the method itself says of X, prepared as an episode is."""
-    y = jnp.asarray(np.unique(LABELS, return_inverse=True)[1], jnp.int32)
+Y = jnp.asarray(np.unique(LABELS, return_inverse=True)[1], jnp.int32)
+
+
+def scores_of(algorithm, params, *, x=X, y=Y):
+    """What the method itself says of x, prepared as an episode is."""
     scale = lambda x: (jnp.asarray(x, jnp.float32) / 255 - 0.4) / 0.3  # noqa: E731
     predict = jax.jit(algorithm.predict, static_argnames="num_classes")
-    support = metalstm.Batch(scale(X), y)
+    support = metalstm.Batch(scale(x), y)
     return predict(params, jax.random.key(0), support, scale(QUERY), num_classes=WAY)
 
 
@@ -227,10 +229,15 @@ def test_few_programs_serve_any_number_of_queries(name, tmp_path, monkeypatch):
             classifier.scores(QUERY[:num]), whole[:num], rtol=1e-5, atol=1e-6
         )
     assert len(classifier._adapted) == 1  # adapted once
-    np.testing.assert_array_equal(predict(X[::-1], LABELS, QUERY[:3]).shape, (3,))
-    assert sorted(set(shapes)) == [(6, n) for n in (1, 2, 4, 8, 16)]
-    assert len(shapes) == 5
     assert classifier(QUERY[:0]).shape == (0,)
+    # 6 support examples are 8 rows: 5 and 7 need no other program
+    fewer, more = X[:5], np.concatenate([X, QUERY[:1]])
+    for x, labels in ((fewer, LABELS[:5]), (more, [*LABELS, "c"])):
+        found, _ = predict.scores(x, labels, QUERY)
+        y = jnp.asarray(np.unique(labels, return_inverse=True)[1], jnp.int32)
+        expected = scores_of(algorithm, params, x=x, y=y)
+        np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-4)
+    assert sorted(shapes) == [(8, n) for n in (1, 2, 4, 8, 16)]
 
 
 def test_queries_that_depend_on_each_other_are_found_out(tmp_path):
@@ -241,13 +248,14 @@ def test_queries_that_depend_on_each_other_are_found_out(tmp_path):
         metalstm.save(tmp_path / "it.npz", algorithm, params, POOL, SPEC)
     )
     classifier = predict.adapt(X, LABELS)
-    with pytest.warns(
-        RuntimeWarning, match="an answer of this maml depends on the oth"
-    ):
+    with pytest.warns(RuntimeWarning) as said:
         scores = classifier.scores(QUERY)
-    np.testing.assert_allclose(
-        scores, scores_of(algorithm, params), rtol=1e-3, atol=1e-4
-    )
+    assert [str(warning.message).split(" there")[0] for warning in said] == [
+        f"an answer of this maml depends on how many {what}"
+        for what in ("support examples", "queries")
+    ]
+    expected = scores_of(algorithm, params)
+    np.testing.assert_allclose(scores, expected, rtol=1e-3, atol=1e-4)
     few = classifier.scores(QUERY[:5])  # said once
     assert np.abs(few - scores[:5]).max() > 1e-4
 

@@ -210,7 +210,9 @@ def per_task_algorithm():
 def gates_algorithm():
     """A rule whose state is a scan carry that starts from zeros."""
     rule = rules.lstm_gates(hidden_size=1, input_bias=(-1.0, 0.0))
-    return algorithms.meta_lstm(tiny.tanh_net(), rule, num_steps=1, gradient_scale=1.0)
+    return algorithms.published_meta_lstm(
+        tiny.tanh_net(), rule, num_steps=1, gradient_scale=1.0
+    )
 
 
 @pytest.mark.parametrize("chunk", [1, 2])

@@ -12,6 +12,7 @@ import tiny
 from test_algorithms import EPISODE, FEATURES, KEY, compiled_predict, meta_params
 
 from metalstm import algorithms, data, rules
+from metalstm.algorithms.transfer.engine import centroid_loss
 from metalstm.base import Batch, Learner, LearnerState, MetaParams
 
 SUPPORT, QUERY = EPISODE
@@ -81,6 +82,37 @@ def test_a_batch_is_as_large_as_an_episode_unless_told():
         baseline = algorithms.pretrained_features(FEATURES, 7, batch_size=size)
         sampler = baseline.train_sampler(spec)
         assert sampler == data.ClassificationSpec(expected, 7, spec)
+
+
+@pytest.mark.parametrize("per_class", [1, 2, 3])
+def test_a_batch_has_so_many_images_of_each_of_its_classes(per_class):
+    """Distinct ones, where a class has as many (here two)."""
+    episodes = data.EpisodeSpec(way=3, shot=1, queries=1)
+    spec = data.ClassificationSpec(2 * per_class, 3, episodes, per_class=per_class)
+    seen = set()
+    for seed in range(20):
+        x, y = tiny.quick_jit(spec.sample)(jax.random.key(seed), pool())
+        classes, counts = np.unique(y, return_counts=True)
+        assert counts.tolist() == 2 * [per_class]
+        pixels = np.rint(255 * np.asarray(x)[:, 0, 0, 0]).astype(int) - 100
+        np.testing.assert_array_equal(pixels // 10, y)
+        assert len(set(pixels)) == 2 * per_class or per_class == 3
+        seen |= set(classes.tolist())
+    assert seen == {0, 1, 2}
+
+
+@pytest.mark.parametrize(
+    ("num_images", "per_class", "message"),
+    [
+        (6, 4, "num_images=6: choose a multiple of per_class=4"),
+        (8, 2, "needs 4 classes, and there are 3"),
+        (8, 0, "per_class=0: choose 1 or more or None"),
+    ],
+)
+def test_batches_that_cannot_be_are_refused(num_images, per_class, message):
+    episodes = data.EpisodeSpec(way=3, shot=1, queries=1)
+    with pytest.raises(ValueError, match=message):
+        data.ClassificationSpec(num_images, 3, episodes, per_class)
 
 
 # -- pre-training ----------------------------------------------------------------------
@@ -231,3 +263,44 @@ def test_what_baselines_refuse():
     maps = Learner(body().init, lambda s, x, **_: (x[:, :, None], s))
     with pytest.raises(ValueError, match=r"pre-training needs features \[N, d\]"):
         algorithms.pretrained_features(maps, 3).init(KEY, EPISODE)
+
+
+def test_the_centroid_loss_compares_each_image_with_the_others():
+    """Against numpy in float64; an image alone in its class does not count."""
+    rng = np.random.default_rng(0)
+    features, labels = rng.normal(size=(7, 4)), np.array([2, 0, 2, 0, 0, 3, 2])
+    u, losses = unit(features), []
+    for i in range(7):
+        scores = {
+            c: u[i] @ unit(u[(labels == c) & (np.arange(7) != i)].sum(0))
+            for c in (0, 2, 3)
+            if ((labels == c) & (np.arange(7) != i)).any()
+        }
+        if labels[i] in scores:
+            total = np.log(sum(np.exp(10 * s) for s in scores.values()))
+            losses.append(total - 10 * scores[labels[i]])
+    assert len(losses) == 6
+    found, gradient = jax.value_and_grad(centroid_loss)(
+        jnp.asarray(features, jnp.float32), jnp.asarray(labels), 5
+    )
+    np.testing.assert_allclose(found, np.mean(losses), rtol=1e-5)
+    assert np.isfinite(gradient).all()
+
+
+def test_pretraining_adds_the_centroid_loss():
+    batch = Batch(SUPPORT.x, SUPPORT.y + 1)
+    plain, both = (
+        algorithms.pretrained_features(
+            body(), 4, per_class=2, batch_size=6, centroid_weight=weight
+        )
+        for weight in (0.0, 0.5)
+    )
+    params = plain.init(KEY, batch)
+    features = jnp.tanh(SUPPORT.x @ params.learner.params["body"]["w1"])
+    added = both.loss(params, KEY, batch)[0] - plain.loss(params, KEY, batch)[0]
+    expected = 0.5 * centroid_loss(features, batch.y, 4)
+    np.testing.assert_allclose(added, expected, rtol=1e-4)
+    sampler = both.train_sampler(data.EpisodeSpec(3, 1, 1))
+    assert (sampler.num_images, sampler.per_class) == (6, 2)
+    with pytest.raises(ValueError, match="choose per_class=2 or more"):
+        algorithms.pretrained_features(body(), 4, centroid_weight=0.5)

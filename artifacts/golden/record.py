@@ -271,22 +271,22 @@ def make_algorithm(name: str, order: str | None = None, memory: str | None = Non
     N = lambda **o: T | o | diff  # noqa: E731
     table = {
         # adapt by gradients
-        "meta_lstm": lambda: a.meta_lstm(L("mlp"), gates, **N()),
-        "meta_lstm_default_rule": lambda: a.meta_lstm(L("norm"), **N()),
-        "meta_lstm_norm": lambda: a.meta_lstm(L("norm"), gates, **N()),
-        "meta_lstm_norm_support": lambda: a.meta_lstm(
+        "meta_lstm": lambda: a.published_meta_lstm(L("mlp"), gates, **N()),
+        "meta_lstm_default_rule": lambda: a.published_meta_lstm(L("norm"), **N()),
+        "meta_lstm_norm": lambda: a.published_meta_lstm(L("norm"), gates, **N()),
+        "meta_lstm_norm_support": lambda: a.published_meta_lstm(
             L("norm"), gates, **N(train_query_norm="support", gradient_scale=1.0)
         ),
-        "meta_lstm_norm_support+1": lambda: a.meta_lstm(
+        "meta_lstm_norm_support+1": lambda: a.published_meta_lstm(
             L("norm"), gates, **N(train_query_norm="support+1", query_norm="support+1")
         ),
-        "meta_lstm_norm_frozen": lambda: a.meta_lstm(
+        "meta_lstm_norm_frozen": lambda: a.published_meta_lstm(
             L("norm"), gates, **N(query_norm="frozen", train_query_norm="frozen")
         ),
-        "meta_lstm_no_init": lambda: a.meta_lstm(L("mlp64"), gates, **N(learn_init=False)),
-        "meta_lstm_minibatch": lambda: a.meta_lstm(L("mlp"), gates, **N(batch_size=2)),
-        "meta_lstm_dropout": lambda: a.meta_lstm(L("dropout"), gates, **N()),
-        "meta_lstm_test_steps": lambda: a.meta_lstm(
+        "meta_lstm_no_init": lambda: a.published_meta_lstm(L("mlp64"), gates, **N(learn_init=False)),
+        "meta_lstm_minibatch": lambda: a.published_meta_lstm(L("mlp"), gates, **N(batch_size=2)),
+        "meta_lstm_dropout": lambda: a.published_meta_lstm(L("dropout"), gates, **N()),
+        "meta_lstm_test_steps": lambda: a.published_meta_lstm(
             L("mlp"), gates, **N(num_test_steps=5, scan_unroll=2)
         ),
         "maml": lambda: a.maml(L("mlp"), 0.3, **N()),
@@ -397,9 +397,9 @@ def conv_algorithm(name: str, net: str):
     a, L = algorithms, make_learner
     gates = make_rule("gates_code_h3")
     if name == "meta_lstm_first":
-        return a.meta_lstm(L(net), gates, num_steps=3, **differentiation("first", None))
+        return a.published_meta_lstm(L(net), gates, num_steps=3, **differentiation("first", None))
     if name == "meta_lstm_second":
-        return a.meta_lstm(L(net), gates, num_steps=2, **differentiation("second", None))
+        return a.published_meta_lstm(L(net), gates, num_steps=2, **differentiation("second", None))
     if name == "maml":
         return a.maml(L(net), 0.1, num_steps=2)
     if name == "fomaml":

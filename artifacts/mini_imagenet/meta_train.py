@@ -83,6 +83,9 @@ def main():
     p.add_argument("--lr-gates", type=float, default=1e-3)
     p.add_argument("--lr-theta", type=float, default=0.0)
     p.add_argument("--clip", type=float, default=0.25)
+    p.add_argument("--left-out", type=int, default=0,
+                   help="meta-train on the training classes from this one on")
+    p.add_argument("--roll", type=int, default=0, help="which class is the first")
     p.add_argument("--augment", type=int, default=1)
     p.add_argument("--validate-every", type=int, default=250)
     p.add_argument("--validation-episodes", type=int, default=300)
@@ -96,10 +99,11 @@ def main():
     rule = rules.lstm_gates(hidden_size=a.hidden, bias_per="tensor", input_bias=(b, b),
                             forget_bias=(10.0, 10.0), input_bias_of={"head": (h, h)})
     order = metalstm.first_order() if a.order == "first" else metalstm.second_order()
-    algorithm = algorithms.meta_lstm(
+    algorithm = algorithms.published_meta_lstm(
         learner, rule, num_steps=a.steps, query_norm="frozen", train_query_norm="frozen",
         gradient_scale="way", train_way=a.train_way, support_stats="final", differentiation=order)
     pools = data.load_mini_imagenet(a.data)
+    train_pool = jax.tree.map(lambda leaf: jnp.roll(leaf, -a.roll, 0)[a.left_out:], pools.train)
     train_spec = data.EpisodeSpec(a.train_way, a.shot, a.train_queries,
                                   augment=crop_flip() if a.augment else None)
     test_spec = data.EpisodeSpec(5, a.shot, 15)
@@ -117,7 +121,7 @@ def main():
 
     optimizer = optax.multi_transform(
         {"learner": adam(a.lr_theta), "rule": adam(a.lr_gates)}, labels)
-    one = train_spec.sample(data.episode_key(0, "train", 0), pools.train)
+    one = train_spec.sample(data.episode_key(0, "train", 0), train_pool)
     state = metalstm.init_train_state(algorithm, optimizer, a.seed, one)
     params = state.params._replace(learner=state_of(a.init + ".npz"))
     state = jax.tree.map(jnp.array, state._replace(params=params, opt_state=optimizer.init(params)))
@@ -143,9 +147,14 @@ def main():
         log["start"], _ = validate(state.params, a.validation_episodes)
         print("start", log["start"], flush=True)
     loop = metalstm.make_train_loop(algorithm, optimizer, train_spec, num_tasks=a.tasks)
+    # batch norm keeps its statistics of whole images: meta-training's are of crops
+    fixed = jax.device_get((state_of(a.init + ".npz").stats, state.carry))
     start, seen = time.time(), []
     while int(state.step) < steps:
-        state, metrics = loop(state, pools.train)
+        state, metrics = loop(state, train_pool)
+        stats, carry = jax.tree.map(jnp.array, fixed)
+        kept = state.params.learner._replace(stats=stats)
+        state = state._replace(params=state.params._replace(learner=kept), carry=carry)
         seen.append(metrics)
         n = int(state.step)
         if n % max(1, a.validate_every // a.tasks) == 0 or n == steps:

@@ -47,6 +47,7 @@ def parse():
     a("--per-class", type=int, default=0, help="batches of batch / per-class classes")
     a("--init-from", default="", help="start at this run's arrays; the rest afresh")
     a("--classes", type=int, default=64, help="only the first so many")
+    a("--roll", type=int, default=0, help="which class is the first")
     a("--eval-every", type=float, default=300, help="seconds")
     a("--stop-after", type=float, default=0, help="seconds of this process; 0: none")
     return p.parse_args()
@@ -334,7 +335,7 @@ def main():
     path = Path(a.out) / a.name
     with np.load(a.cache) as d:
         train, val = d["train.images"], d["validation.images"]
-    train = train[: a.classes]
+    train = np.roll(train, -a.roll, axis=0)[: a.classes] if a.roll else train[: a.classes]
     per_class = train.shape[1]
     flat = train.reshape(-1, *train.shape[2:])
     engine = make_engine(a)

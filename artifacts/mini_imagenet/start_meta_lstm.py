@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from metalstm.algorithms import meta_lstm
+from metalstm.algorithms import published_meta_lstm
 from metalstm.base import Learner, LearnerState
 from metalstm.data import EpisodeSpec, load_mini_imagenet
 from metalstm.evaluation import make_evaluate
@@ -56,7 +56,7 @@ def algorithm(final_relu, *, steps, i_head, i_body, f_bias=10.0, length=5.0, hid
         hidden_size=hidden, bias_per="tensor", input_bias=(b, b), forget_bias=(f_bias, f_bias),
         input_bias_of={"head": (h, h)},
     )
-    return meta_lstm(
+    return published_meta_lstm(
         learner, rule, num_steps=steps, query_norm="frozen", train_query_norm="frozen",
         gradient_scale="way", train_way=5, support_stats="final",
     )

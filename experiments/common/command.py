@@ -56,9 +56,9 @@ def run_in(
 ) -> int:
     """Run while this process holds the folder; return the exit status."""
     hint = _resume_hint(module, folder)
-    if devices.is_one_of_several():
-        print(hint, flush=True)  # a process may die
     with locked(folder, config, may_change):
+        if devices.is_one_of_several():
+            print(hint, flush=True)  # a process may die
         try:
             run()
         except Interrupted:

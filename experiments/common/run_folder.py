@@ -116,8 +116,8 @@ def locked(
     Of several processes the first holds it for all.
 
     Args:
-      config, may_change: as for `refuse_other_runs`, checked again once the folder is
-        held: since the first time another run may have come and gone.
+      config, may_change: as for `refuse_other_runs`, checked before anything is written
+        there, and again once the folder is held: another run may have come and gone.
 
     Raises:
       ValueError: another process holds it, or another run has been there.
@@ -128,6 +128,8 @@ def locked(
     with contextlib.ExitStack() as stack:
 
         def hold() -> None:
+            if config is not None:
+                _check_contents(folder, config, may_change)
             try:
                 folder.mkdir(parents=True, exist_ok=True)
             except OSError as error:

@@ -25,12 +25,7 @@ import optax
 import metalstm
 from experiments.common import cli, report
 from experiments.common.compiled_programs import keep_compiled_programs
-from experiments.common.run_folder import (
-    free_folder,
-    locked,
-    refuse_other_runs,
-    write_json,
-)
+from experiments.common.run_folder import free_folder, locked, write_json
 from experiments.common.saved_options import to_json, value_of
 from experiments.common.script_end import exit_status
 from experiments.common.tables import Table
@@ -124,7 +119,6 @@ class Study:
             config = self.parse(arguments)
             folder = config.workdir or free_folder(Path("runs") / self.name)
             changeable = (*self.may_change, "preset", "workdir", "debug", "data_dir")
-            refuse_other_runs(folder, config, changeable)
             keep_compiled_programs()
             with locked(folder, config, changeable):
                 write_json(folder / "config.json", {"config": to_json(config)})

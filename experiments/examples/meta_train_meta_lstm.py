@@ -44,7 +44,7 @@ def main(
     learner = nn.conv4(way, filters, downsample="stride")
 
     # theta_t = f * theta_{t-1} - i * gradient, f and i from an LSTM; theta_0 is learned
-    algorithm = algorithms.meta_lstm(
+    algorithm = algorithms.published_meta_lstm(
         learner,
         rules.lstm_gates(hidden_size=20),
         num_steps=NUM_STEPS,

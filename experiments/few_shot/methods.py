@@ -18,9 +18,9 @@ import msgspec
 from experiments.common import cli
 from experiments.common.cli import Count, Flat, Natural, Pair, Positive, said
 from experiments.common.constructors import options_of as constructor_options
+from experiments.common.dotted import import_object
 from experiments.common.saved_options import from_json, read_config
 from experiments.few_shot.options import Common, Data, Options, Training, with_methods
-from experiments.few_shot.user_network import import_network
 
 GRADIENT, HAND_MADE, METRIC = "gradient-based", "hand-made rule", "metric-based"
 Spec = dict[str, Any]
@@ -46,6 +46,7 @@ _TYPES: dict[str, Any] = {
     "last": Count | None,
     "keep": Literal["all", "remat", "mixed", "segments"] | None,
     "order": Literal["first", "second"],
+    "rule": str,
     "of": Literal["maml", "fomaml", "reptile"],
     "optimizer": Literal["sgd", "momentum", "adagrad", "adadelta", "adam"],
 }
@@ -61,7 +62,12 @@ Gates: Any = constructor_options(
     "lstm_gates",
     omit=_OMIT,
     types=_TYPES | {"hidden_size": Natural | None},
-    defaults={"hidden_size": 20, "input_bias_of": ()},
+    defaults={
+        "hidden_size": 4,
+        "forget_bias": (7.0, 7.0),
+        "input_bias": (0.0, 0.0),
+        "input_bias_of": (),
+    },
     integer=Count,
 )
 NETWORKS = ("conv4", "mlp", "resnet12")
@@ -113,7 +119,7 @@ def learner_options(learner: str) -> Any:
     """
     if ":" not in learner:
         return LEARNERS[learner]()
-    import_network(learner)
+    import_object("--learner", learner)
     return UserNetwork(learner)
 
 
@@ -132,8 +138,10 @@ class Method(NamedTuple):
 @functools.cache
 def _options_class(kind: str) -> Any:
     row = _KINDS[kind]
+    defaults = {n: entry.get("default") for n, entry in _MORE.items()}
+    defaults |= {"num_steps": 5, "train_way": None, **row.get("defaults", {})}
     more = [
-        (name, said(_TYPES[name], _MORE[name]["help"]), _MORE[name].get("default"))
+        (name, said(_TYPES[name], _MORE[name]["help"]), defaults[name])
         for name in row.get("more", ())
     ]
     if row.get("gates"):
@@ -143,7 +151,8 @@ def _options_class(kind: str) -> Any:
         *row["from"],
         omit=_OMIT,
         types=_TYPES,
-        defaults={"num_steps": 5, "train_way": None, **row.get("defaults", {})},
+        defaults=row.get("defaults", {})
+        | {n: defaults[n] for n in ("num_steps", "train_way")},
         more=more,
         integer=Count,
         namespace={"kind": kind, "constructor": row["from"][0]},
@@ -251,6 +260,10 @@ def spec_of(options: Any, data: Data, num_classes: int = 2) -> Spec:
         case "learned_sgd":
             rule = {"rule": "learned_sgd", "per": "tensor", "num_steps": steps}
             given["rule"] = rule | {"rate": given.pop("rate")}
+        case "learned_rule":
+            if ":" in own.rule:
+                import_object("--rule", own.rule)
+            given["rule"] = {"rule": own.rule}
         case "meta_sgd":
             given["rate"] = (own.rate, own.rate)
         case "implicit_maml":
@@ -327,7 +340,10 @@ def pretrainings(
         shared = _options_class("pretrained_features")(
             compare="cosine" if kind == "cosine" else "centroid",
             classifier=kind,
-            batch_size=own.method.batch_size,
+            **{
+                name: getattr(own.method, name)
+                for name in ("batch_size", "per_class", "centroid_weight")
+            },
         )
         own = kind_of("feature-centroid", own.learner.learner)(
             shared, own.learner, own.training

@@ -9,6 +9,7 @@ from experiments.common import cli
 from experiments.common.cli import replace, split_names
 from experiments.common.devices import MAY_CHANGE, Devices
 from experiments.common.devices import check as check_devices
+from experiments.common.dotted import import_object
 from experiments.common.saved_options import (
     from_json,
     read_config,
@@ -69,7 +70,7 @@ def _read(arguments: list[str], default: Config, all_rules: bool = False) -> Con
         arguments,
         module=MODULE,
         description=_DESCRIPTION,
-        topics=("around", "test", "devices"),
+        topics=("rule", "around", "test", "devices"),
     )
     return replace(config, rule=default.rule | config.rule)
 
@@ -213,7 +214,10 @@ def _check_names(config: Config) -> None:
         raise ValueError(f"--rules is empty: choose from {', '.join(RULES)}")
     names = [name.partition("=")[0] for name in config.rules]
     trained = {name: path for name, path in files.items() if path is not None}
-    cli.check_names("--rules", names, [*RULES, *trained])
+    users = [name for name in names if ":" in name]
+    for name in users:
+        import_object("--rules", name)
+    cli.check_names("--rules", names, [*RULES, *trained, *users])
     cli.check_names("--baselines", test.baselines, BASELINES)
     cli.check_names("--few-baselines", test.few_baselines, BASELINES)
     cli.check_names("--study", test.study, STUDIES)

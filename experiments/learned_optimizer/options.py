@@ -254,7 +254,8 @@ class Run(Options, frozen=True):
 
 _RULES_HELP = (
     "Rules to meta-train on the same problems and budget and to compare in one table; "
-    "each has flags of its own, --NAME.OPTION. NAME=FILE.npz takes a trained rule."
+    "each has flags of its own, --NAME.OPTION. NAME=FILE.npz takes a trained rule, "
+    "MODULE:NAME one of your own, by a function that returns it."
 )
 
 
@@ -272,8 +273,8 @@ class Config(Options, frozen=True):
 
 def rule_spec(name: str, config: Config) -> dict[str, Any]:
     """What `metalstm.rules.build_rule` makes a rule of."""
-    rule, around = config.rule[name], config.around
-    spec = to_json(rule)
+    rule, around = config.rule.get(name), config.around
+    spec = {"rule": name} if ":" in name else to_json(rule)
     if isinstance(rule, LstmGates) and around.gradient_factor != 1:
         # a learned rate with its sign reversed leaves a gradient a gradient
         factor = {"rule": "learned_sgd", "rate": -around.gradient_factor}

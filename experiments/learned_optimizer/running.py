@@ -47,9 +47,8 @@ def choose_folder(config: Config) -> Path:
 
 def run(config: Config, folder: Path) -> int:
     """Run in the folder, which nobody else may use; return the exit status."""
-    changeable = may_change(config)
-    run_folder.refuse_other_runs(folder, config, changeable)
-    return run_in(folder, config, changeable, lambda: _run(config, folder), MODULE)
+    body = functools.partial(_run, config, folder)
+    return run_in(folder, config, may_change(config), body, MODULE)
 
 
 def _run(config: Config, folder: Path) -> None:

@@ -12,6 +12,7 @@ from metalstm.algorithms.gradient.published import (
     maml,
     meta_lstm,
     meta_sgd,
+    published_meta_lstm,
 )
 from metalstm.algorithms.memory_augmented.external_memory import mann
 from metalstm.algorithms.metric.comparisons import (
@@ -55,6 +56,7 @@ __all__ = [
     "nearest_neighbour",
     "pretrained_features",
     "prototypical",
+    "published_meta_lstm",
     "query_loss",
     "relation",
     "reptile",

@@ -27,7 +27,13 @@ from metalstm.base import (
     TaskLoss,
     TrainSampler,
 )
-from metalstm.batches import are_labels, check_adapt, check_outputs, check_predict
+from metalstm.batches import (
+    are_labels,
+    check_adapt,
+    check_outputs,
+    check_predict,
+    mask_of,
+)
 from metalstm.tasks import TaskMapping, mean_over_tasks
 
 __all__ = [
@@ -42,10 +48,11 @@ __all__ = [
 ]
 
 
-def task_loss(outputs: Array, targets: Array) -> Array:
+def task_loss(outputs: Array, targets: Array, mask: Array | None = None) -> Array:
     """Return the mean cross-entropy of labels [N], or squared error of floats [N, d].
 
-    It is infinite, and no gradient is finite, for a label outside [0, way).
+    It is infinite, and no gradient is finite, for a label outside [0, way). Rows where
+    ``mask`` [N] is False count for nothing.
 
     Raises:
       ValueError: shapes that do not fit: see `metalstm.batches.check_outputs`.
@@ -56,18 +63,22 @@ def task_loss(outputs: Array, targets: Array) -> Array:
     Array(2.5, dtype=float32)
     """
     check_outputs(outputs, targets)
+    if mask is not None:  # a derivative must be finite there, too
+        outputs = jnp.where(mask[:, None], outputs, 0)
+        targets = jnp.where(mask if targets.ndim == 1 else mask[:, None], targets, 0)
     if are_labels(targets):
         losses = optax.softmax_cross_entropy_with_integer_labels(outputs, targets)
         is_class = _is_class(outputs, targets)
-        return (losses * jnp.where(is_class, 1.0, jnp.inf).astype(losses.dtype)).mean()
-    return jnp.square(outputs - targets).mean()
+        losses = losses * jnp.where(is_class, 1.0, jnp.inf).astype(losses.dtype)
+        return _mean(losses, mask)
+    return _mean(jnp.square(outputs - targets), mask)
 
 
-def accuracy(scores: Array, targets: Array) -> Array:
+def accuracy(scores: Array, targets: Array, mask: Array | None = None) -> Array:
     """Return the share of correct labels, or minus the squared error of float targets.
 
     A query with a NaN among its scores counts as wrong. The result is infinite for a
-    label outside [0, way).
+    label outside [0, way). Rows where ``mask`` [N] is False count for nothing.
 
     >>> accuracy(jnp.array([[2.0, 1.0], [jnp.nan, 3.0]]), jnp.array([0, 1]))
     Array(0.5, dtype=float32)
@@ -77,8 +88,17 @@ def accuracy(scores: Array, targets: Array) -> Array:
         answered = ~jnp.isnan(scores).any(-1)
         correct = (scores.argmax(-1) == targets) & answered
         is_class = _is_class(scores, targets)
-        return jnp.where(is_class, correct.astype(jnp.float32), jnp.inf).mean()
-    return -jnp.square(scores - targets).mean()
+        return _mean(jnp.where(is_class, correct.astype(jnp.float32), jnp.inf), mask)
+    return -_mean(jnp.square(scores - targets), mask)
+
+
+def _mean(values: Array, mask: Array | None) -> Array:
+    """The mean over the rows [N] or [N, d] that are examples."""
+    if mask is None:
+        return values.mean()
+    mask = mask if values.ndim == 1 else mask[:, None]
+    total = jnp.where(mask, values, 0).sum()
+    return total / (mask.sum() * (values.size // mask.size)).astype(values.dtype)
 
 
 def query_loss(predict: Predict, num_classes: int | None) -> TaskLoss:
@@ -94,8 +114,9 @@ def query_loss(predict: Predict, num_classes: int | None) -> TaskLoss:
     def loss(meta_params: PyTree, key: Array, episode: Episode) -> tuple[Array, Aux]:
         support, query = episode
         scores = predict(meta_params, key, support, query.x, num_classes=num_classes)
-        metrics = {"accuracy": accuracy(scores, query.y)}
-        return task_loss(scores, query.y), Aux(metrics)
+        mask = mask_of(query)
+        metrics = {"accuracy": accuracy(scores, query.y, mask)}
+        return task_loss(scores, query.y, mask), Aux(metrics)
 
     return loss
 
@@ -202,6 +223,7 @@ def make_algorithm(
     query_norm: str | None = None,
     trainable: bool = True,
     per_task_carry: bool = False,
+    masked: bool = False,
     task_mapping: TaskMapping | None = None,
 ) -> MetaAlgorithm:
     """Fill in a `MetaAlgorithm`'s optional slots.
@@ -235,7 +257,7 @@ def make_algorithm(
     return MetaAlgorithm(
         init=init,
         loss=loss_fn,
-        predict=check_predict(predict),
+        predict=check_predict(predict, masked),
         adapt=None if adapt is None else check_adapt(adapt),
         init_carry=init_carry or (lambda key, meta_params, episode: ()),
         meta_gradient=meta_gradient or mean_gradient,
@@ -244,4 +266,5 @@ def make_algorithm(
         query_norm=query_norm,
         trainable=trainable,
         per_task_carry=per_task_carry,
+        masked=masked,
     )

@@ -13,6 +13,7 @@ from metalstm.data.episodes import (
     sample_episodes,
     validate,
 )
+from metalstm.data.images import read_images
 from metalstm.data.pools import (
     IMAGENET,
     SPLITS,
@@ -31,6 +32,7 @@ from metalstm.data.sources.omniglot import load_omniglot
 from metalstm.data.sources.synthetic import ClusterSpec, SinusoidSpec
 from metalstm.data.sources.tfds import load_tfds
 from metalstm.data.splits import split_classes
+from metalstm.data.varying import VaryingEpisodeSpec
 
 __all__ = [
     "IMAGENET",
@@ -46,6 +48,7 @@ __all__ = [
     "Sampler",
     "SinusoidSpec",
     "TaskSampler",
+    "VaryingEpisodeSpec",
     "augment",
     "cache_folder",
     "checksum",
@@ -60,6 +63,7 @@ __all__ = [
     "load_tfds",
     "make_pool",
     "read_arrays",
+    "read_images",
     "sample_episode",
     "sample_episodes",
     "split_classes",

@@ -5,9 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import jax
+import jax.numpy as jnp
 
 from metalstm.base import Array, Batch
-from metalstm.data.drawing import to_integers
+from metalstm.checks import check_at_least
+from metalstm.data.drawing import draw_distinct, to_integers
 from metalstm.data.episodes import EpisodeSpec, finish_images
 from metalstm.data.pools import ClassPool
 
@@ -19,15 +21,39 @@ class ClassificationSpec:
     """A `TaskSampler` of labelled batches, for pre-training.
 
     Attributes:
-      num_images: of one batch; classes and images are drawn with replacement.
+      num_images: of one batch; classes and images are drawn with replacement, unless
+        ``per_class`` says otherwise.
       num_classes: of the pool; four times as many with ``episodes.rotations``, where
         class c turned by k quarter circles is class 4 c + k.
       episodes: whose rotations, augmentation and normalisation apply.
+      per_class: a batch has so many images of each of its classes, all distinct; a
+        class that has fewer repeats some.
+
+    Raises:
+      ValueError: ``num_images`` is not a multiple of ``per_class``, or needs more
+        classes than there are.
     """
 
     num_images: int
     num_classes: int
     episodes: EpisodeSpec
+    per_class: int | None = None
+
+    def __post_init__(self):
+        if self.per_class is None:
+            return
+        check_at_least("per_class", self.per_class, 1, "or None")
+        if self.num_images % self.per_class:
+            raise ValueError(
+                f"num_images={self.num_images}: choose a multiple of per_class="
+                f"{self.per_class}"
+            )
+        if self.num_images // self.per_class > self.num_classes:
+            raise ValueError(
+                f"num_images={self.num_images} with per_class={self.per_class} needs "
+                f"{self.num_images // self.per_class} classes, and there are "
+                f"{self.num_classes}: choose a smaller batch, or a larger per_class"
+            )
 
     def sample(self, key: Array, pool: ClassPool) -> Batch:
         """Draw x float32 [num_images, H, W, ch] and y int32 [num_images].
@@ -44,10 +70,28 @@ class ClassificationSpec:
                 f"num_classes={available}"
             )
         draw_key, augment_key = jax.random.split(key)
-        uniform = jax.random.uniform(draw_key, (2, self.num_images))
-        y = to_integers(uniform[0], available)
+        y, slots = self._draw(draw_key, pool, num_turns)
         classes, turns = y // num_turns, y % num_turns
-        slots = to_integers(uniform[1], pool.counts[classes])
         rows = pool.starts[classes] + slots
         x = pool.images.at[rows].get(mode="promise_in_bounds")
         return Batch(finish_images(augment_key, x, turns, self.episodes), y)
+
+    def _draw(self, key: Array, pool: ClassPool, num_turns: int) -> tuple[Array, Array]:
+        """Labels, and which image of its class each is."""
+        if self.per_class is None:
+            uniform = jax.random.uniform(key, (2, self.num_images))
+            y = to_integers(uniform[0], self.num_classes)
+            return y, to_integers(uniform[1], pool.counts[y // num_turns])
+        class_key, image_key = jax.random.split(key)
+        num = self.num_images // self.per_class
+        chosen = draw_distinct(
+            jax.random.uniform(class_key, (2, num)), self.num_classes
+        )
+        uniform = jax.random.uniform(image_key, (num, 2, self.per_class))
+        counts = pool.counts[chosen // num_turns]
+        slots = jnp.where(
+            counts[:, None] < self.per_class,
+            to_integers(uniform[:, 0], counts[:, None]),
+            jax.vmap(draw_distinct)(uniform, counts),
+        )
+        return jnp.repeat(chosen, self.per_class), slots.ravel()

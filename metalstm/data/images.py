@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-__all__ = ["as_bytes", "decode_files", "fit", "fit_to_set"]
+__all__ = ["as_bytes", "decode_files", "fit", "fit_to_set", "read_images"]
 
 
 def fit(image: np.ndarray, size: int) -> np.ndarray:
@@ -106,6 +106,38 @@ def decode_files(
 
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as threads:
         return list(threads.map(decode, paths, chunksize=64))
+
+
+def read_images(
+    paths: Sequence[Any],
+    *,
+    image_size: int,
+    channels: int = 3,
+    background: str = "white",
+) -> np.ndarray:
+    """Read images to predict, as `load_image_folders` reads those to train on.
+
+    The middle square of each is resized, upright and opaque; uint8 [N, H, W, ch] is
+    what a `metalstm.Predictor` takes. Arguments are those of `load_image_folders`;
+    ``predictor.image_shape`` has the first two.
+
+    Raises:
+      ValueError: files that cannot be decoded, the first of which are named; no colour.
+    """
+    files = [Path(path).expanduser() for path in paths]
+    decoded = decode_files(
+        files, size=image_size, channels=channels, background=background
+    )
+    bad = [
+        f"{path} ({image})"
+        for path, image in zip(files, decoded, strict=True)
+        if isinstance(image, Exception)
+    ]
+    if bad:
+        raise ValueError(
+            f"{len(bad)} of {len(files)} images cannot be decoded: {', '.join(bad[:5])}"
+        )
+    return np.stack([np.asarray(image) for image in decoded])
 
 
 def _eight_bits(image: Any, background: str) -> Any:

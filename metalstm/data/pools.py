@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import warnings
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -136,6 +137,12 @@ def make_pool(
             images = images[np.arange(num_slots) < counts[:, None]]
     else:
         images, counts = join_classes(images)
+    if len(images) > 1 and all(np.array_equal(images[0], image) for image in images):
+        warnings.warn(
+            f"all {len(images)} examples are the same: look at where they come from",
+            RuntimeWarning,
+            stacklevel=2,
+        )
     return pool_of(images, counts, groups)
 
 

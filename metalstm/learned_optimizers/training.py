@@ -236,6 +236,7 @@ def _after(
         "loss": value.mean(),
         "inner_loss": losses[:, 1:].mean(),
         "diverged": diverged.mean(),
+        "above_start": (losses[:, -1] > runs.first_loss).mean(),
     }
     return runs, metrics
 

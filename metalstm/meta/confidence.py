@@ -25,6 +25,7 @@ from metalstm.calibration import (
 )
 from metalstm.checks import check_at_least
 from metalstm.data.episodes import Sampler, episode_key
+from metalstm.data.varying import VaryingEpisodeSpec
 from metalstm.meta.evaluation import METHOD_STREAM
 from metalstm.statistics import Estimate, mean_and_ci95
 from metalstm.tasks import TaskMapping, map_tasks
@@ -83,6 +84,8 @@ def collect_scores(
         raise ValueError(f"spec={spec}: choose classes, a regression has no confidence")
     check_at_least("num_unknown", num_unknown, 0)
     check_at_least("num_episodes", num_episodes, 1)
+    if isinstance(spec, VaryingEpisodeSpec):
+        raise ValueError(f"spec={spec}: choose tasks of one size (EpisodeSpec)")
     drawn: Any = spec
     if num_unknown:
         available = getattr(pool, "num_classes", math.inf)

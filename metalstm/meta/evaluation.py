@@ -14,7 +14,9 @@ from jax.sharding import PartitionSpec as P
 
 from metalstm.algorithms.common import accuracy
 from metalstm.base import Episode, LearnerState, MetaAlgorithm, PyTree
+from metalstm.batches import mask_of
 from metalstm.data.episodes import Sampler, episode_key, sample_checked
+from metalstm.data.varying import check_masked
 from metalstm.runtime import sharding
 from metalstm.runtime.compilation import Jitted
 from metalstm.statistics import Estimate, mean_and_ci95
@@ -72,6 +74,7 @@ def make_evaluate(
         becomes a multiple: the same accuracies. See `runtime.sharding.task_mesh`.
     """
 
+    check_masked(algorithm, spec)
     classes = None if spec.regression else spec.way
     if mesh is not None:
         batch_size = mesh.size * math.ceil(batch_size / mesh.size)
@@ -86,7 +89,7 @@ def make_evaluate(
             scores = algorithm.predict(
                 params, key, support, query.x, num_classes=classes
             )
-            return accuracy(scores, query.y)
+            return accuracy(scores, query.y, mask_of(query))
 
         return map_tasks(one, _typed(keys), episodes, how=task_mapping)
 

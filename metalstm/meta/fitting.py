@@ -13,6 +13,7 @@ import numpy as np
 
 from metalstm.base import Array, PyTree
 from metalstm.meta.step import TrainState
+from metalstm.meta.warning_signs import WarningSigns
 from metalstm.runtime import processes, sharding
 
 __all__ = ["FitState", "NonFiniteLossError", "fit", "init_fit_state"]
@@ -75,12 +76,17 @@ def fit(
       validate: meta-parameters -> score, higher is better; the best are kept.
       validate_every, report_every, save_every: in meta-steps, multiples of
         ``steps_per_call``; 0 is never (validation and saving also happen at the end).
-      report: (step, mean metrics since the last report).
+      report: (step, mean metrics since the last report), for a logger of one's own,
+        such as ``lambda step, means: wandb.log(means, step=step)``.
       save: gets the whole state.
       max_seconds: stop after this long; the end is then validated and saved as usual.
         Several processes agree on it when they report.
       stop: asked before each call; True saves the state as it is and returns it.
         Several processes agree on it likewise.
+
+    Warns:
+      RuntimeWarning: once for each sign that training goes wrong: inner loops or
+        learned optimizers that diverge, an accuracy that is at the end where it began.
 
     Raises:
       NonFiniteLossError: names the step, at most 64 calls of ``train_loop`` after it;
@@ -147,6 +153,7 @@ def fit(
             if validates or saves:
                 keep(validates)
             if done:
+                pending.signs.look_at_end()
                 break
     except NonFiniteLossError:
         keep(validated=False)
@@ -187,6 +194,7 @@ class _Metrics:
         self._waiting: list[dict[str, Array]] = []
         self._sums: dict[str, float] = {}
         self._num_steps = 0
+        self.signs = WarningSigns()
 
     def add(self, metrics: dict[str, Array], step: int) -> None:
         """Take those of the steps up to ``step``; see `read`."""
@@ -206,6 +214,7 @@ class _Metrics:
             first = int(finite.argmin())
             bad = step - len(finite) + first + 1
             raise NonFiniteLossError(bad, float(host["loss"][first]))
+        self.signs.look(host, step)
         self._num_steps += len(finite)
         for name, values in host.items():
             total = self._sums.get(name, 0.0)

@@ -25,6 +25,7 @@ from metalstm.base import (
 )
 from metalstm.checks import check_at_least
 from metalstm.data.episodes import TaskSampler, episode_key, sample_checked
+from metalstm.data.varying import check_masked
 from metalstm.nn.starting import init_from
 from metalstm.runtime import sharding
 from metalstm.runtime.compilation import Jitted
@@ -162,6 +163,7 @@ def make_train_loop(
     check_at_least("num_tasks", num_tasks, 1)
     check_at_least("steps_per_call", steps_per_call, 1)
     train_spec = algorithm.train_sampler(spec)
+    check_masked(algorithm, train_spec)
 
     def sample(keys: Array, pool: Any) -> Any:
         return jax.vmap(lambda key: sample_checked(train_spec, key, pool))(keys)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import sys
 from typing import Any
 
 from flax import linen as nn
@@ -12,27 +11,9 @@ from metalstm.base import Array, Learner, LearnerState
 from metalstm.nn.flax_modules import from_flax
 from metalstm.nn.heads import output_shape
 from metalstm.nn.signatures import parameters_of
+from metalstm.user_objects import object_at
 
-__all__ = ["learner_at", "network_at"]
-
-
-def network_at(path: str) -> Any:
-    """Return what ``path`` names, in a module that is imported already.
-
-    Importing runs code, so that a path that was read from a file imports nothing.
-
-    Raises:
-      ValueError: the module is not imported, or has no such name.
-    """
-    name, _, attribute = path.partition(":")
-    module = sys.modules.get(name)
-    if module is None:
-        raise ValueError(f"learner {path!r}: `import {name}` first")
-    found = getattr(module, attribute, None)
-    if found is None:
-        has = ", ".join(sorted(n for n in vars(module) if not n.startswith("_")))
-        raise ValueError(f"learner {path!r}: {name} has no {attribute!r}, but {has}")
-    return found
+__all__ = ["learner_at"]
 
 
 def learner_at(path: str, num_classes: int | None = None) -> Learner:
@@ -48,7 +29,7 @@ def learner_at(path: str, num_classes: int | None = None) -> Learner:
       ValueError: for what `from_flax` refuses; when initialised, for outputs that are
         not [N, num_classes].
     """
-    found = network_at(path)
+    found = object_at(path, "learner")
     try:
         learner = _learner_of(found, num_classes)
     except (TypeError, ValueError) as error:

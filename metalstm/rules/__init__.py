@@ -1,6 +1,12 @@
 """Update rules: functions from meta-parameters to an optax transform."""
 
-from metalstm.rules.classic import as_rule, chain, learned_sgd, tunable
+from metalstm.rules.classic import (
+    as_rule,
+    chain,
+    learned_scale,
+    learned_sgd,
+    tunable,
+)
 from metalstm.rules.features import FEATURES_VERSION, log_sign
 from metalstm.rules.gates import GatesState, find_gates, gate_update, lstm_gates
 from metalstm.rules.groups import by_group, conv_or_dense, matrix_or_vector, only
@@ -26,6 +32,7 @@ __all__ = [
     "gate_update",
     "gradient_memory",
     "l2l",
+    "learned_scale",
     "learned_sgd",
     "load_rule",
     "log_sign",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Literal
 
@@ -10,7 +11,7 @@ import jax.numpy as jnp
 import optax
 
 from metalstm.base import Array, PyTree, RuleTraits, UpdateRule
-from metalstm.checks import check_at_least, check_choice
+from metalstm.checks import check_at_least, check_choice, check_positive
 from metalstm.records import recorded
 
 __all__ = [
@@ -18,6 +19,7 @@ __all__ = [
     "chain",
     "check_differentiable",
     "common_traits",
+    "learned_scale",
     "learned_sgd",
     "tunable",
 ]
@@ -171,6 +173,28 @@ def learned_sgd(
 
     traits = RuleTraits(coordinatewise=per == "rule", smooth=True, reads_loss=False)
     return UpdateRule(init, bind, traits)
+
+
+@recorded("rule")
+def learned_scale(scale: float = 1.0) -> UpdateRule:
+    """Multiply updates by a learned positive number, whose parameter is its logarithm.
+
+    >>> tx = learned_scale().bind(jnp.log(2.0))
+    >>> tx.update(jnp.ones(2), tx.init(jnp.ones(2)))[0]
+    Array([2., 2.], dtype=float32)
+    """
+    check_positive("scale", scale)
+
+    def bind(log_scale: Array) -> optax.GradientTransformationExtraArgs:
+        def update(updates, params):
+            del params
+            factor = jnp.exp(log_scale)
+            return jax.tree.map(lambda g: (factor * g).astype(g.dtype), updates)
+
+        return optax.with_extra_args_support(optax.stateless(update))
+
+    traits = RuleTraits(coordinatewise=True, smooth=True, reads_loss=False)
+    return UpdateRule(lambda key, params: jnp.float32(math.log(scale)), bind, traits)
 
 
 @recorded("rule")

@@ -6,12 +6,16 @@ import inspect
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import optax
+
 from metalstm.base import UpdateRule
-from metalstm.rules.classic import chain, learned_sgd
+from metalstm.records import Record
+from metalstm.rules.classic import as_rule, chain, learned_scale, learned_sgd
 from metalstm.rules.gates import lstm_gates
 from metalstm.rules.groups import by_group, conv_or_dense, matrix_or_vector
 from metalstm.rules.l2l_lstm import l2l
 from metalstm.rules.memory import gradient_memory, two_layer
+from metalstm.user_objects import object_at
 
 __all__ = ["FACTORIES", "build_rule"]
 
@@ -20,6 +24,7 @@ _MAX_DEPTH = 8
 FACTORIES: dict[str, Callable[..., UpdateRule]] = {
     "gradient_memory": gradient_memory,
     "l2l": l2l,
+    "learned_scale": learned_scale,
     "learned_sgd": learned_sgd,
     "lstm_gates": lstm_gates,
     "two_layer": two_layer,
@@ -37,6 +42,9 @@ def build_rule(spec: Mapping[str, Any]) -> UpdateRule:
     lstm_gates, gradient_memory, two_layer and learned_sgd. ``{"rule": "chain", "parts":
     [spec, ..]}`` is a chain; ``{"rule": "by_group", "labels": "conv_or_dense" or
     "matrix_or_vector", "groups": {label: spec}}`` gives each group a rule.
+    ``{"rule": "mymodule:my_rule", ..}`` is a rule of one's own: a function that returns
+    a rule or an optax transform (or one of these), in a module that must be imported
+    already, as nothing that was read from a file may run code.
 
     Raises:
       ValueError: no such rule, or arguments that it does not take.
@@ -62,6 +70,8 @@ def _build(spec: Any, depth: int) -> UpdateRule:
         return chain(*(_build(part, depth + 1) for part in parts))
     if name == "by_group":
         return _build_groups(options, depth)
+    if ":" in name:
+        return _build_users(name, options)
     if name not in FACTORIES:
         choices = ", ".join(sorted({*FACTORIES, "chain", "by_group"}))
         raise ValueError(f"there is no rule {_short(name)}: choose one of {choices}")
@@ -73,6 +83,30 @@ def _build(spec: Any, depth: int) -> UpdateRule:
         raise ValueError(f"{name} cannot be built of {_short(options)}: {error}") from (
             error
         )
+
+
+def _build_users(path: str, options: dict[str, Any]) -> UpdateRule:
+    found = object_at(path, "rule")
+    is_rule = isinstance(found, UpdateRule | optax.GradientTransformation)
+    if is_rule and options:
+        raise ValueError(
+            f"rule {path!r} is a rule, which takes no {', '.join(options)}: name the "
+            "function that makes it"
+        )
+    if not is_rule and not callable(found):
+        raise ValueError(
+            f"rule {path!r} is {_short(found)}: give a function that returns an "
+            "UpdateRule or an optax transform"
+        )
+    try:
+        made = found if is_rule else found(**_tuples(options))
+        rule = as_rule(made)
+    except TypeError as error:
+        raise ValueError(
+            f"rule {path!r} cannot be built of {_short(options)}: {error}"
+        ) from error
+    record = Record("rule", path, options, rule)
+    return rule._replace(made_by=record)
 
 
 def _build_groups(options: dict[str, Any], depth: int) -> UpdateRule:

@@ -24,10 +24,16 @@ from metalstm.base import (
     QueryNorm,
     UpdateRule,
 )
-from metalstm.batches import first_example, join_examples, num_examples
+from metalstm.batches import (
+    first_example,
+    join_examples,
+    mask_of,
+    num_examples,
+    only_present,
+)
 from metalstm.inner import Differentiation, InnerState, Trace, unroll
 
-__all__ = ["Adaptation", "Adapted", "adapt_to", "query_outputs"]
+__all__ = ["Adaptation", "Adapted", "adapt_to", "query_outputs", "step_scale"]
 
 # folded into an episode's key, one for each use of randomness
 _INIT, _DROPOUT, _ORDER = 0, 1, 2
@@ -80,6 +86,11 @@ def adapt_to(
         # each episode's own: not what meta-training has averaged over others
         drawn = learner.init(jax.random.fold_in(key, _INIT), first_example(support.x))
         stats = jax.tree.map(lambda d, s: d.astype(s.dtype), drawn.stats, stats)
+    if mask_of(support) is not None and jax.tree.leaves(stats):
+        raise ValueError(
+            "the learner has batch norm, whose statistics would count rows that are no "
+            "examples: choose tasks of one size (EpisodeSpec), or a learner without it"
+        )
     support_norm: Norm = "stored" if norm == "frozen" else "batch"
 
     def loss_fn(params, stats, batch, step_key):
@@ -90,7 +101,8 @@ def adapt_to(
             norm=support_norm,
             key=step_key,
         )
-        return task_loss(outputs, batch.y), new.stats
+        outputs = only_present(outputs, support)
+        return task_loss(outputs, batch.y, mask_of(batch)), new.stats
 
     inner, trace = unroll(
         loss_fn,
@@ -109,6 +121,50 @@ def adapt_to(
     )
     at_end = LearnerState(inner.params, inner.stats, state.other)
     return Adapted(at_end, inner, trace)
+
+
+def step_scale(
+    learner: Learner, state: LearnerState, support: Batch, way: int | None
+) -> Array:
+    r"""Return the step size beyond which gradient descent diverges, about.
+
+    .. math:: 4 L / |\nabla L|^2
+
+    For L = h theta^2 / 2 it is 2 / h; half of it is Newton's step, a quarter Polyak's
+    (1987). It falls with the square of the features' length and does not depend on
+    the number of examples, of which the loss is the mean. The smaller of two: at theta,
+    and half such a step from it, where a head that starts at zero lets gradients
+    through. 1 where the gradient is zero.
+
+    Args:
+      way: classes, for a learner whose head fits any number of them.
+    """
+    params = state.params
+    if learner.at_way is not None:
+        params = learner.at_way(params, way or num_examples(support.x))
+
+    def loss_fn(params: PyTree) -> Array:
+        outputs, _ = learner.apply(
+            state._replace(params=params), support.x, norm="batch"
+        )
+        return task_loss(outputs, support.y)
+
+    @jax.jit
+    def scale_and_gradient(params: PyTree) -> tuple[Array, PyTree]:
+        loss, grads = jax.value_and_grad(loss_fn)(params)
+        leaves = [g.astype(jnp.float32) for g in jax.tree.leaves(grads)]
+        square = sum((jnp.vdot(g, g) for g in leaves), jnp.float32(0))
+        scale = 4 * loss.astype(jnp.float32) / jnp.where(square > 0, square, 1)
+        usable = jnp.isfinite(scale) & (square > 0) & (scale > 0)
+        return jnp.where(usable, scale, jnp.inf), grads
+
+    here, grads = scale_and_gradient(params)
+    half = jnp.where(jnp.isfinite(here), here / 2, 0)
+    there, _ = scale_and_gradient(
+        jax.tree.map(lambda p, g: (p - half * g).astype(p.dtype), params, grads)
+    )
+    smaller = jnp.minimum(here, there)
+    return jnp.where(jnp.isfinite(smaller), smaller, 1).astype(jnp.float32)
 
 
 def _start(
@@ -149,7 +205,7 @@ def query_outputs(
         return _one_by_one(learner, state, support.x, query_x)
     mode: Norm = "batch" if norm == "transductive" else "stored"
     outputs, _ = learner.apply(state, query_x, norm=mode)
-    return outputs
+    return only_present(outputs, support)
 
 
 def _one_by_one(learner: Learner, state: LearnerState, support_x, query_x) -> Array:

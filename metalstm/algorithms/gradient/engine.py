@@ -23,6 +23,7 @@ from metalstm.algorithms.gradient.adaptation import (
     Adaptation,
     adapt_to,
     query_outputs,
+    step_scale,
 )
 from metalstm.base import (
     Array,
@@ -38,11 +39,11 @@ from metalstm.base import (
     TrainSampler,
     UpdateRule,
 )
-from metalstm.batches import first_example
+from metalstm.batches import first_example, mask_of
 from metalstm.checks import check_choice
 from metalstm.inner import Differentiation, InnerState, Trace
 from metalstm.records import recorded
-from metalstm.rules import as_rule, find_gates
+from metalstm.rules import as_rule, chain, find_gates, learned_scale
 from metalstm.rules.classic import check_differentiable
 from metalstm.tasks import TaskMapping, mean_over_tasks
 
@@ -63,7 +64,7 @@ def learned_init(
     num_test_steps: int | None = None,
     learn_init: bool = True,
     batch_size: int | None = None,
-    gradient_scale: float | Literal["1/batch", "way"] = 1.0,
+    gradient_scale: float | Literal["1/batch", "way", "calibrated"] = 1.0,
     train_way: int | None = None,
     train_queries: int | None = None,
     trainable: bool = True,
@@ -97,7 +98,10 @@ def learned_init(
       gradient_scale: what the gradient is multiplied by before the rule sees it;
         ``"1/batch"``: by 1 / images in the update, on top of the mean loss (the
         authors' code); ``"way"``: by the number of classes, so that a class moves its
-        part of the head as far in a task of many classes as in one of few.
+        part of the head as far in a task of many classes as in one of few;
+        ``"calibrated"``: by 4 L / |g|^2 of the first episode's support set at the
+        drawn theta_0, where steps below 1 stop short of diverging on a quadratic. It is
+        a parameter of the rule, `rules.learned_scale`, and is meta-learned from there.
       train_way: meta-train on tasks with this many classes; needs a learner with
         ``at_way``, that is, a head whose classes share their start.
       train_queries: queries a class in meta-training, when they differ from the test's.
@@ -113,6 +117,9 @@ def learned_init(
         ``predict`` when the task's way is not the head's.
     """
     rule = as_rule(rule)
+    calibrates = gradient_scale == "calibrated"
+    if gradient_scale == "calibrated":
+        rule, gradient_scale = chain(learned_scale(), rule), 1.0
     adaptation = Adaptation(
         learner,
         rule,
@@ -147,7 +154,7 @@ def learned_init(
             task_mapping=task_mapping,
         )
     return make_algorithm(
-        init=functools.partial(_init, adaptation),
+        init=functools.partial(_init, adaptation, calibrates=calibrates, way=train_way),
         loss=loss,
         predict=functools.partial(
             _predict, adaptation, num_steps=test_steps, norm=query_norm
@@ -157,6 +164,8 @@ def learned_init(
         ),
         train_sampler=resampled(way=train_way, queries=train_queries),
         query_norm=query_norm,
+        # a number of examples in the loop's own numbers is that of all rows
+        masked=batch_size is None and not isinstance(gradient_scale, str),
         trainable=trainable,
         task_mapping=task_mapping,
         **slots,
@@ -206,7 +215,8 @@ def _check(adaptation: Adaptation, train_way: int | None, trainable: bool) -> No
     gradient_scale = adaptation.gradient_scale
     if isinstance(gradient_scale, str) and gradient_scale not in ("1/batch", "way"):
         raise ValueError(
-            f"gradient_scale={gradient_scale!r}: choose a number, '1/batch' or 'way'"
+            f"gradient_scale={gradient_scale!r}: choose a number, '1/batch', 'way' or "
+            "'calibrated'"
         )
     if train_way is not None and adaptation.learner.at_way is None:
         raise ValueError(
@@ -229,11 +239,21 @@ def _check(adaptation: Adaptation, train_way: int | None, trainable: bool) -> No
         check_differentiable(adaptation.rule)
 
 
-def _init(adaptation: Adaptation, key: Array, episode: Episode) -> MetaParams:
+def _init(
+    adaptation: Adaptation,
+    key: Array,
+    episode: Episode,
+    *,
+    calibrates: bool,
+    way: int | None,
+) -> MetaParams:
     learner_key, rule_key = jax.random.split(key)
     state = adaptation.learner.init(learner_key, first_example(episode.support.x))
     _check_other(state.other)
     rule_params = adaptation.rule.init(rule_key, state.params)
+    if calibrates:
+        scale = step_scale(adaptation.learner, state, episode.support, way)
+        rule_params = (jnp.log(scale), *rule_params[1:])
     if not adaptation.learn_init:
         # only the averages of `frozen` are kept of a learner drawn per episode
         state = LearnerState((), state.stats, ())
@@ -257,14 +277,19 @@ def _query_loss(
     )
     outputs = query_outputs(adaptation, meta_params, adapted, support, query.x, norm)
     metrics = {
-        "accuracy": accuracy(outputs, query.y),
+        "accuracy": accuracy(outputs, query.y, mask_of(query)),
         "support_loss": adapted.trace.losses[0],
+        "support_loss_rose": _rose(adapted.trace.losses),
     }
     gathered = {}
     if adaptation.gathers:
         _, after = adaptation.learner.apply(adapted.learner, query.x, norm="gather")
         gathered = lax.stop_gradient(after.stats)
-    return task_loss(outputs, query.y), Aux(metrics, gathered)
+    return task_loss(outputs, query.y, mask_of(query)), Aux(metrics, gathered)
+
+
+def _rose(losses: Array) -> Array:
+    return lax.stop_gradient(~(losses[-1] <= losses[0])).astype(jnp.float32)  # NaN too
 
 
 def _adapt(

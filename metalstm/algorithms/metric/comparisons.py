@@ -69,7 +69,11 @@ def prototypical(
 
     comparison = stateless(scores, (lambda key, embedded: params) if params else None)
     return compare_embeddings(
-        learner, comparison, train_way=train_way, train_queries=train_queries
+        learner,
+        comparison,
+        train_way=train_way,
+        train_queries=train_queries,
+        masked=True,
     )
 
 
@@ -121,7 +125,11 @@ def matching(
     learns = bool(scale_params) or context_steps is not None
     comparison = stateless(scores, init_params if learns else None)
     return compare_embeddings(
-        learner, comparison, train_way=train_way, train_queries=train_queries
+        learner,
+        comparison,
+        train_way=train_way,
+        train_queries=train_queries,
+        masked=context_steps is None,  # an LSTM reads every row
     )
 
 
@@ -132,6 +140,7 @@ def _log_attention_of_classes(similarity: Array, labels: Array, way: int) -> Arr
     >>> jnp.exp(_log_attention_of_classes(similarity, labels, way=2)).round(4)
     Array([[0.5, 0.5]], dtype=float32)
     """
+    similarity = jnp.where(labels[None] >= 0, similarity, -jnp.inf)  # -1: no example
     log_weights = jax.nn.log_softmax(similarity)
     is_class = labels[None, :] == jnp.arange(way)[:, None]
     # finite where a class has no image, so that the derivative is too

@@ -37,7 +37,14 @@ from metalstm.base import (
     Norm,
     PyTree,
 )
-from metalstm.batches import first_example, join_examples, num_examples
+from metalstm.batches import (
+    first_example,
+    join_examples,
+    labels_of,
+    mask_of,
+    num_examples,
+    only_present,
+)
 from metalstm.nn.heads import output_shape
 
 __all__ = [
@@ -95,11 +102,12 @@ class Compared(NamedTuple):
     labels: Array  # [N + M]
     scores: Array  # [M, way], of the query; -inf for a class the episode lacks
     targets: Array  # [M]
+    mask: Array | None = None  # [M], False for what is no query; None: all are
 
 
 def cross_entropy(compared: Compared) -> Array:
     """Return the cross-entropy of the query's scores, the default loss."""
-    return task_loss(compared.scores, compared.targets)
+    return task_loss(compared.scores, compared.targets, compared.mask)
 
 
 def compare_embeddings(
@@ -109,6 +117,7 @@ def compare_embeddings(
     loss_fn: Callable[[Compared], Array] = cross_entropy,
     train_way: int | None = None,
     train_queries: int | None = None,
+    masked: bool = False,
 ) -> MetaAlgorithm:
     """Embed support and query by ``learner``, score by ``comparison``.
 
@@ -121,6 +130,8 @@ def compare_embeddings(
       loss_fn: default: cross-entropy of the scores.
       train_way: classes in a meta-training task; the test's may be another number.
       train_queries: queries a class in meta-training.
+      masked: the comparison reads nothing of support rows with the label -1, and the
+        loss nothing of queries that its mask leaves out.
     """
 
     def init(key: Array, episode: Episode) -> LearnerState:
@@ -142,11 +153,13 @@ def compare_embeddings(
         scores, embedded, stats = scores_of(
             stop_statistics(state), key, support, query.x, way=way, norm="gather"
         )
-        present = jnp.zeros(way, bool).at[support.y].set(True)[None]
-        scores = jnp.where(present, scores, -jnp.inf)
+        if mask_of(support) is None:
+            present = jnp.zeros(way, bool).at[support.y].set(True)[None]
+            scores = jnp.where(present, scores, -jnp.inf)
+        mask = mask_of(query)
         labels = jnp.concatenate([support.y, query.y])
-        metrics = {"accuracy": accuracy(scores, query.y)}
-        value = loss_fn(Compared(embedded, labels, scores, query.y))
+        metrics = {"accuracy": accuracy(scores, query.y, mask)}
+        value = loss_fn(Compared(embedded, labels, scores, query.y, mask))
         return value, Aux(metrics, lax.stop_gradient(stats))
 
     def predict(state, key, support: Batch, query_x, *, num_classes: int):
@@ -166,6 +179,7 @@ def compare_embeddings(
         predict=predict,
         train_sampler=resampled(way=train_way, queries=train_queries),
         query_norm="frozen",
+        masked=masked,
         **slots,
     )
 
@@ -185,13 +199,23 @@ def _scores_of(
     embedding, learned = state, LearnerState((), {}, {})
     if comparison.init is not None:
         embedding, learned = _split(state, comparison.name)
+    if (
+        mask_of(support) is not None
+        and norm == "gather"
+        and jax.tree.leaves(state.stats)
+    ):
+        raise ValueError(
+            "the learner has batch norm, whose statistics would count rows that are no "
+            "examples: choose tasks of one size (EpisodeSpec), or a learner without it"
+        )
     images = join_examples(support.x, query_x)
     dropout_key = key if norm == "gather" else None
     embedded, embedding = learner.apply(embedding, images, norm=norm, key=dropout_key)
     of_support, of_query = jnp.split(embedded, [num_examples(support.x)])
     scores, learned = comparison.apply(
-        learned, key, of_support, support.y, of_query, way=way, norm=norm
+        learned, key, of_support, labels_of(support), of_query, way=way, norm=norm
     )
+    scores = only_present(scores, support)
     if comparison.init is not None:
         embedding = _join(embedding, learned, comparison.name)
     return scores, embedded, embedding.stats

@@ -22,7 +22,7 @@ from metalstm.algorithms.metric.distances import (
     unit,
 )
 from metalstm.base import Array, Batch, MetaAlgorithm, PyTree
-from metalstm.batches import as_vectors
+from metalstm.batches import as_vectors, labels_of, only_present
 from metalstm.checks import check_at_least, check_positive
 from metalstm.data.pools import ClassPool
 from metalstm.records import recorded
@@ -58,7 +58,7 @@ def nearest_centroid(*, unit_length: bool = True) -> MetaAlgorithm:
     Args:
       unit_length: scale each example, after centring, to length 1.
     """
-    return _on_features(_centroid_scores, unit_length)
+    return _on_features(_centroid_scores, unit_length, masked=True)
 
 
 @recorded("algorithm")
@@ -131,7 +131,7 @@ def base_mean(pool: ClassPool) -> Array:
     return x.mean(0) / 255 if pool.images.dtype == jnp.uint8 else x.mean(0)
 
 
-def _on_features(head: Head, unit_length: bool) -> MetaAlgorithm:
+def _on_features(head: Head, unit_length: bool, masked: bool = False) -> MetaAlgorithm:
     def prepare(mean: PyTree, x: PyTree) -> Array:
         x = as_vectors(x)
         x = x.astype(jnp.promote_types(x.dtype, jnp.float32))
@@ -147,10 +147,11 @@ def _on_features(head: Head, unit_length: bool) -> MetaAlgorithm:
     def predict(mean, key, support: Batch, query_x, *, num_classes: int):
         del key
         features, query = prepare(mean, support.x), prepare(mean, query_x)
-        return head(features, support.y, query, num_classes)
+        scores = head(features, labels_of(support), query, num_classes)
+        return only_present(scores, support)
 
     return make_algorithm(
-        init=lambda key, episode: (), predict=predict, trainable=False
+        init=lambda key, episode: (), predict=predict, trainable=False, masked=masked
     )
 
 

@@ -10,6 +10,7 @@ from typing import Any, Literal, get_args
 
 import jax
 import jax.numpy as jnp
+import optax
 from jax import lax
 
 from metalstm.algorithms.common import (
@@ -37,7 +38,14 @@ from metalstm.checks import check_at_least, check_choice, check_features
 from metalstm.data.classification import ClassificationSpec
 from metalstm.nn.heads import output_shape
 
-__all__ = ["Classifier", "classify", "features_of", "init_task_head", "pretrain"]
+__all__ = [
+    "Classifier",
+    "centroid_loss",
+    "classify",
+    "features_of",
+    "init_task_head",
+    "pretrain",
+]
 
 Classifier = Literal["linear", "cosine"]
 _COSINE_SCALE = 10.0  # cosines alone are too flat for a softmax
@@ -52,6 +60,8 @@ def pretrain(
     batch_size: int | None = None,
     rule: UpdateRule | None = None,
     loss_fn: Callable[[PyTree, Array, Array], Array] | None = None,
+    per_class: int | None = None,
+    centroid_weight: float = 0.0,
 ) -> MetaAlgorithm:
     """Train features and a head of C classes on batches of labelled images.
 
@@ -64,13 +74,22 @@ def pretrain(
       batch_size: images of one batch; None: as many as an episode has.
       rule: whose parameters are part of the meta-parameters, and not learned here.
       loss_fn: (head, features [N, d], labels [N]) -> loss; None: cross-entropy.
+      per_class: images of each class in a batch; None: all are drawn independently.
+      centroid_weight: of `centroid_loss`, which is added.
 
     Raises:
-      ValueError: at construction for another classifier or fewer than two classes; from
-        ``init`` for features that are not vectors.
+      ValueError: at construction for another classifier, fewer than two classes, or a
+        centroid loss without two images a class; from ``init`` for features that are
+        not vectors.
     """
     check_choice("classifier", classifier, get_args(Classifier))
     check_at_least("num_classes", num_classes, 2)
+    check_at_least("centroid_weight", centroid_weight, 0)
+    if centroid_weight and (per_class is None or per_class < 2):
+        raise ValueError(
+            f"centroid_weight={centroid_weight} with per_class={per_class}: an image "
+            "is compared with others of its class; choose per_class=2 or more"
+        )
 
     def init(key: Array, episode: Episode | Batch) -> MetaParams:
         batch = episode if isinstance(episode, Batch) else episode.support
@@ -98,6 +117,8 @@ def pretrain(
             value = task_loss(outputs, batch.y)
         else:
             value = loss_fn(params["head"], features, batch.y)
+        if centroid_weight:
+            value += centroid_weight * centroid_loss(features, batch.y, num_classes)
         metrics = {"accuracy": accuracy(outputs, batch.y)}
         return value, Aux(metrics, lax.stop_gradient(after.stats))
 
@@ -105,7 +126,7 @@ def pretrain(
         num_images = batch_size
         if num_images is None:
             num_images = spec.way * (spec.shot + spec.queries)
-        return ClassificationSpec(num_images, num_classes, spec)
+        return ClassificationSpec(num_images, num_classes, spec, per_class)
 
     slots: dict[str, Any] = with_running_statistics(
         loss,
@@ -120,6 +141,34 @@ def pretrain(
         query_norm="frozen",
         **slots,
     )
+
+
+def centroid_loss(features: Array, labels: Array, num_classes: int) -> Array:
+    r"""Cross-entropy of each image against the class means of the other images.
+
+    .. math::
+        \ell_i = -\log
+            \frac{e^{10 a_i}}{e^{10 a_i} + \sum_{c \ne y_i} e^{10 \cos(u_i, s_c)}},
+        \quad a_i = \cos(u_i, s_{y_i} - u_i)
+
+    with features :math:`u_i` of length 1 and their sums :math:`s_c` over the batch's
+    images of class c: a prototypical network's loss by cosine in which every image is
+    query and support in turn. Images alone in their class do not count.
+
+    Args:
+      features: [N, d].
+      labels: [N], of ``num_classes`` classes, of which the batch may have a part.
+    """
+    u = unit(features)
+    of_class = jax.nn.one_hot(labels, num_classes, dtype=u.dtype)
+    sums = of_class.T @ u
+    others = jnp.sum(u * unit(sums[labels] - u), -1, keepdims=True)
+    cosines = jnp.where(of_class > 0, others, u @ unit(sums).T)
+    counts = of_class.sum(0)
+    logits = jnp.where(counts > 0, _COSINE_SCALE * cosines, -jnp.inf)
+    losses = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
+    accompanied = counts[labels] > 1
+    return jnp.sum(losses, where=accompanied) / jnp.maximum(accompanied.sum(), 1)
 
 
 def features_of(learner: Learner, state: LearnerState, x: Array) -> Array:
