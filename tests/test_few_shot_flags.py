@@ -105,7 +105,7 @@ def test_how_to_differentiate():
 
     second = of("--algorithms meta-lstm --order second --keep remat --last 2")
     assert second == {"order": "second", "keep": "remat", "last": 2}
-    assert of("--algorithms meta-lstm")["order"] == "first"
+    assert of("--algorithms meta-lstm")["order"] == "second"
     assert of("--algorithms fo-meta-lstm")["order"] == "first"
     assert of("--algorithms maml")["order"] == "second"
     assert of("--algorithms maml --last 1")["last"] == 1
@@ -325,7 +325,7 @@ MISTAKES = [
     ("--algorithms maml --query-norm frozen", "add --train-query-norm frozen"),
     ("--algorithms maml --queries 2 --train-way 4", "wrap it in metalstm.nn.tied_head"),
     ("--algorithms meta-lstm,sgd --no-learn-init", "drop sgd"),
-    ("--algorithms meta-lstm --last 1", "needs --order second"),
+    ("--algorithms meta-lstm --order first --last 1", "needs --order second"),
     ("--resume nowhere", "not a run folder"),
     ("--resume nowhere --workdir x", "not a run folder"),
     ("--evaluate nowhere", "not a run folder"),

@@ -87,8 +87,15 @@ def pools(source: str, digits: Path | None) -> dict[str, data.ClassPool]:
     if source == "digits":
         rows = np.loadtxt(str(digits), delimiter=",", dtype=np.float32)
         x, y = rows[:, :-1].reshape(-1, 8, 8, 1), rows[:, -1].astype(int)
-        classes = [x[y == c] for c in (1, 4, 6, 9, 0, 3, 7, 2, 5, 8)]
-        sizes = (4, 3, 3)
+        # too few digits to meta-train on: each also turned by a quarter circle
+        digits_of = ((1, 4, 6, 9, 0), (3, 7), (2, 5, 8))
+        classes = [
+            np.rot90(x[y == digit], turns, (1, 2)).copy()
+            for some in digits_of
+            for digit in some
+            for turns in (0, 1)
+        ]
+        sizes = tuple(2 * len(some) for some in digits_of)
     else:
         make = {"spectrograms": _spectrograms, "embeddings": _embeddings}[source]
         classes, sizes = make(np.random.RandomState(0)), (60, 15, 25)

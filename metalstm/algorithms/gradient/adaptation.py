@@ -132,9 +132,9 @@ def step_scale(
 
     For L = h theta^2 / 2 it is 2 / h; half of it is Newton's step, a quarter Polyak's
     (1987). It falls with the square of the features' length and does not depend on
-    the number of examples, of which the loss is the mean. The smaller of two: at theta,
-    and half such a step from it, where a head that starts at zero lets gradients
-    through. 1 where the gradient is zero.
+    the number of examples, of which the loss is the mean. The geometric mean of
+    two: at theta, and half such a step from it, where a head that starts at zero lets
+    gradients through. 1 where the gradient is zero.
 
     Args:
       way: classes, for a learner whose head fits any number of them.
@@ -163,8 +163,9 @@ def step_scale(
     there, _ = scale_and_gradient(
         jax.tree.map(lambda p, g: (p - half * g).astype(p.dtype), params, grads)
     )
-    smaller = jnp.minimum(here, there)
-    return jnp.where(jnp.isfinite(smaller), smaller, 1).astype(jnp.float32)
+    there = jnp.where(jnp.isfinite(there), there, here)
+    mean = jnp.sqrt(here * there)
+    return jnp.where(jnp.isfinite(mean), mean, 1).astype(jnp.float32)
 
 
 def _start(
