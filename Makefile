@@ -60,6 +60,7 @@ bench: $(VENV)/.installed-experiments
 	$(BIN)/python -m benchmarks.alternatives
 	$(BIN)/python -m benchmarks.convolutions --quick
 	$(BIN)/python -m benchmarks.memory --quick
+	$(BIN)/python -m benchmarks.own_network
 	$(BIN)/python -m benchmarks.roofline
 	$(BIN)/python -m benchmarks.speed $(ARGS)
 

@@ -192,7 +192,7 @@ def main() -> None:
         length = pixels if network.ndim == 2 else pixels * 8
         shape = (20, 4, *(length,) * network.ndim, network.channels)
         rng = np.random.default_rng(0)
-        pool = data.make_pool(rng.integers(0, 255, shape).astype(np.uint8))
+        pool = data.make_pool(rng.random(shape, np.float32))
         module = network.make(filters, length)
         forms = [from_flax(module), from_flax(module, layers="flax")]
         if network.built_in is not None:

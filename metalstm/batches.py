@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -25,13 +25,17 @@ __all__ = [
     "check_episode",
     "check_outputs",
     "check_predict",
+    "fill_batch",
+    "fill_rows",
     "first_example",
     "flatten_examples",
+    "index_labels",
     "join_examples",
     "labels_of",
     "mask_of",
     "num_examples",
     "only_present",
+    "power_of_two",
     "to_rank_of",
 ]
 
@@ -244,3 +248,39 @@ def check_adapt(adapt: Callable) -> Callable:
 
 def _is_numeric(y: Any) -> bool:
     return isinstance(y, jax.Array) or np.asarray(y).dtype.kind in "bifucV"
+
+
+def power_of_two(x: jax.Array) -> int:
+    """The power of two that holds all rows."""
+    return 1 << (len(x) - 1).bit_length()
+
+
+def fill_rows(x: jax.Array, other: bool) -> jax.Array:
+    """Fill rows up to a power of two: with zeros, or with others for a trial."""
+    filling = jnp.zeros_like(x)
+    if other:
+        filling = x + 1 if jnp.issubdtype(x.dtype, jnp.floating) else x
+    return jnp.concatenate([x, filling[: power_of_two(x) - len(x)]])
+
+
+def fill_batch(batch: Any, other: bool) -> MaskedBatch:
+    num, size = len(batch.y), power_of_two(batch.x)
+    y = jnp.concatenate([batch.y, jnp.zeros_like(batch.y)[: size - num]])
+    return MaskedBatch(fill_rows(batch.x, other), y, jnp.arange(size) < num)
+
+
+def index_labels(labels: Sequence[Any]) -> tuple[np.ndarray, np.ndarray]:
+    """Return the classes, and which of them each label is."""
+    try:
+        array = np.asarray(labels)
+    except ValueError:  # rows of unequal length
+        array = np.empty((0, 0))
+    kinds = {np.asarray(label).dtype.kind for label in labels}
+    kinds = {"number" if kind in "iufb" else kind for kind in kinds}
+    missing = array.dtype.kind == "f" and np.isnan(array).any()
+    if array.ndim != 1 or len(kinds) > 1 or kinds - {"number", "U"} or missing:
+        raise ValueError(
+            f"labels are {labels!r:.60}: give one number or one string for each image, "
+            "none of them NaN (y.argmax(-1) of a one-hot coding)"
+        )
+    return np.unique(array, return_inverse=True)

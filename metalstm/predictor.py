@@ -19,7 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from metalstm.base import Batch, Episode, MetaAlgorithm, PyTree
-from metalstm.batches import MaskedBatch
+from metalstm.batches import fill_batch, fill_rows, index_labels, power_of_two
 from metalstm.data.episodes import prepare_examples
 from metalstm.data.pools import Normalisation
 from metalstm.runtime.exporting import export_program
@@ -86,7 +86,7 @@ class Predictor:
     message: str | None = None
     source: tuple[Callable[..., Predictor], tuple] | None = None
     _programs: dict[Any, _Program] = field(default_factory=dict, init=False, repr=False)
-    _earlier: dict[str, Callable] = field(default_factory=dict, init=False, repr=False)
+    _earlier: dict[Any, Callable] = field(default_factory=dict, init=False, repr=False)
     _mixing: set[Any] = field(default_factory=set, init=False, repr=False)
     _probed: set[Any] = field(default_factory=set, init=False, repr=False)
 
@@ -144,7 +144,7 @@ class Predictor:
             y = np.asarray(labels, np.float32)
             support = Batch(x, jnp.asarray(y.reshape(len(y), -1)))
             return Classifier(self, support, None, jax.random.key(seed))
-        classes, y = _classes(labels)
+        classes, y = index_labels(labels)
         if self.way is not None and len(classes) != self.way:
             raise ValueError(
                 f"labels name {len(classes)} classes, but this {self.method} was "
@@ -260,8 +260,9 @@ class Predictor:
             fixed = self.params, jax.random.key(0), support
             split = split_function(self._predict(num_classes), *fixed, query)
             # the same for every number of queries, unless the method mixes them
-            text = str(jax.make_jaxpr(split.earlier)(*fixed))
-            earlier = self._earlier.setdefault(text, jax.jit(split.earlier))
+            closed = jax.make_jaxpr(split.earlier)(*fixed)
+            same = str(closed), *map(_contents, closed.consts)
+            earlier = self._earlier.setdefault(same, jax.jit(split.earlier))
             self._programs[key] = _Program(earlier, jax.jit(split.later))
         return self._programs[key]
 
@@ -317,7 +318,11 @@ class Classifier:
     def _fills(self, part: str, x: jax.Array) -> bool:
         """Whether rows are added to the support set, or to the queries."""
         never = part == "support" and not self.predictor.algorithm.masked
-        return not never and part not in self.predictor._mixing and _size(x) > len(x)
+        return (
+            not never
+            and part not in self.predictor._mixing
+            and power_of_two(x) > len(x)
+        )
 
     def _stop_filling(self, part: str) -> None:
         self.predictor._mixing.add(part)
@@ -334,9 +339,9 @@ class Classifier:
         predictor, num = self.predictor, len(query)
         support: Any = self.support
         if self._fills("support", support.x):
-            support = _filled_batch(support, refilled == "support")
+            support = fill_batch(support, refilled == "support")
         if self._fills("queries", query):
-            query = _filled(query, refilled == "queries")
+            query = fill_rows(query, refilled == "queries")
         program = predictor._program(support, query, self._way)
         adapted = self._adapted.get(program.earlier)
         if adapted is None or refilled == "support":
@@ -383,37 +388,6 @@ class Classifier:
         return self.support.y.shape[-1] if self.classes is None else len(self.classes)
 
 
-def _size(x: jax.Array) -> int:
-    """The power of two that holds all rows."""
-    return 1 << (len(x) - 1).bit_length()
-
-
-def _filled(x: jax.Array, other: bool) -> jax.Array:
-    """Fill rows up to a power of two: with zeros, or with others for a trial."""
-    filling = jnp.zeros_like(x)
-    if other:
-        filling = x + 1 if jnp.issubdtype(x.dtype, jnp.floating) else x
-    return jnp.concatenate([x, filling[: _size(x) - len(x)]])
-
-
-def _filled_batch(batch: Batch, other: bool) -> MaskedBatch:
-    num, size = len(batch.y), _size(batch.x)
-    y = jnp.concatenate([batch.y, jnp.zeros_like(batch.y)[: size - num]])
-    return MaskedBatch(_filled(batch.x, other), y, jnp.arange(size) < num)
-
-
-def _classes(labels: Sequence[Any]) -> tuple[np.ndarray, np.ndarray]:
-    """Return the classes, and which of them each label is."""
-    try:
-        array = np.asarray(labels)
-    except ValueError:  # rows of unequal length
-        array = np.empty((0, 0))
-    kinds = {np.asarray(label).dtype.kind for label in labels}
-    kinds = {"number" if kind in "iufb" else kind for kind in kinds}
-    missing = array.dtype.kind == "f" and np.isnan(array).any()
-    if array.ndim != 1 or len(kinds) > 1 or kinds - {"number", "U"} or missing:
-        raise ValueError(
-            f"labels are {labels!r:.60}: give one number or one string for each image, "
-            "none of them NaN (y.argmax(-1) of a one-hot coding)"
-        )
-    return np.unique(array, return_inverse=True)
+def _contents(constant: Any) -> Any:
+    is_key = jnp.issubdtype(jnp.result_type(constant), jax.dtypes.prng_key)
+    return id(constant) if is_key else np.asarray(constant).tobytes()

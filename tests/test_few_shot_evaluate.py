@@ -105,8 +105,7 @@ def test_evaluate_in_every_batch_norm_mode_and_at_any_way(tmp_path, capsys):
     ]  # fmt: skip
     assert [row["difference"] is None for row in rows] == [True, False, False, True]
     capsys.readouterr()
-    line = ["--evaluate", str(folder), "--way", "4", "--algorithms", "fomaml"]
-    assert few_shot.main(line) == 0
+    assert few_shot.main(["--evaluate", str(folder), "--way", "4"]) == 0
     assert "fomaml  " in capsys.readouterr().out
     predict = metalstm.load_run(folder, "prototypical")
     images = tiny_images(4, 9)
