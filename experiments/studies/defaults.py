@@ -8,7 +8,8 @@ measured on the data (4 L / |g|^2), so that features of any length fit.
 
 Each cell is a data set, a network and a number of shots, kept in --workdir, so that a
 stopped study resumes. MAML's rate is the best on validation classes of --rates, for
-the first seed. Some 25 minutes on a CPU core. docs/results/defaults.md has its table.
+the first seed. Some two minutes a row of an MLP on a
+CPU core. docs/results/defaults.md has its table, and where the claim fails.
 """
 
 from __future__ import annotations

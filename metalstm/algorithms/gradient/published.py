@@ -44,8 +44,8 @@ def meta_lstm(
 
     `learned_init` with `rules.lstm_gates`, second order, and the gradient on the scale
     of the data (``gradient_scale="calibrated"``), on which the input gate starts at
-    0.88. ``options`` are those of `learned_init`; `published_meta_lstm` has the authors'
-    settings, and docs/choosing_gate_settings.md compares them.
+    0.88. ``options`` are those of `learned_init`; `published_meta_lstm` has the
+    authors' settings, and docs/choosing_gate_settings.md compares them.
 
     Args:
       rule: None: gates of 4 hidden units whose f starts near 1, so that what is learned
