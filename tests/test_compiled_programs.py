@@ -157,7 +157,7 @@ def test_what_was_not_read_for_longest_goes_first(tmp_path):
 
 def calls_in(tree: ast.AST) -> set[str]:
     found = (node.func for node in ast.walk(tree) if isinstance(node, ast.Call))
-    return {func.id for func in found if isinstance(func, ast.Name)}
+    return {getattr(func, "id", getattr(func, "attr", None)) for func in found}
 
 
 def test_every_script_keeps_its_programs_and_no_benchmark_does():
