@@ -65,7 +65,7 @@ def from_flax(
         ``other``: neither adapted nor learned. To learn them without adapting them, see
         `metalstm.rules.only`.
       layers: "fastest" computes the convolutions of `nn.Conv` and `nnx.Conv` and flax's
-        `max_pool` in the form that is fastest where they run, 10 to 30 times faster
+        `max_pool` in the form that is fastest where they run, 2 to 20 times faster
         than flax's in an inner loop on a CPU, and equal up to rounding. A layer that
         was given its own ``conv_general_dilated`` keeps it. "flax" leaves all of them.
 
