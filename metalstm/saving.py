@@ -69,7 +69,7 @@ def save(
 
     >>> import tempfile
     >>> from metalstm import algorithms, data, nn
-    >>> pool = data.make_pool(np.zeros((3, 4, 2), np.float32))
+    >>> pool = data.make_pool(np.arange(24, dtype=np.float32).reshape(3, 4, 2))
     >>> spec, learner = data.EpisodeSpec(2, 1, 1), nn.mlp(None, widths=(4,))
     >>> algorithm = algorithms.prototypical(learner)
     >>> episode = spec.sample(jax.random.key(0), pool)

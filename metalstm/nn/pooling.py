@@ -137,12 +137,10 @@ def _flax_pool(inputs, init, reduce_fn, window_shape, strides, padding) -> Any:
     return pool(inputs, init, reduce_fn, window_shape, strides, padding)
 
 
-flax_pooling.pool = _flax_pool
-
-
 @contextlib.contextmanager
 def fast_flax_pools() -> Iterator[None]:
     """Let `max_pool` compute flax's max-pools within, in this thread."""
+    flax_pooling.pool = _flax_pool  # not before a module of a user runs
     token = _fast.set(True)
     try:
         yield
