@@ -99,6 +99,7 @@ def test_whole_numbers_of_any_type_are_bytes():
 
 
 @pytest.mark.fault("images of several sizes")
+@pytest.mark.filterwarnings("ignore:all .* examples are the same")
 def test_classes_of_other_image_sizes_are_not_stretched():
     classes = [np.zeros((2, 4, 4, 3), np.uint8), np.ones((2, 1, 4, 3), np.uint8)]
     with pytest.raises(ValueError, match=r"images\[1\] are of shape \[1, 4, 3\] and "):

@@ -246,6 +246,7 @@ def test_validate_accepts_what_fits_and_counts_groups(pool):
         validate(EpisodeSpec(6, 1, 6), dataset(pool), "valid")
 
 
+@pytest.mark.filterwarnings("ignore:all .* examples are the same")
 def test_shapes_alone_are_checked_under_jit(pool):
     with pytest.raises(ValueError, match="way=7 is more than the 6 classes of pool"):
         sample(jax.random.key(0), pool, EpisodeSpec(7, 1, 2))
@@ -273,6 +274,7 @@ def test_floats_come_as_they_are(shape):
         sample(jax.random.key(0), wide, EpisodeSpec(2, 1, 1, rotations=True))
 
 
+@pytest.mark.filterwarnings("ignore:all .* examples are the same")
 def test_make_pool_joins_classes_and_refuses():
     ragged = [np.full((n, 2, 2, 1), n, np.uint8) for n in (3, 1, 2)]
     pool = make_pool(ragged)

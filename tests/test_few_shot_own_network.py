@@ -63,6 +63,7 @@ def own_module(tmp_path, monkeypatch):
 METHODS = ("fomaml", "prototypical")
 
 
+@pytest.mark.filterwarnings("ignore:an answer of this fomaml depends on how many")
 @pytest.mark.usefixtures("tiny_instead_of_glyphs")
 def test_the_table_compares_it_by_every_method_again_and_again(own_module, capsys):
     folder = own_module / "run"

@@ -400,7 +400,14 @@ def test_the_trainer_learns_to_optimize():
         state, metrics = loop(state, None)
         losses.append(metrics["inner_loss"].mean())
     assert np.mean(losses[-3:]) < 0.7 * losses[0]
-    assert set(metrics) == {"loss", "inner_loss", "diverged", "grad_norm", "finite"}
+    assert set(metrics) == {
+        "loss",
+        "inner_loss",
+        "diverged",
+        "above_start",
+        "grad_norm",
+        "finite",
+    }
 
 
 def test_a_carry_is_split_with_its_tasks():

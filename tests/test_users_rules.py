@@ -135,10 +135,13 @@ def test_few_shot_meta_trains_and_tests_it(tmp_path):
     own = ["--num-steps", "2", "--rule", "myrules:tanh_descent"]
     words = command("--algorithms", "learned-rule", *own, workdir=folder)
     assert few_shot.main(words) == 0
-    (row,) = read(folder / "results.json")["methods"].values()
-    assert row["accuracy"] > 0.4
+    _, learned = metalstm.load_run(folder).params.rule  # after the calibrated scale
+    assert learned["alpha"] != jnp.float32(0.1)  # it was meta-trained
     sys.modules.pop("myrules")
     assert few_shot.main(["--evaluate", str(folder), "--test-episodes", "10"]) == 0
+    (row,) = read(folder / "results.json")["methods"].values()
+    (again,) = read(folder / "evaluation-3w1s-0.json")
+    assert again["mean"] == row["accuracy"]
     with pytest.raises(ValueError, match="--rule nomodule:x: No module named 'nomod"):
         few_shot_specs("nomodule:x")
 

@@ -47,6 +47,7 @@ def test_an_inner_loop_that_diverges_is_said_once():
     assert len([one for one in said if "inner loop" in str(one.message)]) == 1
 
 
+@pytest.mark.filterwarnings("ignore:.*the learned optimizer diverges")
 def test_a_learned_optimizer_that_goes_up_is_said():
     family = problems.quadratics(3)
     algorithm = learned_optimizers.learned_optimizer(
