@@ -99,7 +99,7 @@ def learned_init(
         ``"1/batch"``: by 1 / images in the update, on top of the mean loss (the
         authors' code); ``"way"``: by the number of classes, so that a class moves its
         part of the head as far in a task of many classes as in one of few;
-        ``"calibrated"``: by 4 L / |g|^2 of the first episode's support set at the
+        ``"calibrated"``: by ``4 L / |g|^2`` of the first episode's support set at the
         drawn theta_0, where steps below 1 stop short of diverging on a quadratic. It is
         a parameter of the rule, `rules.learned_scale`, and is meta-learned from there.
       train_way: meta-train on tasks with this many classes; needs a learner with
