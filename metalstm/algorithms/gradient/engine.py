@@ -99,9 +99,9 @@ def learned_init(
         ``"1/batch"``: by 1 / images in the update, on top of the mean loss (the
         authors' code); ``"way"``: by the number of classes, so that a class moves its
         part of the head as far in a task of many classes as in one of few;
-        ``"calibrated"``: by ``4 L / |g|^2`` of the first episode's support set at the
-        drawn theta_0, where steps below 1 stop short of diverging on a quadratic. It is
-        a parameter of the rule, `rules.learned_scale`, and is meta-learned from there.
+        ``"calibrated"``: by the step size with which T updates of gradient descent from
+        the drawn theta_0 lower the first episode's support loss most. It is a parameter
+        of the rule, `rules.learned_scale`, and is meta-learned from there.
       train_way: meta-train on tasks with this many classes; needs a learner with
         ``at_way``, that is, a head whose classes share their start.
       train_queries: queries a class in meta-training, when they differ from the test's.
@@ -117,7 +117,7 @@ def learned_init(
         ``predict`` when the task's way is not the head's.
     """
     rule = as_rule(rule)
-    calibrates = gradient_scale == "calibrated"
+    calibrated_by = num_steps if gradient_scale == "calibrated" else None
     if gradient_scale == "calibrated":
         rule, gradient_scale = chain(learned_scale(), rule), 1.0
     adaptation = Adaptation(
@@ -154,7 +154,9 @@ def learned_init(
             task_mapping=task_mapping,
         )
     return make_algorithm(
-        init=functools.partial(_init, adaptation, calibrates=calibrates, way=train_way),
+        init=functools.partial(
+            _init, adaptation, calibrated_by=calibrated_by, way=train_way
+        ),
         loss=loss,
         predict=functools.partial(
             _predict, adaptation, num_steps=test_steps, norm=query_norm
@@ -244,15 +246,17 @@ def _init(
     key: Array,
     episode: Episode,
     *,
-    calibrates: bool,
+    calibrated_by: int | None,
     way: int | None,
 ) -> MetaParams:
     learner_key, rule_key = jax.random.split(key)
     state = adaptation.learner.init(learner_key, first_example(episode.support.x))
     _check_other(state.other)
     rule_params = adaptation.rule.init(rule_key, state.params)
-    if calibrates:
-        scale = step_scale(adaptation.learner, state, episode.support, way)
+    if calibrated_by is not None:
+        scale = step_scale(
+            adaptation.learner, state, episode.support, way, calibrated_by
+        )
         rule_params = (jnp.log(scale), *rule_params[1:])
     if not adaptation.learn_init:
         # only the averages of `frozen` are kept of a learner drawn per episode
