@@ -70,7 +70,6 @@ def test_what_write_your_own_shows_runs_and_is_as_short_as_it_says():
 
 
 def test_what_is_kept_and_served_predicts(tmp_path, monkeypatch):
-    pytest.importorskip("flatbuffers", reason="pip install 'metalstm[export]'")
     monkeypatch.chdir(tmp_path)
     names = run_blocks(DOCS / "serving.md")
     assert names["scores"].shape == (12, 3)

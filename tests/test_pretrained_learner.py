@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
-import jax
 import numpy as np
 import pytest
 import tiny
 from few_shot_runs import read, tiny_dataset
 
 import metalstm
-from experiments.common.saved_options import located
 from experiments.few_shot import __main__ as few_shot
 from metalstm import data
 
@@ -65,14 +61,6 @@ def test_methods_are_listed_and_loaded_by_name(shipped, finished):
     with pytest.raises(ValueError, match="no trained method 'other': choose from ours"):
         metalstm.pretrained_learner("other", directory=shipped.parent)
     assert metalstm.pretrained_learner(directory=shipped.parent / "none") == ()
-
-
-def test_every_shipped_method_can_be_tested_by_its_name():
-    for card in metalstm.pretrained_learner():
-        path = located(Path(card.name))
-        assert "config" in metalstm.saving.read_info(path)
-        assert "not stated" not in card
-        assert jax.tree.leaves(metalstm.pretrained_learner(card.name).params)
 
 
 def test_a_file_that_does_not_say_how_to_test_it_is_refused(shipped, tmp_path, capsys):

@@ -306,7 +306,6 @@ def test_an_exported_program_needs_no_metalstm(name, tmp_path):
     predict = metalstm.load(
         metalstm.save(tmp_path / "it.npz", algorithm, params, POOL, SPEC)
     )
-    pytest.importorskip("flatbuffers", reason="pip install 'metalstm[export]'")
     classifier = predict.adapt(X, LABELS)
     predict.export(tmp_path / "a.bin", num_support=len(X), num_classes=WAY)
     classifier.export(tmp_path / "b.bin")

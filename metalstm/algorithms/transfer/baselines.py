@@ -68,8 +68,7 @@ def pretrained_features(
       batch_size: images of one batch; None: as many as an episode has.
       per_class: images of each class in a batch; None: all are drawn independently.
       centroid_weight: of a prototypical loss within the batch that is added to the
-        classifier's (`centroid_loss`): features learn to be compared. On mini-ImageNet,
-        1 in the last fifth of pre-training was worth 2 points (docs/results).
+        classifier's (`centroid_loss`): features learn to be compared.
 
     Raises:
       ValueError: at construction for an argument outside these choices; from ``init``
