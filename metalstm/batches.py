@@ -250,17 +250,26 @@ def _is_numeric(y: Any) -> bool:
     return isinstance(y, jax.Array) or np.asarray(y).dtype.kind in "bifucV"
 
 
-def power_of_two(x: jax.Array) -> int:
+def power_of_two(x: PyTree) -> int:
     """The power of two that holds all rows."""
-    return 1 << (len(x) - 1).bit_length()
+    return 1 << (num_examples(x) - 1).bit_length()
 
 
-def fill_rows(x: jax.Array, other: bool) -> jax.Array:
-    """Fill rows up to a power of two: with zeros, or with others for a trial."""
-    filling = jnp.zeros_like(x)
-    if other:
-        filling = x + 1 if jnp.issubdtype(x.dtype, jnp.floating) else x
-    return jnp.concatenate([x, filling[: power_of_two(x) - len(x)]])
+def fill_rows(x: PyTree, other: bool) -> PyTree:
+    """Fill rows up to a power of two: with the same again, or others for a trial.
+
+    Rows of zeros could make NaN of a network that divides by a mask's sum.
+    """
+    num, size = num_examples(x), power_of_two(x)
+
+    def fill(leaf: jax.Array) -> jax.Array:
+        filling = leaf[jnp.arange(size - num) % num]
+        if other:
+            is_float = jnp.issubdtype(leaf.dtype, jnp.floating)
+            filling = filling + 1 if is_float else jnp.zeros_like(filling)
+        return jnp.concatenate([leaf, filling])
+
+    return jax.tree.map(fill, x)
 
 
 def fill_batch(batch: Any, other: bool) -> MaskedBatch:
