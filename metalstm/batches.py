@@ -258,24 +258,27 @@ def power_of_two(x: PyTree) -> int:
 def fill_rows(x: PyTree, other: bool) -> PyTree:
     """Fill rows up to a power of two: with the same again, or others for a trial.
 
-    Rows of zeros could make NaN of a network that divides by a mask's sum.
+    In numpy, so that nothing compiles for a new number of rows. Rows of zeros could
+    make NaN of a network that divides by a mask's sum.
     """
     num, size = num_examples(x), power_of_two(x)
 
-    def fill(leaf: jax.Array) -> jax.Array:
-        filling = leaf[jnp.arange(size - num) % num]
-        if other:
-            is_float = jnp.issubdtype(leaf.dtype, jnp.floating)
-            filling = filling + 1 if is_float else jnp.zeros_like(filling)
-        return jnp.concatenate([leaf, filling])
+    def fill(leaf: np.ndarray) -> np.ndarray:
+        filling = leaf[np.arange(size - num) % num]
+        if other and jnp.issubdtype(leaf.dtype, jnp.floating):
+            filling = filling + np.ones((), leaf.dtype)
+        elif other:
+            filling = 255 - filling if leaf.dtype == np.uint8 else filling * 0
+        return np.concatenate([leaf, filling], dtype=leaf.dtype)
 
     return jax.tree.map(fill, x)
 
 
 def fill_batch(batch: Any, other: bool) -> MaskedBatch:
+    """`fill_rows` of a batch of numpy arrays."""
     num, size = len(batch.y), power_of_two(batch.x)
-    y = jnp.concatenate([batch.y, jnp.zeros_like(batch.y)[: size - num]])
-    return MaskedBatch(fill_rows(batch.x, other), y, jnp.arange(size) < num)
+    y = np.concatenate([batch.y, np.zeros_like(batch.y)[: size - num]])
+    return MaskedBatch(fill_rows(batch.x, other), y, np.arange(size) < num)
 
 
 def index_labels(labels: Sequence[Any]) -> tuple[np.ndarray, np.ndarray]:

@@ -14,7 +14,7 @@ from metalstm.batches import num_examples
 from metalstm.data.episodes import prepare_examples
 from metalstm.data.pools import Normalisation
 
-__all__ = ["ExampleArray", "describe", "from_json", "prepare", "to_json"]
+__all__ = ["ExampleArray", "check", "describe", "from_json", "scale", "to_json"]
 
 
 @dataclass(frozen=True)
@@ -78,14 +78,13 @@ class ExampleArray:
         return array
 
 
-def prepare(
-    example: PyTree, given: Any, normalise: Normalisation | None, method: str
-) -> PyTree:
-    """Return examples as training saw them: checked, scaled and normalised.
+def check(example: PyTree, given: Any, method: str) -> PyTree:
+    """Return what is given as numpy arrays that `scale` takes.
 
     Args:
       example: a tree of `ExampleArray`.
       given: arrays in the same dicts and tuples.
+      method: for messages.
 
     Raises:
       ValueError: another structure, shape, type or range than in training.
@@ -106,9 +105,7 @@ def prepare(
         return f"examples{jax.tree_util.keystr(path)}"
 
     arrays = [
-        prepare_examples(
-            jnp.asarray(array.check(part, name(path, array), method)), normalise
-        )
+        array.check(part, name(path, array), method)
         for (path, array), part in zip(leaves, parts, strict=True)
     ]
     if len({len(array) for array in arrays}) > 1:
@@ -117,6 +114,11 @@ def prepare(
             f"{', '.join(str(array.shape) for array in arrays)}: give each as many rows"
         )
     return jax.tree.unflatten(treedef, arrays)
+
+
+def scale(x: PyTree, normalise: Normalisation | None) -> PyTree:
+    """Return examples as training saw them: scaled and normalised."""
+    return jax.tree.map(lambda a: prepare_examples(jnp.asarray(a), normalise), x)
 
 
 def describe(x: PyTree, *, pixels: bool) -> PyTree:

@@ -18,6 +18,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from metalstm import inputs
 from metalstm.base import Batch, Episode, MetaAlgorithm, PyTree
 from metalstm.batches import (
     fill_batch,
@@ -26,9 +27,7 @@ from metalstm.batches import (
     num_examples,
     power_of_two,
 )
-from metalstm.data.episodes import prepare_examples
 from metalstm.data.pools import Normalisation
-from metalstm.inputs import prepare
 from metalstm.runtime.exporting import export_program
 from metalstm.runtime.splitting import split_function
 
@@ -140,12 +139,12 @@ class Predictor:
         Arguments and errors are those of `scores`. For a regression, ``labels`` are
         targets [N] or [N, d].
         """
-        x = self.prepare(images)
+        x = self._check(images)
         if len(labels) != (num := num_examples(x)):
             raise ValueError(f"{len(labels)} labels for {num} images: give one each")
         if self.regression:
             y = np.asarray(labels, np.float32)
-            support = Batch(x, jnp.asarray(y.reshape(len(y), -1)))
+            support = Batch(x, y.reshape(len(y), -1))
             return Classifier(self, support, None, seed)
         classes, y = index_labels(labels)
         if self.way is not None and len(classes) != self.way:
@@ -154,7 +153,7 @@ class Predictor:
                 f"trained with way={self.way}: give {self.way} classes, or train with "
                 f"--way {len(classes)}"
             )
-        support = Batch(x, jnp.asarray(y, jnp.int32))
+        support = Batch(x, y.astype(np.int32))
         return Classifier(self, support, classes, seed)
 
     def prepare(self, images: Any) -> PyTree:
@@ -163,7 +162,7 @@ class Predictor:
         Raises:
           ValueError: another structure, shape, type or range than in training.
         """
-        return prepare(self.example, images, self._statistics, self.method)
+        return self._scale(self._check(images))
 
     @property
     def _statistics(self) -> Normalisation | None:
@@ -205,10 +204,8 @@ class Predictor:
             labels = jax.ShapeDtypeStruct((num_support,), jnp.int32)
 
         def program(images, y, query_images):
-            support = Batch(self._scale(images), y)
-            query = self._scale(query_images)
-            key = jax.random.key(0)
-            return self._predict(way)(self.params, key, support, query)
+            support, key = Batch(images, y), jax.random.key(0)
+            return self._predict(way)(self.params, key, support, query_images)
 
         return export_program(
             path,
@@ -221,16 +218,26 @@ class Predictor:
         )
 
     def _scale(self, x: PyTree) -> PyTree:
-        return jax.tree.map(lambda a: prepare_examples(a, self._statistics), x)
+        return inputs.scale(x, self._statistics)
+
+    def _check(self, x: Any) -> PyTree:
+        return inputs.check(self.example, x, self.method)
 
     def _input(self, *num: int) -> PyTree:
         return jax.tree.map(lambda array: array.struct(*num), self.example)
 
     def _predict(self, num_classes: int) -> Callable[..., jax.Array]:
+        """The method as a function of examples that are not scaled yet."""
         way = None if self.regression else num_classes
-        return lambda params, key, support, query: self.algorithm.predict(
-            params, key, support, query, num_classes=way
-        )
+
+        def predict(params, key, support, query):
+            support, query = (
+                support._replace(x=self._scale(support.x)),
+                self._scale(query),
+            )
+            return self.algorithm.predict(params, key, support, query, num_classes=way)
+
+        return predict
 
     def _program(self, support: Any, query: PyTree, num_classes: int) -> _Program:
         """The method split before its queries, compiled once for these shapes."""
@@ -253,7 +260,7 @@ class Classifier:
     """A `Predictor` that has seen its support set; `Predictor.adapt` makes one."""
 
     predictor: Predictor
-    support: Batch
+    support: Batch  # numpy arrays, as they were given
     classes: np.ndarray | None  # [way], the labels of the scores' columns; or targets
     seed: int
     _adapted: dict[Any, list[jax.Array]] = field(
@@ -279,7 +286,7 @@ class Classifier:
         (statistics of all queries together, say), every number gets a program of its
         own, and a warning says so.
         """
-        query, predictor = self.predictor.prepare(query_images), self.predictor
+        query, predictor = self.predictor._check(query_images), self.predictor
         if not num_examples(query):
             return np.zeros((0, self._way), np.float32)
         try:
@@ -347,10 +354,7 @@ class Classifier:
         """
         predictor = self.predictor
 
-        def program(params, key, support, query_images):
-            query = predictor._scale(query_images)
-            return predictor._predict(self._way)(params, key, support, query)
-
+        program = predictor._predict(self._way)
         fixed = predictor.params, self.key, self.support
 
         def adapted(query: PyTree) -> Callable[..., jax.Array]:

@@ -75,8 +75,15 @@ def test_a_saved_network_embeds_half_of_the_validation_classes(tmp_path, monkeyp
     params = algorithm.init(jax.random.key(0), episode)
     file = metalstm.save(tmp_path / "it.npz", algorithm, params, whole.train, spec)
     x = np.asarray(expected, np.float32) / 255
-    found = study.load_backbone(str(file))(x)
+    backbone, name = study.load_backbone(str(file))
+    found = backbone(x)
     normalised = np.float32((x - statistics.mean) / statistics.std)
     state = algorithms.embedding_state(params)
     features, _ = body.apply(state, normalised, norm="stored")
     np.testing.assert_allclose(found, features, rtol=1e-4, atol=1e-5)
+
+    changed = jax.tree.map(lambda leaf: leaf + 1, params)
+    metalstm.save(file, algorithm, changed, whole.train, spec)
+    assert (
+        study.load_backbone(str(file))[1] != name
+    )  # its features are not those cached

@@ -98,14 +98,19 @@ def halve_validation(dataset: data.Dataset, num_images: int) -> data.Dataset:
         names[split] = dataset.class_names[source][classes]
     return dataset._replace(
         name=f"halves of {dataset.name}'s validation classes",
+        train=pools["train"],
+        validation=pools["validation"],
+        test=pools["test"],
         class_names=names,
         checksum=data.checksum(*(np.asarray(pool.images) for pool in pools.values())),
-        **pools,
     )
 
 
-def load_backbone(file: str) -> Any:
-    """Return the function from images to features of a trained method."""
+def load_backbone(file: str) -> tuple[Any, str]:
+    """Return a trained method's function from images to features, and its name.
+
+    The name has the parameters' checksum, since features are cached by it.
+    """
     path = Path(file)
     trained = (
         metalstm.load(path) if path.exists() else metalstm.pretrained_learner(file)
@@ -119,7 +124,8 @@ def load_backbone(file: str) -> Any:
         x = prepare_examples(images, statistics)
         return learner.apply(state, x, norm="stored")[0]
 
-    return jax.jit(features)
+    digest = data.checksum(*map(np.asarray, jax.tree.leaves(state)))
+    return jax.jit(features), f"{path.stem} {digest}"
 
 
 def train_backbone(dataset: data.Dataset, config: Config) -> Any:
@@ -174,8 +180,7 @@ def run(config: Config, folder: Path) -> Made:
     if config.learner_file is None:
         backbone, name = train_backbone(dataset, config), None
     else:
-        backbone = load_backbone(config.learner_file)
-        name = Path(config.learner_file).name  # by which features are cached
+        backbone, name = load_backbone(config.learner_file)
     features = data.embed(backbone, dataset, name=name, batch_size=256)
     found = {name: measure(head, features, config) for name, head in HEADS.items()}
     caption = (
