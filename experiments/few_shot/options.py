@@ -97,8 +97,8 @@ class Training(cli.Options, frozen=True):
     theta_learning_rate: Annotated[float, msgspec.Meta(ge=0)] | None = None
     """Adam's on theta_0, where the rule's is another; 0: theta_0 stays as it is."""
     init_from: str | None = None
-    """Start theta_0 and its batch statistics from a trained method: a run folder, or
-    FOLDER:METHOD."""
+    """Start theta_0 and its batch statistics from a trained method: a run folder,
+    FOLDER:METHOD, a file of metalstm.save, or the name of one that is installed."""
     schedule: Literal["constant", "cosine", "linear"] = "constant"
     """cosine, linear: to 0 over --episodes."""
     clip: Annotated[float, msgspec.Meta(ge=0)] = 0.25
