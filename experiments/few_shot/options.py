@@ -86,8 +86,9 @@ class Run(cli.Options, frozen=True):
 class Training(cli.Options, frozen=True):
     """Meta-training."""
 
-    episodes: Count = 10_000
-    """Meta-training episodes of each method."""
+    episodes: Natural = 10_000
+    """Meta-training episodes of each method; 0: what --init-from names is tested as it
+    is."""
     minutes: Positive | None = None
     """Stop each method's meta-training after this long (instead of --episodes)."""
     meta_batch: Count = 4
