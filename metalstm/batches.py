@@ -250,23 +250,35 @@ def _is_numeric(y: Any) -> bool:
     return isinstance(y, jax.Array) or np.asarray(y).dtype.kind in "bifucV"
 
 
-def power_of_two(x: jax.Array) -> int:
+def power_of_two(x: PyTree) -> int:
     """The power of two that holds all rows."""
-    return 1 << (len(x) - 1).bit_length()
+    return 1 << (num_examples(x) - 1).bit_length()
 
 
-def fill_rows(x: jax.Array, other: bool) -> jax.Array:
-    """Fill rows up to a power of two: with zeros, or with others for a trial."""
-    filling = jnp.zeros_like(x)
-    if other:
-        filling = x + 1 if jnp.issubdtype(x.dtype, jnp.floating) else x
-    return jnp.concatenate([x, filling[: power_of_two(x) - len(x)]])
+def fill_rows(x: PyTree, other: bool) -> PyTree:
+    """Fill rows up to a power of two: with the same again, or others for a trial.
+
+    In numpy, so that nothing compiles for a new number of rows. Rows of zeros could
+    make NaN of a network that divides by a mask's sum.
+    """
+    num, size = num_examples(x), power_of_two(x)
+
+    def fill(leaf: np.ndarray) -> np.ndarray:
+        filling = leaf[np.arange(size - num) % num]
+        if other and jnp.issubdtype(leaf.dtype, jnp.floating):
+            filling = filling + np.ones((), leaf.dtype)
+        elif other:
+            filling = 255 - filling if leaf.dtype == np.uint8 else filling * 0
+        return np.concatenate([leaf, filling], dtype=leaf.dtype)
+
+    return jax.tree.map(fill, x)
 
 
 def fill_batch(batch: Any, other: bool) -> MaskedBatch:
+    """`fill_rows` of a batch of numpy arrays."""
     num, size = len(batch.y), power_of_two(batch.x)
-    y = jnp.concatenate([batch.y, jnp.zeros_like(batch.y)[: size - num]])
-    return MaskedBatch(fill_rows(batch.x, other), y, jnp.arange(size) < num)
+    y = np.concatenate([batch.y, np.zeros_like(batch.y)[: size - num]])
+    return MaskedBatch(fill_rows(batch.x, other), y, np.arange(size) < num)
 
 
 def index_labels(labels: Sequence[Any]) -> tuple[np.ndarray, np.ndarray]:

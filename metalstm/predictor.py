@@ -18,9 +18,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from metalstm import inputs
 from metalstm.base import Batch, Episode, MetaAlgorithm, PyTree
-from metalstm.batches import fill_batch, fill_rows, index_labels, power_of_two
-from metalstm.data.episodes import prepare_examples
+from metalstm.batches import (
+    fill_batch,
+    fill_rows,
+    index_labels,
+    num_examples,
+    power_of_two,
+)
 from metalstm.data.pools import Normalisation
 from metalstm.runtime.exporting import export_program
 from metalstm.runtime.splitting import split_function
@@ -44,7 +50,7 @@ class _Program(NamedTuple):
     """`Split` of a method, compiled."""
 
     earlier: Callable[..., list[jax.Array]]
-    later: Callable[[list[jax.Array], jax.Array], jax.Array]
+    later: Callable[[list[jax.Array], PyTree], jax.Array]
 
 
 @dataclass(frozen=True, eq=False)
@@ -64,11 +70,9 @@ class Predictor:
     Attributes:
       method: its name, for messages.
       way: the number of classes it takes; None: any.
-      image_shape: of one example.
+      example: the `metalstm.inputs.ExampleArray` of an example, or the dict or tuple
+        of them that an example is.
       normalise: as in training.
-      pixels: examples are images: uint8, or floats in [0, 1]. Otherwise they are taken
-        as they are.
-      dtype: of examples in training, after scaling.
       regression: it predicts float targets.
       message: which checkpoints could not be read.
       source: a function and its arguments, which load this again.
@@ -78,10 +82,8 @@ class Predictor:
     algorithm: MetaAlgorithm
     params: PyTree
     way: int | None
-    image_shape: tuple[int, ...]
+    example: PyTree
     normalise: tuple[tuple[float, ...], tuple[float, ...]] | None = None
-    pixels: bool = True
-    dtype: str = "float32"
     regression: bool = False
     message: str | None = None
     source: tuple[Callable[..., Predictor], tuple] | None = None
@@ -119,7 +121,7 @@ class Predictor:
 
         Args:
           images: the support set, [N, H, W, ch]: uint8, or floats in [0, 1]; or [N,
-            ...] as in training.
+            ...] as in training, in the same dicts or tuples.
           labels: N values.
           query_images: [M, H, W, ch].
           seed: of what is random in a method, such as a fresh initialisation.
@@ -137,13 +139,13 @@ class Predictor:
         Arguments and errors are those of `scores`. For a regression, ``labels`` are
         targets [N] or [N, d].
         """
-        x = self.prepare(images)
-        if len(labels) != len(x):
-            raise ValueError(f"{len(labels)} labels for {len(x)} images: give one each")
+        x = self._check(images)
+        if len(labels) != (num := num_examples(x)):
+            raise ValueError(f"{len(labels)} labels for {num} images: give one each")
         if self.regression:
             y = np.asarray(labels, np.float32)
-            support = Batch(x, jnp.asarray(y.reshape(len(y), -1)))
-            return Classifier(self, support, None, jax.random.key(seed))
+            support = Batch(x, y.reshape(len(y), -1))
+            return Classifier(self, support, None, seed)
         classes, y = index_labels(labels)
         if self.way is not None and len(classes) != self.way:
             raise ValueError(
@@ -151,41 +153,16 @@ class Predictor:
                 f"trained with way={self.way}: give {self.way} classes, or train with "
                 f"--way {len(classes)}"
             )
-        support = Batch(x, jnp.asarray(y, jnp.int32))
-        return Classifier(self, support, classes, jax.random.key(seed))
+        support = Batch(x, y.astype(np.int32))
+        return Classifier(self, support, classes, seed)
 
-    def prepare(self, images: Any) -> jax.Array:
+    def prepare(self, images: Any) -> PyTree:
         """Return examples as training saw them: checked, scaled and normalised.
 
         Raises:
-          ValueError: another shape, type or range than in training.
+          ValueError: another structure, shape, type or range than in training.
         """
-        images = np.asarray(images)
-        if images.dtype.kind not in "uif":
-            raise ValueError(
-                f"images are of type {images.dtype}: give uint8, or floats in [0, 1]"
-            )
-        if images.shape[1:] != self.image_shape:
-            raise ValueError(
-                f"images have the shape {images.shape}, but this run was trained on "
-                f"[N, {', '.join(map(str, self.image_shape))}]: resize them"
-            )
-        if not self.pixels:
-            if not np.can_cast(images.dtype, self.dtype, "same_kind"):
-                raise ValueError(
-                    f"examples are {images.dtype}, but this {self.method} was trained "
-                    f"on {self.dtype}: convert them as in training"
-                )
-            return prepare_examples(jnp.asarray(images, self.dtype), self._statistics)
-        if images.dtype != np.uint8:
-            images = images.astype(np.float32)
-            # said so that NaN, which no comparison is true of, is refused too
-            if images.size and not (images.min() >= 0 and images.max() <= 1):
-                raise ValueError(
-                    f"images span {images.min():.3g} to {images.max():.3g}: give "
-                    "uint8, or floats in [0, 1]; normalisation is done here"
-                )
-        return prepare_examples(jnp.asarray(images), self._statistics)
+        return self._scale(self._check(images))
 
     @property
     def _statistics(self) -> Normalisation | None:
@@ -227,10 +204,8 @@ class Predictor:
             labels = jax.ShapeDtypeStruct((num_support,), jnp.int32)
 
         def program(images, y, query_images):
-            support = Batch(prepare_examples(images, self._statistics), y)
-            query = prepare_examples(query_images, self._statistics)
-            key = jax.random.key(0)
-            return self._predict(way)(self.params, key, support, query)
+            support, key = Batch(images, y), jax.random.key(0)
+            return self._predict(way)(self.params, key, support, query_images)
 
         return export_program(
             path,
@@ -242,20 +217,33 @@ class Predictor:
             platforms=platforms,
         )
 
-    def _input(self, *num: int) -> jax.ShapeDtypeStruct:
-        dtype = "uint8" if self.pixels else self.dtype
-        return jax.ShapeDtypeStruct((*num, *self.image_shape), dtype)
+    def _scale(self, x: PyTree) -> PyTree:
+        return inputs.scale(x, self._statistics)
+
+    def _check(self, x: Any) -> PyTree:
+        return inputs.check(self.example, x, self.method)
+
+    def _input(self, *num: int) -> PyTree:
+        return jax.tree.map(lambda array: array.struct(*num), self.example)
 
     def _predict(self, num_classes: int) -> Callable[..., jax.Array]:
+        """The method as a function of examples that are not scaled yet."""
         way = None if self.regression else num_classes
-        return lambda params, key, support, query: self.algorithm.predict(
-            params, key, support, query, num_classes=way
-        )
 
-    def _program(self, support: Any, query: jax.Array, num_classes: int) -> _Program:
+        def predict(params, key, support, query):
+            support, query = (
+                support._replace(x=self._scale(support.x)),
+                self._scale(query),
+            )
+            return self.algorithm.predict(params, key, support, query, num_classes=way)
+
+        return predict
+
+    def _program(self, support: Any, query: PyTree, num_classes: int) -> _Program:
         """The method split before its queries, compiled once for these shapes."""
-        shapes = [(leaf.shape, str(leaf.dtype)) for leaf in support]
-        key = num_classes, tuple(shapes), query.shape
+        leaves, treedef = jax.tree.flatten((support, query))
+        shapes = [(leaf.shape, str(leaf.dtype)) for leaf in leaves]
+        key = num_classes, tuple(shapes), treedef
         if key not in self._programs:
             fixed = self.params, jax.random.key(0), support
             split = split_function(self._predict(num_classes), *fixed, query)
@@ -272,12 +260,15 @@ class Classifier:
     """A `Predictor` that has seen its support set; `Predictor.adapt` makes one."""
 
     predictor: Predictor
-    support: Batch
+    support: Batch  # numpy arrays, as they were given
     classes: np.ndarray | None  # [way], the labels of the scores' columns; or targets
-    key: jax.Array
+    seed: int
     _adapted: dict[Any, list[jax.Array]] = field(
         default_factory=dict, init=False, repr=False
     )
+
+    def __reduce__(self):
+        return Classifier, (self.predictor, self.support, self.classes, self.seed)
 
     def __call__(self, query_images: Any) -> np.ndarray:
         """Return the label [M] of each query, or its targets [M, d]."""
@@ -295,8 +286,8 @@ class Classifier:
         (statistics of all queries together, say), every number gets a program of its
         own, and a warning says so.
         """
-        query, predictor = self.predictor.prepare(query_images), self.predictor
-        if not len(query):
+        query, predictor = self.predictor._check(query_images), self.predictor
+        if not num_examples(query):
             return np.zeros((0, self._way), np.float32)
         try:
             scores = self._run(query)
@@ -315,13 +306,13 @@ class Classifier:
                     scores = self._run(query)
         return scores
 
-    def _fills(self, part: str, x: jax.Array) -> bool:
+    def _fills(self, part: str, x: PyTree) -> bool:
         """Whether rows are added to the support set, or to the queries."""
         never = part == "support" and not self.predictor.algorithm.masked
         return (
             not never
             and part not in self.predictor._mixing
-            and power_of_two(x) > len(x)
+            and power_of_two(x) > num_examples(x)
         )
 
     def _stop_filling(self, part: str) -> None:
@@ -334,9 +325,9 @@ class Classifier:
             stacklevel=3,
         )
 
-    def _run(self, query: jax.Array, refilled: str | None = None) -> np.ndarray:
+    def _run(self, query: PyTree, refilled: str | None = None) -> np.ndarray:
         """Scores [M, way], with another filling of the part ``refilled``."""
-        predictor, num = self.predictor, len(query)
+        predictor, num = self.predictor, num_examples(query)
         support: Any = self.support
         if self._fills("support", support.x):
             support = fill_batch(support, refilled == "support")
@@ -363,13 +354,10 @@ class Classifier:
         """
         predictor = self.predictor
 
-        def program(params, key, support, query_images):
-            query = prepare_examples(query_images, predictor._statistics)
-            return predictor._predict(self._way)(params, key, support, query)
-
+        program = predictor._predict(self._way)
         fixed = predictor.params, self.key, self.support
 
-        def adapted(query: jax.ShapeDtypeStruct) -> Callable[..., jax.Array]:
+        def adapted(query: PyTree) -> Callable[..., jax.Array]:
             split = split_function(program, *fixed, query)
             kept = jax.jit(split.earlier)(*fixed)
             return lambda query_images: split.later(kept, query_images)
@@ -381,6 +369,10 @@ class Classifier:
             num_last=num_queries,
             platforms=platforms,
         )
+
+    @property
+    def key(self) -> jax.Array:
+        return jax.random.key(self.seed)
 
     @property
     def _way(self) -> int:

@@ -17,6 +17,7 @@ import numpy as np
 
 from metalstm.base import PyTree
 from metalstm.checks import check_choice
+from metalstm.inputs import ExampleArray
 from metalstm.predictor import Predictor, example_episode
 from metalstm.runtime import checkpoints
 from metalstm.runtime.files import atomic_write
@@ -105,7 +106,7 @@ def load_run(path: str | Path, method: str | None = None) -> Predictor:
         algorithm=algorithm,
         params=params,
         way=way,
-        image_shape=tuple(shape),
+        example=ExampleArray(tuple(shape)),
         normalise=document.get("normalise"),
         message=message,
         source=(load_run, (path.absolute(), method)),

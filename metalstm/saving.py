@@ -15,9 +15,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from metalstm import inputs
 from metalstm.base import Batch, Episode, MetaAlgorithm, PyTree
 from metalstm.data.episodes import Sampler, episode_key, sample_checked
-from metalstm.predictor import Predictor, example_episode
+from metalstm.predictor import Predictor
 from metalstm.records import GIVEN, to_spec
 from metalstm.runtime.array_files import (
     as_json,
@@ -65,7 +66,8 @@ def save(
 
     Raises:
       ValueError: ``params`` are not the algorithm's; ``info`` is not JSON; an example
-        is not one array; two objects that a file cannot hold have one name.
+        is something else than arrays in dicts and tuples; two objects that a file
+        cannot hold have one name.
 
     >>> import tempfile
     >>> from metalstm import algorithms, data, nn
@@ -81,19 +83,13 @@ def save(
     path = Path(path)
     method_spec, given = to_spec(algorithm)
     episode = sample_checked(spec, episode_key(0, "test", 0), pool)
-    x = episode.support.x
-    if not isinstance(x, jax.Array):
-        raise ValueError(
-            "an example is not one array, and a predictor takes arrays: save the "
-            "parameters with numpy.savez"
-        )
     pixels = getattr(getattr(pool, "images", None), "dtype", None) == jnp.uint8
     header = {
         "format": FORMAT_VERSION,
         "spec": method_spec,
         "given": sorted(given),
         "regression": bool(spec.regression),
-        "example": [list(x.shape[1:]), str(x.dtype), pixels],
+        "example": inputs.to_json(inputs.describe(episode.support.x, pixels=pixels)),
         "normalise": getattr(spec, "normalise", None),
         "num_classes": spec.way,
         "info": dict(info or {}),
@@ -149,17 +145,14 @@ def load(path: str | Path, **given: Any) -> Predictor:
                 f"{', '.join(f'{name}=' for name in names)} predicts otherwise than "
                 f"what was saved to {path}: give the same network or transform"
             )
-    shape, dtype, pixels = header["example"]
     method_spec = header["spec"]
     return Predictor(
         method=str(method_spec.get("algorithm", "algorithm")),
         algorithm=algorithm,
         params=params,
         way=header["way"],
-        image_shape=tuple(shape),
+        example=inputs.from_json(header["example"]),
         normalise=header["normalise"],
-        pixels=pixels,
-        dtype=dtype,
         regression=header["regression"],
         source=None if given else (load, (path.absolute(),)),
     )
@@ -213,12 +206,11 @@ def _fixed_way(
 
 
 def _example(header: Mapping[str, Any]) -> Episode:
-    shape, dtype, _ = header["example"]
-    way = header["num_classes"]
-    episode = example_episode(shape, 1 if header["regression"] else way, dtype=dtype)
-    if not header["regression"]:
-        return episode
-    return Episode(*(batch._replace(y=jnp.zeros((1, way))) for batch in episode))
+    way, regression = header["num_classes"], header["regression"]
+    example, num = inputs.from_json(header["example"]), 1 if regression else way
+    x = jax.tree.map(lambda e: jnp.zeros((num, *e.shape), e.dtype), example)
+    batch = Batch(x, jnp.zeros((1, way)) if regression else jnp.arange(way))
+    return Episode(batch, batch)
 
 
 def _template(algorithm: MetaAlgorithm, header: Mapping[str, Any]) -> PyTree:
@@ -232,10 +224,14 @@ def _probe(
     rng = np.random.RandomState(0)
 
     def drawn(batch: Batch) -> Batch:
-        shape = batch.x.shape
-        integers = jnp.issubdtype(batch.x.dtype, jnp.integer)
-        x = rng.randint(0, 2, shape) if integers else rng.uniform(size=shape)
-        return batch._replace(x=jnp.asarray(x, batch.x.dtype))
+        def like(x: jax.Array) -> jax.Array:
+            integers = jnp.issubdtype(x.dtype, jnp.integer)
+            drawn = (
+                rng.randint(0, 2, x.shape) if integers else rng.uniform(size=x.shape)
+            )
+            return jnp.asarray(drawn, x.dtype)
+
+        return batch._replace(x=jax.tree.map(like, batch.x))
 
     support, query = map(drawn, _example(header))
     way = None if header["regression"] else header["num_classes"]

@@ -123,9 +123,10 @@ def test_a_query_without_an_answer_is_not_correct():
 
 @pytest.mark.fault("NaN, Inf and values that are no bytes")
 def test_a_predictor_refuses_images_with_nan():
+    from metalstm.inputs import ExampleArray
     from metalstm.predictor import Predictor
 
-    predict = Predictor("maml", None, None, 2, (1, 1, 1), None)
+    predict = Predictor("maml", None, None, 2, ExampleArray((1, 1, 1)), None)
     x = np.array([0.0, np.nan]).reshape(2, 1, 1, 1)
     with pytest.raises(ValueError, match=r"images span nan to nan: give uint8, or"):
         predict(x, [0, 1], x)

@@ -19,6 +19,7 @@ from metalstm import algorithms, data, learned_optimizers, rules
 from metalstm.algorithms.common import accuracy, task_loss
 from metalstm.base import Batch, Episode
 from metalstm.batches import check_batch
+from metalstm.inputs import ExampleArray
 from metalstm.learned_optimizers import problems
 
 X = np.zeros((6, 4), np.float32)
@@ -293,7 +294,9 @@ def test_fit_reads_metrics_as_it_goes_and_notices_what_is_not_finite():
 
 def test_a_predictor_is_pickled_by_its_folder():
     source = (metalstm.load_run, ("folder", "x"))
-    predictor = metalstm.Predictor("x", None, (), None, (1, 1, 1), source=source)
+    predictor = metalstm.Predictor(
+        "x", None, (), None, ExampleArray((1, 1, 1)), source=source
+    )
     assert predictor.__reduce__() == source
     with pytest.raises(TypeError, match="a Predictor without a file cannot be pickled"):
         pickle.dumps(dataclasses.replace(predictor, source=None))
@@ -313,7 +316,9 @@ def test_distances_of_embeddings_close_together_do_not_cancel(spread):
 
 def test_a_predictor_refuses_labels_and_images_of_other_kinds():
     nearest = algorithms.nearest_neighbour()
-    predict = metalstm.Predictor("nearest", nearest, (), None, (1, 2, 1), None)
+    predict = metalstm.Predictor(
+        "nearest", nearest, (), None, ExampleArray((1, 2, 1)), None
+    )
     images = np.arange(8, dtype=np.uint8).reshape(4, 1, 2, 1)
     assert predict(images, ["a", "b", "a", "b"], images).tolist() == list("abab")
     assert predict(images, [1, 2, 1.0, True], images[:0]).shape == (0,)

@@ -16,6 +16,7 @@ from metalstm.data.sources import mini_imagenet
 from metalstm.data.sources.folders import load_image_folders
 from metalstm.data.sources.mini_imagenet import load_mini_imagenet
 from metalstm.data.splits import check_disjoint, split_classes
+from metalstm.inputs import ExampleArray
 from metalstm.predictor import Predictor
 
 
@@ -295,7 +296,9 @@ def test_images_to_predict_are_prepared_as_training_did(tmp_path):
     statistics = Normalisation((0.4, 0.5, 0.6), (0.2, 0.3, 0.4))
     spec = EpisodeSpec(1, 2, 1, normalise=statistics)
     episode = spec.sample(jax.random.key(0), dataset.pool(split))
-    predict = Predictor("x", None, (), None, dataset.image_shape, statistics)
+    predict = Predictor(
+        "x", None, (), None, ExampleArray(dataset.image_shape), statistics
+    )
     prepared = np.asarray(predict.prepare(dataset.pool(split).images))
     rows = {x.tobytes() for x in prepared}
     drawn = np.concatenate([episode.support.x, episode.query.x])

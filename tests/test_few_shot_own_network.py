@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import sys
 
+import jax
 import numpy as np
+import optax
 import pytest
-from few_shot_runs import command, read
+from few_shot_runs import command, read, tiny_dataset
 
 import metalstm
 from experiments.few_shot import __main__ as few_shot
+from experiments.few_shot import methods
 from experiments.few_shot.command_line import parse
 from metalstm.nn.named import learner_at
-from metalstm.specs import build_learner
+from metalstm.specs import build_algorithm, build_learner
 
 MODULE = """
 from flax import linen as nn, nnx
@@ -89,6 +92,31 @@ def test_the_table_compares_it_by_every_method_again_and_again(own_module, capsy
     del sys.modules["mymodule"]
     with pytest.raises(ValueError, match=r"mymodule:CNN.*`import mymodule` first"):
         metalstm.load_run(folder, "fomaml")
+
+
+@pytest.mark.parametrize("name", methods.METHODS)
+@pytest.mark.usefixtures("tiny_instead_of_glyphs", "own_module")
+def test_every_method_takes_it(name):
+    """By shapes alone: nothing is compiled."""
+    is_rule = methods.METHODS[name].family == methods.HAND_MADE
+    names = ["fomaml", name] if is_rule else [name]  # a rule starts from its theta_0
+    words = command("--algorithms", *names, "--learner", "mymodule:CNN")
+    at = words.index("--widths")
+    options = parse([*words[: at - 2], *words[at + 2 :]])
+    algorithm = build_algorithm(methods.specs_of(options, 12)[name])
+    pools, spec = tiny_dataset(), metalstm.data.EpisodeSpec(3, 1, 2)
+    key, tx = metalstm.data.episode_key(0, "train", 0), optax.sgd(0.1)
+
+    def train_and_predict():
+        episode = algorithm.train_sampler(spec).sample(key, pools.train)
+        state = metalstm.init_train_state(algorithm, tx, 0, episode)
+        train = metalstm.make_train_loop(algorithm, tx, spec, num_tasks=1)
+        if algorithm.trainable:
+            state, _ = train(state, pools.train)
+        support, query = spec.sample(key, pools.test)
+        return algorithm.predict(state.params, key, support, query.x, num_classes=3)
+
+    assert jax.eval_shape(train_and_predict).shape == (6, 3)
 
 
 @pytest.mark.parametrize(

@@ -42,7 +42,7 @@ LAYERS = (
     {"learned_optimizers"},
     {"verification"},
     {"meta"},
-    {"specs"},
+    {"inputs", "specs"},
     {"predictor"},
     {"run_file", "saving"},
     {"pretrained"},

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import pickle
-import subprocess
-import sys
 import zipfile
 
 import jax
@@ -277,44 +275,3 @@ def test_a_split_function_is_the_function():
     later = str(jax.make_jaxpr(split.later)(kept, x))
     assert "while" not in later
     assert "scan" not in later
-
-
-ALONE = """
-import sys
-class Blocked:
-    def find_spec(self, name, path=None, target=None):
-        if name.split(".")[0] in ("metalstm", "flax", "optax"):
-            raise ImportError(name)
-sys.meta_path.insert(0, Blocked())
-import jax, numpy as np
-from jax import export
-stored = np.load(sys.argv[1])
-program = export.deserialize(bytearray(open(sys.argv[2], "rb").read()))
-np.save(sys.argv[4], program.call(stored["x"], stored["y"], stored["query"]))
-program = export.deserialize(bytearray(open(sys.argv[3], "rb").read()))
-for num in (1, 5):
-    assert program.call(stored["query"][:num]).shape == (num, 3)
-np.save(sys.argv[5], program.call(stored["query"]))
-assert "metalstm" not in sys.modules
-"""
-
-
-@pytest.mark.parametrize("name", ["maml", "prototypical"])
-def test_an_exported_program_needs_no_metalstm(name, tmp_path):
-    algorithm = BUILT_IN[name]()
-    params = trained(algorithm)
-    predict = metalstm.load(
-        metalstm.save(tmp_path / "it.npz", algorithm, params, POOL, SPEC)
-    )
-    classifier = predict.adapt(X, LABELS)
-    predict.export(tmp_path / "a.bin", num_support=len(X), num_classes=WAY)
-    classifier.export(tmp_path / "b.bin")
-    y = np.unique(LABELS, return_inverse=True)[1].astype(np.int32)
-    np.savez(tmp_path / "data.npz", x=X, y=y, query=QUERY)
-    files = [tmp_path / f for f in ("data.npz", "a.bin", "b.bin", "a.npy", "b.npy")]
-    subprocess.run(
-        [sys.executable, "-c", ALONE, *map(str, files)], check=True, cwd=tmp_path
-    )
-    for file in files[3:]:
-        scores = classifier.scores(QUERY)
-        np.testing.assert_allclose(np.load(file), scores, rtol=1e-4, atol=1e-5)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import jax
 
@@ -15,8 +16,8 @@ __all__ = ["export_program"]
 def export_program(
     path: str | Path,
     make: Callable[..., Callable[..., jax.Array]],
-    *fixed: jax.ShapeDtypeStruct,
-    last: jax.ShapeDtypeStruct,
+    *fixed: Any,
+    last: Any,
     num_last: int | None,
     platforms: Sequence[str],
 ) -> Path:
@@ -24,8 +25,8 @@ def export_program(
 
     Args:
       make: returns the function, given the shape of its last argument.
-      fixed: shapes of the arguments before.
-      last: shape of one of what the last argument has many of.
+      fixed: shapes and types of the arguments before, pytrees of them.
+      last: likewise of one of what the last argument has many of.
       num_last: how many it has; None: any number.
       platforms: what it runs on.
 
@@ -36,7 +37,9 @@ def export_program(
     from jax import export  # which is slow to import
 
     (num,) = export.symbolic_shape("M") if num_last is None else (num_last,)
-    many = jax.ShapeDtypeStruct((num, *last.shape), last.dtype)
+    many = jax.tree.map(
+        lambda one: jax.ShapeDtypeStruct((num, *one.shape), one.dtype), last
+    )
     try:
         program = jax.jit(make(many))
         exported = export.export(program, platforms=tuple(platforms))(*fixed, many)
