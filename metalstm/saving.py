@@ -16,7 +16,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from metalstm.base import Batch, Episode, MetaAlgorithm, PyTree
-from metalstm.data.episodes import Sampler, episode_key, sample_checked
+from metalstm.data.episodes import (
+    Sampler,
+    classes_of,
+    episode_key,
+    sample_checked,
+)
 from metalstm.predictor import Predictor, example_episode
 from metalstm.records import GIVEN, to_spec
 from metalstm.runtime.array_files import (
@@ -81,7 +86,7 @@ def save(
     path = Path(path)
     method_spec, given = to_spec(algorithm)
     episode = sample_checked(spec, episode_key(0, "test", 0), pool)
-    x = episode.support.x
+    x, way = episode.support.x, classes_of(spec, episode)
     if not isinstance(x, jax.Array):
         raise ValueError(
             "an example is not one array, and a predictor takes arrays: save the "
@@ -92,10 +97,10 @@ def save(
         "format": FORMAT_VERSION,
         "spec": method_spec,
         "given": sorted(given),
-        "regression": bool(spec.regression),
+        "regression": way is None,
         "example": [list(x.shape[1:]), str(x.dtype), pixels],
         "normalise": getattr(spec, "normalise", None),
-        "num_classes": spec.way,
+        "num_classes": episode.query.y.shape[-1] if way is None else way,
         "info": dict(info or {}),
     }
     header = as_json("info", header)
@@ -103,7 +108,7 @@ def save(
     header["dtypes"] = {name: dtype for name, (_, dtype) in arrays.items()}
     stored = {name: array for name, (array, _) in arrays.items()}
     _check(stored, header, _template(algorithm, header), "params")
-    header["way"] = _fixed_way(algorithm, params, episode, spec)
+    header["way"] = _fixed_way(algorithm, params, episode, way)
     if given:
         stored[_PROBE] = _probe(algorithm, params, header)
     header["sha256"] = digest_of(header, stored)
@@ -194,22 +199,22 @@ def _read(path: Path) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
 
 
 def _fixed_way(
-    algorithm: MetaAlgorithm, params: PyTree, episode: Episode, spec: Sampler
+    algorithm: MetaAlgorithm, params: PyTree, episode: Episode, way: int | None
 ) -> int | None:
-    """The number of classes that every task must have; None: any."""
-    if spec.regression:
-        return spec.way
+    """The number of classes, or targets, that every task must have; None: any."""
+    if way is None:
+        return int(episode.query.y.shape[-1])
 
     def predict(params):
         key, x = jax.random.key(0), episode.query.x
-        more = spec.way + 1
-        return algorithm.predict(params, key, episode.support, x, num_classes=more)
+        support = episode.support
+        return algorithm.predict(params, key, support, x, num_classes=way + 1)
 
     try:
         scores = jax.eval_shape(predict, params)
     except (TypeError, ValueError):  # of the method, or of shapes that do not fit
-        return spec.way
-    return None if scores.shape[-1] == spec.way + 1 else spec.way
+        return way
+    return None if scores.shape[-1] == way + 1 else way
 
 
 def _example(header: Mapping[str, Any]) -> Episode:
