@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from metalstm.plots.style import COLOURS, new_figure
+from metalstm.plots.style import COLOURS, method_styles, new_figure
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -63,13 +63,13 @@ def seed_spread(
       errors: per method [seeds, tasks, T + 1].
       steps: which updates to draw.
     """
-    figure = new_figure((3.6 * len(steps), 3.2))
+    figure, styles = new_figure((3.6 * len(steps), 3.2)), method_styles(errors)
     for axes, step in zip(figure.subplots(1, len(steps)), steps, strict=True):
-        for index, found in enumerate(errors.values()):
-            means = found[..., step].mean(1)
-            colour = COLOURS[index % len(COLOURS)]
-            axes.plot(np.full(len(means), index), means, "o", color=colour, alpha=0.6)
-            axes.hlines(means.mean(), index - 0.3, index + 0.3, color=colour)
+        for index, (name, found) in enumerate(errors.items()):
+            means, style = found[..., step].mean(1), styles[name]
+            at = np.full(len(means), index)
+            axes.plot(at, means, **style | {"linestyle": "", "alpha": 0.6})
+            axes.hlines(means.mean(), index - 0.3, index + 0.3, color=style["color"])
         axes.set(yscale="log", title=_updates(step), xticks=range(len(errors)))
         axes.set_xticklabels(errors, rotation=45, ha="right", fontsize=8)
         axes.grid(alpha=0.3, which="both", axis="y")
