@@ -446,3 +446,21 @@ def test_confidence_panels_draw_what_was_measured(tmp_path):
     assert (band.min(), band.max()) == pytest.approx((83, 92))
     np.testing.assert_allclose(missed.lines[0].get_ydata(), [30, 60])
     saves(figure, tmp_path)
+
+
+def test_setting_panels_mark_the_default(tmp_path):
+    panels = {
+        "rate": {0.01: np.array([0.3, 0.5]), 0.1: np.array([0.6, 0.8])},
+        "per": {"rule": np.array([0.7]), "tensor": np.array([0.6])},
+    }
+    figure = plots.setting_panels(
+        panels, default={"rate": 0.1, "per": "rule"}, chance=0.2
+    )
+    rate, per = figure.axes
+    assert (rate.get_xscale(), per.get_xscale()) == ("log", "linear")
+    np.testing.assert_allclose(rate.lines[0].get_xydata(), [[0.01, 40], [0.1, 70]])
+    np.testing.assert_allclose(rate.lines[1].get_ydata(), [30, 50])
+    marked = [axes.lines[3].get_xydata()[0] for axes in (rate, per)]
+    np.testing.assert_allclose(marked, [[0.1, 70], [0, 70]])
+    assert [tick.get_text() for tick in per.get_xticklabels()] == ["rule", "tensor"]
+    saves(figure, tmp_path)

@@ -24,6 +24,7 @@ from metalstm.plots.optimizers import (
     rate_sweeps,
 )
 from metalstm.plots.regression import FittedTask, function_fits, seed_spread
+from metalstm.plots.settings import setting_panels
 from metalstm.plots.style import method_styles, save_figure
 from metalstm.plots.training import Curve, learning_curves, meta_training_curves
 
@@ -50,4 +51,5 @@ __all__ = [
     "roc_curves",
     "save_figure",
     "seed_spread",
+    "setting_panels",
 ]
