@@ -464,3 +464,50 @@ def test_setting_panels_mark_the_default(tmp_path):
     np.testing.assert_allclose(marked, [[0.1, 70], [0, 70]])
     assert [tick.get_text() for tick in per.get_xticklabels()] == ["rule", "tensor"]
     saves(figure, tmp_path)
+
+
+@pytest.mark.parametrize("num_targets", [1, 2])
+@pytest.mark.parametrize("seeds", [1, 3])
+def test_fits_of_regression_tasks(tmp_path, num_targets, seeds):
+    rng = np.random.default_rng(0)
+    grid, shape = np.linspace(-1, 1, 9), (num_targets,) if num_targets > 1 else ()
+    tasks = [
+        plots.FittedTask(
+            rng.uniform(-1, 1, 4),
+            rng.normal(size=(4, *shape)),
+            rng.normal(size=(9, *shape)),
+        )
+        for _ in range(2)
+    ]
+    outputs = rng.normal(size=(*((seeds,) if seeds > 1 else ()), 2, 6, 9, *shape))
+    figure = plots.function_fits(
+        tasks, grid, {"maml": outputs}, (0, 1, 5), targets=("x", "y")[:num_targets]
+    )
+    assert len(figure.axes) == 2 * num_targets
+    axes = figure.axes[-1]  # the last task's last target
+    curve, before, one, last, support = axes.lines
+    of = outputs.reshape(seeds, 2, 6, 9, num_targets)[:, 1, ..., -1]
+    np.testing.assert_allclose(curve.get_ydata(), tasks[1].curve.reshape(9, -1)[:, -1])
+    for line, step in ((before, 0), (one, 1), (last, 5)):
+        np.testing.assert_allclose(line.get_ydata(), of[:, step].mean(0))
+    np.testing.assert_allclose(support.get_ydata(), tasks[1].y.reshape(4, -1)[:, -1])
+    assert len(axes.collections) == (3 if seeds > 1 else 0)
+    if seeds > 1:
+        band = axes.collections[2].get_paths()[0].vertices[:, 1]
+        ends = band.min(), band.max()
+        assert ends == pytest.approx((of[:, 5].min(), of[:, 5].max()))
+    saves(figure, tmp_path)
+
+
+def test_the_error_of_each_target(tmp_path):
+    found = np.random.default_rng(0).uniform(0.5, 2, (6, 3, 2))
+    figure = plots.target_errors({"maml": found, "reptile": found}, targets=("x", "y"))
+    assert [axes.get_title() for axes in figure.axes] == ["x", "y"]
+    line, band = figure.axes[1].lines[0], figure.axes[1].collections[0]
+    np.testing.assert_allclose(line.get_ydata(), found[..., 1].mean(0))
+    half = 1.96 * found[..., 1].std(0, ddof=1) / 6**0.5
+    highest = (found[..., 1].mean(0) + half).max()
+    assert band.get_paths()[0].vertices[:, 1].max() == pytest.approx(highest)
+    assert figure.get_supxlabel() == "band: 95% CI over tasks"
+    assert len(plots.target_errors({"maml": found[..., 0]}).axes) == 1
+    saves(figure, tmp_path)

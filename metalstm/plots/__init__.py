@@ -23,7 +23,12 @@ from metalstm.plots.optimizers import (
     loss_panels,
     rate_sweeps,
 )
-from metalstm.plots.regression import FittedTask, function_fits, seed_spread
+from metalstm.plots.regression import (
+    FittedTask,
+    function_fits,
+    seed_spread,
+    target_errors,
+)
 from metalstm.plots.settings import setting_panels
 from metalstm.plots.style import method_styles, save_figure
 from metalstm.plots.training import Curve, learning_curves, meta_training_curves
@@ -52,4 +57,5 @@ __all__ = [
     "save_figure",
     "seed_spread",
     "setting_panels",
+    "target_errors",
 ]

@@ -45,11 +45,12 @@ def loss_panels(
     columns: int = 3,
     xlabel: str = "updates",
     ylabel: str = "loss",
+    over: str = "problems",
 ) -> Figure:
     """Draw losses against updates on a log scale, a panel a problem, a line a rule.
 
-    The band is the 95% CI over problems. Where any problem has diverged there is no
-    mean, and the line ends.
+    The band is the 95% CI ``over`` problems or tasks. Where any of them has diverged
+    there is no mean, and the line ends.
 
     Args:
       panels: per title, per optimizer its losses.
@@ -78,7 +79,7 @@ def loss_panels(
         axes.set(xlabel=xlabel, ylabel=ylabel + kind, yscale="log")
         axes.set_title(title, fontsize=10)
         add_grid_and_legend(axes)
-    add_note(figure, "band: 95% CI over problems")
+    add_note(figure, f"band: 95% CI over {over}")
     return figure
 
 
