@@ -288,8 +288,12 @@ def test_implicit_maml_on_a_parabola_in_closed_form():
     np.testing.assert_allclose(grads.learner.params, expected, rtol=1e-4)
 
 
-def test_implicit_maml_is_the_slope_of_the_fully_converged_inner_solution():
-    """Against central differences of numpy's float64 minimiser."""
+@pytest.mark.parametrize("scale", [1.0, "way", "1/batch"])
+def test_implicit_maml_is_the_slope_of_the_fully_converged_inner_solution(scale):
+    """Against central differences of numpy's float64 minimiser.
+
+    A loss and a pull that are scaled alike have the same minimum.
+    """
     net, strength = reference.TanhNet(tiny.FEATURES, 2, tiny.WAY), 1.5
     support, query = (
         net.objective(np.asarray(b.x, np.float64), np.asarray(b.y)) for b in EPISODE
@@ -309,8 +313,14 @@ def test_implicit_maml_is_the_slope_of_the_fully_converged_inner_solution():
         lambda at: query(converged(at))[0], theta, 1e-3
     )
     params = jax.tree.map(jnp.float32, net.unpack(theta))
+    factor = {1.0: 1.0, "way": tiny.WAY, "1/batch": 1 / len(EPISODE.support.y)}[scale]
     imaml = algorithms.implicit_maml(
-        tiny.tanh_net(2), 0.35, strength=strength, num_steps=60, cg_steps=net.size
+        tiny.tanh_net(2),
+        0.35 / factor,
+        strength=factor * strength,
+        num_steps=60,
+        cg_steps=net.size,
+        gradient_scale=scale,
     )
     start = MetaParams(LearnerState(params, {}, {}), ())
     grads, _ = meta_gradient(imaml, start, batch_of(EPISODE))
