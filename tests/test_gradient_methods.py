@@ -86,6 +86,61 @@ def test_reptiles_own_rule_is_adam_without_momentum():
     np.testing.assert_allclose(grads.learner.params, W - w, rtol=1e-4)
 
 
+def test_adams_averages_continue_from_task_to_task_and_at_the_test():
+    """One Adam in float64 that never restarts, while w returns to theta_0."""
+    w, second, count = W, 0.0, 0
+    reptile = algorithms.reptile(
+        slope_learner(), 0.2, num_steps=3, num_test_steps=2, rule_state="continued"
+    )
+    params = reptile.init(KEY, TASK.episode())
+    params = params._replace(learner=slope_params().learner)
+    carry = reptile.init_carry(KEY, params, TASK.episode())
+
+    def adam(w, second, count, task, steps):
+        x, y = task.support
+        for _ in range(steps):
+            count += 1
+            gradient = 2 * x * (x * w - y)
+            second = 0.999 * second + 0.001 * gradient**2
+            w -= 0.2 * gradient / (np.sqrt(second / (1 - 0.999**count)) + 1e-8)
+        return w, second, count
+
+    for task in PARABOLAS:
+        end, second, count = adam(w, second, count, task, 3)
+        grads, carry, _ = reptile.meta_gradient(
+            params, carry, KEY[None], batch_of(task.episode())
+        )
+        np.testing.assert_allclose(grads.learner.params, W - end, rtol=1e-4)
+        params = reptile.absorb(params, carry)
+    tested, _ = reptile.adapt(params, KEY, TASK.episode().support, num_classes=None)
+    expected, _, _ = adam(w, second, count, TASK, 2)
+    np.testing.assert_allclose(tested.params, expected, rtol=1e-4)
+
+
+def test_adams_averages_of_a_tied_head_are_the_mean_of_its_classes():
+    learner = tied_head(tiny.tanh_net(num_classes=4))
+    reptile = algorithms.reptile(
+        learner, 0.1, num_steps=2, train_way=tiny.WAY, rule_state="continued"
+    )
+    params = reptile.init(jax.random.key(0), EPISODE)
+    _, carry, _ = tiny.quick_jit(
+        lambda p: reptile.meta_gradient(p, p.rule, KEY[None], batch_of(EPISODE))
+    )(params)
+    assert jax.tree.map(jnp.shape, carry) == jax.tree.map(jnp.shape, params.rule)
+    plain = algorithms.learned_init(
+        learner,
+        optax.adam(0.1, b1=0.0),
+        num_steps=2,
+        train_way=tiny.WAY,
+        differentiation=first_order(),
+    )
+    adapt = functools.partial(plain.adapt, num_classes=tiny.WAY)
+    end, _ = tiny.quick_jit(adapt)(params._replace(rule=()), KEY, EPISODE.support)
+    squares = end.rule_state[0].nu["head"]["kernel"]
+    found = carry.state[0].nu["head"]["kernel"]
+    np.testing.assert_allclose(found, squares.mean(1, keepdims=True), rtol=1e-5)
+
+
 def test_reptile_moves_a_tied_head_by_the_mean_of_its_classes():
     learner = tied_head(tiny.tanh_net(num_classes=4))
     # Adam, since the classes' steps of SGD add up to nothing

@@ -251,7 +251,7 @@ def gradient_scale(
     support: Batch,
     batch_size: int | None,
 ) -> float:
-    """Return the number of a ``gradient_scale`` of `learned_init`, at the task's way."""
+    """Return the number that a ``gradient_scale`` of `learned_init` stands for."""
     if scale == "1/batch":
         return 1 / (batch_size or num_examples(support.x))
     if scale == "way":

@@ -152,7 +152,7 @@ def implicit_maml(
             _, pull_back = jax.vjp(lambda p: at_way(p, train_way), start)
             (grads,) = pull_back(grads)
         metrics = {"loss": loss, "accuracy": correct, "support_loss": trace.losses[0]}
-        return grads, metrics
+        return (grads, ()), metrics
 
     return with_gradient_of_init(
         tested,
