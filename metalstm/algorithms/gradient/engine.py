@@ -189,7 +189,8 @@ def with_gradient_of_init(
     Args:
       tested: a `learned_init`.
       gradient: ``(meta_params, key, episode) -> ((gradient by theta_0, rule),
-        metrics)`` of one task. The meta-gradient is its mean over tasks, and zero elsewhere.
+        metrics)`` of one task. The meta-gradient is its mean over tasks, and zero
+        elsewhere.
       train_sampler: of `MetaAlgorithm`.
       task_mapping: see `metalstm.tasks.map_tasks`.
       carries_rule: the rule's parameters become the mean over tasks of the ``rule``
