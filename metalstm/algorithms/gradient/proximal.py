@@ -125,6 +125,7 @@ def implicit_maml(
         support, query = episode
         end, trace = adapt(meta_params, key, support, num_classes=train_way)
         state = LearnerState(end.params, end.stats, meta_params.learner.other)
+        factor: Array | float
         if scale == "calibrated":
             factor = jnp.exp(meta_params.rule[0])
         else:

@@ -77,9 +77,9 @@ def mann(
       learner: its outputs [N, d] are what the controller sees.
       way: classes of every task; labels are inputs and outputs of fixed size.
       hidden_size, num_slots, slot_size, num_reads: H, S, W, R; the paper's by default.
-      contents: what is written: ``"own"``, a_t, as in public re-implementations that
-        report the paper's accuracy; ``"keys"``, k_t in its place, as the paper has it.
-        A head then looks with the very vector that it writes.
+      contents: what is written: ``"own"``, a_t, as in public re-implementations;
+        ``"keys"``, k_t in its place, as the paper has it: a head then looks for the
+        very vector that it writes.
       train_queries: queries a class in meta-training.
 
     Raises:
