@@ -33,7 +33,14 @@ from metalstm.batches import (
 )
 from metalstm.inner import Differentiation, InnerState, Trace, unroll
 
-__all__ = ["Adaptation", "Adapted", "adapt_to", "query_outputs", "step_scale"]
+__all__ = [
+    "Adaptation",
+    "Adapted",
+    "adapt_to",
+    "gradient_scale",
+    "query_outputs",
+    "step_scale",
+]
 
 # folded into an episode's key, one for each use of randomness
 _INIT, _DROPOUT, _ORDER = 0, 1, 2
@@ -114,7 +121,9 @@ def adapt_to(
         num_steps=num_steps,
         differentiation=adaptation.differentiation,
         stats=stats,
-        gradient_scale=_gradient_scale(adaptation, state, support),
+        gradient_scale=gradient_scale(
+            adaptation.gradient_scale, learner, state, support, adaptation.batch_size
+        ),
         observe=observe,
         key=jax.random.fold_in(key, _DROPOUT),
         axis_name=adaptation.axis_name,
@@ -250,12 +259,16 @@ def _one_by_one(learner: Learner, state: LearnerState, support_x, query_x) -> Ar
     return lax.map(one, query_x)
 
 
-def _gradient_scale(
-    adaptation: Adaptation, state: LearnerState, support: Batch
+def gradient_scale(
+    scale: float | Literal["1/batch", "way"],
+    learner: Learner,
+    state: LearnerState,
+    support: Batch,
+    batch_size: int | None,
 ) -> float:
-    scale, learner = adaptation.gradient_scale, adaptation.learner
+    """Return the number that a ``gradient_scale`` of `learned_init` stands for."""
     if scale == "1/batch":
-        return 1 / (adaptation.batch_size or num_examples(support.x))
+        return 1 / (batch_size or num_examples(support.x))
     if scale == "way":
         outputs, _ = jax.eval_shape(
             lambda: learner.apply(state, first_example(support.x), norm="stored")
