@@ -15,6 +15,7 @@ from jax import lax
 
 from metalstm.base import Array
 from metalstm.nn.general_convolution import pads_of, say_once, shifted_images
+from metalstm.runtime.compilation import platform
 
 __all__ = ["fast_flax_pools", "max_pool"]
 
@@ -47,8 +48,8 @@ def max_pool(
     if halves and padding == "VALID" and inputs.ndim == 4:
         return _pool(inputs, None)
     is_plain = ndim <= 2 and inputs.ndim == ndim + 2
-    if jax.default_backend() != "cpu" or not is_plain:
-        if ndim > 2 and jax.default_backend() == "cpu":
+    if platform() != "cpu" or not is_plain:
+        if ndim > 2 and platform() == "cpu":
             say_once(f"a max-pool of {ndim} image axes")
         pool = _flax_pool.__wrapped__
         return pool(inputs, -jnp.inf, lax.max, window_shape, strides, padding)
@@ -88,7 +89,7 @@ def _pool_jvp(window, primals, tangents):
         larger = corner > largest
         first = jnp.where(larger, jnp.asarray(index, first.dtype), first)
         largest = jnp.where(larger, corner, largest)
-    if jax.default_backend() == "cpu":
+    if platform() == "cpu":
         # else XLA fuses the comparisons into every use of them, pixel by pixel
         first = lax.optimization_barrier(first)
     # _pool again, not its maximum: the next derivative is this one too
