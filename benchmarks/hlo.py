@@ -11,7 +11,14 @@ import re
 from collections.abc import Iterator
 from typing import NamedTuple
 
-__all__ = ["COLLECTIVES", "Operation", "array_bytes", "collectives", "operations"]
+__all__ = [
+    "COLLECTIVES",
+    "Operation",
+    "array_bytes",
+    "collectives",
+    "operations",
+    "rank",
+]
 
 COLLECTIVES = (
     "all-gather",
@@ -132,6 +139,16 @@ def array_bytes(shape: str) -> int:
         width = int(bits.group(1) or 8) if bits else 8
         total += math.prod(int(n) for n in sizes.split(",") if n) * width // 8
     return total
+
+
+def rank(shape: str) -> int:
+    """How many axes an array has, or of a tuple the one with the most.
+
+    >>> rank("(f32[2,3]{1,0}, u8[5]{0})")
+    2
+    """
+    found = [sizes.count(",") + bool(sizes) for _, sizes in _SHAPE.findall(shape)]
+    return max(found, default=0)
 
 
 def collectives(found: list[Operation]) -> dict[str, tuple[int, int]]:
