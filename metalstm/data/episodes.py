@@ -173,7 +173,7 @@ def sample_episode(key: Array, pool: ClassPool, spec: EpisodeSpec) -> Episode:
 
     y = arrange(labels).astype(jnp.int32)
     rows = arrange(pool.starts[classes][:, None] + slots)
-    x = pool.images.at[rows].get(mode="promise_in_bounds")
+    x = pool.take(rows)
     x = finish_images(augment_key, x, turns[y], spec)
     return Episode(
         support=Batch(x[:num_support], y[:num_support]),
@@ -282,7 +282,7 @@ def validate(spec: EpisodeSpec, dataset: Dataset, split: str = "train") -> None:
 def _check_shapes(
     spec: EpisodeSpec, pool: ClassPool, where: str, names: Sequence[Any] | None = None
 ) -> None:
-    num_classes, shape = pool.num_classes, pool.images.shape[1:]
+    num_classes, shape = pool.num_classes, pool.shape
     if spec.way > num_classes:
         raise ValueError(
             f"way={spec.way} is more than the {num_classes} classes of {where}; choose "
