@@ -14,9 +14,9 @@ from __future__ import annotations
 import time
 
 from benchmarks import rows
-from benchmarks.rows import Target
+from benchmarks.rows import Recipe, Target
 
-__all__ = ["ROWS", "TARGETS", "episode_gflop", "learner_gflop"]
+__all__ = ["ROWS", "TARGETS", "build", "episode_gflop", "learner_gflop"]
 
 _MINI = {"image": (84, 3), "tasks": 1}
 _LSTM = {"image": (28, 1), "shot": 1, "steps": 3, "tasks": 4, "downsample": "stride"}
@@ -72,56 +72,61 @@ def episode_gflop(row: dict, num_parameters: int) -> float:
     """
     images = row["steps"] * 5 * row["shot"] * (3 if row.get("second_order") else 1)
     total = (images + 75) * learner_gflop(row)
-    if row.get("rule") != "sgd":
+    if row.get("rule") not in ("sgd", "compare"):
         hidden = 20
         per_coordinate = 2 * 4 * hidden * (hidden + 2) + 2 * 2 * (hidden + 2)
         total += 3 * per_coordinate * num_parameters * row["steps"] / 1e9
     return total
 
 
-def measure(name: str, seconds: float) -> dict:
-    """Time one row in this process."""
-    import jax
+def build(row: dict, num_classes: int = 20, per_class: int = 40) -> Recipe:
+    """The recipe of a row, on random images."""
     import numpy as np
 
     from metalstm import adam_clipped, algorithms, first_order, nn, rules, second_order
     from metalstm.data import EpisodeSpec, make_pool
+
+    size, channels = row["image"]
+    images = np.random.default_rng(0).integers(
+        0, 256, (num_classes, per_class, size, size, channels), dtype=np.uint8
+    )
+    filters, steps = row.get("filters", 32), row["steps"]
+    differentiation = second_order() if row.get("second_order") else first_order()
+    if row.get("rule") == "compare":
+        algorithm = algorithms.prototypical(nn.conv4(None, filters))
+    else:
+        learner = nn.conv4(
+            5, filters, downsample=row.get("downsample", "max_pool"), momentum=0.1
+        )
+        if row.get("rule") == "sgd":
+            algorithm = algorithms.maml(
+                learner, 0.1, num_steps=steps, differentiation=differentiation
+            )
+        else:
+            algorithm = algorithms.published_meta_lstm(
+                learner,
+                rules.lstm_gates(),
+                num_steps=steps,
+                differentiation=differentiation,
+            )
+    spec = EpisodeSpec(way=5, shot=row["shot"], queries=15)
+    return Recipe(algorithm, adam_clipped(), spec, make_pool(images))
+
+
+def measure(name: str, seconds: float) -> dict:
+    """Time one row in this process."""
+    import jax
+
     from metalstm.meta.evaluation import make_evaluate
     from metalstm.runtime.sharding import place
 
     row = ROWS[name]
     seeds = row.get("seeds", 1)
     mesh = rows.one_device_to_a_core(row["tasks"] * seeds)
-    size, channels = row["image"]
-    images = np.random.default_rng(0).integers(
-        0, 256, (20, 40, size, size, channels), dtype=np.uint8
-    )
-    pool = make_pool(images)
-    spec = EpisodeSpec(way=5, shot=row["shot"], queries=15)
-    learner = nn.conv4(
-        5,
-        row.get("filters", 32),
-        downsample=row.get("downsample", "max_pool"),
-        momentum=0.1,
-    )
-    options = {
-        "num_steps": row["steps"],
-        "differentiation": second_order() if row.get("second_order") else first_order(),
-    }
-    if row.get("rule") == "sgd":
-        algorithm = algorithms.maml(learner, 0.1, **options)
-    else:
-        algorithm = algorithms.published_meta_lstm(
-            learner, rules.lstm_gates(), **options
-        )
-    optimizer = adam_clipped()
-    episode = spec.sample(jax.random.key(0), pool)
-    pool = place(pool, mesh)
+    recipe = build(row)
+    pool = place(recipe.data, mesh)
     train, state = rows.started(
-        algorithm,
-        optimizer,
-        spec,
-        episode,
+        recipe,
         seeds=seeds,
         mesh=mesh,
         num_tasks=row["tasks"],
@@ -134,7 +139,7 @@ def measure(name: str, seconds: float) -> dict:
         return metrics
 
     result = rows.timed(step, seconds)
-    test = make_evaluate(algorithm, spec, batch_size=1, mesh=mesh)
+    test = make_evaluate(recipe.algorithm, recipe.sampler, batch_size=1, mesh=mesh)
     params = state_now[0].params
     if seeds > 1:
         params = jax.tree.map(lambda leaf: leaf[0], params)

@@ -12,10 +12,12 @@ are. Images are random, which does not change the speed.
 
 from __future__ import annotations
 
-from benchmarks import rows
-from benchmarks.rows import Target
+from typing import Any
 
-__all__ = ["ROWS", "TARGETS", "gflop"]
+from benchmarks import rows
+from benchmarks.rows import Recipe, Target
+
+__all__ = ["ROWS", "TARGETS", "build", "gflop"]
 
 UNROLL, HIDDEN, BATCH = 20, 20, 128
 STEPS_PER_CALL = 10  # what starts a call is a tenth of a step on quadratics
@@ -59,50 +61,48 @@ def gflop(row: dict) -> float:
     return (rule + inner) / 1e9
 
 
-def measure(name: str, seconds: float) -> dict:
-    """Time one row in this process."""
-    import jax
+def build(row: dict, mesh: Any, num_tasks: int, num_images: int = 10_000) -> Recipe:
+    """The recipe of a row, on random images."""
     import jax.numpy as jnp
     import numpy as np
 
     from metalstm import adam_clipped, learned_optimizers, rules
     from metalstm.data.sources.labelled import ImageData
     from metalstm.learned_optimizers import problems
-    from metalstm.runtime.sharding import place, shared_axis
+    from metalstm.runtime.sharding import shared_axis
 
-    row = ROWS[name]
-    tasks, seeds = 1 if row["problem"] == "mlp" else 128, row.get("seeds", 1)
-    mesh = rows.one_device_to_a_core(tasks * seeds, share_one=True)
     rng = np.random.default_rng(0)
     if row["problem"] == "mlp":
         family = problems.mlp_classifier(batch_size=BATCH)
-        x = rng.integers(0, 256, (10_000, 28, 28, 1), dtype=np.uint8)
-        y = rng.integers(0, 10, 10_000).astype(np.int32)
+        x = rng.integers(0, 256, (num_images, 28, 28, 1), dtype=np.uint8)
+        y = rng.integers(0, 10, num_images).astype(np.int32)
         data = ImageData(jnp.asarray(x), jnp.asarray(y))
     else:
         family, data = problems.quadratics(10), ()
     algorithm = learned_optimizers.learned_optimizer(
         family,
         rules.l2l(hidden_size=HIDDEN, num_layers=2),
-        num_tasks=tasks,
+        num_tasks=num_tasks,
         unroll_steps=UNROLL,
         horizon=5 * UNROLL,
         estimator=row["estimator"],
         axis_name=shared_axis(mesh),
     )
     sampler = problems.ProblemSampler(family, UNROLL + 1)
-    optimizer = adam_clipped(1e-3, 1.0)
-    draw = sampler.sample(jax.random.key(0), data)
-    data = place(data, mesh)
+    return Recipe(algorithm, adam_clipped(1e-3, 1.0), sampler, data)
+
+
+def measure(name: str, seconds: float) -> dict:
+    """Time one row in this process."""
+    from metalstm.runtime.sharding import place
+
+    row = ROWS[name]
+    tasks, seeds = 1 if row["problem"] == "mlp" else 128, row.get("seeds", 1)
+    mesh = rows.one_device_to_a_core(tasks * seeds, share_one=True)
+    recipe = build(row, mesh, tasks)
+    data = place(recipe.data, mesh)
     train, state = rows.started(
-        algorithm,
-        optimizer,
-        sampler,
-        draw,
-        seeds=seeds,
-        mesh=mesh,
-        num_tasks=tasks,
-        steps_per_call=STEPS_PER_CALL,
+        recipe, seeds=seeds, mesh=mesh, num_tasks=tasks, steps_per_call=STEPS_PER_CALL
     )
     state_now = [state]
 

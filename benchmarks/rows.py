@@ -21,6 +21,7 @@ from typing import Any, NamedTuple
 __all__ = [
     "LARGE_PAGES",
     "PUBLIC_PROBE",
+    "Recipe",
     "Target",
     "collect",
     "in_a_process",
@@ -46,6 +47,15 @@ class Target(NamedTuple):
     share: float | None = None  # target: so much of the probe
 
 
+class Recipe(NamedTuple):
+    """What a row's train loop is made of."""
+
+    algorithm: Any
+    optimizer: Any
+    sampler: Any
+    data: Any  # a pool, or what else the sampler draws from
+
+
 def one_device_to_a_core(num_tasks: int, *, share_one: bool = False) -> Any:
     """A mesh of a CPU's cores for these tasks, as ``--cpu-devices`` makes it.
 
@@ -64,17 +74,11 @@ def one_device_to_a_core(num_tasks: int, *, share_one: bool = False) -> Any:
 
 
 def started(
-    algorithm: Any,
-    optimizer: Any,
-    sampler: Any,
-    episode: Any,
-    *,
-    seeds: int,
-    mesh: Any,
-    **options: Any,
+    recipe: Recipe, *, seeds: int, mesh: Any, **options: Any
 ) -> tuple[Callable, Any]:
     """A train loop with ``options`` and its first state, in place: of S seeds at once
     they lead with [S], and it is the seeds that are spread over the mesh."""
+    import jax
     import jax.numpy as jnp
 
     from metalstm import init_train_state, make_train_loop
@@ -82,6 +86,8 @@ def started(
     from metalstm.meta.step import place_state
     from metalstm.runtime.sharding import place
 
+    algorithm, optimizer, sampler, data = recipe
+    episode = sampler.sample(jax.random.key(0), data)
     if seeds == 1:
         train = make_train_loop(algorithm, optimizer, sampler, mesh=mesh, **options)
         state = init_train_state(algorithm, optimizer, 0, episode)

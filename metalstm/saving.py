@@ -17,7 +17,12 @@ import numpy as np
 
 from metalstm import inputs
 from metalstm.base import Batch, Episode, MetaAlgorithm, PyTree
-from metalstm.data.episodes import Sampler, episode_key, sample_checked
+from metalstm.data.episodes import (
+    Sampler,
+    classes_of,
+    episode_key,
+    sample_checked,
+)
 from metalstm.predictor import Predictor
 from metalstm.records import GIVEN, to_spec
 from metalstm.runtime.array_files import (
@@ -83,15 +88,16 @@ def save(
     path = Path(path)
     method_spec, given = to_spec(algorithm)
     episode = sample_checked(spec, episode_key(0, "test", 0), pool)
+    way = classes_of(spec, episode)
     pixels = getattr(getattr(pool, "images", None), "dtype", None) == jnp.uint8
     header = {
         "format": FORMAT_VERSION,
         "spec": method_spec,
         "given": sorted(given),
-        "regression": bool(spec.regression),
+        "regression": way is None,
         "example": inputs.to_json(inputs.describe(episode.support.x, pixels=pixels)),
         "normalise": getattr(spec, "normalise", None),
-        "num_classes": spec.way,
+        "num_classes": episode.query.y.shape[-1] if way is None else way,
         "info": dict(info or {}),
     }
     header = as_json("info", header)
@@ -99,7 +105,7 @@ def save(
     header["dtypes"] = {name: dtype for name, (_, dtype) in arrays.items()}
     stored = {name: array for name, (array, _) in arrays.items()}
     _check(stored, header, _template(algorithm, header), "params")
-    header["way"] = _fixed_way(algorithm, params, episode, spec)
+    header["way"] = _fixed_way(algorithm, params, episode, way)
     if given:
         stored[_PROBE] = _probe(algorithm, params, header)
     header["sha256"] = digest_of(header, stored)
@@ -187,22 +193,22 @@ def _read(path: Path) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
 
 
 def _fixed_way(
-    algorithm: MetaAlgorithm, params: PyTree, episode: Episode, spec: Sampler
+    algorithm: MetaAlgorithm, params: PyTree, episode: Episode, way: int | None
 ) -> int | None:
-    """The number of classes that every task must have; None: any."""
-    if spec.regression:
-        return spec.way
+    """The number of classes, or targets, that every task must have; None: any."""
+    if way is None:
+        return int(episode.query.y.shape[-1])
 
     def predict(params):
         key, x = jax.random.key(0), episode.query.x
-        more = spec.way + 1
-        return algorithm.predict(params, key, episode.support, x, num_classes=more)
+        support = episode.support
+        return algorithm.predict(params, key, support, x, num_classes=way + 1)
 
     try:
         scores = jax.eval_shape(predict, params)
     except (TypeError, ValueError):  # of the method, or of shapes that do not fit
-        return spec.way
-    return None if scores.shape[-1] == spec.way + 1 else spec.way
+        return way
+    return None if scores.shape[-1] == way + 1 else way
 
 
 def _example(header: Mapping[str, Any]) -> Episode:

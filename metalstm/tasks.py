@@ -19,6 +19,7 @@ from jax.sharding import PartitionSpec as P
 
 from metalstm.checks import check_at_least
 from metalstm.runtime import sharding
+from metalstm.runtime.compilation import platform
 
 __all__ = [
     "TaskMapping",
@@ -42,7 +43,7 @@ def default_task_mapping() -> TaskMapping:
     Second-order MAML, Conv4-64 on 28x28, 4 tasks: "vmap" and "unroll" took 1.05 and
     1.06 times as long as "scan" on two cores (benchmarks/alternatives.py).
     """
-    return "scan" if jax.default_backend() == "cpu" else "vmap"
+    return "scan" if platform() == "cpu" else "vmap"
 
 
 def map_tasks(fn: Callable, *args: PyTree, how: TaskMapping | None = None) -> PyTree:

@@ -410,11 +410,8 @@ def test_nearest_neighbour_is_the_closest_support_image():
 
 def test_the_gradient_is_scaled_by_what_is_asked_for():
     def scale(value, batch_size=None):
-        how = adaptation.Adaptation(
-            NET, SGD, first_order(), "final", True, batch_size, value, 1, None, False
-        )
         state = meta_params("maml").learner
-        return adaptation._gradient_scale(how, state, EPISODE.support)
+        return adaptation.gradient_scale(value, NET, state, EPISODE.support, batch_size)
 
     assert scale("1/batch") == 1 / 6
     assert scale("1/batch", batch_size=2) == 1 / 2

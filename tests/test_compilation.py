@@ -14,11 +14,11 @@ from metalstm.runtime.compilation import Jitted
 def cores(monkeypatch):
     def have(count: int) -> dict[str, str]:
         monkeypatch.setattr(compilation, "cores", lambda: count)
-        compilation.compiler_options.cache_clear()
+        compilation._known_options.cache_clear()
         return compilation.compiler_options()
 
     yield have
-    compilation.compiler_options.cache_clear()
+    compilation._known_options.cache_clear()
 
 
 def images(num_images: int = 4):

@@ -22,7 +22,7 @@ def test_its_table_and_what_it_keeps(tmp_path, capsys):
     cell = json.loads((folder / "results.json").read_text())["cells"]["embeddings-1"]
     assert len(cell["meta_lstm"]) == len(cell["maml"]) == 2
     assert cell["rate"] == [0.1, 1.0][int(np.argmax(cell["validation"]))]
-    kept = folder / "embeddings-1.npz"
+    kept = folder / "embeddings-1-meta_lstm.npz"
     before = kept.stat().st_mtime_ns
     assert defaults.main([*LINE, "--workdir", str(folder)]) == 0
     assert kept.stat().st_mtime_ns == before

@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
+import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
-from metalstm import algorithms
+import metalstm
+from metalstm import algorithms, nn
 from metalstm.algorithms.common import make_algorithm
+from metalstm.base import Batch, Episode
 from metalstm.data import ClusterSpec, SinusoidSpec
 from metalstm.data.episodes import episode_key
+from metalstm.meta.confidence import collect_scores
 from metalstm.meta.evaluation import (
     Evaluation,
     evaluate,
@@ -110,6 +117,79 @@ def test_regression_is_scored_by_minus_the_squared_error():
     episode = spec.sample(episode_key(0, "test", 0, 2))
     expected = -np.mean(np.square(episode.query.y))
     np.testing.assert_allclose(result.accuracies[2], expected, rtol=1e-5)
+
+
+class Waves(NamedTuple):
+    """Several sinusoids of one input. A sampler with nothing but `sample`."""
+
+    num_targets: int
+
+    def sample(self, key, pool):
+        x = jax.random.uniform(key, (9, 1))
+        part = Batch(x, jnp.sin(x * jnp.arange(1.0, self.num_targets + 1)))
+        return Episode(part, part)
+
+
+def test_a_regression_of_several_targets_has_an_error_for_each():
+    """Against numpy in float64."""
+
+    def predict(params, key, support, query_x, *, num_classes):
+        assert num_classes is None
+        return jnp.tile(query_x, 3) * jnp.array([1.0, 0.5, 0.25])
+
+    spec, scaled = Waves(3), make_algorithm(init=None, predict=predict, trainable=False)
+    result = evaluate(scaled, (), None, spec, num_episodes=5, batch_size=3)
+    expected = []
+    for index in range(5):
+        x, y = spec.sample(episode_key(0, "test", 0, index), None).query
+        answers = np.asarray(x, np.float64) * [1, 0.5, 0.25]
+        expected.append(np.square(answers - np.asarray(y, np.float64)).mean(0))
+    np.testing.assert_allclose(result.errors, expected, rtol=1e-5)
+    np.testing.assert_allclose(result.accuracies, -np.mean(expected, 1), rtol=1e-5)
+    for index, (mean, ci95) in enumerate(result.by_target):
+        of_target = np.array(expected)[:, index]
+        np.testing.assert_allclose(mean, of_target.mean(), rtol=1e-5)
+        half = 1.96 * of_target.std(ddof=1) / 5**0.5
+        np.testing.assert_allclose(ci95, half, rtol=1e-4)
+    said = str(result)
+    assert "%" not in said
+    mean, ci95 = result.by_target[1]
+    assert f", {mean:.4g} ± {ci95:.2g}, " in said.split("by target")[1]
+
+
+def test_one_target_is_not_said_twice_and_classes_have_no_error(run):
+    zero = make_algorithm(
+        init=None, predict=lambda p, k, s, x, num_classes: 0 * x, trainable=False
+    )
+    one = evaluate(zero, (), None, Waves(1), num_episodes=2, batch_size=2)
+    np.testing.assert_allclose(-one.errors[:, 0], one.accuracies)
+    assert "by target" not in str(one)
+    classes = run((), None, num_episodes=2)
+    assert (classes.errors, classes.by_target, classes.regression) == (None, [], False)
+
+
+def test_a_regression_whose_sampler_only_samples_is_trained_saved_and_tested(tmp_path):
+    spec, optimizer = Waves(2), optax.sgd(0.1)
+    algorithm = algorithms.maml(nn.mlp(2, widths=(4,)), 0.1, num_steps=1)
+    episode = spec.sample(jax.random.key(0), None)
+    state = metalstm.init_train_state(algorithm, optimizer, 0, episode)
+    step = metalstm.make_train_loop(algorithm, optimizer, spec, num_tasks=1)
+    state, metrics = step(state, None)
+    assert metrics["finite"].all()
+    path = metalstm.save(tmp_path / "waves.npz", algorithm, state.params, None, spec)
+    assert metalstm.load(path).regression
+    with pytest.raises(ValueError, match="choose classes, a regression has no confid"):
+        collect_scores(algorithm, state.params, None, spec)
+
+
+def test_labels_need_the_number_of_classes():
+    class Labels(NamedTuple):
+        def sample(self, key, pool):
+            part = Batch(jnp.zeros((2, 1)), jnp.arange(2))
+            return Episode(part, part)
+
+    with pytest.raises(ValueError, match=r"draws labels, .*: give it an attribute way"):
+        evaluate(NEAREST, (), None, Labels(), num_episodes=2)
 
 
 def test_a_result_prints_its_mode():

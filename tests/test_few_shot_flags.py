@@ -317,6 +317,14 @@ MISTAKES = [
     ("--algorithms maml --learning-rate 0", "--learning-rate 0: choose a number above"),
     ("--algorithms maml --batch-size 2", "does not divide the 5 images"),
     (
+        "--algorithms reptile --train-shots 4 --batch-size 3",
+        "--batch-size 3 does not divide the 20 images",
+    ),
+    (
+        "--algorithms reptile --train-shots 4 --test-batch-size 4",
+        "--test-batch-size 4 does not divide the 5 images",
+    ),
+    (
         "--algorithms maml --accumulate-tasks 3 --meta-batch 4",
         "--meta-batch 4 is not a multiple of --accumulate-tasks 3: choose 3, say",
     ),

@@ -40,6 +40,18 @@ def test_theta_0_comes_from_the_named_run_and_stays(finished, tmp_path, capsys):
         assert not np.array_equal(old, new)
 
 
+def test_no_episodes_leave_the_trained_network_as_it_is(finished, tmp_path):
+    line = command(
+        "--algorithms", "meta-lstm", *META_LSTM, "--init-from", f"{finished}:meta-lstm",
+        "--episodes", 0, workdir=tmp_path / "run",
+    )  # fmt: skip
+    assert few_shot.main(line) == 0
+    before, after = (
+        metalstm.load_run(f, "meta-lstm").params for f in (finished, tmp_path / "run")
+    )
+    tiny.assert_equal(before.learner, after.learner)
+
+
 @pytest.mark.parametrize(
     ("extra", "message"),
     [

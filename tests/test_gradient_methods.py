@@ -1,4 +1,4 @@
-"""Closed forms of ANIL, Reptile, gradient agreement and implicit MAML."""
+"""Closed forms of ANIL, Reptile and gradient agreement."""
 
 from __future__ import annotations
 
@@ -10,7 +10,6 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-import reference
 import tiny
 from test_algorithms import (
     EPISODE,
@@ -18,13 +17,11 @@ from test_algorithms import (
     NET,
     TASK,
     W,
-    meta_params,
     slope_learner,
 )
 
 from metalstm import algorithms, rules
 from metalstm.algorithms.gradient.agreement import agreement_weights
-from metalstm.algorithms.gradient.proximal import proximal_pull
 from metalstm.base import Episode, LearnerState, MetaParams
 from metalstm.inner import first_order
 from metalstm.nn import tied_head
@@ -84,6 +81,61 @@ def test_reptiles_own_rule_is_adam_without_momentum():
     reptile = algorithms.reptile(slope_learner(), 0.2, num_steps=3)
     grads, _ = meta_gradient(reptile, slope_params(), batch_of(TASK.episode()))
     np.testing.assert_allclose(grads.learner.params, W - w, rtol=1e-4)
+
+
+def test_adams_averages_continue_from_task_to_task_and_at_the_test():
+    """One Adam in float64 that never restarts, while w returns to theta_0."""
+    w, second, count = W, 0.0, 0
+    reptile = algorithms.reptile(
+        slope_learner(), 0.2, num_steps=3, num_test_steps=2, rule_state="continued"
+    )
+    params = reptile.init(KEY, TASK.episode())
+    params = params._replace(learner=slope_params().learner)
+    carry = reptile.init_carry(KEY, params, TASK.episode())
+
+    def adam(w, second, count, task, steps):
+        x, y = task.support
+        for _ in range(steps):
+            count += 1
+            gradient = 2 * x * (x * w - y)
+            second = 0.999 * second + 0.001 * gradient**2
+            w -= 0.2 * gradient / (np.sqrt(second / (1 - 0.999**count)) + 1e-8)
+        return w, second, count
+
+    for task in PARABOLAS:
+        end, second, count = adam(w, second, count, task, 3)
+        grads, carry, _ = reptile.meta_gradient(
+            params, carry, KEY[None], batch_of(task.episode())
+        )
+        np.testing.assert_allclose(grads.learner.params, W - end, rtol=1e-4)
+        params = reptile.absorb(params, carry)
+    tested, _ = reptile.adapt(params, KEY, TASK.episode().support, num_classes=None)
+    expected, _, _ = adam(w, second, count, TASK, 2)
+    np.testing.assert_allclose(tested.params, expected, rtol=1e-4)
+
+
+def test_adams_averages_of_a_tied_head_are_the_mean_of_its_classes():
+    learner = tied_head(tiny.tanh_net(num_classes=4))
+    reptile = algorithms.reptile(
+        learner, 0.1, num_steps=2, train_way=tiny.WAY, rule_state="continued"
+    )
+    params = reptile.init(jax.random.key(0), EPISODE)
+    _, carry, _ = tiny.quick_jit(
+        lambda p: reptile.meta_gradient(p, p.rule, KEY[None], batch_of(EPISODE))
+    )(params)
+    assert jax.tree.map(jnp.shape, carry) == jax.tree.map(jnp.shape, params.rule)
+    plain = algorithms.learned_init(
+        learner,
+        optax.adam(0.1, b1=0.0),
+        num_steps=2,
+        train_way=tiny.WAY,
+        differentiation=first_order(),
+    )
+    adapt = functools.partial(plain.adapt, num_classes=tiny.WAY)
+    end, _ = tiny.quick_jit(adapt)(params._replace(rule=()), KEY, EPISODE.support)
+    squares = end.rule_state[0].nu["head"]["kernel"]
+    found = carry.state[0].nu["head"]["kernel"]
+    np.testing.assert_allclose(found, squares.mean(1, keepdims=True), rtol=1e-5)
 
 
 def test_reptile_moves_a_tied_head_by_the_mean_of_its_classes():
@@ -270,81 +322,3 @@ def test_a_task_against_the_others_loses_its_say():
 def test_agreement_refuses_what_has_no_gradients_to_weigh():
     with pytest.raises(ValueError, match=r"give it an algorithm that is meta-trained"):
         algorithms.gradient_agreement(algorithms.nearest_neighbour())
-
-
-# -- implicit MAML ---------------------------------------------------------------------
-
-
-def test_implicit_maml_on_a_parabola_in_closed_form():
-    """w* = (2 x y + s W) / (2 x^2 + s), so dw*/dW = s / (2 x^2 + s)."""
-    (x, y), (u, v) = TASK
-    strength = 3.0
-    end = (2 * x * y + strength * W) / (2 * x**2 + strength)
-    expected = 2 * u * (u * end - v) * strength / (2 * x**2 + strength)
-    imaml = algorithms.implicit_maml(
-        slope_learner(), RATE, strength=strength, num_steps=60
-    )
-    grads, _ = meta_gradient(imaml, slope_params(), batch_of(TASK.episode()))
-    np.testing.assert_allclose(grads.learner.params, expected, rtol=1e-4)
-
-
-def test_implicit_maml_is_the_slope_of_the_fully_converged_inner_solution():
-    """Against central differences of numpy's float64 minimiser."""
-    net, strength = reference.TanhNet(tiny.FEATURES, 2, tiny.WAY), 1.5
-    support, query = (
-        net.objective(np.asarray(b.x, np.float64), np.asarray(b.y)) for b in EPISODE
-    )
-
-    def converged(theta):
-        phi = theta
-        for _ in range(100):
-            phi = phi - 0.35 * (support(phi)[1] + strength * (phi - theta))
-        return phi
-
-    rng = np.random.default_rng(0)
-    theta = 0.5 * rng.normal(size=net.size)
-    slope = support(converged(theta))[1] + strength * (converged(theta) - theta)
-    assert np.abs(slope).max() < 1e-10
-    expected = reference.central_difference(
-        lambda at: query(converged(at))[0], theta, 1e-3
-    )
-    params = jax.tree.map(jnp.float32, net.unpack(theta))
-    imaml = algorithms.implicit_maml(
-        tiny.tanh_net(2), 0.35, strength=strength, num_steps=60, cg_steps=net.size
-    )
-    start = MetaParams(LearnerState(params, {}, {}), ())
-    grads, _ = meta_gradient(imaml, start, batch_of(EPISODE))
-    found = np.concatenate(
-        [np.ravel(leaf) for leaf in jax.tree.leaves(grads.learner.params)]
-    )
-    np.testing.assert_allclose(found, expected, atol=3e-5)
-    plain = query(converged(theta))[1]  # first-order MAML's answer is another
-    assert np.abs(plain - expected).max() > 1e-2
-
-
-def test_implicit_maml_normalises_training_queries_as_asked():
-    losses = []
-    for norm in ("transductive", "support"):
-        algorithm = algorithms.implicit_maml(NET, num_steps=1, train_query_norm=norm)
-        _, metrics = meta_gradient(algorithm, meta_params("maml"), batch_of(EPISODE))
-        losses.append(metrics["loss"])
-    assert abs(losses[0] - losses[1]) > 1e-3
-
-
-def test_implicit_maml_refuses():
-    with pytest.raises(ValueError, match=r"strength=0.0: choose a number above 0"):
-        algorithms.implicit_maml(NET, strength=0.0)
-    with pytest.raises(ValueError, match=r"cg_steps=0: choose 1 or more"):
-        algorithms.implicit_maml(NET, cg_steps=0)
-    with pytest.raises(ValueError, match=r"'frozen': choose one of transductive, sup"):
-        algorithms.implicit_maml(NET, train_query_norm="frozen")
-    pull = proximal_pull(1.0)
-    with pytest.raises(ValueError, match=r"proximal_pull needs params"):
-        pull.update(jnp.ones(2), pull.init(jnp.ones(2)))
-
-
-def test_the_pull_towards_the_start_is_the_gradient_of_its_square():
-    pull = proximal_pull(2.0)
-    start, now = jnp.array([1.0, -1.0]), jnp.array([1.5, 0.0])
-    out, _ = pull.update(jnp.array([0.1, 0.1]), pull.init(start), now)
-    np.testing.assert_allclose(out, [1.1, 2.1], rtol=1e-6)

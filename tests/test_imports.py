@@ -19,7 +19,6 @@ LAYERS = (
         "checks",
         "records",
         "runtime",
-        "runtime.compilation",
         "runtime.files",
         "runtime.saved_config",
         "runtime.splitting",
@@ -29,6 +28,7 @@ LAYERS = (
     {
         "calibration",
         "runtime.array_files",
+        "runtime.compilation",
         "runtime.exporting",
         "runtime.processes",
         "runtime.sharding",

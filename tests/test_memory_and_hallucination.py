@@ -98,28 +98,40 @@ def memory_scores(net, sequence, late, *, num_slots, slot_size, num_reads):
         i, f, o, g = np.split(linear("controller", np.concatenate([x, y, reads, h])), 4)
         c = sigmoid(f + 1) * c + sigmoid(i) * np.tanh(g)
         h = sigmoid(o) * np.tanh(c)
-        keys = np.split(np.tanh(linear("keys", h)), num_reads)
         gates = sigmoid(linear("interpolation", h))
+        contents = keys = np.split(np.tanh(linear("keys", h)), num_reads)
+        if "contents" in net:
+            contents = np.split(np.tanh(linear("contents", h)), num_reads)
         free = np.argsort(usage, kind="stable")[:num_reads]
-        lengths = np.sqrt(np.sum(memory**2, 1) + 1e-6)
-        written, parts, now = memory.copy(), [], []
-        written[free] = 0
+        memory = memory.copy()
+        memory[free] = 0
         usage = 0.95 * usage
-        for head, key in enumerate(keys):
-            cosine = memory @ key / (lengths * np.sqrt(np.sum(key**2) + 1e-6))
-            read = np.exp(cosine) / np.exp(cosine).sum()
+        for head, content in enumerate(contents):
             least = np.eye(num_slots)[free[head]]
             write = gates[head] * previous[head] + (1 - gates[head]) * least
-            written += np.outer(write, key)
-            usage = usage + read + write
+            memory += np.outer(write, content)
+            usage = usage + write
+        lengths = np.sqrt(np.sum(memory**2, 1) + 1e-6)
+        previous, parts = [], []
+        for key in keys:
+            cosine = memory @ key / (lengths * np.sqrt(np.sum(key**2) + 1e-6))
+            read = np.exp(cosine) / np.exp(cosine).sum()
+            usage = usage + read
             parts.append(read @ memory)
-            now.append(read)
-        memory, previous, reads = written, now, np.concatenate(parts)
+            previous.append(read)
+        reads = np.concatenate(parts)
     return linear("outputs", np.concatenate([h, reads]))
 
 
-def test_a_query_reads_the_memory_of_the_support_sequence():
+@pytest.mark.parametrize("contents", ["own", "keys"])
+def test_a_query_reads_the_memory_of_the_support_sequence(contents):
     params = meta_params("mann")
+    if contents == "keys":
+        sizes = {"hidden_size": 4, "num_slots": 5, "slot_size": 3, "num_reads": 2}
+        algorithm = algorithms.mann(FEATURES, 3, **sizes, contents="keys")
+        drawn = algorithm.init(jax.random.key(0), EPISODE).params["memory_net"]
+        parts = params.params | {"memory_net": drawn}
+        params = params._replace(params=parts)
     support, query = features("mann")
     late = np.concatenate([np.zeros((1, tiny.WAY)), np.eye(tiny.WAY)[labels]])
     net = as_float64(params.params["memory_net"])
@@ -148,6 +160,8 @@ def test_labels_come_one_step_late_and_order_matters():
 def test_what_the_memory_network_refuses():
     with pytest.raises(ValueError, match=r"num_reads=9: choose at least 1 and at most"):
         algorithms.mann(FEATURES, 3, num_slots=8, num_reads=9)
+    with pytest.raises(ValueError, match=r"contents='labels': choose one of own, k"):
+        algorithms.mann(FEATURES, 3, contents="labels")
     with pytest.raises(ValueError, match=r"controller needs features \[N, d\]"):
         algorithms.mann(maps(), 3).init(KEY, EPISODE)
     three, five = algorithms.mann(FEATURES, 3), tiny.episode(way=5)

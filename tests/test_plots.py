@@ -8,18 +8,90 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from experiments.few_shot.methods import METHODS
+from experiments.learned_optimizer.options import BASELINES, RULES
 from metalstm import plots
 from metalstm.calibration import Reliability
 from metalstm.meta.confidence import ConfidenceReport
-from metalstm.plots import accuracies
+from metalstm.plots import accuracies, style
 from metalstm.statistics import Estimate
 
 
 def saves(figure, tmp_path):
-    path = tmp_path / "picture.png"
-    figure.savefig(path)
-    assert path.read_bytes()[:4] == b"\x89PNG"
-    assert path.stat().st_size > 5_000
+    png, pdf = plots.save_figure(figure, tmp_path / "picture")
+    assert png.read_bytes()[:4] == b"\x89PNG"
+    assert png.stat().st_size > 5_000
+    assert pdf.read_bytes()[:5] == b"%PDF-"
+
+
+def test_a_pdf_holds_its_fonts_and_no_date(tmp_path):
+    figure = plots.accuracy_bars({"maml": (0.5, 0.01)})
+    files = plots.save_figure(figure, tmp_path / "v1.2.png")
+    assert [file.name for file in files] == ["v1.2.png", "v1.2.pdf"]
+    pdf = files[1].read_bytes()
+    assert b"/FontFile2" in pdf, "TrueType"
+    assert b"/Type3" not in pdf
+    assert b"/CreationDate" not in pdf
+    (only,) = plots.save_figure(figure, tmp_path / "v1.3", formats=["pdf"])
+    assert only.name == "v1.3.pdf"
+    assert only.read_bytes() == pdf
+
+
+def test_a_method_has_one_colour_and_marker_in_every_figure():
+    def looks(figure, panel=0):
+        return {
+            line.get_label().partition(",")[0]: (line.get_color(), line.get_marker())
+            for line in figure.axes[panel].lines
+        }
+
+    curve = [plots.Curve(np.arange(5), np.full(5, 0.5), np.full(5, 0.1))]
+    names = ("scratch", "mine", "maml")
+    found = []
+    for chosen in (names, names[::-1], names[1:]):
+        curves = dict.fromkeys(chosen, curve)
+        figure = plots.learning_curves(curves, {}, curves)
+        found += [looks(figure, 0), looks(figure, 1)]
+        points = {name: [(1, 0.5, 0.1), (5, 0.6, 0.1)] for name in chosen}
+        families = dict.fromkeys(chosen, "x")
+        found.append(looks(plots.accuracy_sweep(points, families, xlabel="shots")))
+        losses = dict.fromkeys(chosen, plots.Losses(np.arange(2), np.ones((3, 2))))
+        found.append(looks(plots.loss_panels({"a": losses})))
+    for look in found:
+        for name in names[1:]:
+            assert look[name] == found[0][name]
+
+
+def test_known_methods_differ_and_two_runs_of_one_are_told_apart():
+    known = style._KNOWN
+    assert len(set(known.values())) == len(known)
+    styles = plots.method_styles(["maml", "maml (run2)", "anil", "adam"])
+    one, other, same_colour, _ = styles.values()
+    assert one["color"] == other["color"] == same_colour["color"]
+    assert one["marker"] == other["marker"] != same_colour["marker"]
+    assert other["fillstyle"] == "none"
+    assert len({s["linestyle"] for s in (one, other, same_colour)}) == 3
+
+
+def test_every_method_of_the_commands_has_a_style():
+    assert {*METHODS} | {*RULES} | {*BASELINES} <= {*style._KNOWN}
+
+
+def test_bands_contain_their_mean_where_it_is_clipped():
+    for mean, half in ((1.0, 0.0), (1.0, 0.2), (0.999, 0.1), (0.0, 0.1), (0.5, 0.1)):
+        curve = [plots.Curve(np.arange(3), np.full(3, mean), np.full(3, half))]
+        points = {"maml": [(1, mean, half), (5, mean, half)]}
+        sweep = plots.accuracy_sweep(points, {"maml": "x"}, xlabel="shots").axes[0]
+        for axes in (sweep, plots.learning_curves({}, {}, {"maml": curve}).axes[1]):
+            drawn = axes.lines[0].get_ydata()
+            band = axes.collections[0].get_paths()[0].vertices[:, 1]
+            assert band.min() <= drawn.min() <= drawn.max() <= band.max()
+            low, high = axes.get_ylim()
+            assert low <= drawn.min() <= drawn.max() <= high, "in sight"
+            assert 0 <= band.min() <= band.max() <= 100
+        bar = plots.accuracy_bars({"maml": (mean, half)}).axes[0]
+        ends = 100 * np.clip([mean - half, mean + half], 0, 1)
+        (error,) = bar.collections[0].get_segments()
+        np.testing.assert_allclose(np.sort(error[:, 0]), ends)
 
 
 def test_learning_curves(tmp_path):
@@ -50,9 +122,13 @@ def test_learning_curves_of_many_methods_can_be_told_apart(tmp_path):
     curves = {f"m{k}": [plots.Curve(np.arange(5), np.full(5, k))] for k in range(20)}
     figure = plots.learning_curves(curves, {}, curves)
     left, right = figure.axes
-    styles = [(line.get_color(), line.get_linestyle()) for line in left.lines]
-    assert len(set(styles)) == 20
-    assert [(a.get_color(), a.get_linestyle()) for a in right.lines] == styles
+    lines = [left.lines, right.lines]
+    parts = ("color", "linestyle", "marker", "fillstyle")
+    looks = [
+        [tuple(getattr(a, f"get_{p}")() for p in parts) for a in of] for of in lines
+    ]
+    assert len(set(looks[0])) == 20
+    assert looks[1] == looks[0]
     assert left.get_legend() is None, "one legend, next to the panels"
     assert len(right.get_legend().get_texts()) == 20
     saves(figure, tmp_path)
@@ -83,14 +159,81 @@ def test_layers_and_gates(tmp_path):
     np.testing.assert_array_equal(layers[1][1], np.arange(9, 13))
     assert plots.layer_groups(jnp.zeros(3))[0][0] == "parameters"
 
-    forget = np.zeros((5, 8, 13))
-    forget[2, 3, 9:] = 1.0
-    figure = plots.gate_curves(forget, np.ones((5, 8, 13)), layers)
-    assert len(figure.axes) == 4
-    assert len(figure.axes[1].lines) == 5
-    np.testing.assert_array_equal(figure.axes[1].lines[2].get_ydata(), np.eye(8)[3])
-    assert not figure.axes[0].lines[2].get_ydata().any()
+
+def of_two_layers(forget, i):
+    """A figure of gates [tasks, T, 5] of two layers."""
+    layers = [("body/conv", np.arange(3)), ("body/head", np.arange(3, 5))]
+    return plots.gate_distributions(forget, i, layers)
+
+
+def test_gates_are_drawn_as_quantiles_by_layer_and_step(tmp_path):
+    i = np.random.default_rng(0).uniform(0.001, 0.9, (7, 2, 5))
+    figure = of_two_layers(np.full_like(i, 0.999), i)
+    top, bottom = figure.axes
+    assert top.get_yscale() == bottom.get_yscale() == "log"
+    second = np.percentile(i[:, 1, :3], [5, 25, 50, 75, 95])
+    boxes = [(b.get_y(), b.get_y() + b.get_height()) for b in top.patches]
+    # of each layer pale boxes, a step each, then dark ones
+    np.testing.assert_allclose(boxes[1], second[[0, 4]])
+    np.testing.assert_allclose(boxes[3], second[[1, 3]])
+    bars = top.collections[0].get_segments()
+    np.testing.assert_allclose([bars[1][0, 1], bars[1][1, 1]], second[2])
+    (one_step,) = (line for line in top.lines if "gradient" in line.get_label())
+    np.testing.assert_allclose(one_step.get_ydata(), np.exp(np.log(i).mean()))
+    assert [t.get_text() for t in bottom.get_xticklabels()] == ["conv", "head"]
+    assert bottom.get_title(loc="left") == "1 - f is constant"
+    np.testing.assert_allclose(bottom.patches[0].get_y(), 0.001)
     saves(figure, tmp_path)
+
+
+def test_a_forget_gate_far_from_one_is_drawn_as_it_is():
+    f = np.random.default_rng(0).uniform(0.2, 0.8, (3, 2, 5))
+    bottom = of_two_layers(f, f).axes[1]
+    assert bottom.get_yscale() == "linear"
+    np.testing.assert_allclose(bottom.patches[0].get_y(), np.percentile(f[:, 0, :3], 5))
+
+
+def test_more_layers_than_are_drawn_are_counted():
+    layers = [(f"l{k}", np.array([k])) for k in range(5)]
+    gate = np.full((2, 1, 5), 0.5)
+    figure = plots.gate_distributions(gate, gate, layers, max_layers=3)
+    assert "2 more layers are not drawn" in figure.get_supxlabel()
+
+
+def test_the_variance_of_a_gate_is_split_by_what_it_varies_with():
+    rng = np.random.default_rng(1)
+    layers = [("a", np.arange(4)), ("b", np.arange(4, 6))]
+    x = rng.normal(size=(7, 3, 6)) + 3 * np.arange(3)[:, None] + rng.normal(size=6)
+    x[:, :, 4:] += 2
+    x = 0.3 * x - 5
+    found = plots.gate_variation(np.exp(x), layers)
+    # each part as a difference of numpy's total variances of coarser means
+    of = {
+        "tasks": x,
+        "steps": np.broadcast_to(x.mean(0), x.shape),
+        "parameters": np.broadcast_to(x.mean((0, 1)), x.shape),
+    }
+    coarse = np.empty(6)
+    for _, indices in layers:
+        coarse[indices] = x[:, :, indices].mean()
+    variances = [of[name].var() for name in of] + [coarse.var()]
+    shares = -np.diff([*variances, 0.0]) / x.var()
+    np.testing.assert_allclose(shares, found[:0:-1], rtol=1e-6)
+    assert sum(found[1:]) == pytest.approx(1)
+    assert found.std == pytest.approx(x.std())
+
+
+def test_what_does_not_vary_over_tasks_is_said():
+    steps = np.broadcast_to(np.array([0.1, 0.4])[:, None], (3, 2, 5))
+    found = plots.gate_variation(steps, [("a", np.arange(5))])
+    assert str(found) == "varies with steps (100 %); nothing varies over tasks (0 %)"
+    title = of_two_layers(steps, steps).axes[0].get_title(loc="left")
+    assert title == f"i {found}"
+    tasks = np.swapaxes(np.broadcast_to(np.array([0.1, 0.4, 0.2]), (5, 2, 3)), 0, 2)
+    found = plots.gate_variation(tasks, [("a", np.arange(5))])
+    assert str(found) == "varies with tasks (100 %)"
+    constant = plots.gate_variation(np.full((3, 2, 5), 0.3), [("a", np.arange(5))])
+    assert str(constant) == "is constant"
 
 
 @pytest.mark.parametrize("channels", [1, 3])
@@ -181,7 +324,9 @@ def test_escape_curves(tmp_path):
     figure = plots.escape_curves(escaped, {"gates": forget}, learned=["gates"])
     left, right = figure.axes
     np.testing.assert_allclose(left.lines[1].get_ydata(), [0, 50, 100])
-    np.testing.assert_allclose(right.lines[0].get_ydata(), forget.mean((0, 2)))
+    np.testing.assert_allclose(right.lines[0].get_ydata(), np.median(forget, (0, 2)))
+    band = right.collections[0].get_paths()[0].vertices[:, 1]
+    assert band.max() == pytest.approx(np.quantile(forget[:, 2], 0.9))
     assert right.lines[0].get_color() == left.lines[1].get_color()
     saves(figure, tmp_path)
     assert len(plots.escape_curves(escaped).axes) == 1
@@ -271,7 +416,7 @@ def test_roc_curves_have_a_line_and_an_equal_error_dot_for_each_method():
     for line, (_, true) in zip(lines, curves.values(), strict=True):
         np.testing.assert_allclose(line.get_ydata(), 100 * true)
         assert np.all(np.asarray(line.get_xdata()) > 0)
-    dots = [line for line in axes.lines if line.get_marker() == "o"]
+    dots = [line for line in axes.lines if len(line.get_xdata()) == 1]
     # errors are equal where false = 1 - true: at the fifth place, and at the second
     found = [(line.get_xdata()[0], line.get_ydata()[0]) for line in dots]
     np.testing.assert_allclose(found, [(0.5, 80.0), (0.01, 100.0)])
@@ -300,4 +445,69 @@ def test_confidence_panels_draw_what_was_measured(tmp_path):
     band = covered.collections[0].get_paths()[0].vertices[:, 1]
     assert (band.min(), band.max()) == pytest.approx((83, 92))
     np.testing.assert_allclose(missed.lines[0].get_ydata(), [30, 60])
+    saves(figure, tmp_path)
+
+
+def test_setting_panels_mark_the_default(tmp_path):
+    panels = {
+        "rate": {0.01: np.array([0.3, 0.5]), 0.1: np.array([0.6, 0.8])},
+        "per": {"rule": np.array([0.7]), "tensor": np.array([0.6])},
+    }
+    figure = plots.setting_panels(
+        panels, default={"rate": 0.1, "per": "rule"}, chance=0.2
+    )
+    rate, per = figure.axes
+    assert (rate.get_xscale(), per.get_xscale()) == ("log", "linear")
+    np.testing.assert_allclose(rate.lines[0].get_xydata(), [[0.01, 40], [0.1, 70]])
+    np.testing.assert_allclose(rate.lines[1].get_ydata(), [30, 50])
+    marked = [axes.lines[3].get_xydata()[0] for axes in (rate, per)]
+    np.testing.assert_allclose(marked, [[0.1, 70], [0, 70]])
+    assert [tick.get_text() for tick in per.get_xticklabels()] == ["rule", "tensor"]
+    saves(figure, tmp_path)
+
+
+@pytest.mark.parametrize("num_targets", [1, 2])
+@pytest.mark.parametrize("seeds", [1, 3])
+def test_fits_of_regression_tasks(tmp_path, num_targets, seeds):
+    rng = np.random.default_rng(0)
+    grid, shape = np.linspace(-1, 1, 9), (num_targets,) if num_targets > 1 else ()
+    tasks = [
+        plots.FittedTask(
+            rng.uniform(-1, 1, 4),
+            rng.normal(size=(4, *shape)),
+            rng.normal(size=(9, *shape)),
+        )
+        for _ in range(2)
+    ]
+    outputs = rng.normal(size=(*((seeds,) if seeds > 1 else ()), 2, 6, 9, *shape))
+    figure = plots.function_fits(
+        tasks, grid, {"maml": outputs}, (0, 1, 5), targets=("x", "y")[:num_targets]
+    )
+    assert len(figure.axes) == 2 * num_targets
+    axes = figure.axes[-1]  # the last task's last target
+    curve, before, one, last, support = axes.lines
+    of = outputs.reshape(seeds, 2, 6, 9, num_targets)[:, 1, ..., -1]
+    np.testing.assert_allclose(curve.get_ydata(), tasks[1].curve.reshape(9, -1)[:, -1])
+    for line, step in ((before, 0), (one, 1), (last, 5)):
+        np.testing.assert_allclose(line.get_ydata(), of[:, step].mean(0))
+    np.testing.assert_allclose(support.get_ydata(), tasks[1].y.reshape(4, -1)[:, -1])
+    assert len(axes.collections) == (3 if seeds > 1 else 0)
+    if seeds > 1:
+        band = axes.collections[2].get_paths()[0].vertices[:, 1]
+        ends = band.min(), band.max()
+        assert ends == pytest.approx((of[:, 5].min(), of[:, 5].max()))
+    saves(figure, tmp_path)
+
+
+def test_the_error_of_each_target(tmp_path):
+    found = np.random.default_rng(0).uniform(0.5, 2, (6, 3, 2))
+    figure = plots.target_errors({"maml": found, "reptile": found}, targets=("x", "y"))
+    assert [axes.get_title() for axes in figure.axes] == ["x", "y"]
+    line, band = figure.axes[1].lines[0], figure.axes[1].collections[0]
+    np.testing.assert_allclose(line.get_ydata(), found[..., 1].mean(0))
+    half = 1.96 * found[..., 1].std(0, ddof=1) / 6**0.5
+    highest = (found[..., 1].mean(0) + half).max()
+    assert band.get_paths()[0].vertices[:, 1].max() == pytest.approx(highest)
+    assert figure.get_supxlabel() == "band: 95% CI over tasks"
+    assert len(plots.target_errors({"maml": found[..., 0]}).axes) == 1
     saves(figure, tmp_path)

@@ -17,6 +17,9 @@ from metalstm.base import Batch, Episode
 from metalstm.inner.differentiation import Keep
 from metalstm.nn.general_convolution import say_once
 from metalstm.nn.pooling import max_pool
+from metalstm.runtime.compilation import traced_for
+
+ONES = jnp.ones((1, 4, 4, 1))
 
 
 def flax_pool(x):
@@ -27,9 +30,10 @@ def loss(pool, x):
     return jnp.sum(jnp.sin(pool(x) * x.mean()))
 
 
+@pytest.mark.parametrize("platform", ["cpu", "tpu"])
 @pytest.mark.parametrize("shape", [(2, 4, 6, 3), (1, 5, 7, 2)])
-def test_values_and_derivatives_are_those_of_a_windowed_maximum(shape):
-    with jax.enable_x64(True):
+def test_values_and_derivatives_are_those_of_a_windowed_maximum(shape, platform):
+    with jax.enable_x64(True), traced_for(platform):
         x = np.random.default_rng(0).normal(size=shape)
         for fn in (
             lambda pool: pool(x),
@@ -39,8 +43,9 @@ def test_values_and_derivatives_are_those_of_a_windowed_maximum(shape):
             np.testing.assert_allclose(fn(max_pool), fn(flax_pool), rtol=1e-12)
 
 
-def test_second_derivatives_match_finite_differences():
-    with jax.enable_x64(True):
+@pytest.mark.parametrize("platform", ["cpu", "tpu"])
+def test_second_derivatives_match_finite_differences(platform):
+    with jax.enable_x64(True), traced_for(platform):
         x = np.random.default_rng(0).normal(size=(1, 4, 4, 1))
         v = np.random.default_rng(1).normal(size=x.shape)
         gradient = jax.jit(jax.grad(lambda x: loss(max_pool, x)))
@@ -50,11 +55,17 @@ def test_second_derivatives_match_finite_differences():
         reverse = jax.grad(lambda x: jnp.vdot(gradient(x), v))(x)
         np.testing.assert_allclose(forward, expected, rtol=1e-6, atol=1e-9)
         np.testing.assert_allclose(reverse, expected, rtol=1e-6, atol=1e-9)
+        together = jax.vmap(lambda v: jax.jvp(gradient, (x,), (v,))[1])(
+            jnp.stack([v, 2 * v])
+        )
+        np.testing.assert_allclose(together[1], 2 * forward, rtol=1e-12)
 
 
-def test_the_first_of_equal_maxima_takes_the_gradient():
+@pytest.mark.parametrize("platform", ["cpu", "tpu"])
+def test_the_first_of_equal_maxima_takes_the_gradient(platform):
     x = jnp.array([[1.0, 2.0], [2.0, 2.0]]).reshape(1, 2, 2, 1)
-    gradient = jax.grad(lambda x: max_pool(x).sum())(x)
+    with traced_for(platform):
+        gradient = jax.grad(lambda x: max_pool(x).sum())(x)
     np.testing.assert_array_equal(gradient.reshape(2, 2), [[0, 1], [0, 0]])
 
 
@@ -148,10 +159,10 @@ def test_a_user_s_max_pools_are_ours_unless_switched_off(layers, has_window, is_
 
 def test_the_mask_is_computed_once():
     """Else XLA's CPU backend compares the corners again in every use of it."""
-    program = str(
-        jax.make_jaxpr(jax.grad(lambda x: max_pool(x).sum()))(jnp.ones((1, 4, 4, 1)))
-    )
-    assert ("optimization_barrier" in program) == (jax.default_backend() == "cpu")
+    for platform in ("cpu", "gpu"):
+        with traced_for(platform):
+            program = str(jax.make_jaxpr(jax.grad(lambda x: max_pool(x).sum()))(ONES))
+        assert ("optimization_barrier" in program) == (platform == "cpu")
 
 
 @pytest.mark.skipif("jax.default_backend() != 'cpu'")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import tiny
-from few_shot_runs import read, tiny_dataset
+from few_shot_runs import META_LSTM, command, read, tiny_dataset
 
 import metalstm
 from experiments.few_shot import __main__ as few_shot
@@ -47,6 +47,17 @@ def test_the_command_tests_a_file_as_it_tests_the_run(
     same = {"mean", "ci95", "accuracies", "meta_training_episodes"}
     assert {k: of_file[k] for k in same} == {k: row[k] for k in same}
     assert "meta-lstm" in capsys.readouterr().out
+
+
+def test_a_run_starts_from_a_file(shipped, finished, tmp_path, capsys):
+    line = command(
+        "--algorithms", "meta-lstm", *META_LSTM, "--init-from", shipped,
+        "--theta-learning-rate", 0, "--episodes", 2, workdir=tmp_path / "run",
+    )  # fmt: skip
+    assert few_shot.main(line) == 0
+    assert f"starts from meta_lstm of {shipped}: 4 arrays" in capsys.readouterr().out
+    before, after = metalstm.load(shipped), metalstm.load_run(tmp_path / "run")
+    tiny.assert_equal(before.params.learner, after.params.learner)
 
 
 def test_methods_are_listed_and_loaded_by_name(shipped, finished):

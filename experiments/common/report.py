@@ -11,7 +11,7 @@ from typing import Any
 import jax
 
 import metalstm
-from metalstm.runtime.files import atomic_write
+from metalstm import plots
 
 
 def versions() -> dict[str, str]:
@@ -31,10 +31,11 @@ def machine(computing: str) -> str:
 
 
 def save_figure(figure: Any, path: Path) -> str:
-    with atomic_write(path) as part:
-        figure.savefig(part)
-    return path.name
+    """Write the PNG ``path``, and a PDF next to it; return the PNG's name."""
+    return plots.save_figure(figure, path)[0].name
 
 
 def ending(folder: Path, files: Sequence[str]) -> str:
-    return f"{', '.join(files)} in {folder}"
+    """Say where the files are; `save_figure` wrote each .png as .pdf too."""
+    pdf = any(name.endswith(".png") for name in files)
+    return f"{', '.join(files)} in {folder}" + "; figures also as .pdf" * pdf

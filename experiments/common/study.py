@@ -209,4 +209,4 @@ def _write(folder: Path, config: StudyOptions, made: Made) -> None:
         report.save_figure(figure, folder / name)
     print(*made.tables, sep="\n\n")
     written = ["table.md", "results.json", *made.figures]
-    print(textwrap.fill(f"{', '.join(written)} in {folder}", break_on_hyphens=False))
+    print(textwrap.fill(report.ending(folder, written), break_on_hyphens=False))

@@ -303,12 +303,27 @@ def _check_method(options: Any, data: Data) -> None:
     last = getattr(own, "last", None)
     if last is not None and getattr(own, "order", "second") == "first":
         raise ValueError(f"--last {last} needs --order second: add it")
-    batch, support = getattr(own, "batch_size", None), data.way * data.shot
-    if batch is not None and is_inner_loop(own) and support % batch:
-        raise ValueError(
-            f"--batch-size {batch} does not divide the {support} images of a support "
-            "set: choose a divisor"
-        )
+    if is_inner_loop(own):
+        _check_minibatches(own, training, data)
+
+
+def _check_minibatches(own: Any, training: Training, data: Data) -> None:
+    """Refuse minibatches that do not divide the support sets they are drawn from."""
+    in_test = data.way * data.shot
+    way, shots = getattr(own, "train_way", None), training.train_shots
+    if hasattr(own, "test_batch_size"):  # of reptile, which alone has other shots
+        in_training = (way or data.way) * (shots or data.shot)
+        drawn = [("batch_size", in_training), ("test_batch_size", in_test)]
+    else:
+        in_training = (way or data.way) * data.shot
+        drawn = [("batch_size", in_training), ("batch_size", in_test)]
+    for name, support in drawn:
+        batch = getattr(own, name, None)
+        if batch is not None and support % batch:
+            raise ValueError(
+                f"--{name.replace('_', '-')} {batch} does not divide the {support} "
+                "images of a support set: choose a divisor"
+            )
 
 
 # -- help ------------------------------------------------------------------------------

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -40,9 +40,9 @@ def draw(
         algorithm = run.programs["meta-lstm"].algorithm
         gates = observe_gates(algorithm, found["meta-lstm"].params, run.source)
         if gates is not None:
-            methods["meta-lstm"]["gates"] = summary = gates.summary()
-            print(_GATES.format(**summary), flush=True)
-            save(plots.gate_curves(*gates), "gates.png")
+            methods["meta-lstm"]["gates"] = gates.summary()
+            print(gates, flush=True)
+            save(plots.gate_distributions(*gates), "gates.png")
     name, spec = next(iter(run.specs.items()))
     algorithm, params = run.programs[name].algorithm, found[name].params
     if algorithm.adapt is not None and isinstance(params, MetaParams):
@@ -78,30 +78,29 @@ def draw_learning_curves(options: Options, runs: Sequence[Path], folder: Path) -
     return report.save_figure(figure, folder / "learning_curve.png")
 
 
-_GATES = (
-    "gates: mean f {mean_f:.4f}, mean i {mean_i:.4f}; i's std over tasks "
-    "{std_i_over_tasks:.2g}, layers {std_i_over_layers:.2g}, steps "
-    "{std_i_over_steps:.2g}"
-)
-
-
 class Gates(NamedTuple):
     forget: np.ndarray  # [tasks, T, N]
     input: np.ndarray  # [tasks, T, N]
     layers: list[tuple[str, np.ndarray]]
 
-    def summary(self) -> dict[str, float]:
-        """Mean f and i, and how far i's means differ over tasks, layers and steps."""
-        spread = {
-            "tasks": self.input.mean((1, 2)),
-            "steps": self.input.mean((0, 2)),
-            "layers": np.array([self.input[:, :, c].mean() for _, c in self.layers]),
-        }
+    def summary(self) -> dict[str, Any]:
+        """Means, and what the gates' logarithms vary with."""
         return {
             "mean_f": float(self.forget.mean()),
             "mean_i": float(self.input.mean()),
-            **{f"std_i_over_{name}": float(v.std()) for name, v in spread.items()},
+            "forgotten_varies": self._variation("forget")._asdict(),
+            "input_varies": self._variation("input")._asdict(),
         }
+
+    def __str__(self) -> str:
+        return (
+            f"gates: mean f {self.forget.mean():.4f}, mean i {self.input.mean():.4f}; "
+            f"i {self._variation('input')}; 1 - f {self._variation('forget')}"
+        )
+
+    def _variation(self, gate: Literal["forget", "input"]) -> plots.GateVariation:
+        values = 1 - self.forget if gate == "forget" else self.input
+        return plots.gate_variation(values, self.layers)
 
 
 def observe_gates(

@@ -86,8 +86,9 @@ class Run(cli.Options, frozen=True):
 class Training(cli.Options, frozen=True):
     """Meta-training."""
 
-    episodes: Count = 10_000
-    """Meta-training episodes of each method."""
+    episodes: Natural = 10_000
+    """Meta-training episodes of each method; 0: what --init-from names is tested as it
+    is."""
     minutes: Positive | None = None
     """Stop each method's meta-training after this long (instead of --episodes)."""
     meta_batch: Count = 4
@@ -97,8 +98,8 @@ class Training(cli.Options, frozen=True):
     theta_learning_rate: Annotated[float, msgspec.Meta(ge=0)] | None = None
     """Adam's on theta_0, where the rule's is another; 0: theta_0 stays as it is."""
     init_from: str | None = None
-    """Start theta_0 and its batch statistics from a trained method: a run folder, or
-    FOLDER:METHOD."""
+    """Start theta_0 and its batch statistics from a trained method: a run folder,
+    FOLDER:METHOD, a file of metalstm.save, or the name of one that is installed."""
     schedule: Literal["constant", "cosine", "linear"] = "constant"
     """cosine, linear: to 0 over --episodes."""
     clip: Annotated[float, msgspec.Meta(ge=0)] = 0.25

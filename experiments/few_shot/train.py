@@ -17,7 +17,7 @@ import metalstm
 from experiments.common.devices import MAY_CHANGE, mesh_for
 from experiments.common.loop import Loop, Setup
 from experiments.common.run_folder import Metrics
-from experiments.common.saved_options import to_json
+from experiments.common.saved_options import located, to_json
 from experiments.common.tuning import each_point, tune
 from experiments.few_shot.data import Source
 from experiments.few_shot.methods import (
@@ -271,7 +271,11 @@ class Trainer(NamedTuple):
         if not colon or Path(init_from).exists():
             folder, method = init_from, ""
         try:
-            source = metalstm.load_run(folder, method or None)
+            path = located(Path(folder))
+            if path.suffix == ".npz":
+                source = metalstm.load(path)
+            else:
+                source = metalstm.load_run(path, method or None)
             started = nn.init_from(
                 learner_of(self._untrained(name)), learner_of(source.params)
             )
@@ -279,7 +283,7 @@ class Trainer(NamedTuple):
             raise ValueError(f"--init-from {init_from}: {error}") from error
         left = f"; as drawn: {', '.join(started.left)}" if started.left else ""
         print(
-            f"{name} starts from {source.method} of {folder}: {len(started.taken)} "
+            f"{name} starts from {source.method} of {path}: {len(started.taken)} "
             f"arrays{left}",
             flush=True,
         )

@@ -13,8 +13,8 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from experiments.common import report
 from experiments.common.cli import replace
-from experiments.common.report import save_figure
 from experiments.common.run_folder import write_json
 from experiments.common.saved_options import from_json, read_config
 from experiments.common.study import Made
@@ -129,9 +129,9 @@ def make_studies(context: Context) -> list[str]:
         with atomic_write(folder / f"{name}.md") as part:
             part.write_text(f"{text}\n    {context.command(name)}\n")
         files = [f"{name}.json", f"{name}.md"]
-        files += [save_figure(one, folder / f) for f, one in figures.items()]
+        files += [report.save_figure(one, folder / f) for f, one in figures.items()]
         write_json(folder / f"{name}.json", rows)
-        print(f"{name}: {', '.join(files)}", flush=True)
+        print(f"{name}: {report.ending(folder, files)}", flush=True)
     return [*names]
 
 

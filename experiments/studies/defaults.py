@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import functools
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -57,26 +58,22 @@ class Config(StudyOptions, frozen=True, kw_only=True):
     test_episodes: Count = 200
 
 
-class Cell(NamedTuple):
-    """Test accuracies of each seed, and how sure they are."""
+class Ours(NamedTuple):
+    accuracies: np.ndarray  # [seeds, test episodes]
 
-    ours: np.ndarray  # [seeds, episodes]
-    maml: np.ndarray
-    rate: np.ndarray  # MAML's best
-    validation: np.ndarray  # [rates]
+
+class Maml(NamedTuple):
+    accuracies: np.ndarray  # at its best rate
+    rate: np.ndarray  # the best
+    validation: np.ndarray  # [rates] of the first seed
 
 
 def learner_of(cell: str) -> tuple[Learner, int]:
     """The network and the number of ways."""
-    if cell == "letters":
-        return nn.conv4(5, filters=8, downsample="stride"), 5
-    if cell == "digits":
-        return nn.conv4(3, filters=8, num_blocks=3), 3
-    if cell == "spectrograms":
-        return nn.conv4(5, filters=8), 5
-    widths = (64,) if cell == "embeddings" else (64, 64)
-    way = 3 if cell == "digits-mlp" else 5
-    return nn.mlp(way, widths), way
+    way = 3 if cell.startswith("digits") else 5
+    if cell in ("letters", "digits", "spectrograms"):
+        return nn.conv4(way, filters=8, num_blocks=2, downsample="stride"), way
+    return nn.mlp(way, (64,) if cell == "embeddings" else (64, 64)), way
 
 
 @functools.cache
@@ -160,8 +157,10 @@ class Runner:
         )
         self._test = metalstm.make_evaluate(algorithm, self.spec, batch_size=20)
 
-    def __call__(self, seed: int, split: str, rate: float | None = None) -> np.ndarray:
-        """Meta-train, and return the accuracies [episodes]."""
+    def __call__(
+        self, seed: int, splits: tuple[str, ...], rate: float | None = None
+    ) -> list[np.ndarray]:
+        """Meta-train, and return the accuracies [episodes] of each split."""
         train, config = self.pools["train"], self.config
         episode = self.spec.sample(data.episode_key(seed, "train", 0), train)
         state = metalstm.init_train_state(self.algorithm, self.optimizer, seed, episode)
@@ -170,27 +169,44 @@ class Runner:
             state = state._replace(params=params)
         for _ in range(config.meta_steps):
             state, _ = self._train(state, train)
-        result = self._test(
-            state.params,
-            self.pools[split],
-            num_episodes=config.test_episodes,
-            split=split,
-        )
-        return result.accuracies
+        number = config.test_episodes
+        return [
+            self._test(
+                state.params, self.pools[split], num_episodes=number, split=split
+            ).accuracies
+            for split in splits
+        ]
 
 
-def measure(cell: str, shot: int, config: Config) -> Cell:
+def measure_ours(runner: Callable[..., Runner], learner: Learner, config) -> Ours:
+    run = runner(algorithms.meta_lstm(learner, num_steps=5))
+    seeds = range(config.seed, config.seed + config.seeds)
+    return Ours(np.stack([run(seed, ("test",))[0] for seed in seeds]))
+
+
+def measure_maml(runner: Callable[..., Runner], learner: Learner, config) -> Maml:
+    run, both = runner(maml_of_any_rate(learner)), ("validation", "test")
+    first, *others = range(config.seed, config.seed + config.seeds)
+    found = [run(first, both, rate) for rate in config.rates]
+    validation = np.array([accuracies.mean() for accuracies, _ in found])
+    best = int(np.argmax(validation))
+    rate = config.rates[best]
+    rest = [run(seed, ("test",), rate)[0] for seed in others]
+    return Maml(np.stack([found[best][1], *rest]), np.array(rate), validation)
+
+
+def measure(cell: str, shot: int, config: Config, folder: Path) -> tuple[Ours, Maml]:
+    """Both methods in one cell, each kept in a file of its own."""
     learner, way = learner_of(cell)
     of_cell = pools(cell.removesuffix("-mlp"), config.digits)
-    seeds = range(config.seed, config.seed + config.seeds)
     runner = functools.partial(Runner, config=config, pools=of_cell, way=way, shot=shot)
-    run = runner(algorithms.meta_lstm(learner, num_steps=5))
-    ours = np.stack([run(seed, "test") for seed in seeds])
-    run = runner(maml_of_any_rate(learner))
-    found = [run(config.seed, "validation", rate).mean() for rate in config.rates]
-    rate = config.rates[int(np.argmax(found))]
-    maml = np.stack([run(seed, "test", rate) for seed in seeds])
-    return Cell(ours, maml, np.array(rate), np.array(found))
+    maml = functools.partial(measure_maml, runner, learner, config)
+    ours = functools.partial(measure_ours, runner, learner, config)
+    name = f"{cell}-{shot}"
+    return (
+        kept(folder / f"{name}-meta_lstm.npz", Ours, ours),
+        kept(folder / f"{name}-maml.npz", Maml, maml),
+    )
 
 
 def run(config: Config, folder: Path) -> Made:
@@ -201,15 +217,14 @@ def run(config: Config, folder: Path) -> Made:
             print(f"{cell}: omitted, --digits names no file", flush=True)
             continue
         for shot in config.shots:
-            make = functools.partial(measure, cell, shot, config)
-            found = kept(folder / f"{cell}-{shot}.npz", Cell, make)
-            rows.append(_row(cell, shot, found))
+            ours, maml = measure(cell, shot, config, folder)
+            rows.append(_row(cell, shot, ours, maml))
             print("  ".join(rows[-1]), flush=True)
             results[f"{cell}-{shot}"] = {
-                "meta_lstm": found.ours.mean(1).tolist(),
-                "maml": found.maml.mean(1).tolist(),
-                "rate": float(found.rate),
-                "validation": found.validation.tolist(),
+                "meta_lstm": ours.accuracies.mean(1).tolist(),
+                "maml": maml.accuracies.mean(1).tolist(),
+                "rate": float(maml.rate),
+                "validation": maml.validation.tolist(),
             }
     columns = ("data, network", "shots", "meta_lstm", "maml", "rate", "difference")
     caption = f"{config.seeds} seeds, {config.meta_steps} meta-steps of 4 tasks"
@@ -217,16 +232,16 @@ def run(config: Config, folder: Path) -> Made:
     return Made([table], {"cells": results}, {})
 
 
-def _row(cell: str, shot: int, found: Cell) -> tuple[str, ...]:
+def _row(cell: str, shot: int, ours: Ours, maml: Maml) -> tuple[str, ...]:
     """Intervals over all episodes, the difference paired: the same episodes."""
 
     def said(values: Any, sign: str = "") -> str:
         mean, ci95 = mean_and_ci95(np.ravel(values))
         return f"{100 * mean:{sign}.1f} ± {100 * ci95:.1f}"
 
-    difference = said(found.ours - found.maml, "+")
-    rate = f"{found.rate:g}"
-    return cell, str(shot), said(found.ours), said(found.maml), rate, difference
+    difference = said(ours.accuracies - maml.accuracies, "+")
+    both = said(ours.accuracies), said(maml.accuracies)
+    return cell, str(shot), *both, f"{maml.rate:g}", difference
 
 
 STUDY = Study("defaults", Config(), run, __doc__)

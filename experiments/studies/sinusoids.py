@@ -210,6 +210,7 @@ def figures(
         for shot, errors in shots.items()
     }
     labels: Any = {"xlabel": "gradient steps on the new task", "ylabel": _ERROR}
+    labels["over"] = "tasks"
     spread = f"{_ERROR}, {first} points"
     return {
         "error_by_step.png": plots.loss_panels(panels, learned=list(found), **labels),

@@ -42,6 +42,7 @@ __all__ = [
     "make_algorithm",
     "query_loss",
     "resampled",
+    "squared_errors",
     "stop_statistics",
     "task_loss",
     "with_running_statistics",
@@ -83,13 +84,24 @@ def accuracy(scores: Array, targets: Array, mask: Array | None = None) -> Array:
     >>> accuracy(jnp.array([[2.0, 1.0], [jnp.nan, 3.0]]), jnp.array([0, 1]))
     Array(0.5, dtype=float32)
     """
-    check_outputs(scores, targets)
     if are_labels(targets):
+        check_outputs(scores, targets)
         answered = ~jnp.isnan(scores).any(-1)
         correct = (scores.argmax(-1) == targets) & answered
         is_class = _is_class(scores, targets)
         return _mean(jnp.where(is_class, correct.astype(jnp.float32), jnp.inf), mask)
-    return -_mean(jnp.square(scores - targets), mask)
+    return -squared_errors(scores, targets, mask).mean()
+
+
+def squared_errors(outputs: Array, targets: Array, mask: Array | None = None) -> Array:
+    """Return the mean squared error of each column of float targets [N, d].
+
+    >>> squared_errors(jnp.array([[1.0, 0.0], [1.0, 4.0]]), jnp.zeros((2, 2)))
+    Array([1., 8.], dtype=float32)
+    """
+    check_outputs(outputs, targets)
+    errors = jnp.square(outputs - targets)
+    return jax.vmap(lambda column: _mean(column, mask), 1)(errors)
 
 
 def _mean(values: Array, mask: Array | None) -> Array:

@@ -73,7 +73,7 @@ class ClassificationSpec:
         y, slots = self._draw(draw_key, pool, num_turns)
         classes, turns = y // num_turns, y % num_turns
         rows = pool.starts[classes] + slots
-        x = pool.images.at[rows].get(mode="promise_in_bounds")
+        x = pool.take(rows)
         return Batch(finish_images(augment_key, x, turns, self.episodes), y)
 
     def _draw(self, key: Array, pool: ClassPool, num_turns: int) -> tuple[Array, Array]:

@@ -5,12 +5,10 @@ Shapes: N images, D features.
 
 from __future__ import annotations
 
-import dataclasses
 import re
 from collections.abc import Callable, Iterable
 from typing import Any, TypeVar
 
-import jax.numpy as jnp
 import numpy as np
 
 from metalstm.checks import check_at_least
@@ -87,13 +85,13 @@ def embed(
             train=train,
             validation=validation,
             test=test,
-            image_shape=train.images.shape[1:],
+            image_shape=train.shape,
             checksum=checksum_of_classes(*parts),
             info=data.info | {"backbone": name, "images_checksum": data.checksum},
         )
     if isinstance(data, ClassPool):
         vectors = _embed_array(fn, np.asarray(data.images), **options)
-        return dataclasses.replace(data, images=jnp.asarray(vectors))
+        return data.with_images(vectors)
     return _embed_array(fn, np.asarray(data), **options)
 
 

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from metalstm.base import Array, Batch, Episode
-from metalstm.batches import check_episode, to_rank_of
+from metalstm.batches import are_labels, check_episode, to_rank_of
 from metalstm.checks import check_at_least, check_choice
 from metalstm.data.drawing import draw_distinct, draw_grouped, grouped_capacity
 from metalstm.data.pools import SPLITS, ClassPool, Dataset, Normalisation
@@ -25,6 +25,7 @@ __all__ = [
     "EpisodeSpec",
     "Sampler",
     "TaskSampler",
+    "classes_of",
     "episode_key",
     "finish_images",
     "prepare_examples",
@@ -47,17 +48,11 @@ class TaskSampler(Protocol):
 
 
 class Sampler(TaskSampler, Protocol):
-    """What evaluation asks as well: an `Episode`, and how many classes it has."""
+    """What evaluation asks: an `Episode`.
 
-    @property
-    def way(self) -> int:
-        """Classes, or target dimensions of a regression."""
-        ...
-
-    @property
-    def regression(self) -> bool:
-        """True when y holds float targets [N, way] and not labels [N]."""
-        ...
+    Float targets [N, d] make it a regression. A sampler of labels [N] has an attribute
+    ``way``, the number of classes, as well.
+    """
 
     def sample(self, key: Array, pool: Any) -> Episode:
         """Draw one episode; a source that needs no pool ignores it."""
@@ -178,12 +173,32 @@ def sample_episode(key: Array, pool: ClassPool, spec: EpisodeSpec) -> Episode:
 
     y = arrange(labels).astype(jnp.int32)
     rows = arrange(pool.starts[classes][:, None] + slots)
-    x = pool.images.at[rows].get(mode="promise_in_bounds")
+    x = pool.take(rows)
     x = finish_images(augment_key, x, turns[y], spec)
     return Episode(
         support=Batch(x[:num_support], y[:num_support]),
         query=Batch(x[num_support:], y[num_support:]),
     )
+
+
+def classes_of(spec: Sampler, episode: Episode) -> int | None:
+    """Return the number of classes of a sampler's tasks; None: a regression.
+
+    Args:
+      episode: one or more of its tasks.
+
+    Raises:
+      ValueError: it draws labels and has no ``way``.
+    """
+    if not are_labels(episode.query.y):
+        return None
+    way: int | None = getattr(spec, "way", None)
+    if way is None:
+        raise ValueError(
+            f"spec={spec} draws labels, of how many classes it does not say: give it "
+            "an attribute way (a regression has float targets [N, d])"
+        )
+    return way
 
 
 def sample_checked(spec: TaskSampler, key: Array, pool: Any) -> Any:
@@ -267,7 +282,7 @@ def validate(spec: EpisodeSpec, dataset: Dataset, split: str = "train") -> None:
 def _check_shapes(
     spec: EpisodeSpec, pool: ClassPool, where: str, names: Sequence[Any] | None = None
 ) -> None:
-    num_classes, shape = pool.num_classes, pool.images.shape[1:]
+    num_classes, shape = pool.num_classes, pool.shape
     if spec.way > num_classes:
         raise ValueError(
             f"way={spec.way} is more than the {num_classes} classes of {where}; choose "

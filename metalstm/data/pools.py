@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import math
 import warnings
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -33,6 +34,8 @@ __all__ = [
     "pool_of",
 ]
 
+_TILE = (8, 128)  # numbers of the last two axes that a TPU keeps together
+
 SPLITS = {"train": 0, "validation": 1, "test": 2}
 """The fixed integer of each split in the keys of `episode_key`."""
 
@@ -57,12 +60,22 @@ class ClassPool:
     examples, however large another is. ``groups``, when given, says which examples of a
     class belong together (letters in one font face, drawings of one person): support
     and query of an episode then share no group. `make_pool` builds a pool.
+
+    A TPU's memory consists of tiles. An example of whole tiles is read where it lies;
+    from any other layout the compiler copied the pool before it drew from it.
     """
 
-    images: Array  # [N, ...]: uint8 [N, H, W, ch], or numbers that are kept as they are
+    stored: Array  # [N, 8 t, 128], each example flat and padded to t tiles, or [N, ...]
     counts: Array  # int32 [C], examples of each class
     groups: Array | None  # int32 [C, M], ids in [0, M); of unequal classes padded
     smallest: int = dataclasses.field(metadata={"static": True})  # the least M_c
+    # of an example: (H, W, ch) of uint8, or of numbers that are kept as they are
+    shape: tuple[int, ...] = dataclasses.field(metadata={"static": True})
+
+    @property
+    def images(self) -> Array:
+        """All examples, [N, ...]: a copy."""
+        return self.take(slice(None))
 
     @property
     def num_classes(self) -> int:
@@ -76,7 +89,32 @@ class ClassPool:
     def of_class(self, index: int) -> Array:
         """Return the examples [M_c, ...] of one class, outside of jitted functions."""
         start = int(self.counts[:index].sum())
-        return self.images[start : start + int(self.counts[index])]
+        return self.take(slice(start, start + int(self.counts[index])))
+
+    def take(self, rows: Array | slice) -> Array:
+        """Return the examples [n, ...] with these places in [0, N)."""
+        if isinstance(rows, slice):
+            x = self.stored[rows]
+        else:
+            x = self.stored.at[rows].get(mode="promise_in_bounds")
+        if x.shape[1:] == self.shape:
+            return x
+        flat = x.reshape(len(x), math.prod(x.shape[1:]))
+        return flat[:, : math.prod(self.shape)].reshape(len(x), *self.shape)
+
+    def with_images(self, images: Array | np.ndarray) -> ClassPool:
+        """Return a pool of other examples [N, ...] in the same classes and groups.
+
+        Raises:
+          ValueError: there are more or fewer of them.
+        """
+        if len(images) != len(self.stored):
+            raise ValueError(
+                f"images has {len(images)} examples: give one for each of the pool's "
+                f"{len(self.stored)}"
+            )
+        stored = jnp.asarray(_in_tiles(np.asarray(images)))
+        return dataclasses.replace(self, stored=stored, shape=images.shape[1:])
 
 
 class Dataset(NamedTuple):
@@ -171,11 +209,24 @@ def pool_of(
     if groups is not None:
         _check_groups(groups, counts, (len(counts), int(counts.max())))
     return ClassPool(
-        jnp.asarray(images),
+        jnp.asarray(_in_tiles(images)),
         jnp.asarray(counts, jnp.int32),
         None if groups is None else jnp.asarray(groups, jnp.int32),
         int(counts.min()),
+        images.shape[1:],
     )
+
+
+def _in_tiles(images: np.ndarray) -> np.ndarray:
+    """[N, ...] -> [N, 8 t, 128], if the padding takes at most a third more memory."""
+    size = math.prod(images.shape[1:])
+    tiles = -(-size // math.prod(_TILE))
+    padded = tiles * math.prod(_TILE)
+    if 3 * padded > 4 * size:
+        return images
+    stored = np.zeros((len(images), padded), images.dtype)
+    stored[:, :size] = images.reshape(len(images), size)
+    return stored.reshape(len(images), tiles * _TILE[0], _TILE[1])
 
 
 def join_classes(images: Sequence[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:

@@ -34,7 +34,7 @@ from metalstm.inner.scanning import (
 )
 from metalstm.rules import flat
 from metalstm.runtime import sharding
-from metalstm.runtime.compilation import cores_to_spare
+from metalstm.runtime.compilation import cores_to_spare, platform
 
 __all__ = ["Coordinates", "Recorded", "keeps_states", "replay_rule"]
 
@@ -63,7 +63,7 @@ class Coordinates:
         self._total = sum(flat.leaf_sizes(params))
         self._num_devices = sharding.axis_devices(axis_name)
         share = -(-self._total // self._num_devices)
-        on_one_core = jax.default_backend() == "cpu" and not cores_to_spare()
+        on_one_core = platform() == "cpu" and not cores_to_spare()
         self.num_blocks = -(-share // _BLOCK[not on_one_core])
         self._block = -(-share // self.num_blocks)
         if share >= _LANES**2:  # then the padding is small

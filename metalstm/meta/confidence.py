@@ -8,7 +8,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
@@ -24,7 +24,7 @@ from metalstm.calibration import (
     reliability,
 )
 from metalstm.checks import check_at_least
-from metalstm.data.episodes import Sampler, episode_key
+from metalstm.data.episodes import Sampler, classes_of, episode_key
 from metalstm.data.varying import VaryingEpisodeSpec
 from metalstm.meta.evaluation import METHOD_STREAM
 from metalstm.statistics import Estimate, mean_and_ci95
@@ -80,21 +80,22 @@ def collect_scores(
     Raises:
       ValueError: a regression, or scores that are not finite.
     """
-    if spec.regression:
+    way = classes_of(spec, jax.eval_shape(spec.sample, jax.random.key(0), pool))
+    if way is None:
         raise ValueError(f"spec={spec}: choose classes, a regression has no confidence")
     check_at_least("num_unknown", num_unknown, 0)
     check_at_least("num_episodes", num_episodes, 1)
     if isinstance(spec, VaryingEpisodeSpec):
         raise ValueError(f"spec={spec}: choose tasks of one size (EpisodeSpec)")
-    drawn: Any = spec
+    drawn, drawn_way = spec, way + num_unknown
     if num_unknown:
         available = getattr(pool, "num_classes", math.inf)
-        if spec.way + num_unknown > available:
+        if drawn_way > available:
             raise ValueError(
-                f"num_unknown={num_unknown} and way={spec.way} are more than the "
+                f"num_unknown={num_unknown} and way={way} are more than the "
                 f"{available} classes of the pool: choose fewer"
             )
-        drawn = dataclasses.replace(drawn, way=spec.way + num_unknown)
+        drawn = dataclasses.replace(cast("Any", spec), way=drawn_way)
     parts = []
     for start in range(0, num_episodes, batch_size):
         keys = _episode_keys(jnp.arange(start, start + batch_size), seed, split=split)
@@ -104,8 +105,8 @@ def collect_scores(
             keys,
             episodes,
             algorithm=algorithm,
-            way=spec.way,
-            drawn_way=drawn.way,
+            way=way,
+            drawn_way=drawn_way,
             task_mapping=task_mapping,
         )
         parts.append(jax.device_get(scores))

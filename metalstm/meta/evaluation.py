@@ -12,10 +12,15 @@ import numpy as np
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
-from metalstm.algorithms.common import accuracy
+from metalstm.algorithms.common import accuracy, squared_errors
 from metalstm.base import Episode, LearnerState, MetaAlgorithm, PyTree
 from metalstm.batches import mask_of
-from metalstm.data.episodes import Sampler, episode_key, sample_checked
+from metalstm.data.episodes import (
+    Sampler,
+    classes_of,
+    episode_key,
+    sample_checked,
+)
 from metalstm.data.varying import check_masked
 from metalstm.runtime import sharding
 from metalstm.runtime.compilation import Jitted
@@ -36,8 +41,10 @@ METHOD_STREAM = 103  # folded into an episode's key: randomness inside the metho
 class Evaluation(NamedTuple):
     """Accuracies in [0, 1] (for regression: minus the mean squared error).
 
-    >>> print(Evaluation(np.zeros(2), -3.5, 1.4, None, "test", 0, regression=True))
-    mean squared error 3.5 ± 1.4 (2 test episodes, no batch norm)
+    >>> errors = np.array([[1.0, 4.0], [1.0, 8.0]])
+    >>> result = Evaluation(-errors.mean(1), -3.5, 1.96, None, "test", 0, errors)
+    >>> str(result).split(" (")[0]
+    'mean squared error 3.5 ± 2, by target 1 ± 0, 6 ± 3.9'
     """
 
     accuracies: np.ndarray  # float32 [episodes]
@@ -46,15 +53,32 @@ class Evaluation(NamedTuple):
     query_norm: str | None  # None: no batch norm
     split: str
     seed: int
-    regression: bool = False
+    errors: np.ndarray | None = None  # of a regression: float32 [episodes, targets]
+
+    @property
+    def regression(self) -> bool:
+        return self.errors is not None
+
+    @property
+    def by_target(self) -> list[Estimate]:
+        """The mean squared error of each target; empty for a classification."""
+        return [] if self.errors is None else [*map(mean_and_ci95, self.errors.T)]
 
     def __str__(self) -> str:
         norm = self.query_norm or "no batch norm"
         if self.regression:
             score = f"mean squared error {-self.mean:.4g} ± {self.ci95:.2g}"
+            if len(self.by_target) > 1:
+                each = (f"{mean:.4g} ± {ci95:.2g}" for mean, ci95 in self.by_target)
+                score = f"{score}, by target {', '.join(each)}"
         else:
             score = f"{100 * self.mean:.2f} ± {100 * self.ci95:.2f} %"
         return f"{score} ({len(self.accuracies)} {self.split} episodes, {norm})"
+
+
+class _Scores(NamedTuple):
+    accuracies: jax.Array  # [episodes]
+    errors: jax.Array | None  # [episodes, targets] of a regression
 
 
 def make_evaluate(
@@ -75,21 +99,24 @@ def make_evaluate(
     """
 
     check_masked(algorithm, spec)
-    classes = None if spec.regression else spec.way
     if mesh is not None:
         batch_size = mesh.size * math.ceil(batch_size / mesh.size)
 
     def sample(keys: jax.Array, pool: Any) -> Episode:
         return jax.vmap(lambda key: sample_checked(spec, key, pool))(_typed(keys))
 
-    def score(params: PyTree, keys: jax.Array, episodes: Episode) -> jax.Array:
-        def one(key: jax.Array, episode: Episode) -> jax.Array:
+    def score(params: PyTree, keys: jax.Array, episodes: Episode) -> _Scores:
+        classes = classes_of(spec, episodes)
+
+        def one(key: jax.Array, episode: Episode) -> _Scores:
             key = jax.random.fold_in(key, METHOD_STREAM)
             support, query = episode
             scores = algorithm.predict(
                 params, key, support, query.x, num_classes=classes
             )
-            return accuracy(scores, query.y, mask_of(query))
+            answers = scores, query.y, mask_of(query)
+            errors = squared_errors(*answers) if classes is None else None
+            return _Scores(accuracy(*answers), errors)
 
         return map_tasks(one, _typed(keys), episodes, how=task_mapping)
 
@@ -119,15 +146,19 @@ def make_evaluate(
             keys = sharding.place(jax.random.key_data(typed), mesh, per_task=True)
             results.append(grade(params, keys, draw(keys, pool)))
             sharding.block_on_cpu_collectives(results[-1])
-        accuracies = np.concatenate(jax.device_get(results))[:num_episodes]
-        if np.isinf(accuracies).any() and not spec.regression:
+        joined = jax.tree.map(
+            lambda *parts: np.concatenate(parts)[:num_episodes],
+            *jax.device_get(results),
+        )
+        accuracies, errors = joined
+        if np.isinf(accuracies).any() and errors is None:
             raise ValueError(
                 "the sampler draws queries whose labels are outside [0, way), or more "
                 "than the learner's outputs: give labels 0 .. way - 1"
             )
         mean, ci95 = mean_and_ci95(accuracies)
         norm = algorithm.query_norm if _has_statistics(params) else None
-        return Evaluation(accuracies, mean, ci95, norm, split, seed, spec.regression)
+        return Evaluation(accuracies, mean, ci95, norm, split, seed, errors)
 
     return run
 
@@ -146,11 +177,11 @@ def _has_statistics(params: PyTree) -> bool:
 
 
 def _on_every_device(mesh: Mesh | None, score: Callable) -> Callable:
-    """Accuracies that each process can read."""
+    """Scores that each process can read."""
     if mesh is None:
         return score
 
-    def gathered(*args: Any) -> jax.Array:
+    def gathered(*args: Any) -> _Scores:
         every = jax.sharding.NamedSharding(mesh, P())
         return jax.lax.with_sharding_constraint(score(*args), every)
 

@@ -73,6 +73,7 @@ def fit(
 
     Args:
       train_loop: from `make_train_loop`, with the same ``steps_per_call``.
+      num_steps: 0 validates and saves what training would start from.
       validate: meta-parameters -> score, higher is better; the best are kept.
       validate_every, report_every, save_every: in meta-steps, multiples of
         ``steps_per_call``; 0 is never (validation and saving also happen at the end).
@@ -135,6 +136,8 @@ def fit(
         if save is not None:
             save(state)
 
+    if num_steps == 0:
+        keep(validated=True)
     try:
         while step < num_steps:
             if stop is not None and must_stop(stop()):

@@ -34,7 +34,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from metalstm.base import Array
 from metalstm.checks import check_choice
-from metalstm.runtime.compilation import cores_to_spare
+from metalstm.runtime.compilation import Platform, cores_to_spare, platform
 
 __all__ = ["Method", "conv2d", "default_method"]
 
@@ -104,10 +104,10 @@ def default_method(
     *,
     strides: int = 1,
     padding: str = "SAME",
-    backend: str | None = None,
+    backend: Platform | None = None,
 ) -> Method:
     """Return the method that was fastest in benchmarks/convolutions.py."""
-    if (backend or jax.default_backend()) != "cpu":
+    if (backend or platform()) != "cpu":
         return "xla"
     return "blocked" if _blockable(kernel_shape, strides, padding) else "slices"
 

@@ -14,12 +14,12 @@ import warnings
 from collections.abc import Sequence
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 from jax import lax
 
 from metalstm.base import Array
 from metalstm.nn.convolution import conv2d
+from metalstm.runtime.compilation import platform
 
 __all__ = ["conv_general_dilated", "pads_of", "say_once", "shifted_images"]
 
@@ -51,7 +51,7 @@ def conv_general_dilated(
     lhs_dilation = tuple(lhs_dilation or (1,) * ndim)
     rhs_dilation = tuple(rhs_dilation or (1,) * ndim)
     numbers = lax.conv_dimension_numbers(lhs.shape, rhs.shape, dimension_numbers)
-    if jax.default_backend() == "cpu":
+    if platform() == "cpu":
         plain = set(lhs_dilation) == {1} and batch_group_count == 1
         plain &= preferred_element_type in (None, dtype) and _is_channels_last(numbers)
         if plain and ndim in (1, 2) and jnp.issubdtype(dtype, jnp.floating):

@@ -15,6 +15,7 @@ from jax import lax
 
 from metalstm.base import Array
 from metalstm.nn.general_convolution import pads_of, say_once, shifted_images
+from metalstm.runtime.compilation import platform
 
 __all__ = ["fast_flax_pools", "max_pool"]
 
@@ -45,10 +46,10 @@ def max_pool(
     strides = (1,) * ndim if strides is None else tuple(strides)
     halves = tuple(window_shape) == strides == (2, 2)
     if halves and padding == "VALID" and inputs.ndim == 4:
-        return _pool(inputs, None)
+        return _pool(inputs, None if platform() == "cpu" else _HALVES)
     is_plain = ndim <= 2 and inputs.ndim == ndim + 2
-    if jax.default_backend() != "cpu" or not is_plain:
-        if ndim > 2 and jax.default_backend() == "cpu":
+    if platform() != "cpu" or not is_plain:
+        if ndim > 2 and platform() == "cpu":
             say_once(f"a max-pool of {ndim} image axes")
         pool = _flax_pool.__wrapped__
         return pool(inputs, -jnp.inf, lax.max, window_shape, strides, padding)
@@ -71,6 +72,11 @@ class _Window(NamedTuple):
     pads: tuple[tuple[int, int], ...]
 
 
+# Accelerators take every second pixel where they lie. The cells of `None`, of one axis
+# more for each image axis, are arrays that a TPU would write down.
+_HALVES = _Window((2, 2), (2, 2), ((0, 0), (0, 0)))
+
+
 @functools.partial(jax.custom_jvp, nondiff_argnums=(1,))
 def _pool(x: Array, window: _Window | None) -> Array:
     """x [N, H, W, C]; ``window`` None: 2x2 cells."""
@@ -88,7 +94,7 @@ def _pool_jvp(window, primals, tangents):
         larger = corner > largest
         first = jnp.where(larger, jnp.asarray(index, first.dtype), first)
         largest = jnp.where(larger, corner, largest)
-    if jax.default_backend() == "cpu":
+    if platform() == "cpu":
         # else XLA fuses the comparisons into every use of them, pixel by pixel
         first = lax.optimization_barrier(first)
     # _pool again, not its maximum: the next derivative is this one too

@@ -1,4 +1,7 @@
-"""Figures of a run. Each function returns a matplotlib Figure; the caller saves it.
+"""Figures of a run. Each function returns a matplotlib Figure for `save_figure`.
+
+`save_figure` writes a PNG and a PDF. A method has the same colour and marker in every
+figure (`method_styles`), in colours that colour-blind readers can distinguish.
 
 Matplotlib is imported inside the functions, and pyplot never: no global state, no
 display, nothing to close.
@@ -7,7 +10,12 @@ display, nothing to close.
 from metalstm.plots.accuracies import accuracy_bars, accuracy_sweep, roc_curves
 from metalstm.plots.confidence import confidence_panels
 from metalstm.plots.episodes import episode_picture
-from metalstm.plots.gates import gate_curves, layer_groups
+from metalstm.plots.gates import (
+    GateVariation,
+    gate_distributions,
+    gate_variation,
+    layer_groups,
+)
 from metalstm.plots.optimizers import (
     Losses,
     Sweep,
@@ -15,12 +23,20 @@ from metalstm.plots.optimizers import (
     loss_panels,
     rate_sweeps,
 )
-from metalstm.plots.regression import FittedTask, function_fits, seed_spread
+from metalstm.plots.regression import (
+    FittedTask,
+    function_fits,
+    seed_spread,
+    target_errors,
+)
+from metalstm.plots.settings import setting_panels
+from metalstm.plots.style import method_styles, save_figure
 from metalstm.plots.training import Curve, learning_curves, meta_training_curves
 
 __all__ = [
     "Curve",
     "FittedTask",
+    "GateVariation",
     "Losses",
     "Sweep",
     "accuracy_bars",
@@ -29,12 +45,17 @@ __all__ = [
     "episode_picture",
     "escape_curves",
     "function_fits",
-    "gate_curves",
+    "gate_distributions",
+    "gate_variation",
     "layer_groups",
     "learning_curves",
     "loss_panels",
     "meta_training_curves",
+    "method_styles",
     "rate_sweeps",
     "roc_curves",
+    "save_figure",
     "seed_spread",
+    "setting_panels",
+    "target_errors",
 ]

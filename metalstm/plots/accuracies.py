@@ -8,10 +8,9 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 
 from metalstm.plots.style import (
-    COLOURS,
     DASHES,
-    MARKERS,
-    line_style,
+    interval,
+    method_styles,
     new_figure,
 )
 
@@ -20,6 +19,8 @@ if TYPE_CHECKING:
 
 __all__ = ["accuracy_bars", "accuracy_sweep", "roc_curves"]
 
+# A scale of odds has no place for 0 and 1.
+_LIMITS = (0.0005, 0.9995)
 _ODDS_TICKS = (
     0.01, 0.02, 0.05, 0.1, 0.2, 0.35, 0.5, 0.65, 0.8, 0.9, 0.95, 0.98, 0.99, 0.995,
     0.998, 0.999,
@@ -38,17 +39,19 @@ def accuracy_bars(
     names = list(accuracies)
     means = 100 * np.array([accuracies[n][0] for n in names])
     errors = 100 * np.array([accuracies[n][1] for n in names])
-    rows = range(len(names))
-    colours = [COLOURS[i % len(COLOURS)] for i in rows]
-    axes.barh(rows, means, xerr=errors, color=colours, alpha=0.85, capsize=3)
-    for row, mean, error in zip(rows, means, errors, strict=True):
-        axes.text(mean + error + 1, row, f"{mean:.1f} ± {error:.1f}", va="center")
+    low, high = interval(means, errors, 0, 100)
+    rows, styles = range(len(names)), method_styles(names)
+    colours = [styles[name]["color"] for name in names]
+    reach = [means - low, high - means]
+    axes.barh(rows, means, xerr=reach, color=colours, alpha=0.85, capsize=3)
+    for row, mean, error, end in zip(rows, means, errors, high, strict=True):
+        axes.text(end + 1, row, f"{mean:.1f} ± {error:.1f}", va="center")
     xlabel = "accuracy, % ± 95% CI"
     if chance is not None:
         axes.axvline(100 * chance, color="grey", linestyle=":")
         xlabel += " (dotted: chance)"
     axes.set(yticks=rows, yticklabels=names, xlabel=xlabel, title=title)
-    axes.set_xlim(0, 118)
+    axes.set_xlim(0, 122)
     axes.set_xticks(range(0, 101, 20))
     axes.invert_yaxis()
     return figure
@@ -77,36 +80,27 @@ def accuracy_sweep(
     """
     figure = new_figure((8.6, max(4.6, 1.6 + 0.16 * len(sweeps))))
     axes = figure.subplots()
+    means = [[mean for _, mean, _ in points] for points in sweeps.values()]
+    odds = bool(np.median([line[-1] for line in means]) > 0.9)
+    limits = _LIMITS if odds else (0.0, 1.0)
     order = list(dict.fromkeys(families[name] for name in sweeps))
     xs = sorted({x for points in sweeps.values() for x, _, _ in points})
-    colours = {}
+    styles = method_styles(sweeps, learned=bold)
+    colours = {name: style["color"] for name, style in styles.items()}
     for name, points in sweeps.items():
-        family = [n for n in sweeps if families[n] == families[name]]
-        index = family.index(name)
-        colours[name] = COLOURS[index % len(COLOURS)]
+        family = DASHES[order.index(families[name]) % len(DASHES)]
+        own = {"linestyle": family, "zorder": 3 if name in bold else 2, "label": name}
         x, mean, half = np.array(points, float).T
-        axes.plot(
-            x,
-            mean,
-            color=colours[name],
-            linestyle=DASHES[order.index(families[name]) % len(DASHES)],
-            marker=MARKERS[index // len(COLOURS) % len(MARKERS)],
-            markersize=3.5,
-            linewidth=2.6 if name in bold else 1.2,
-            zorder=3 if name in bold else 2,
-            label=name,
-        )
+        low, high = interval(mean, half, *limits)
+        axes.plot(x, np.clip(mean, *limits), **styles[name] | own)
         # many bands on top of each other hide the lines
         alpha = 0.15 if name in bold or len(sweeps) <= 8 else 0.05
-        axes.fill_between(
-            x, mean - half, mean + half, color=colours[name], alpha=alpha, lw=0
-        )
+        axes.fill_between(x, low, high, color=colours[name], alpha=alpha, lw=0)
     if chance:
         x, level = np.array(chance, float).T
         axes.plot(x, level, color="grey", linestyle=(0, (1, 2)), linewidth=1.6)
         axes.annotate("chance", (x[0], level[0]), (2, 3), textcoords="offset points")
-    means = [[mean for _, mean, _ in points] for points in sweeps.values()]
-    _accuracy_scale(axes, means)
+    _accuracy_scale(axes, max(map(max, means)), odds)
     # lines end at the right edge, where their names are
     axes.set(xscale=xscale, xlim=(0.94 * xs[0], xs[-1] * 1.02))
     axes.set_xticks(xs, [f"{x:g}" for x in xs])
@@ -123,7 +117,7 @@ def roc_curves(
 ) -> Figure:
     """Draw true accepts against false accepts, the latter on a log scale.
 
-    A line's dot is where both errors are equally frequent.
+    A line's marker is where both errors are equally frequent.
 
     Args:
       curves: per method, false and true accepts [K] in [0, 1], both rising, as
@@ -133,15 +127,17 @@ def roc_curves(
     axes = figure.subplots()
     smallest = min(false[false > 0].min() for false, _ in curves.values())
     left = min(smallest, 1e-2)
-    for index, (name, (false, true)) in enumerate(curves.items()):
-        style = line_style(index) | {"linewidth": 1.6}
+    styles = method_styles(curves)
+    for name, (false, true) in curves.items():
+        style = styles[name] | {"linewidth": 1.6}
         shown = np.maximum(false, left)  # none has no place on a log scale
-        axes.plot(shown, 100 * true, drawstyle="steps-post", label=name, **style)
+        line = style | {"marker": "", "drawstyle": "steps-post", "label": name}
+        axes.plot(shown, 100 * true, **line)
         equal = int(np.argmax(false >= 1 - true))
-        axes.plot(shown[equal], 100 * true[equal], "o", color=style["color"], ms=5)
+        axes.plot(shown[equal], 100 * true[equal], **style | {"markersize": 6})
     even = np.geomspace(left, 1)
     axes.plot(even, 100 * even, color="grey", linestyle=":", label="chance")
-    about = "false accepts (dot: as frequent as false rejects)"
+    about = "false accepts (marker: as frequent as false rejects)"
     axes.set(xlabel=about, ylabel="true accepts, %", title=title)
     axes.set(xscale="log", xlim=(left, 1), ylim=(0, 102))
     axes.grid(alpha=0.3)
@@ -149,16 +145,15 @@ def roc_curves(
     return figure
 
 
-def _accuracy_scale(axes: Any, lines: Sequence[Sequence[float]]) -> None:
-    """Per cent on a scale of odds where most lines end above 90%, or a linear one."""
+def _accuracy_scale(axes: Any, best: float, odds: bool) -> None:
+    """Per cent on a scale of odds, or a linear one, up to what shows the best mean."""
     lowest, highest = axes.dataLim.intervaly
-    if np.median([line[-1] for line in lines]) > 0.9:
-        # a band may pass 1, which a scale of odds cannot show
-        highest = min(highest, 1 - (1 - max(map(max, lines))) / 2)
-        highest = min(highest, 0.9995)
+    if odds:
+        # a band may pass the best mean by far
+        highest = min(highest, 1 - (1 - best) / 2, _LIMITS[1])
         axes.set_yscale("logit", nonpositive="clip")
         axes.set_yticks([t for t in _ODDS_TICKS if lowest <= t <= highest])
-        axes.set_ylim(0.85 * lowest, highest)
+        axes.set_ylim(0.85 * lowest, 1 - 0.8 * (1 - highest))
     else:
         axes.set_ylim(lowest - 0.03, min(1, highest) + 0.02)
     axes.yaxis.set_major_formatter(lambda value, _: f"{100 * value:g}")
@@ -175,7 +170,7 @@ def _name_ends(
     to_axes = axes.transAxes.inverted()
     ends = {
         name: to_axes.transform(
-            axes.transData.transform((points[-1][0], min(points[-1][1], 0.9999)))
+            axes.transData.transform((points[-1][0], np.clip(points[-1][1], *_LIMITS)))
         )
         for name, points in sweeps.items()
     }

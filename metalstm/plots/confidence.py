@@ -8,10 +8,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from metalstm.plots.style import (
-    COLOURS,
-    DASHES,
-    MARKERS,
     add_grid_and_legend,
+    interval,
+    method_styles,
     new_figure,
 )
 
@@ -36,15 +35,9 @@ def confidence_panels(
     """
     figure = new_figure((9.6, 3.3))
     calibrated, covered, missed = figure.subplots(1, 3)
-    for index, (name, reports) in enumerate(methods.items()):
-        style = {
-            "color": COLOURS[index % len(COLOURS)],
-            "linestyle": DASHES[index % len(DASHES)],
-            "marker": MARKERS[index % len(MARKERS)],
-            "markersize": 3.5,
-            "linewidth": 1.2,
-            "label": name,
-        }
+    styles = method_styles(methods)
+    for name, reports in methods.items():
+        style = styles[name] | {"label": name}
         bins = reports[0].reliability
         enough = bins.counts >= _FEW
         calibrated.plot(
@@ -53,9 +46,8 @@ def confidence_panels(
         levels = 100 * np.asarray(asked)
         mean, ci95 = 100 * np.array([report.coverage for report in reports]).T
         covered.plot(levels, mean, **style)
-        covered.fill_between(
-            levels, mean - ci95, mean + ci95, color=style["color"], alpha=0.2, lw=0
-        )
+        low, high = interval(mean, ci95, 0, 100)
+        covered.fill_between(levels, low, high, color=style["color"], alpha=0.2, lw=0)
         missed.plot(
             [100 * report.false_alarms[0] for report in reports],
             [100 * report.misses[0] for report in reports],

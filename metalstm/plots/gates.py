@@ -1,9 +1,9 @@
-"""The gates of an update rule over the steps of an inner loop."""
+"""The gates of an update rule: what they are in each layer, and what they vary with."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
 import numpy as np
@@ -14,7 +14,12 @@ from metalstm.plots.style import COLOURS, add_note, new_figure
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-__all__ = ["gate_curves", "layer_groups"]
+__all__ = ["GateVariation", "gate_distributions", "gate_variation", "layer_groups"]
+
+Layers = Sequence[tuple[str, np.ndarray]]
+_TINY = 2.0**-25  # half of what float32 tells from 1
+_NOTHING = 0.01  # a share of variance below which "nothing" is said
+_PERCENTILES = (5, 25, 50, 75, 95)
 
 
 def layer_groups(params: PyTree) -> list[tuple[str, np.ndarray]]:
@@ -32,46 +37,169 @@ def layer_groups(params: PyTree) -> list[tuple[str, np.ndarray]]:
     return [(name, np.concatenate(indices)) for name, indices in groups.items()]
 
 
-def gate_curves(
-    forget: np.ndarray,
-    input: np.ndarray,  # noqa: A002 (the gate's name)
-    layers: Sequence[tuple[str, np.ndarray]],
-    *,
-    max_layers: int = 12,
-) -> Figure:
-    """Draw the gates over update steps, a column a layer, a line a task.
+class GateVariation(NamedTuple):
+    """The spread of a gate's logarithm, and the shares of its variance (sum 1)."""
 
-    As figure 2 of Ravi & Larochelle (2017): each line is the mean over the layer's
-    coordinates; the band holds the middle 80% of all its coordinates and tasks.
+    std: float  # of the natural logarithm, over all that follows
+    layers: float
+    parameters: float  # of one layer
+    steps: float  # at one parameter
+    tasks: float  # at one parameter and step
+
+    def __str__(self) -> str:
+        """What the gate varies with, the largest share first."""
+        if self.std == 0:
+            return "is constant"
+        shares = dict(zip(self._fields[1:], self[1:], strict=True))
+        shown = [name for name in shares if shares[name] >= _NOTHING]
+        shown.sort(key=lambda name: -shares[name])
+        said = ", ".join(f"{name} ({100 * shares[name]:.0f} %)" for name in shown)
+        if self.tasks < _NOTHING:
+            said += f"; nothing varies over tasks ({100 * self.tasks:.1g} %)"
+        return f"varies with {said}"
+
+
+def gate_variation(gate: np.ndarray, layers: Layers) -> GateVariation:
+    r"""Split the variance of a gate's logarithm into four parts, one inside another.
+
+    With :math:`x` = log gate, s an update step, n a parameter, l(n) its layer and a bar
+    for a mean,
+
+    .. math:: \mathrm{Var}(x) = \mathrm{Var}\, \bar x_l
+        + \mathrm{E}_l \mathrm{Var}_{n \in l}\, \bar x_n
+        + \mathrm{E}_n \mathrm{Var}_s\, \bar x_{sn}
+        + \mathrm{E}_{sn} \mathrm{Var}_t\, x_{tsn}
+
+    that is, between layers, between parameters of a layer, between steps of a
+    parameter, and between tasks. Every parameter counts once.
 
     Args:
-      forget: f, [tasks, T, N].
-      input: i, likewise.
-      layers: as `layer_groups` returns them; the first ``max_layers`` are drawn.
+      gate: i, or 1 - f, in (0, 1): [tasks, T, N].
+      layers: as `layer_groups` returns them.
+
+    Returns:
+      Shares of 0, and a spread of 0, where the gate is one constant.
+    """
+    x = np.log(np.maximum(np.asarray(gate, np.float64), _TINY))
+    over_tasks = x.mean(0)
+    over_steps = over_tasks.mean(0)
+    of_layers = np.zeros_like(over_steps)
+    for _, indices in layers:
+        of_layers[indices] = over_steps[indices].mean()
+    total = float(x.var())
+    if total < 1e-12:  # of rounding
+        return GateVariation(0.0, 0.0, 0.0, 0.0, 0.0)
+    parts = (
+        of_layers.var(),
+        np.square(over_steps - of_layers).mean(),
+        over_tasks.var(0).mean(),
+        x.var(0).mean(),
+    )
+    return GateVariation(float(np.sqrt(total)), *(float(v / total) for v in parts))
+
+
+def gate_distributions(
+    forget: np.ndarray,
+    input: np.ndarray,  # noqa: A002 (the gate's name)
+    layers: Layers,
+    *,
+    max_layers: int = 16,
+) -> Figure:
+    """Draw each gate's distribution over parameters, by layer and update step.
+
+    Boxes stand for the middle 50% (dark) and 90% (pale) of a layer's parameters over
+    all tasks, a bar for the median; the steps of a layer are next to one another. The
+    dashed line is what gradient descent with one step size would be. Each panel's title
+    has the shares of `gate_variation`, and says so where tasks have none.
+
+    Args:
+      forget: f, [tasks, T, N]. Where most of it is above 0.9, 1 - f is drawn on a log
+        scale: the share of a parameter that an update forgets.
+      input: i, likewise, on a log scale.
+      layers: as `layer_groups` returns them; the first ``max_layers`` are drawn, and
+        all count in the title.
     """
     forget, input = np.asarray(forget), np.asarray(input)  # noqa: A001
-    layers = list(layers)[:max_layers]
-    figure = new_figure((1.2 + 1.9 * len(layers), 4.2))
-    grid = figure.subplots(2, len(layers), sharex=True, sharey="row", squeeze=False)
-    steps = np.arange(1, forget.shape[1] + 1)
-    for row, (gate, values) in enumerate((("forget", forget), ("input", input))):
-        for axes, (name, indices) in zip(grid[row], layers, strict=True):
-            chosen = values[:, :, indices]
-            low, high = np.quantile(chosen, [0.1, 0.9], axis=(0, 2))
-            axes.fill_between(steps, low, high, color=COLOURS[row], alpha=0.15)
-            for task in chosen.mean(-1):
-                axes.plot(steps, task, color=COLOURS[row], alpha=0.4, linewidth=0.8)
-            axes.grid(alpha=0.3)
-            if row == 0:
-                axes.set_title(name, fontsize=8)
-            else:
-                axes.set_xlabel("update step", fontsize=8)
-                axes.xaxis.get_major_locator().set_params(integer=True)
-            axes.tick_params(labelsize=7)
-        grid[row][0].set_ylabel(f"{gate} gate")
+    drawn, num_steps = list(layers)[:max_layers], forget.shape[1]
+    width = np.clip(1.2 + 0.16 * len(drawn) * (num_steps + 1), 7.0, 14.0)
+    figure = new_figure((float(width), 5.6))
+    top, bottom = figure.subplots(2, 1, sharex=True)
+    _draw(top, input, drawn, COLOURS[1])
+    one = np.exp(np.log(np.maximum(input, _TINY)).mean())
+    label = "gradient descent: one step size for all"
+    top.axhline(one, color="0.35", linestyle="--", linewidth=1, label=label)
+    _log_scale(top)
+    top.set_ylabel("input gate i")
+    forgotten = np.maximum(1 - forget.astype(np.float64), _TINY)
+    if np.median(forget) > 0.9 and forgotten.max() > _TINY:
+        _draw(bottom, forgotten, drawn, COLOURS[0])
+        bottom.plot(
+            [], [], " ", label="gradient descent: nothing is forgotten, 1 - f = 0"
+        )
+        _log_scale(bottom)
+        bottom.set_ylabel("1 - f, forgotten")
+    else:
+        _draw(bottom, forget, drawn, COLOURS[0])
+        bottom.axhline(1, color="0.35", linestyle="--", label="gradient descent: f = 1")
+        bottom.set_ylabel("forget gate f")
+    for axes, name, gate in ((top, "i", input), (bottom, "1 - f", forgotten)):
+        title = f"{name} {gate_variation(gate, layers)}"
+        axes.set_title(title, fontsize=9.5, loc="left")
+        axes.legend(fontsize=7, loc="upper left", handlelength=1.6)
+    _layer_axis(bottom, [name for name, _ in drawn], num_steps)
+    omitted = len(layers) - len(drawn)
+    left = f"; {omitted} more layers are not drawn" if omitted else ""
     add_note(
         figure,
-        "line: mean over a layer's parameters in one task\n"
-        "band: the middle 80% of parameters and tasks",
+        f"boxes: the middle 50 % and 90 % of a layer's parameters over {len(input)} "
+        f"tasks, bar: the median{left}\n"
+        "per cent: shares of the variance of the gate's logarithm",
     )
     return figure
+
+
+def _log_scale(axes: Any) -> None:
+    """A log scale in plain numbers, with room for a legend above the boxes."""
+    low, high = np.log(np.maximum(axes.dataLim.intervaly, _TINY))
+    room = max(high - low, 0.5)
+    axes.set_yscale("log")
+    axes.set_ylim(np.exp(low - 0.06 * room), np.exp(high + 0.25 * room))
+    for ticks in ("major", "minor"):
+        getattr(axes.yaxis, f"set_{ticks}_formatter")("{x:g}")
+    if room > 3:  # decades suffice
+        axes.yaxis.set_minor_formatter("")
+    axes.tick_params(axis="y", which="both", labelsize=8)
+
+
+def _draw(axes: Any, values: np.ndarray, layers: Layers, colour: str) -> None:
+    """Two boxes and a bar for each layer and step."""
+    num_steps = values.shape[1]
+    for position, (_, indices) in enumerate(layers):
+        chosen = np.moveaxis(values[:, :, indices], 1, 0).reshape(num_steps, -1)
+        low, lower, middle, upper, high = np.percentile(chosen, _PERCENTILES, axis=1)
+        x = position * (num_steps + 1) + np.arange(num_steps)
+        for (bottom, top), alpha in (((low, high), 0.25), ((lower, upper), 0.55)):
+            axes.bar(
+                x, top - bottom, 0.86, bottom=bottom, color=colour, alpha=alpha, lw=0
+            )
+        axes.hlines(middle, x - 0.43, x + 0.43, color="black", linewidth=1.4)
+    for position in range(1, len(layers)):
+        edge = position * (num_steps + 1) - 1
+        axes.axvline(edge, color="0.85", linewidth=0.8, zorder=0)
+    axes.set_xlim(-1, len(layers) * (num_steps + 1) - 1)
+    axes.grid(axis="y", alpha=0.3)
+    axes.set_axisbelow(True)
+
+
+def _layer_axis(axes: Any, names: Sequence[str], num_steps: int) -> None:
+    """Name layers by their last parts, where these tell them apart."""
+    last = [name.rsplit("/", 1)[-1] for name in names]
+    if len(set(last)) == len(names):
+        names = last
+    centres = np.arange(len(names)) * (num_steps + 1) + (num_steps - 1) / 2
+    many = len(names) > 12
+    axes.set_xticks(centres, names, rotation=45 if many else 0, fontsize=8)
+    axes.tick_params(axis="x", length=0)
+    axes.set_xlabel(
+        f"layer; inside, update 1 to {num_steps} from left to right", fontsize=9
+    )

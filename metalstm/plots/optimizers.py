@@ -10,7 +10,8 @@ import numpy as np
 from metalstm.plots.style import (
     add_grid_and_legend,
     add_note,
-    line_style,
+    interval,
+    method_styles,
     new_figure,
 )
 
@@ -18,6 +19,8 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 __all__ = ["Losses", "Sweep", "escape_curves", "loss_panels", "rate_sweeps"]
+
+_SPACED = 0.15  # of the axes' diagonal between two markers of a line
 
 
 class Losses(NamedTuple):
@@ -42,11 +45,12 @@ def loss_panels(
     columns: int = 3,
     xlabel: str = "updates",
     ylabel: str = "loss",
+    over: str = "problems",
 ) -> Figure:
     """Draw losses against updates on a log scale, a panel a problem, a line a rule.
 
-    The band is the 95% CI over problems. Where any problem has diverged there is no
-    mean, and the line ends.
+    The band is the 95% CI ``over`` problems or tasks. Where any of them has diverged
+    there is no mean, and the line ends.
 
     Args:
       panels: per title, per optimizer its losses.
@@ -60,23 +64,22 @@ def loss_panels(
     width = 4.4 if len(panels) > 1 else 6.5
     figure = new_figure((width * columns, 0.72 * width * rows))
     grid = figure.subplots(rows, columns, squeeze=False)
-    names = list(dict.fromkeys(name for drawn in panels.values() for name in drawn))
+    names = dict.fromkeys(name for drawn in panels.values() for name in drawn)
+    styles = method_styles(names, learned=learned)
     for axes in grid.flat[len(panels) :]:
         axes.set_visible(False)
     for axes, (title, drawn) in zip(grid.flat, panels.items(), strict=False):
         # hand-designed optimizers first, so that a learned rule's line is above theirs
         for name in sorted(drawn, key=lambda name: name in learned):
             mean, low, high = _band(drawn[name].values, title in geometric)
-            style = line_style(names.index(name), name in learned)
-            axes.plot(drawn[name].steps, mean, label=name, **style)
-            axes.fill_between(
-                drawn[name].steps, low, high, color=style["color"], alpha=0.2, lw=0
-            )
+            steps, style = drawn[name].steps, styles[name] | {"markevery": _SPACED}
+            axes.plot(steps, mean, label=name, **style)
+            axes.fill_between(steps, low, high, color=style["color"], alpha=0.2, lw=0)
         kind = " (geometric mean)" if title in geometric else ""
         axes.set(xlabel=xlabel, ylabel=ylabel + kind, yscale="log")
         axes.set_title(title, fontsize=10)
         add_grid_and_legend(axes)
-    add_note(figure, "band: 95% CI over problems")
+    add_note(figure, f"band: 95% CI over {over}")
     return figure
 
 
@@ -91,14 +94,14 @@ def rate_sweeps(
     """
     figure = new_figure((6.5, 4.4))
     axes = figure.subplots()
-    for index, (name, (rates, scores)) in enumerate(sweeps.items()):
+    styles = method_styles(sweeps)
+    for name, (rates, scores) in sweeps.items():
         rates, scores = np.asarray(rates), np.asarray(scores, float)
         shown = np.where(np.isfinite(scores), scores, np.nan)
-        style = line_style(index) | {"linewidth": 1.2}
-        axes.plot(rates, shown, marker=".", label=name, **style)
+        axes.plot(rates, shown, label=name, **styles[name])
         if np.isfinite(shown).any():
             best = int(np.nanargmin(shown))
-            axes.plot(rates[best], shown[best], "o", color=style["color"], ms=8)
+            axes.plot(rates[best], shown[best], **styles[name] | {"markersize": 9})
     axes.set(xlabel="learning rate", ylabel=ylabel, xscale="log")
     if log:
         axes.set_yscale("log")
@@ -116,23 +119,24 @@ def escape_curves(
 
     Args:
       escaped: per optimizer the updates [S] and the share [S] in [0, 1].
-      forget: per rule f, [problems, T, N]; a line for its mean, a band for the middle
-        80% of problems and coordinates. None: no second panel.
+      forget: per rule f, [problems, T, N]; a line for its median, a band for the
+        middle 80% of problems and coordinates. None: no second panel.
     """
     figure = new_figure((10 if forget else 6.5, 4))
     left, *right = figure.subplots(1, 2 if forget else 1, squeeze=False)[0]
-    for index, (name, (steps, share)) in enumerate(escaped.items()):
-        style = line_style(index, name in learned)
+    styles = method_styles(escaped, learned=learned)
+    for name, (steps, share) in escaped.items():
+        style = styles[name] | {"markevery": _SPACED}
         left.plot(steps, 100 * np.asarray(share), label=name, **style)
     left.set(xlabel="updates", ylabel="escaped, % of problems", ylim=(-3, 103))
     for axes in right:
         for name, values in (forget or {}).items():
-            colour = line_style(list(escaped).index(name), True)["color"]
+            style = styles[name] | {"markevery": _SPACED}
             steps = np.arange(1, values.shape[1] + 1)
-            low, high = np.quantile(values, [0.1, 0.9], axis=(0, 2))
-            axes.plot(steps, values.mean((0, 2)), color=colour, label=name)
-            axes.fill_between(steps, low, high, color=colour, alpha=0.2, lw=0)
-        axes.set(xlabel="updates", ylabel="forget gate (band: middle 80%)")
+            low, middle, high = np.quantile(values, [0.1, 0.5, 0.9], axis=(0, 2))
+            axes.plot(steps, middle, label=name, **style)
+            axes.fill_between(steps, low, high, color=style["color"], alpha=0.2, lw=0)
+        axes.set(xlabel="updates", ylabel="forget gate, median (band: middle 80%)")
     for axes in (left, *right):
         add_grid_and_legend(axes)
     return figure
@@ -153,4 +157,4 @@ def _band(
     if geometric:
         return np.exp(mean), np.exp(mean - half), np.exp(mean + half)
     # a log scale has no place for an interval that reaches zero
-    return mean, np.maximum(mean - half, 1e-3 * np.abs(mean)), mean + half
+    return mean, *interval(mean, half, lowest=1e-3 * np.abs(mean))

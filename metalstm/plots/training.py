@@ -11,7 +11,8 @@ from metalstm.plots.style import (
     COLOURS,
     add_grid_and_legend,
     add_note,
-    line_style,
+    interval,
+    method_styles,
     new_figure,
 )
 
@@ -53,17 +54,16 @@ def learning_curves(
     crowded = len(methods) > len(COLOURS)
     figure = new_figure((12.5, max(4, 1 + 0.15 * len(methods))) if crowded else (10, 4))
     left, right = figure.subplots(1, 2)
-    styles = {}
-    for index, method in enumerate(methods):
-        style = line_style(index)
-        styles[method] = {"colour": style["color"], "linestyle": style["linestyle"]}
+    styles = method_styles(methods)
     for method, seeds in loss.items():
-        _draw_seeds(left, _smoothed(seeds), label=method, **styles[method])
+        style = styles[method] | {"label": method, "markevery": 0.2}
+        _draw_seeds(left, _smoothed(seeds), style)
     for method, seeds in accuracy.items():
-        _draw_seeds(right, _smoothed(seeds), alpha=0.45, scale=100, **styles[method])
+        style = styles[method] | {"marker": "", "alpha": 0.45}
+        _draw_seeds(right, _smoothed(seeds), style, percent=True)
     for method, seeds in validation.items():
-        label = f"{method}, validation"
-        _draw_seeds(right, seeds, label=label, scale=100, marker="o", **styles[method])
+        style = styles[method] | {"label": f"{method}, validation"}
+        _draw_seeds(right, seeds, style, percent=True)
     if chance is not None:
         right.axhline(100 * chance, color="grey", linestyle=":", label="chance")
     left.set(xlabel="meta-training episodes", ylabel="query loss", title=title)
@@ -95,14 +95,12 @@ def meta_training_curves(
     """
     figure = new_figure((10, 4))
     left, right = figure.subplots(1, 2)
-    names = list(dict.fromkeys([*loss, *validation]))
-    for index, name in enumerate(names):
-        colour = COLOURS[index % len(COLOURS)]
-        if name in loss:
-            _draw_seeds(left, _smoothed([loss[name]]), colour=colour, label=name)
-        if name in validation:
-            curve = [validation[name]]
-            _draw_seeds(right, curve, colour=colour, label=name, marker="o")
+    styles = method_styles(dict.fromkeys([*loss, *validation]))
+    for name, curve in loss.items():
+        style = styles[name] | {"label": name, "markevery": 0.2}
+        _draw_seeds(left, _smoothed([curve]), style)
+    for name, curve in validation.items():
+        _draw_seeds(right, [curve], styles[name] | {"label": name})
     left.set(xlabel="meta-steps", ylabel="meta-loss")
     right.set(xlabel="meta-steps", ylabel="validation, mean log of the last loss")
     for axes in (left, right):
@@ -112,28 +110,19 @@ def meta_training_curves(
 
 
 def _draw_seeds(
-    axes: Any,
-    seeds: Sequence[Curve],
-    *,
-    colour: str,
-    label: str | None = None,
-    alpha: float = 1.0,
-    scale: float = 1.0,
-    marker: str = "",
-    linestyle: str = "-",
+    axes: Any, seeds: Sequence[Curve], style: Mapping[str, Any], percent: bool = False
 ) -> None:
-    """Draw the mean over seeds, times ``scale``, and the band of its 95% CI."""
+    """Draw the mean over seeds and the band of its 95% CI; accuracies in per cent."""
     seeds = [curve for curve in seeds if len(curve.episodes)]
     if not seeds:
         return
-    episodes, mean, band = _over_seeds(seeds)
-    mean = scale * mean
-    style = {"marker": marker, "markersize": 3, "linewidth": 1.4, "alpha": alpha}
-    style |= {"color": colour, "linestyle": linestyle}
-    axes.plot(episodes, mean, label=label, **style)
-    if band is not None:
-        low, high = mean - scale * band, mean + scale * band
-        axes.fill_between(episodes, low, high, color=colour, alpha=0.2 * alpha)
+    episodes, mean, half = _over_seeds(seeds)
+    scale, limits = (100, (0, 100)) if percent else (1, (-np.inf, np.inf))
+    axes.plot(episodes, scale * mean, **style)
+    if half is not None:
+        low, high = interval(scale * mean, scale * np.asarray(half), *limits)
+        alpha = 0.2 * style.get("alpha", 1.0)
+        axes.fill_between(episodes, low, high, color=style["color"], alpha=alpha, lw=0)
 
 
 def _over_seeds(

@@ -1,4 +1,7 @@
-"""`jax.jit` with the compiler's options that are fastest where the program runs.
+"""What a program is traced and compiled for: the platform, and the compiler's options.
+
+Several operations have a form for CPUs and one for accelerators. `platform` says which
+one is traced: that of JAX's default device, or of another within `traced_for`.
 
 On a CPU, XLA gives convolutions and matrix products to YNNPACK. It computes a
 convolution on one core however many there are, and long products on several cores at
@@ -10,16 +13,49 @@ fast or faster.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import os
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Iterator
+from typing import Any, Literal, get_args
 
 import jax
 
-__all__ = ["Jitted", "compiler_options", "cores", "cores_to_spare"]
+from metalstm.checks import check_choice
+
+__all__ = [
+    "Jitted",
+    "Platform",
+    "compiler_options",
+    "cores",
+    "cores_to_spare",
+    "platform",
+    "traced_for",
+]
+
+Platform = Literal["cpu", "gpu", "tpu"]
+
+# part of the keys of JAX's caches: what was traced for one platform serves no other
+_traced_for = jax.make_user_context(None)
 
 _ONLY_SUMS = {"xla_cpu_experimental_ynn_fusion_type": "LIBRARY_FUSION_TYPE_REDUCE"}
+
+
+def platform() -> str:
+    """Return what programs are traced for: "cpu", "gpu" or "tpu"."""
+    return _traced_for.value or jax.default_backend()
+
+
+@contextlib.contextmanager
+def traced_for(name: Platform) -> Iterator[None]:
+    """Trace the forms of a platform within, wherever this runs; to export or compile.
+
+    Raises:
+      ValueError: it is no `Platform`.
+    """
+    check_choice("platform", name, get_args(Platform))
+    with _traced_for(name):
+        yield
 
 
 class Jitted:
@@ -51,7 +87,8 @@ class Jitted:
 
     def lower(self, *args: Any) -> Any:
         """As the method of a `jax.jit` function."""
-        return self._outermost.lower(*args)
+        options = {**self._options, "compiler_options": compiler_options() or None}
+        return jax.jit(self._fn, **options).lower(*args)
 
     def _cache_size(self) -> int:
         """How many programs it holds, as the method of a `jax.jit` function."""
@@ -69,11 +106,13 @@ def _without_repeats(leaves: list[Any]) -> list[Any]:
     return unique
 
 
-@functools.cache
 def compiler_options() -> dict[str, str]:
     """What `Jitted` gives to ``jax.jit(compiler_options=)`` in this process."""
-    if not cores_to_spare():
-        return {}
+    return _known_options() if cores_to_spare() else {}
+
+
+@functools.cache
+def _known_options() -> dict[str, str]:
     try:
         jax.jit(lambda: 0, compiler_options=_ONLY_SUMS)()
     except Exception:  # a jaxlib that does not know the option
@@ -83,7 +122,7 @@ def compiler_options() -> dict[str, str]:
 
 def cores_to_spare() -> bool:
     """Whether a device is a CPU with several cores of its own."""
-    return jax.default_backend() == "cpu" and jax.local_device_count() < cores()
+    return platform() == "cpu" and jax.local_device_count() < cores()
 
 
 def cores() -> int:

@@ -33,10 +33,18 @@ from metalstm.batches import (
 )
 from metalstm.inner import Differentiation, InnerState, Trace, unroll
 
-__all__ = ["Adaptation", "Adapted", "adapt_to", "query_outputs", "step_scale"]
+__all__ = [
+    "Adaptation",
+    "Adapted",
+    "adapt_to",
+    "gradient_scale",
+    "query_outputs",
+    "step_scale",
+]
 
 # folded into an episode's key, one for each use of randomness
 _INIT, _DROPOUT, _ORDER = 0, 1, 2
+_NUM_DRAWS = 4  # of theta, to find a step size
 
 
 class Adaptation(NamedTuple):
@@ -113,7 +121,9 @@ def adapt_to(
         num_steps=num_steps,
         differentiation=adaptation.differentiation,
         stats=stats,
-        gradient_scale=_gradient_scale(adaptation, state, support),
+        gradient_scale=gradient_scale(
+            adaptation.gradient_scale, learner, state, support, adaptation.batch_size
+        ),
         observe=observe,
         key=jax.random.fold_in(key, _DROPOUT),
         axis_name=adaptation.axis_name,
@@ -124,37 +134,55 @@ def adapt_to(
 
 
 def step_scale(
-    learner: Learner,
-    state: LearnerState,
-    support: Batch,
-    way: int | None,
-    num_steps: int,
+    learner: Learner, key: Array, support: Batch, way: int | None, num_steps: int
 ) -> Array:
     r"""Return the step size by which gradient descent lowers the loss most.
 
-    Gradient descent is run with each step size of :math:`4^k \cdot 4 L / |\nabla L|^2`,
-    k = -6 .. 4, then with half and twice the best. For L = h theta^2 / 2 the unit is
-    2 / h, beyond which it diverges: it falls with the square of the features' length
-    and does not depend on the number of examples, of which the loss is the mean. How
-    far from it the best step is depends on the curvature along the way, which neither
-    the gradient nor the largest eigenvalue at theta tells.
+    The geometric mean of that of some draws of theta: for a single one, a step that is
+    much too large may happen to end well. From each, gradient descent is run with the
+    step sizes :math:`4^k \cdot 4 L / |\nabla L|^2`, k = -6 .. 4, then with half and
+    twice the best. For L = h theta^2 / 2 the unit is 2 / h, beyond which it diverges:
+    it falls with the square of the features' length and does not depend on the number
+    of examples, of which the loss is the mean. How far from it the best step is depends
+    on the curvature along the way, which neither the gradient nor the largest
+    eigenvalue at theta tells.
 
     Args:
+      key: of the draws.
       way: classes, for a learner whose head fits any number of them.
       num_steps: updates.
 
     Returns:
       A float32; 1 where no step lowers the loss.
     """
-    params = state.params
-    if learner.at_way is not None:
-        params = learner.at_way(params, way or num_examples(support.x))
 
-    def loss_fn(params: PyTree) -> Array:
-        outputs, _ = learner.apply(
-            state._replace(params=params), support.x, norm="batch"
-        )
-        return task_loss(outputs, support.y).astype(jnp.float32)
+    def log_best_step(key: Array) -> tuple[Array, Array]:
+        state = learner.init(key, first_example(support.x))
+        params = state.params
+        if learner.at_way is not None:
+            params = learner.at_way(params, way or num_examples(support.x))
+
+        def loss_fn(params: PyTree) -> Array:
+            now = state._replace(params=params)
+            outputs, _ = learner.apply(now, support.x, norm="batch")
+            outputs = only_present(outputs, support)
+            return task_loss(outputs, support.y, mask_of(support)).astype(jnp.float32)
+
+        return _log_best_step(loss_fn, params, num_steps)
+
+    @jax.jit
+    def mean_step() -> Array:
+        # one after another: no more memory than an inner loop
+        logs, found = lax.map(log_best_step, jax.random.split(key, _NUM_DRAWS))
+        return jnp.exp(jnp.where(found, logs, 0).sum() / jnp.maximum(found.sum(), 1))
+
+    return mean_step()
+
+
+def _log_best_step(
+    loss_fn: Callable[[PyTree], Array], params: PyTree, num_steps: int
+) -> tuple[Array, Array]:
+    """Of one draw: the log, and whether any step lowers the loss."""
 
     def loss_after(scale: Array) -> Array:
         def update(params: PyTree, _):
@@ -164,23 +192,19 @@ def step_scale(
         loss = loss_fn(lax.scan(update, params, length=num_steps)[0])
         return jnp.where(jnp.isfinite(loss), loss, jnp.inf)
 
-    @jax.jit
-    def best_scale() -> Array:
-        loss, grads = jax.value_and_grad(loss_fn)(params)
-        leaves = [g.astype(jnp.float32) for g in jax.tree.leaves(grads)]
-        square = sum((jnp.vdot(g, g) for g in leaves), jnp.float32(0))
-        unit = 4 * loss / jnp.where(square > 0, square, 1)
-        # one after another: no more memory than an inner loop
-        scales = unit * 4.0 ** jnp.arange(-6, 5, dtype=jnp.float32)
-        losses = lax.map(loss_after, scales)
-        coarse = scales[jnp.argmin(losses)]
-        near = coarse * jnp.array([0.5, 2.0], jnp.float32)
-        scales = jnp.concatenate([coarse[None], near])
-        losses = jnp.concatenate([losses.min()[None], lax.map(loss_after, near)])
-        lowered = (losses.min() < loss) & (square > 0) & jnp.isfinite(unit)
-        return jnp.where(lowered, scales[jnp.argmin(losses)], jnp.float32(1))
-
-    return best_scale()
+    loss, grads = jax.value_and_grad(loss_fn)(params)
+    leaves = [g.astype(jnp.float32) for g in jax.tree.leaves(grads)]
+    square = sum((jnp.vdot(g, g) for g in leaves), jnp.float32(0))
+    unit = 4 * loss / jnp.where(square > 0, square, 1)
+    scales = unit * 4.0 ** jnp.arange(-6, 5, dtype=jnp.float32)
+    losses = lax.map(loss_after, scales)
+    coarse = scales[jnp.argmin(losses)]
+    near = coarse * jnp.array([0.5, 2.0], jnp.float32)
+    scales = jnp.concatenate([coarse[None], near])
+    losses = jnp.concatenate([losses.min()[None], lax.map(loss_after, near)])
+    lowered = (losses.min() < loss) & (square > 0) & jnp.isfinite(unit)
+    best = jnp.where(lowered, scales[jnp.argmin(losses)], jnp.float32(1))
+    return jnp.log(best), lowered
 
 
 def _start(
@@ -235,12 +259,16 @@ def _one_by_one(learner: Learner, state: LearnerState, support_x, query_x) -> Ar
     return lax.map(one, query_x)
 
 
-def _gradient_scale(
-    adaptation: Adaptation, state: LearnerState, support: Batch
+def gradient_scale(
+    scale: float | Literal["1/batch", "way"],
+    learner: Learner,
+    state: LearnerState,
+    support: Batch,
+    batch_size: int | None,
 ) -> float:
-    scale, learner = adaptation.gradient_scale, adaptation.learner
+    """Return the number that a ``gradient_scale`` of `learned_init` stands for."""
     if scale == "1/batch":
-        return 1 / (adaptation.batch_size or num_examples(support.x))
+        return 1 / (batch_size or num_examples(support.x))
     if scale == "way":
         outputs, _ = jax.eval_shape(
             lambda: learner.apply(state, first_example(support.x), norm="stored")

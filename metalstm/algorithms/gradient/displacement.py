@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple, cast
+from typing import Any, Literal, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
@@ -21,6 +21,7 @@ from metalstm.base import (
     PyTree,
     UpdateRule,
 )
+from metalstm.checks import check_choice
 from metalstm.inner import first_order
 from metalstm.records import recorded
 from metalstm.rules import as_rule
@@ -40,6 +41,7 @@ def reptile(
     batch_size: int | None = None,
     test_batch_size: int | None = None,
     train_shots: int | None = None,
+    rule_state: Literal["restarted", "continued"] = "restarted",
     gradient_weights: Sequence[float] | Array | None = None,
     **options: Any,
 ) -> MetaAlgorithm:
@@ -53,15 +55,17 @@ def reptile(
     Args:
       learner: as in `learned_init`. A head whose classes share their start moves by
         their mean.
-      rule: the inner rule; a number is Adam's rate with beta1 = 0. Its state restarts
-        in each task; the authors' code continues Adam's. A rule's own parameters are
-        not learned.
+      rule: the inner rule; a number is Adam's rate with beta1 = 0. A rule's own
+        parameters are not learned.
       num_steps, num_test_steps: T in meta-training and at meta-test. None: 50, as
         published.
       batch_size, test_batch_size: images in one update. Published: 10, of which an
         epoch has several. None: the whole support set.
       train_shots: images of each class in meta-training, when they differ from the
         test's. Published: 10 (Omniglot) or 15 (mini-ImageNet). The query set has one.
+      rule_state: where Adam's averages, or another rule's state, start in a task:
+        afresh, or, as in the authors' code, where the last meta-step's tasks left them,
+        at meta-test too. It is then part of the meta-parameters.
       gradient_weights: w [num_steps]: the meta-gradient is the sum of w_t g_t, g_t the
         inner loop's gradient at update t, instead of theta_0 - theta_T (the paper's
         figure 3). With SGD inside, all ones give (theta_0 - theta_T) / rate, and 1 for
@@ -70,8 +74,10 @@ def reptile(
 
     Raises:
       ValueError: ``query_norm="frozen"``, since averages are not gathered here;
-        ``gradient_weights`` of another length than ``num_steps``.
+        ``gradient_weights`` of another length than ``num_steps``; another
+        ``rule_state``.
     """
+    check_choice("rule_state", rule_state, ("restarted", "continued"))
     if "frozen" in (options.get("query_norm"), options.get("train_query_norm")):
         raise ValueError(
             "reptile gathers no averages over meta-training for query_norm='frozen': "
@@ -79,7 +85,9 @@ def reptile(
         )
     if not isinstance(rule, UpdateRule | optax.GradientTransformation):
         rule = optax.adam(rule, b1=0.0)
-    rule = as_rule(rule)
+    rule, continues = as_rule(rule), rule_state == "continued"
+    if continues:
+        rule = _continuing(rule)
     train_way: Any = options.get("train_way")
     fixed: dict[str, Any] = {"differentiation": first_order(), **options}
     recorded, sums = rule, gradient_weights is not None
@@ -114,15 +122,17 @@ def reptile(
             "support_loss": trace.losses[0],
             "accuracy": accuracy(outputs, query.y),
         }
-        sums_of_rule = _summed_gradients(end.rule_state) if sums else None
+        sums_of_rule = _part(end.rule_state, _Summing).total if sums else None
         move = _displacement(learner, train_way, state.params, end.params, sums_of_rule)
-        return move, metrics
+        after = _after(meta_params.rule, end.rule_state) if continues else ()
+        return (move, after), metrics
 
     return with_gradient_of_init(
         tested,
         one_task,
         train_sampler=resampled(way=train_way, shot=train_shots, queries=1),
         task_mapping=options.get("task_mapping"),
+        carries_rule=continues,
     )
 
 
@@ -180,8 +190,62 @@ def _summing_gradients(rule: UpdateRule, weights: Array) -> UpdateRule:
     return UpdateRule(rule.init, bind, traits)
 
 
-def _summed_gradients(rule_state: PyTree) -> PyTree:
-    """What `_summing_gradients` has summed; its state may lie inside a chain's."""
-    is_sum = lambda part: isinstance(part, _Summing)  # noqa: E731
-    parts = jax.tree.leaves(rule_state, is_leaf=is_sum)
-    return next(part.total for part in parts if is_sum(part))
+class _Continued(NamedTuple):
+    """A rule's parameters and the state it continues from; in a loop, the state."""
+
+    rule: PyTree
+    state: PyTree  # as a parameter float32, shaped by the learned theta_0
+
+
+def _continuing(rule: UpdateRule) -> UpdateRule:
+    """The same rule, which starts from the state among its parameters."""
+
+    def init(key: Array, params: PyTree) -> _Continued:
+        own = rule.init(key, params)
+        state = rule.bind(own).init(params)
+        return _Continued(
+            own, jax.tree.map(lambda s: jnp.asarray(s, jnp.float32), state)
+        )
+
+    def bind(continued: _Continued) -> optax.GradientTransformationExtraArgs:
+        tx = rule.bind(continued.rule)
+
+        def init_fn(params: PyTree) -> _Continued:
+            # a head whose classes share their start shares the state, too
+            repeated = lambda s, fresh: jnp.broadcast_to(s, fresh.shape)  # noqa: E731
+            fresh = tx.init(params)
+            state = jax.tree.map(repeated, continued.state, fresh)
+            return _Continued(
+                (), jax.tree.map(lambda s, f: s.astype(f.dtype), state, fresh)
+            )
+
+        def update_fn(updates, state: _Continued, params=None, **extra):
+            updates, inner = tx.update(updates, state.state, params, **extra)
+            return updates, _Continued((), inner)
+
+        return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+
+    return UpdateRule(init, bind, rule.traits._replace(coordinatewise=False))
+
+
+def _after(rule_params: PyTree, rule_state: PyTree) -> PyTree:
+    """The rule's parameters with the state where a task has left it."""
+    at_end = _part(rule_state, _Continued).state
+
+    def mean_of_classes(old: Array, new: Array) -> Array:
+        axes = [k for k in range(new.ndim) if old.shape[k] != new.shape[k]]
+        return new.astype(old.dtype).mean(axes, keepdims=True)
+
+    def moved_on(part: PyTree) -> PyTree:
+        if not isinstance(part, _Continued):
+            return part
+        return part._replace(state=jax.tree.map(mean_of_classes, part.state, at_end))
+
+    is_part = lambda part: isinstance(part, _Continued)  # noqa: E731
+    return jax.tree.map(moved_on, rule_params, is_leaf=is_part)
+
+
+def _part(tree: PyTree, kind: type) -> Any:
+    """The one part of that kind; it may lie inside a chain's state."""
+    parts = jax.tree.leaves(tree, is_leaf=lambda part: isinstance(part, kind))
+    return next(part for part in parts if isinstance(part, kind))

@@ -100,8 +100,8 @@ def learned_init(
         authors' code); ``"way"``: by the number of classes, so that a class moves its
         part of the head as far in a task of many classes as in one of few;
         ``"calibrated"``: by the step size with which T updates of gradient descent from
-        the drawn theta_0 lower the first episode's support loss most. It is a parameter
-        of the rule, `rules.learned_scale`, and is meta-learned from there.
+        drawn theta lower the first episode's support loss most. It is a parameter of
+        the rule, `rules.learned_scale`, and is meta-learned from there.
       train_way: meta-train on tasks with this many classes; needs a learner with
         ``at_way``, that is, a head whose classes share their start.
       train_queries: queries a class in meta-training, when they differ from the test's.
@@ -176,23 +176,29 @@ def learned_init(
 
 def with_gradient_of_init(
     tested: MetaAlgorithm,
-    gradient: Callable[[MetaParams, Array, Episode], tuple[PyTree, dict[str, Array]]],
+    gradient: Callable[
+        [MetaParams, Array, Episode], tuple[tuple[PyTree, PyTree], dict[str, Array]]
+    ],
     *,
     train_sampler: TrainSampler,
     task_mapping: TaskMapping | None,
+    carries_rule: bool = False,
 ) -> MetaAlgorithm:
     """Return an algorithm tested as ``tested`` that meta-trains theta_0 alone.
 
     Args:
       tested: a `learned_init`.
-      gradient: ``(meta_params, key, episode) -> (gradient by theta_0, metrics)`` of one
-        task. The meta-gradient is its mean over tasks, and zero elsewhere.
+      gradient: ``(meta_params, key, episode) -> ((gradient by theta_0, rule),
+        metrics)`` of one task. The meta-gradient is its mean over tasks, and zero
+        elsewhere.
       train_sampler: of `MetaAlgorithm`.
       task_mapping: see `metalstm.tasks.map_tasks`.
+      carries_rule: the rule's parameters become the mean over tasks of the ``rule``
+        that ``gradient`` returns, which is otherwise ``()``.
     """
 
     def meta_gradient(meta_params: MetaParams, carry, keys: Array, episodes: Episode):
-        by_init, metrics = mean_over_tasks(
+        (by_init, carry), metrics = mean_over_tasks(
             lambda key, episode: gradient(meta_params, key, episode),
             keys,
             episodes,
@@ -202,6 +208,12 @@ def with_gradient_of_init(
         learner = zeros.learner._replace(params=by_init)
         return zeros._replace(learner=learner), carry, metrics
 
+    carried: dict[str, Any] = {}
+    if carries_rule:
+        carried = {
+            "init_carry": lambda key, meta_params, episode: meta_params.rule,
+            "absorb": lambda meta_params, rule: meta_params._replace(rule=rule),
+        }
     return make_algorithm(
         init=tested.init,
         predict=tested.predict,
@@ -209,6 +221,7 @@ def with_gradient_of_init(
         meta_gradient=meta_gradient,
         train_sampler=train_sampler,
         query_norm=tested.query_norm,
+        **carried,
     )
 
 
@@ -255,7 +268,7 @@ def _init(
     rule_params = adaptation.rule.init(rule_key, state.params)
     if calibrated_by is not None:
         scale = step_scale(
-            adaptation.learner, state, episode.support, way, calibrated_by
+            adaptation.learner, learner_key, episode.support, way, calibrated_by
         )
         rule_params = (jnp.log(scale), *rule_params[1:])
     if not adaptation.learn_init:

@@ -6,7 +6,7 @@ of W numbers, R read heads.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -15,7 +15,7 @@ from jax import lax
 from metalstm.algorithms.metric.distances import unit
 from metalstm.algorithms.metric.engine import Comparison, compare_embeddings
 from metalstm.base import Array, Learner, LearnerState, MetaAlgorithm, Norm, PyTree
-from metalstm.checks import check_features
+from metalstm.checks import check_choice, check_features
 from metalstm.records import recorded
 
 __all__ = ["MemoryNetState", "MemorySizes", "mann", "memory_step"]
@@ -50,6 +50,7 @@ def mann(
     num_slots: int = 128,
     slot_size: int = 40,
     num_reads: int = 4,
+    contents: Literal["own", "keys"] = "own",
     train_queries: int | None = None,
 ) -> MetaAlgorithm:
     """Memory-augmented network with least-recently-used access (Santoro et al., 2016).
@@ -60,49 +61,55 @@ def mann(
     the last support label; no query sees another. The objective is the queries'
     cross-entropy.
 
-    With keys k_t = tanh(W_k h_t), one for each head (equations 2 to 8):
+    With keys k_t = tanh(W_k h_t) and contents a_t = tanh(W_a h_t), one of each for a
+    head (equations 2 to 8):
 
-        w^r_t = softmax of cos(k_t, M_{t-1}),    r_t = w^r_t M_{t-1}
         w^w_t = sigmoid(alpha_t) w^r_{t-1} + (1 - sigmoid(alpha_t)) w^lu_{t-1}
-        w^u_t = gamma w^u_{t-1} + w^r_t + w^w_t
-        M_t = M_{t-1} + w^w_t^T k_t, the least used slots zeroed before.
+        M_t = M_{t-1} + w^w_t^T a_t, the least used slots zeroed before,
+        w^r_t = softmax of cos(k_t, M_t),    r_t = w^r_t M_t
+        w^u_t = gamma w^u_{t-1} + w^r_t + w^w_t.
 
-    Head i's w^lu is the i-th least used slot. Memory is read before it is written,
-    which the paper leaves open. Batch norm uses averages over meta-training
-    (``query_norm="frozen"``).
+    Head i's w^lu is the i-th least used slot. A head finds what it has just written, so
+    that the next step, which brings the label, can write it to the same slot. Batch
+    norm uses averages over meta-training (``query_norm="frozen"``).
 
     Args:
       learner: its outputs [N, d] are what the controller sees.
       way: classes of every task; labels are inputs and outputs of fixed size.
       hidden_size, num_slots, slot_size, num_reads: H, S, W, R; the paper's by default.
+      contents: what is written: ``"own"``, a_t, as in public re-implementations;
+        ``"keys"``, k_t in its place, as the paper has it: a head then looks for the
+        very vector that it writes.
       train_queries: queries a class in meta-training.
 
     Raises:
-      ValueError: more heads than slots; from ``predict``, another way; from ``init``,
-        features that are not vectors.
+      ValueError: more heads than slots, or other ``contents``; from ``predict``,
+        another way; from ``init``, features that are not vectors.
     """
     if not 1 <= num_reads <= num_slots:
         raise ValueError(
             f"num_reads={num_reads}: choose at least 1 and at most the {num_slots} "
             "slots, since no two heads may write to one slot"
         )
+    check_choice("contents", contents, ("own", "keys"))
     sizes = MemorySizes(hidden_size, num_slots, slot_size, num_reads)
     return compare_embeddings(
         learner,
-        _memory_comparison(way, sizes),
+        _memory_comparison(way, sizes, contents),
         train_way=way,
         train_queries=train_queries,
     )
 
 
-def _memory_comparison(way: int, sizes: MemorySizes) -> Comparison:
+def _memory_comparison(way: int, sizes: MemorySizes, contents: str) -> Comparison:
     """Score queries by a network that read the support set into its memory."""
 
     def init(key: Array, embedded: Array) -> LearnerState:
         check_features(embedded.shape, "the controller")
-        return LearnerState(
-            _init_memory_net(key, embedded.shape[-1], way, sizes), {}, {}
-        )
+        net = _init_memory_net(key, embedded.shape[-1], way, sizes)
+        if contents == "keys":
+            del net["contents"]
+        return LearnerState(net, {}, {})
 
     def apply(state, key, support, labels, query, *, way: int, norm: Norm):
         del key, norm
@@ -134,6 +141,7 @@ def _init_memory_net(key: Array, width: int, way: int, sizes: MemorySizes) -> Py
         "interpolation": (hidden, sizes.num_reads),
         "keys": (hidden, reads),
         "outputs": (hidden + reads, way),
+        "contents": (hidden, reads),
     }
     return {
         name: _init_layer(jax.random.fold_in(key, k), *shape)
@@ -163,15 +171,19 @@ def memory_step(
     c = jax.nn.sigmoid(f + 1) * state.c + jax.nn.sigmoid(i) * jnp.tanh(g)
     h = jax.nn.sigmoid(o) * jnp.tanh(c)
     keys = jnp.tanh(_linear(net["keys"], h)).reshape(num_reads, -1)
+    contents = keys
+    if "contents" in net:
+        contents = jnp.tanh(_linear(net["contents"], h)).reshape(num_reads, -1)
     gate = jax.nn.sigmoid(_linear(net["interpolation"], h))[:, None]
-
-    read_weights = jax.nn.softmax(unit(keys) @ unit(state.memory).T)
-    reads = (read_weights @ state.memory).ravel()
 
     oldest = jnp.argsort(state.usage)[:num_reads]
     least_used = jax.nn.one_hot(oldest, state.usage.size, dtype=x.dtype)
     write_weights = gate * state.read_weights + (1 - gate) * least_used
-    memory = state.memory * (1 - least_used.sum(0))[:, None] + write_weights.T @ keys
+    emptied = state.memory * (1 - least_used.sum(0))[:, None]
+    memory = emptied + write_weights.T @ contents
+
+    read_weights = jax.nn.softmax(unit(keys) @ unit(memory).T)
+    reads = (read_weights @ memory).ravel()
     usage = _USAGE_DECAY * state.usage + read_weights.sum(0) + write_weights.sum(0)
 
     scores = _linear(net["outputs"], jnp.concatenate([h, reads]))

@@ -127,8 +127,9 @@ def base_mean(pool: ClassPool) -> Array:
     It is the meta-parameters of the heads here: ``evaluate(nearest_centroid(),
     base_mean(features.train), features.test, spec)``.
     """
-    x = pool.images.reshape(pool.images.shape[0], -1).astype(jnp.float32)
-    return x.mean(0) / 255 if pool.images.dtype == jnp.uint8 else x.mean(0)
+    images = pool.images
+    x = images.reshape(len(images), -1).astype(jnp.float32)
+    return x.mean(0) / 255 if images.dtype == jnp.uint8 else x.mean(0)
 
 
 def _on_features(head: Head, unit_length: bool, masked: bool = False) -> MetaAlgorithm:

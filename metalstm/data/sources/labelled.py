@@ -95,7 +95,7 @@ def load_image_data(
 
 def _letters(glyphs: Dataset, num_classes: int = 10) -> LabelledImages:
     per_class = glyphs.train.smallest
-    x = np.asarray(glyphs.train.images[: num_classes * per_class])
+    x = np.asarray(glyphs.train.take(slice(num_classes * per_class)))
     labels = np.repeat(np.arange(num_classes), per_class)
     held_out = np.tile(np.arange(per_class) % _HELD_OUT == 0, num_classes)
     arrays = {

@@ -1,0 +1,171 @@
+"""Programs in the form that TPUs are given, and what is read of them when compiled.
+
+No TPU and no compiler for it is needed here. `python -m benchmarks.tpu --check` looks
+at what that compiler makes of them.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax import export
+
+import metalstm
+from benchmarks import hlo, tpu, tpu_programs
+from metalstm import algorithms, data, nn, rules, second_order
+from metalstm.nn.convolution import conv2d
+from metalstm.runtime.compilation import platform, traced_for
+from metalstm.tasks import default_task_mapping
+
+COMPILED = """\
+HloModule jit_run
+
+%body.1 (p: (s32[], f32[8,4])) -> (s32[], f32[8,4]) {
+  %p = (s32[], f32[8,4]{1,0:T(8,128)}) parameter(0)
+  %inner = (s32[], f32[8,4]{1,0}) while(%p), condition=%cond.2, body=%body.2
+  ROOT %sum.1 = f32[8,4]{1,0} fusion(%p), calls=%fused, metadata={op_name="jit(run)/while/body/net/add"}, backend_config={"estimated_cycles":"10"}
+}
+
+%cond.1 (p.1: (s32[], f32[8,4])) -> pred[] {
+  %limit = s32[]{:T(128)} constant(12)
+  ROOT %less = pred[] compare(%p.1, %limit), direction=LT
+}
+
+%body.2 (p.2: (s32[], f32[8,4])) -> (s32[], f32[8,4]) {
+  ROOT %copy.7 = s8[8,2,2,4,2,4]{5,4,3,2,1,0:T(8,128)} copy(%p.2), backend_config={"estimated_cycles":"3"}
+}
+
+%cond.2 (p.3: (s32[], f32[8,4])) -> pred[] {
+  %limit.2 = s32[]{:T(128)} constant(5)
+  ROOT %less.2 = pred[] compare(%p.3, %limit.2), direction=LT
+}
+
+%fused (x: f32[8,4]) -> f32[8,4] {
+  ROOT %tanh.1 = f32[8,4]{1,0} tanh(%x), backend_config={"estimated_cycles":"999"}
+}
+
+ENTRY %main.1 (a: f32[8,4]) -> f32[8,4] {
+  %a = f32[8,4]{1,0} parameter(0)
+  %mean = (f32[8,4]{1,0}, f32[3]{0}) all-reduce(%a, %b), to_apply=%add
+  %loop = (s32[], f32[8,4]{1,0}) while(%a), condition=%cond.1, body=%body.1
+  ROOT %out = f32[8,4]{1,0} copy(%loop), backend_config={"estimated_cycles":"100"}
+}
+"""  # noqa: E501
+
+
+def test_loops_are_multiplied_out_and_fusions_counted_once():
+    found = {op.name: op for op in hlo.operations(COMPILED)}
+    cycles = {name: (op.times, op.cycles) for name, op in found.items() if op.cycles}
+    assert cycles == {"copy.7": (60, 180), "sum.1": (12, 120), "out": (1, 100)}
+    assert found["sum.1"].source == "net/add"
+    assert hlo.rank(found["copy.7"].shape) == 6
+    assert hlo.array_bytes(found["copy.7"].shape) == 8 * 2 * 2 * 4 * 2 * 4
+    assert hlo.collectives(list(found.values())) == {"all-reduce": (1, 4 * 35)}
+    with pytest.raises(ValueError, match="it has no ENTRY"):
+        hlo.operations("a page of something else")
+
+
+def test_figures_and_broken_promises_of_a_program():
+    found = tpu_programs.figures("l2l-mlp", "v5e", COMPILED)
+    assert found["cycles"] == 400
+    assert found["ms"] == pytest.approx(400 / 1.5e6)
+    assert [share for share, _ in found["costliest"][:3]] == [0.45, 0.3, 0.25]
+    broken = tpu.broken_promises(found)
+    assert broken == ["45.0% of its cycles make arrays of six axes"]
+    gathered = COMPILED.replace("all-reduce(", "all-gather(")
+    broken = tpu.broken_promises(tpu_programs.figures("l2l-mlp", "v5e", gathered))
+    assert broken[1:] == ["1 of all-gather"]
+
+
+def test_without_the_compiler_the_remedy_is_named(monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(SystemExit, match=r"pip install 'jax\[tpu\]==.*no TPU is"):
+        tpu_programs.start_compiler()
+
+
+def test_what_is_traced_for_one_platform_serves_no_other():
+    here = platform()
+    double = jax.jit(lambda x: 2 * x if platform() == "tpu" else x + x)
+    for name in ("cpu", "tpu", "cpu"):
+        with traced_for(name):
+            assert platform() == name
+            assert ("mul" in str(jax.make_jaxpr(double)(1.0))) == (name == "tpu")
+            assert default_task_mapping() == ("vmap" if name == "tpu" else "scan")
+    assert platform() == here
+    with pytest.raises(ValueError, match="platform='cuda': choose one of cpu, gpu"):
+        traced_for("cuda").__enter__()
+
+
+def test_a_convolution_is_the_platform_s():
+    x, kernel = jnp.ones((1, 4, 4, 2)), jnp.ones((3, 3, 2, 2))
+    for name, has_primitive in (("cpu", True), ("tpu", False), ("gpu", False)):
+        with traced_for(name):
+            text = str(jax.make_jaxpr(conv2d)(x, kernel))
+        assert ("blocked_correlate" in text) == has_primitive
+
+
+def for_tpu(fn, *args) -> str:
+    """The program of ``fn`` as a TPU is given it."""
+    with traced_for("tpu"):
+        return export.export(jax.jit(fn), platforms=["tpu"])(*args).mlir_module()
+
+
+IMAGES = np.random.default_rng(0).integers(0, 256, (7, 19, 12, 12, 7), np.uint8)
+SPEC = data.EpisodeSpec(way=3, shot=2, queries=4)
+
+
+def test_an_episode_is_drawn_from_the_pool_where_it_lies():
+    pool = data.make_pool(IMAGES)  # of 133 examples, two of whose shapes are alike
+    assert pool.stored.shape == (133, 8, 128)
+    text = for_tpu(lambda seed, pool: SPEC.sample(jax.random.key(seed), pool), 0, pool)
+    of_pool = [line for line in text.splitlines() if "tensor<133x" in line]
+    reading = [line for line in of_pool if "func.func" not in line]
+    assert reading
+    for line in reading:  # a gather of whole examples, and nothing else
+        assert "stablehlo.gather" in line or "call @" in line
+        if "gather" in line:
+            assert "slice_sizes = array<i64: 1, 8, 128>" in line
+
+
+def test_a_pool_keeps_its_examples_in_tiles_where_that_costs_little():
+    tiled = data.make_pool(IMAGES)
+    np.testing.assert_array_equal(tiled.images, IMAGES.reshape(-1, 12, 12, 7))
+    np.testing.assert_array_equal(tiled.of_class(3), IMAGES[3])
+    np.testing.assert_array_equal(tiled.take(jnp.array([40])), IMAGES[2, 2:3])
+    vectors = data.make_pool(np.ones((2, 3, 640), np.float32) * np.arange(3)[:, None])
+    assert vectors.stored.shape == (6, 640)
+    other = tiled.with_images(np.asarray(tiled.images[:, :2, :2, :1]))
+    assert (other.stored.shape, other.shape) == ((133, 2, 2, 1), (2, 2, 1))
+    with pytest.raises(ValueError, match="images has 4 examples: give one for each of"):
+        tiled.with_images(IMAGES[0, :4])
+
+
+@pytest.mark.parametrize("name", ["meta-lstm", "maml"])
+def test_a_meta_step_for_tpus_has_no_array_of_six_axes(name):
+    learner = nn.conv4(3, 4, num_blocks=2)
+    if name == "maml":
+        algorithm = algorithms.maml(
+            learner, 0.1, num_steps=2, differentiation=second_order()
+        )
+    else:
+        algorithm = algorithms.published_meta_lstm(
+            learner, rules.lstm_gates(hidden_size=4), num_steps=2
+        )
+    optimizer = metalstm.adam_clipped()
+    pool = data.make_pool(IMAGES)
+
+    def run(seed, pool):
+        episode = SPEC.sample(jax.random.key(seed), pool)
+        state = metalstm.init_train_state(algorithm, optimizer, seed, episode)
+        train = metalstm.make_train_loop(algorithm, optimizer, SPEC, num_tasks=2)
+        return train(state, pool)
+
+    text = for_tpu(run, 0, pool)
+    assert "stablehlo.convolution" in text
+    found = set(re.findall(r"tensor<((?:\d+x){6,})", text))
+    assert not {sizes for sizes in found if "x3x3x" not in sizes}  # stacked kernels
