@@ -277,8 +277,9 @@ def fill_rows(x: PyTree, other: bool) -> PyTree:
 def fill_batch(batch: Any, other: bool) -> MaskedBatch:
     """`fill_rows` of a batch of numpy arrays."""
     num, size = len(batch.y), power_of_two(batch.x)
-    y = np.concatenate([batch.y, np.zeros_like(batch.y)[: size - num]])
-    return MaskedBatch(fill_rows(batch.x, other), y, np.arange(size) < num)
+    y: Any = np.concatenate([batch.y, np.zeros_like(batch.y)[: size - num]])
+    mask: Any = np.arange(size) < num
+    return MaskedBatch(fill_rows(batch.x, other), y, mask)
 
 
 def index_labels(labels: Sequence[Any]) -> tuple[np.ndarray, np.ndarray]:

@@ -89,6 +89,7 @@ def check(example: PyTree, given: Any, method: str) -> PyTree:
     Raises:
       ValueError: another structure, shape, type or range than in training.
     """
+    treedef: Any  # flatten_up_to is not among its annotations
     leaves, treedef = jax.tree_util.tree_flatten_with_path(example)
     try:
         parts = treedef.flatten_up_to(given)

@@ -143,7 +143,7 @@ class Predictor:
         if len(labels) != (num := num_examples(x)):
             raise ValueError(f"{len(labels)} labels for {num} images: give one each")
         if self.regression:
-            y = np.asarray(labels, np.float32)
+            y: Any = np.asarray(labels, np.float32)
             support = Batch(x, y.reshape(len(y), -1))
             return Classifier(self, support, None, seed)
         classes, y = index_labels(labels)

@@ -7,14 +7,14 @@ import numpy as np
 import optax
 import pytest
 import tiny
-from few_shot_runs import META_LSTM, command, read
+from few_shot_runs import META_LSTM, command, read, tiny_dataset
 
 import metalstm
 from experiments.few_shot import __main__ as few_shot
 from experiments.few_shot.methods import kind_of
 from experiments.few_shot.optimizer import make_optimizer
 from experiments.few_shot.options import Training
-from metalstm import algorithms
+from metalstm import algorithms, data
 from metalstm.base import MetaParams
 
 pytestmark = pytest.mark.usefixtures("tiny_instead_of_glyphs")
@@ -50,6 +50,20 @@ def test_no_episodes_leave_the_trained_network_as_it_is(finished, tmp_path):
         metalstm.load_run(f, "meta-lstm").params for f in (finished, tmp_path / "run")
     )
     tiny.assert_equal(before.learner, after.learner)
+
+
+def test_the_calibrated_step_is_of_the_training_images(tmp_path):
+    line = command(
+        "--algorithms", "meta-lstm", "--hidden-size", 2, "--num-steps", 2,
+        "--episodes", 0, workdir=tmp_path / "run",
+    )  # fmt: skip
+    assert few_shot.main(line) == 0
+    predict = metalstm.load_run(tmp_path / "run")
+    key = data.episode_key(0, "train", 0)
+    episode = data.EpisodeSpec(3, 1, 2).sample(key, tiny_dataset().train)
+    tx = optax.sgd(0.1)
+    expected = metalstm.init_train_state(predict.algorithm, tx, 0, episode).params
+    np.testing.assert_allclose(predict.params.rule[0], expected.rule[0], rtol=1e-4)
 
 
 @pytest.mark.parametrize(

@@ -32,7 +32,7 @@ from experiments.few_shot.optimizer import in_steps, make_optimizer, num_steps
 from experiments.few_shot.options import Common, Options, Training
 from metalstm import nn
 from metalstm.base import LearnerState, MetaParams, PyTree
-from metalstm.predictor import example_episode
+from metalstm.data import episode_key
 from metalstm.runtime import checkpoints, sharding
 from metalstm.specs import build_algorithm
 
@@ -255,8 +255,9 @@ class Trainer(NamedTuple):
         )
 
     def _example(self) -> metalstm.Episode:
-        data, shape = self.options.data, self.source.dataset.image_shape
-        return example_episode(shape, data.way, data.shot)
+        """A training episode: a calibrated step size is found on its images."""
+        key = episode_key(self.options.run.seed, "train", 0)
+        return jax.jit(self.source.test.sample)(key, self.source.dataset.train)
 
     def _untrained(self, name: str) -> PyTree:
         """What a method starts from, its rate not yet tuned."""

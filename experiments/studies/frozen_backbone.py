@@ -56,7 +56,7 @@ COLUMNS = {
 
 
 class Config(CharacterOptions, frozen=True, kw_only=True):
-    dataset: Literal["glyphs", "omniglot", "mini-imagenet"] = "glyphs"
+    dataset: Literal["glyphs", "omniglot", "mini-imagenet"] = "glyphs"  # type: ignore[assignment]
     """mini-imagenet stands for its validation classes: every second one is fitted on,
     the others are measured on, and its test classes are not looked at."""
     learner_file: str | None = None
