@@ -101,7 +101,8 @@ def target_errors(
     The band is the 95% CI over tasks.
 
     Args:
-      errors: per method [tasks, T + 1], or [tasks, T + 1, D].
+      errors: per method [tasks, T + 1], or [tasks, T + 1, D], such as the ``errors``
+        of `metalstm.Evaluation` after each number of updates, stacked.
       targets: D names.
     """
     panels: dict[str, dict[str, Losses]] = {target: {} for target in targets}
