@@ -74,7 +74,9 @@ def function_fits(
             row[0].set_ylabel(targets[target])
     for axes, name in zip(rows[0], functions, strict=True):
         axes.set_title(name, fontsize=10)
-    rows[0][-1].legend(fontsize=7)
+    handles, labels = rows[0][-1].get_legend_handles_labels()
+    place: dict[str, Any] = {"loc": "outside upper center", "ncols": len(labels)}
+    figure.legend(handles, labels, fontsize=8, frameon=False, **place)
     if any(len(outputs) > 1 for outputs in found.values()):
         add_note(
             figure, "line: the mean of seeds, band: from the lowest to the highest"
