@@ -2,18 +2,13 @@
 
 from __future__ import annotations
 
-import sys
-
-import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from experiments.few_shot.methods import METHODS
-from experiments.learned_optimizer.options import BASELINES, RULES
 from metalstm import plots
 from metalstm.calibration import Reliability
 from metalstm.meta.confidence import ConfidenceReport
-from metalstm.plots import accuracies, style
+from metalstm.plots import accuracies
 from metalstm.statistics import Estimate
 
 
@@ -22,76 +17,6 @@ def saves(figure, tmp_path):
     assert png.read_bytes()[:4] == b"\x89PNG"
     assert png.stat().st_size > 5_000
     assert pdf.read_bytes()[:5] == b"%PDF-"
-
-
-def test_a_pdf_holds_its_fonts_and_no_date(tmp_path):
-    figure = plots.accuracy_bars({"maml": (0.5, 0.01)})
-    files = plots.save_figure(figure, tmp_path / "v1.2.png")
-    assert [file.name for file in files] == ["v1.2.png", "v1.2.pdf"]
-    pdf = files[1].read_bytes()
-    assert b"/FontFile2" in pdf, "TrueType"
-    assert b"/Type3" not in pdf
-    assert b"/CreationDate" not in pdf
-    (only,) = plots.save_figure(figure, tmp_path / "v1.3", formats=["pdf"])
-    assert only.name == "v1.3.pdf"
-    assert only.read_bytes() == pdf
-
-
-def test_a_method_has_one_colour_and_marker_in_every_figure():
-    def looks(figure, panel=0):
-        return {
-            line.get_label().partition(",")[0]: (line.get_color(), line.get_marker())
-            for line in figure.axes[panel].lines
-        }
-
-    curve = [plots.Curve(np.arange(5), np.full(5, 0.5), np.full(5, 0.1))]
-    names = ("scratch", "mine", "maml")
-    found = []
-    for chosen in (names, names[::-1], names[1:]):
-        curves = dict.fromkeys(chosen, curve)
-        figure = plots.learning_curves(curves, {}, curves)
-        found += [looks(figure, 0), looks(figure, 1)]
-        points = {name: [(1, 0.5, 0.1), (5, 0.6, 0.1)] for name in chosen}
-        families = dict.fromkeys(chosen, "x")
-        found.append(looks(plots.accuracy_sweep(points, families, xlabel="shots")))
-        losses = dict.fromkeys(chosen, plots.Losses(np.arange(2), np.ones((3, 2))))
-        found.append(looks(plots.loss_panels({"a": losses})))
-    for look in found:
-        for name in names[1:]:
-            assert look[name] == found[0][name]
-
-
-def test_known_methods_differ_and_two_runs_of_one_are_told_apart():
-    known = style._KNOWN
-    assert len(set(known.values())) == len(known)
-    styles = plots.method_styles(["maml", "maml (run2)", "anil", "adam"])
-    one, other, same_colour, _ = styles.values()
-    assert one["color"] == other["color"] == same_colour["color"]
-    assert one["marker"] == other["marker"] != same_colour["marker"]
-    assert other["fillstyle"] == "none"
-    assert len({s["linestyle"] for s in (one, other, same_colour)}) == 3
-
-
-def test_every_method_of_the_commands_has_a_style():
-    assert {*METHODS} | {*RULES} | {*BASELINES} <= {*style._KNOWN}
-
-
-def test_bands_contain_their_mean_where_it_is_clipped():
-    for mean, half in ((1.0, 0.0), (1.0, 0.2), (0.999, 0.1), (0.0, 0.1), (0.5, 0.1)):
-        curve = [plots.Curve(np.arange(3), np.full(3, mean), np.full(3, half))]
-        points = {"maml": [(1, mean, half), (5, mean, half)]}
-        sweep = plots.accuracy_sweep(points, {"maml": "x"}, xlabel="shots").axes[0]
-        for axes in (sweep, plots.learning_curves({}, {}, {"maml": curve}).axes[1]):
-            drawn = axes.lines[0].get_ydata()
-            band = axes.collections[0].get_paths()[0].vertices[:, 1]
-            assert band.min() <= drawn.min() <= drawn.max() <= band.max()
-            low, high = axes.get_ylim()
-            assert low <= drawn.min() <= drawn.max() <= high, "in sight"
-            assert 0 <= band.min() <= band.max() <= 100
-        bar = plots.accuracy_bars({"maml": (mean, half)}).axes[0]
-        ends = 100 * np.clip([mean - half, mean + half], 0, 1)
-        (error,) = bar.collections[0].get_segments()
-        np.testing.assert_allclose(np.sort(error[:, 0]), ends)
 
 
 def test_learning_curves(tmp_path):
@@ -149,93 +74,6 @@ def test_seeds_that_stop_early_bound_the_mean():
     np.testing.assert_allclose(figure.axes[1].lines[0].get_ydata(), [50, 70])
 
 
-def test_layers_and_gates(tmp_path):
-    params = {
-        "conv": {"kernel": jnp.zeros((2, 3)), "bias": jnp.zeros(3)},
-        "head": {"kernel": jnp.zeros(4)},
-    }
-    layers = plots.layer_groups(params)
-    assert [name for name, _ in layers] == ["conv", "head"]
-    np.testing.assert_array_equal(layers[1][1], np.arange(9, 13))
-    assert plots.layer_groups(jnp.zeros(3))[0][0] == "parameters"
-
-
-def of_two_layers(forget, i):
-    """A figure of gates [tasks, T, 5] of two layers."""
-    layers = [("body/conv", np.arange(3)), ("body/head", np.arange(3, 5))]
-    return plots.gate_distributions(forget, i, layers)
-
-
-def test_gates_are_drawn_as_quantiles_by_layer_and_step(tmp_path):
-    i = np.random.default_rng(0).uniform(0.001, 0.9, (7, 2, 5))
-    figure = of_two_layers(np.full_like(i, 0.999), i)
-    top, bottom = figure.axes
-    assert top.get_yscale() == bottom.get_yscale() == "log"
-    second = np.percentile(i[:, 1, :3], [5, 25, 50, 75, 95])
-    boxes = [(b.get_y(), b.get_y() + b.get_height()) for b in top.patches]
-    # of each layer pale boxes, a step each, then dark ones
-    np.testing.assert_allclose(boxes[1], second[[0, 4]])
-    np.testing.assert_allclose(boxes[3], second[[1, 3]])
-    bars = top.collections[0].get_segments()
-    np.testing.assert_allclose([bars[1][0, 1], bars[1][1, 1]], second[2])
-    (one_step,) = (line for line in top.lines if "gradient" in line.get_label())
-    np.testing.assert_allclose(one_step.get_ydata(), np.exp(np.log(i).mean()))
-    assert [t.get_text() for t in bottom.get_xticklabels()] == ["conv", "head"]
-    assert bottom.get_title(loc="left") == "1 - f is constant"
-    np.testing.assert_allclose(bottom.patches[0].get_y(), 0.001)
-    saves(figure, tmp_path)
-
-
-def test_a_forget_gate_far_from_one_is_drawn_as_it_is():
-    f = np.random.default_rng(0).uniform(0.2, 0.8, (3, 2, 5))
-    bottom = of_two_layers(f, f).axes[1]
-    assert bottom.get_yscale() == "linear"
-    np.testing.assert_allclose(bottom.patches[0].get_y(), np.percentile(f[:, 0, :3], 5))
-
-
-def test_more_layers_than_are_drawn_are_counted():
-    layers = [(f"l{k}", np.array([k])) for k in range(5)]
-    gate = np.full((2, 1, 5), 0.5)
-    figure = plots.gate_distributions(gate, gate, layers, max_layers=3)
-    assert "2 more layers are not drawn" in figure.get_supxlabel()
-
-
-def test_the_variance_of_a_gate_is_split_by_what_it_varies_with():
-    rng = np.random.default_rng(1)
-    layers = [("a", np.arange(4)), ("b", np.arange(4, 6))]
-    x = rng.normal(size=(7, 3, 6)) + 3 * np.arange(3)[:, None] + rng.normal(size=6)
-    x[:, :, 4:] += 2
-    x = 0.3 * x - 5
-    found = plots.gate_variation(np.exp(x), layers)
-    # each part as a difference of numpy's total variances of coarser means
-    of = {
-        "tasks": x,
-        "steps": np.broadcast_to(x.mean(0), x.shape),
-        "parameters": np.broadcast_to(x.mean((0, 1)), x.shape),
-    }
-    coarse = np.empty(6)
-    for _, indices in layers:
-        coarse[indices] = x[:, :, indices].mean()
-    variances = [of[name].var() for name in of] + [coarse.var()]
-    shares = -np.diff([*variances, 0.0]) / x.var()
-    np.testing.assert_allclose(shares, found[:0:-1], rtol=1e-6)
-    assert sum(found[1:]) == pytest.approx(1)
-    assert found.std == pytest.approx(x.std())
-
-
-def test_what_does_not_vary_over_tasks_is_said():
-    steps = np.broadcast_to(np.array([0.1, 0.4])[:, None], (3, 2, 5))
-    found = plots.gate_variation(steps, [("a", np.arange(5))])
-    assert str(found) == "varies with steps (100 %); nothing varies over tasks (0 %)"
-    title = of_two_layers(steps, steps).axes[0].get_title(loc="left")
-    assert title == f"i {found}"
-    tasks = np.swapaxes(np.broadcast_to(np.array([0.1, 0.4, 0.2]), (5, 2, 3)), 0, 2)
-    found = plots.gate_variation(tasks, [("a", np.arange(5))])
-    assert str(found) == "varies with tasks (100 %)"
-    constant = plots.gate_variation(np.full((3, 2, 5), 0.3), [("a", np.arange(5))])
-    assert str(constant) == "is constant"
-
-
 @pytest.mark.parametrize("channels", [1, 3])
 def test_episode_picture(tmp_path, channels):
     rng = np.random.default_rng(0)
@@ -260,12 +98,6 @@ def test_accuracy_bars(tmp_path):
     np.testing.assert_allclose(widths, [50, 30])
     assert figure.axes[0].texts[1].get_text() == "30.0 ± 2.0"
     saves(figure, tmp_path)
-
-
-def test_a_missing_matplotlib_says_what_to_install(monkeypatch):
-    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
-    with pytest.raises(ImportError, match=r"pip install 'metalstm\[experiments\]'"):
-        plots.accuracy_bars({"maml": (0.5, 0.01)})
 
 
 def test_loss_panels(tmp_path):

@@ -215,13 +215,13 @@ def figures(
         sweeps = {}
         for trained, one in found["num_steps"].items():
             points = zip(config.test_steps, np.swapaxes(one, 0, 1), strict=True)
-            name = f"trained with {trained} update" + "s" * (trained != "1")
-            sweeps[name] = [(x, *mean_and_ci95(np.ravel(y))) for x, y in points]
+            of_one = [(x, *mean_and_ci95(np.ravel(y))) for x, y in points]
+            sweeps[f"T = {trained}"] = of_one
         drawn["updates.png"] = plots.accuracy_sweep(
             sweeps,
             dict.fromkeys(sweeps, "meta-lstm"),
             xlabel="updates at meta-test",
-            title="letters, 5-way 1-shot",
+            title="letters, 5-way 1-shot; T: updates in meta-training",
         )
     return drawn
 

@@ -74,7 +74,9 @@ def function_fits(
             row[0].set_ylabel(targets[target])
     for axes, name in zip(rows[0], functions, strict=True):
         axes.set_title(name, fontsize=10)
-    rows[0][-1].legend(fontsize=7)
+    handles, labels = rows[0][-1].get_legend_handles_labels()
+    place: dict[str, Any] = {"loc": "outside upper center", "ncols": len(labels)}
+    figure.legend(handles, labels, fontsize=8, frameon=False, **place)
     if any(len(outputs) > 1 for outputs in found.values()):
         add_note(
             figure, "line: the mean of seeds, band: from the lowest to the highest"
@@ -101,7 +103,8 @@ def target_errors(
     The band is the 95% CI over tasks.
 
     Args:
-      errors: per method [tasks, T + 1], or [tasks, T + 1, D].
+      errors: per method [tasks, T + 1], or [tasks, T + 1, D], such as the ``errors``
+        of `metalstm.Evaluation` after each number of updates, stacked.
       targets: D names.
     """
     panels: dict[str, dict[str, Losses]] = {target: {} for target in targets}
