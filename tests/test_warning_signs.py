@@ -12,6 +12,8 @@ import pytest
 
 import metalstm
 from metalstm import algorithms, data, learned_optimizers, nn, rules
+from metalstm.algorithms.gradient.adaptation import support_metrics
+from metalstm.inner import Trace
 from metalstm.learned_optimizers import problems
 from metalstm.meta.warning_signs import WarningSigns
 
@@ -119,8 +121,26 @@ def test_a_class_with_one_image_is_refused():
 
 
 def test_losses_that_are_not_finite_rose():
-    from metalstm.algorithms.gradient.engine import _rose
+    def rose(*losses):
+        trace = Trace(jnp.array(losses), None)
+        return support_metrics(trace, None)["support_loss_rose"]
 
-    assert _rose(jnp.array([1.0, jnp.nan])) == 1
-    assert _rose(jnp.array([1.0, 0.5])) == 0
-    assert _rose(jnp.array([1.0])) == 0  # one update: no other loss to compare
+    assert rose(1.0, jnp.nan) == 1
+    assert rose(1.0, 0.5) == 0
+    assert rose(1.0) == 0  # one update: no other loss to compare
+
+
+@pytest.mark.parametrize("build", [algorithms.reptile, algorithms.implicit_maml])
+def test_methods_with_a_gradient_of_their_own_notice_it_too(build):
+    def metrics_of(rate, **options):
+        algorithm = build(NET, optax.sgd(rate), num_steps=4, **options)
+        keys = jax.random.split(jax.random.key(0), 2)
+        tasks = jax.vmap(algorithm.train_sampler(SPEC).sample, (0, None))(keys, None)
+        first = jax.tree.map(lambda leaf: leaf[0], tasks)
+        params = algorithm.init(jax.random.key(1), first)
+        carry = algorithm.init_carry(jax.random.key(2), params, first)
+        return algorithm.meta_gradient(params, carry, keys, tasks)[2]
+
+    assert metrics_of(1e3)["support_loss_rose"] == 1
+    assert metrics_of(1e-3)["support_loss_rose"] == 0
+    assert "support_loss_rose" not in metrics_of(1e-3, batch_size=2)

@@ -101,7 +101,8 @@ def lstm_gates(
         features too. ``"full"`` multiplies it by up to e^p = 22,026.
       p: of `log_sign`.
       forget_bias: b_F is drawn uniformly from this range.
-      input_bias: b_I likewise.
+      input_bias: b_I likewise. The published ranges, with i near 0.01, start slowly
+        whatever the algorithm: `algorithms.meta_lstm` without a rule does not.
       input_bias_of: other ranges for tensors whose path has this part, such as
         ``{"head": (-1, -1)}``; needs a bias for each tensor.
       bias_per: one bias for all coordinates (published), one for each of the learner's

@@ -40,6 +40,7 @@ __all__ = [
     "gradient_scale",
     "query_outputs",
     "step_scale",
+    "support_metrics",
 ]
 
 # folded into an episode's key, one for each use of randomness
@@ -131,6 +132,19 @@ def adapt_to(
     )
     at_end = LearnerState(inner.params, inner.stats, state.other)
     return Adapted(at_end, inner, trace)
+
+
+def support_metrics(trace: Trace, batch_size: int | None) -> dict[str, Array]:
+    """Return the first update's loss, and whether that of the last is above it.
+
+    Losses of minibatches are of different examples, and are not compared.
+    """
+    losses = lax.stop_gradient(trace.losses)
+    metrics = {"support_loss": losses[0]}
+    if batch_size is None:  # NaN rose, too
+        rose = ~(losses[-1] <= losses[0])
+        metrics["support_loss_rose"] = rose.astype(jnp.float32)
+    return metrics
 
 
 def step_scale(

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import optax
 
 from metalstm.algorithms.common import accuracy, resampled
+from metalstm.algorithms.gradient.adaptation import support_metrics
 from metalstm.algorithms.gradient.engine import learned_init, with_gradient_of_init
 from metalstm.base import (
     Array,
@@ -119,8 +120,8 @@ def reptile(
         outputs, _ = learner.apply(adapted, query.x, norm="batch")
         metrics = {
             "loss": trace.losses.mean(),
-            "support_loss": trace.losses[0],
             "accuracy": accuracy(outputs, query.y),
+            **support_metrics(trace, batch_size),
         }
         sums_of_rule = _part(end.rule_state, _Summing).total if sums else None
         move = _displacement(learner, train_way, state.params, end.params, sums_of_rule)

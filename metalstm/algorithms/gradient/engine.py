@@ -24,6 +24,7 @@ from metalstm.algorithms.gradient.adaptation import (
     adapt_to,
     query_outputs,
     step_scale,
+    support_metrics,
 )
 from metalstm.base import (
     Array,
@@ -295,18 +296,13 @@ def _query_loss(
     outputs = query_outputs(adaptation, meta_params, adapted, support, query.x, norm)
     metrics = {
         "accuracy": accuracy(outputs, query.y, mask_of(query)),
-        "support_loss": adapted.trace.losses[0],
-        "support_loss_rose": _rose(adapted.trace.losses),
+        **support_metrics(adapted.trace, adaptation.batch_size),
     }
     gathered = {}
     if adaptation.gathers:
         _, after = adaptation.learner.apply(adapted.learner, query.x, norm="gather")
         gathered = lax.stop_gradient(after.stats)
     return task_loss(outputs, query.y, mask_of(query)), Aux(metrics, gathered)
-
-
-def _rose(losses: Array) -> Array:
-    return lax.stop_gradient(~(losses[-1] <= losses[0])).astype(jnp.float32)  # NaN too
 
 
 def _adapt(

@@ -11,7 +11,7 @@ import optax
 from jax.scipy.sparse.linalg import cg
 
 from metalstm.algorithms.common import accuracy, task_loss
-from metalstm.algorithms.gradient.adaptation import gradient_scale
+from metalstm.algorithms.gradient.adaptation import gradient_scale, support_metrics
 from metalstm.algorithms.gradient.engine import learned_init, with_gradient_of_init
 from metalstm.algorithms.gradient.published import fixed_sgd
 from metalstm.base import (
@@ -152,8 +152,8 @@ def implicit_maml(
             start = meta_params.learner.params
             _, pull_back = jax.vjp(lambda p: at_way(p, train_way), start)
             (grads,) = pull_back(grads)
-        metrics = {"loss": loss, "accuracy": correct, "support_loss": trace.losses[0]}
-        return (grads, ()), metrics
+        metrics = support_metrics(trace, options.get("batch_size"))
+        return (grads, ()), metrics | {"loss": loss, "accuracy": correct}
 
     return with_gradient_of_init(
         tested,

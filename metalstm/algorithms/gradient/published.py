@@ -49,7 +49,9 @@ def meta_lstm(
 
     Args:
       rule: None: gates of 4 hidden units whose f starts near 1, so that what is learned
-        of theta_0 is not forgotten.
+        of theta_0 is not forgotten. ``lstm_gates()`` given here keeps its published
+        biases, i near 0.01, and learns slowly: choose its ``forget_bias`` and
+        ``input_bias`` too.
     """
     if rule is None:
         rule = lstm_gates(**DEFAULT_GATES)
