@@ -154,8 +154,9 @@ def figures(name: str, chip: str, text: str) -> dict[str, Any]:
 def _copies_pool(op: hlo.Operation, program: Program) -> bool:
     size, channels = program.row.get("image", (28, 1))
     pool_bytes = program.classes * program.per_class * size**2 * channels
-    makes_it = op.kind in ("copy", "copy-start", "fusion", "transpose", "reshape")
-    return makes_it and op.cycles > 0 and hlo.array_bytes(op.shape) >= pool_bytes
+    is_large = hlo.array_bytes(op.shape) >= pool_bytes
+    writes = op.kind in ("copy", "fusion", "reshape", "transpose")
+    return writes and is_large and op.shape.startswith("u8[")
 
 
 def _recipe(program: Program, num_tasks: int) -> Recipe:
