@@ -48,13 +48,9 @@ WIDTHS = (30, 9, 10, 9, 9, 15, 17, 26, 10)
 def broken_promises(result: dict[str, Any]) -> list[str]:
     """What a compiled program does that none of ours should.
 
-    It makes a copy of the pool, computes on arrays of six axes, or exchanges more than
-    the one mean over tasks.
+    It makes a copy of the pool, or exchanges more than the one mean over tasks.
     """
     broken = [f"a copy of the pool: {op}" for op in result["pool_copies"]]
-    if result["six_axes_cycles"]:
-        share = result["six_axes_cycles"] / result["cycles"]
-        broken.append(f"{share:.1%} of its cycles make arrays of six axes")
     reduced = result["collectives"].get("all-reduce", (0, 0))[0]
     if reduced > 1:
         broken.append(f"{reduced} all-reduces, where one would do")

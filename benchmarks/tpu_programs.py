@@ -136,8 +136,10 @@ def figures(name: str, chip: str, text: str) -> dict[str, Any]:
     cycles = sum(op.cycles for op in found) / program.tasks
     flops = 1e9 * _gflop(program)
     ranked = sorted(found, key=lambda op: (-op.cycles, op.name))
-    # stacked 3x3 kernels may have as many
+    # of images: a rule's states and stacked 3x3 kernels may have as many axes
     cells = [op for op in found if hlo.rank(op.shape) > 5 and ",3,3," not in op.shape]
+    if "image" not in program.row:
+        cells = []
     return {
         "cycles": round(cycles),
         "ms": 1e3 * cycles / CHIPS[chip].hertz,
@@ -154,8 +156,9 @@ def figures(name: str, chip: str, text: str) -> dict[str, Any]:
 def _copies_pool(op: hlo.Operation, program: Program) -> bool:
     size, channels = program.row.get("image", (28, 1))
     pool_bytes = program.classes * program.per_class * size**2 * channels
-    makes_it = op.kind in ("copy", "copy-start", "fusion", "transpose", "reshape")
-    return makes_it and op.cycles > 0 and hlo.array_bytes(op.shape) >= pool_bytes
+    is_large = hlo.array_bytes(op.shape) >= pool_bytes
+    writes = op.kind in ("copy", "fusion", "reshape", "transpose")
+    return writes and is_large and op.shape.startswith("u8[")
 
 
 def _recipe(program: Program, num_tasks: int) -> Recipe:

@@ -46,7 +46,7 @@ def max_pool(
     strides = (1,) * ndim if strides is None else tuple(strides)
     halves = tuple(window_shape) == strides == (2, 2)
     if halves and padding == "VALID" and inputs.ndim == 4:
-        return _pool(inputs, None if platform() == "cpu" else _HALVES)
+        return _pool(inputs, None)
     is_plain = ndim <= 2 and inputs.ndim == ndim + 2
     if platform() != "cpu" or not is_plain:
         if ndim > 2 and platform() == "cpu":
@@ -70,11 +70,6 @@ class _Window(NamedTuple):
     shape: tuple[int, ...]
     strides: tuple[int, ...]
     pads: tuple[tuple[int, int], ...]
-
-
-# Accelerators take every second pixel where they lie. The cells of `None`, of one axis
-# more for each image axis, are arrays that a TPU would write down.
-_HALVES = _Window((2, 2), (2, 2), ((0, 0), (0, 0)))
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(1,))
