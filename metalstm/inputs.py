@@ -66,7 +66,13 @@ class ExampleArray:
                     f"{name} are {array.dtype}, but this {method} was trained on "
                     f"{self.dtype}: convert them as in training"
                 )
-            return array.astype(self.dtype)
+            converted = array.astype(self.dtype)
+            if array.dtype.kind in "ui" and (converted != array).any():
+                raise ValueError(
+                    f"{name} span {array.min()} to {array.max()}, which {self.dtype} "
+                    "does not hold: give numbers as in training"
+                )
+            return converted
         if array.dtype != np.uint8:
             array = array.astype(np.float32)
             # said so that NaN, which no comparison is true of, is refused too

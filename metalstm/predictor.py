@@ -271,10 +271,22 @@ class Classifier:
         return Classifier, (self.predictor, self.support, self.classes, self.seed)
 
     def __call__(self, query_images: Any) -> np.ndarray:
-        """Return the label [M] of each query, or its targets [M, d]."""
+        """Return the label [M] of each query, or its targets [M, d].
+
+        Raises:
+          ValueError: as `scores`, or scores are NaN, so that no class is highest.
+        """
         scores = self.scores(query_images)
         if self.classes is None:
             return scores
+        unclear = np.isnan(scores).any(-1)
+        if unclear.any():
+            raise ValueError(
+                f"{unclear.sum()} of {len(scores)} queries have scores that are NaN, "
+                f"the first is query {unclear.argmax()}: look for NaN or other numbers "
+                "than in training (token ids outside the vocabulary) in the queries "
+                "and in the support set"
+            )
         return self.classes[scores.argmax(-1)]
 
     def scores(self, query_images: Any) -> np.ndarray:

@@ -197,6 +197,23 @@ def test_examples_of_other_kinds_are_taken_as_in_training(kind, tmp_path):
             ValueError, match="examples are float32, but this nearest_n"
         ):
             predict(x.astype(np.float32), y, x)
+        with pytest.raises(ValueError, match="8589934592, which int32 does not hold"):
+            predict(x.astype(np.int64) + 2**33 * (x == x.max()) - x, y, x)
+
+
+def test_scores_that_are_nan_are_no_answer(tmp_path):
+    pool = data.make_pool(RNG.normal(size=(5, 6, 3)).astype(np.float32))
+    spec, algorithm = data.EpisodeSpec(2, 1, 1), algorithms.prototypical(mlp(None))
+    params = trained(algorithm, spec, pool)
+    predict = metalstm.load(
+        metalstm.save(tmp_path / "it.npz", algorithm, params, pool, spec)
+    )
+    classifier = predict.adapt(np.eye(3)[:2], ["a", "b"])
+    queries = np.eye(3)[[0, 1, 1]]
+    queries[1, 0] = np.nan
+    assert np.isnan(classifier.scores(queries)).any(-1).tolist() == [False, True, False]
+    with pytest.raises(ValueError, match=r"1 of 3 queries .* the first is query 1: "):
+        classifier(queries)
 
 
 def counted(predict, monkeypatch):
