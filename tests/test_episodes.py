@@ -289,10 +289,10 @@ def test_make_pool_joins_classes_and_refuses():
         make_pool(np.zeros((3, 2, 2, 1), np.uint8))
     with pytest.raises(ValueError, match=r"or floats .*, got complex64 of 1 classes"):
         make_pool([np.zeros((3, 2, 2, 1), np.complex64)])
-    with pytest.raises(
-        ValueError, match="integers up to 2147483648: give what 32 bits"
-    ):
+    with pytest.raises(ValueError, match="span 0 to 2147483648: give integers"):
         make_pool([np.full((3, 2), 2**31)])
+    with pytest.raises(ValueError, match="span -9223372036854775808 to 0: give inte"):
+        make_pool([np.full((3, 2), -(2**63))])
     with pytest.raises(ValueError, match=r"images\[1\] are float32 and images"):
         make_pool([ragged[0], ragged[1].astype(np.float32)])
     images = np.zeros((2, 3, 2, 2, 1), np.uint8)

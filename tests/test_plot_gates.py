@@ -95,3 +95,28 @@ def test_what_does_not_vary_over_tasks_is_said():
     assert str(found) == "varies with tasks (100 %)"
     constant = plots.gate_variation(np.full((3, 2, 5), 0.3), [("a", np.arange(5))])
     assert str(constant) == "is constant"
+
+
+def test_nothing_is_said_of_tasks_where_there_is_one():
+    gate = np.random.default_rng(0).uniform(0.2, 0.8, (1, 2, 5))
+    found = plots.gate_variation(gate, [("a", np.arange(5))])
+    assert np.isnan(found.tasks)
+    assert "tasks" not in str(found)
+    np.testing.assert_allclose(np.nansum(found[1:]), 1)
+
+
+@pytest.mark.parametrize(
+    ("gate", "message"),
+    [
+        (np.full((2, 2, 5), np.nan), r"\(2, 2, 5\) and 20 NaN: give finite numbers"),
+        (np.ones((2, 5)), r"shape \(2, 5\) and 0 NaN: give finite numbers \[tasks, T"),
+        (np.ones((0, 2, 5)), r"shape \(0, 2, 5\) and"),
+        (np.ones((2, 2, 6)), "layers have 5 parameters and the gate 6: give layer_gro"),
+    ],
+)
+def test_what_is_no_gate_of_the_layers_is_refused(gate, message):
+    layers = [("a", np.arange(5))]
+    with pytest.raises(ValueError, match=message):
+        plots.gate_variation(gate, layers)
+    with pytest.raises(ValueError, match=message):
+        plots.gate_distributions(gate, gate, layers)

@@ -342,4 +342,10 @@ def test_the_error_of_each_target(tmp_path):
     assert band.get_paths()[0].vertices[:, 1].max() == pytest.approx(highest)
     assert figure.get_supxlabel() == "band: 95% CI over tasks"
     assert len(plots.target_errors({"maml": found[..., 0]}).axes) == 1
+    numbered = plots.target_errors({"maml": found}).axes
+    assert [axes.get_title() for axes in numbered] == ["target 1", "target 2"]
+    with pytest.raises(
+        ValueError, match=r"\['x'\] are 1 and there are 2 targets: give"
+    ):
+        plots.target_errors({"maml": found}, targets=["x"])
     saves(figure, tmp_path)

@@ -145,6 +145,10 @@ def test_a_pool_keeps_its_examples_in_tiles_where_that_costs_little():
     assert (other.stored.shape, other.shape) == ((133, 2, 2, 1), (2, 2, 1))
     with pytest.raises(ValueError, match="images has 4 examples: give one for each of"):
         tiled.with_images(IMAGES[0, :4])
+    with pytest.raises(ValueError, match=r"must be uint8 of shape .* shape \[252\]"):
+        tiled.with_images(np.asarray(tiled.images, np.uint8).reshape(133, -1)[:, :252])
+    with pytest.raises(IndexError, match="there is no class 99: the pool has 0 to 6"):
+        tiled.of_class(99)
 
 
 def test_a_meta_step_for_tpus_has_their_convolutions_and_one_pool():

@@ -87,7 +87,15 @@ class ClassPool:
         return jnp.cumsum(self.counts) - self.counts
 
     def of_class(self, index: int) -> Array:
-        """Return the examples [M_c, ...] of one class, outside of jitted functions."""
+        """Return the examples [M_c, ...] of one class, outside of jitted functions.
+
+        Raises:
+          IndexError: there is no such class.
+        """
+        if not -self.num_classes <= index < self.num_classes:  # which JAX would clamp
+            raise IndexError(
+                f"there is no class {index}: the pool has 0 to {self.num_classes - 1}"
+            )
         start = int(self.counts[:index].sum())
         return self.take(slice(start, start + int(self.counts[index])))
 
@@ -106,15 +114,15 @@ class ClassPool:
         """Return a pool of other examples [N, ...] in the same classes and groups.
 
         Raises:
-          ValueError: there are more or fewer of them.
+          ValueError: there are more or fewer of them, or `make_pool` refuses them.
         """
         if len(images) != len(self.stored):
             raise ValueError(
                 f"images has {len(images)} examples: give one for each of the pool's "
                 f"{len(self.stored)}"
             )
-        stored = jnp.asarray(_in_tiles(np.asarray(images)))
-        return dataclasses.replace(self, stored=stored, shape=images.shape[1:])
+        other = pool_of(np.asarray(images), np.asarray(self.counts))
+        return dataclasses.replace(self, stored=other.stored, shape=other.shape)
 
 
 class Dataset(NamedTuple):
@@ -198,10 +206,10 @@ def pool_of(
             f"classes, each example of shape {list(images.shape[1:])}"
         )
     if images.dtype.itemsize > 4 and images.dtype.kind in "iu":
-        if np.abs(images).max(initial=0) >= 2**31:
+        low, high = images.min(initial=0), images.max(initial=0)
+        if low < -(2**31) or high >= 2**31:
             raise ValueError(
-                f"images hold integers up to {np.abs(images).max()}: give what 32 bits "
-                "hold"
+                f"images span {low} to {high}: give integers that 32 bits hold"
             )
         images = images.astype(np.int32)
     if counts.min() < 1:

@@ -44,7 +44,7 @@ class GateVariation(NamedTuple):
     layers: float
     parameters: float  # of one layer
     steps: float  # at one parameter
-    tasks: float  # at one parameter and step
+    tasks: float  # at one parameter and step; NaN where there is one task
 
     def __str__(self) -> str:
         """What the gate varies with, the largest share first."""
@@ -79,7 +79,13 @@ def gate_variation(gate: np.ndarray, layers: Layers) -> GateVariation:
 
     Returns:
       Shares of 0, and a spread of 0, where the gate is one constant.
+
+    Raises:
+      ValueError: a gate of another rank, empty or not finite; layers that do not have
+        each of its parameters once.
     """
+    gate = np.asarray(gate)
+    _check_gate(gate, layers)
     x = np.log(np.maximum(np.asarray(gate, np.float64), _TINY))
     over_tasks = x.mean(0)
     over_steps = over_tasks.mean(0)
@@ -93,9 +99,23 @@ def gate_variation(gate: np.ndarray, layers: Layers) -> GateVariation:
         of_layers.var(),
         np.square(over_steps - of_layers).mean(),
         over_tasks.var(0).mean(),
-        x.var(0).mean(),
+        x.var(0).mean() if len(x) > 1 else np.nan,
     )
     return GateVariation(float(np.sqrt(total)), *(float(v / total) for v in parts))
+
+
+def _check_gate(gate: np.ndarray, layers: Layers) -> None:
+    if gate.ndim != 3 or not gate.size or not np.isfinite(gate).all():
+        raise ValueError(
+            f"the gate has the shape {gate.shape} and {np.isnan(gate).sum()} NaN: give "
+            "finite numbers [tasks, T, N]"
+        )
+    owned = np.sort(np.concatenate([np.zeros(0, int), *(own for _, own in layers)]))
+    if not np.array_equal(owned, np.arange(gate.shape[-1])):
+        raise ValueError(
+            f"layers have {len(owned)} parameters and the gate {gate.shape[-1]}: give "
+            "layer_groups of the parameters that the gate is of"
+        )
 
 
 def gate_distributions(
@@ -118,8 +138,13 @@ def gate_distributions(
       input: i, likewise, on a log scale.
       layers: as `layer_groups` returns them; the first ``max_layers`` are drawn, and
         all count in the title.
+
+    Raises:
+      ValueError: as `gate_variation`.
     """
     forget, input = np.asarray(forget), np.asarray(input)  # noqa: A001
+    for gate in (forget, input):
+        _check_gate(gate, layers)
     drawn, num_steps = list(layers)[:max_layers], forget.shape[1]
     width = np.clip(1.2 + 0.16 * len(drawn) * (num_steps + 1), 7.0, 14.0)
     figure = new_figure((float(width), 5.6))

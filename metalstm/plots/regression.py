@@ -43,8 +43,12 @@ def function_fits(
         [.., G, D] where the tasks' curves are [G, D]; with or without leading [seeds].
       steps: which updates to draw, the first in dots.
       targets: D names.
+
+    Raises:
+      ValueError: another number of names.
     """
     width = tasks[0].curve.shape[1] if np.ndim(tasks[0].curve) == 2 else 1
+    _check_names(targets or range(width), width)
     size = width * len(tasks), len(functions)
     figure = new_figure((3.2 * size[1], 2.1 * size[0]))
     rows = figure.subplots(*size, sharex=True, sharey="row", squeeze=False)
@@ -95,7 +99,7 @@ def _by_target(outputs: np.ndarray, tasks: Sequence[FittedTask]) -> np.ndarray:
 def target_errors(
     errors: Mapping[str, np.ndarray],
     *,
-    targets: Sequence[str] = ("all targets",),
+    targets: Sequence[str] = (),
     xlabel: str = "updates on the support set",
 ) -> Figure:
     """Draw the mean squared error of each target over updates, a panel a target.
@@ -105,11 +109,19 @@ def target_errors(
     Args:
       errors: per method [tasks, T + 1], or [tasks, T + 1, D], such as the ``errors``
         of `metalstm.Evaluation` after each number of updates, stacked.
-      targets: D names.
+      targets: D names; otherwise they are numbered.
+
+    Raises:
+      ValueError: another number of names.
     """
+    by_method = {n: np.reshape(e, (*np.shape(e)[:2], -1)) for n, e in errors.items()}
+    width = next(iter(by_method.values())).shape[-1]
+    if not targets:
+        numbered = [f"target {index + 1}" for index in range(width)]
+        targets = numbered if width > 1 else ["all targets"]
     panels: dict[str, dict[str, Losses]] = {target: {} for target in targets}
-    for name, found in errors.items():
-        found = np.reshape(found, (*np.shape(found)[:2], -1))
+    for name, found in by_method.items():
+        _check_names(targets, found.shape[-1])
         for index, target in enumerate(targets):
             steps = np.arange(found.shape[1])
             panels[target][name] = Losses(steps, found[:, :, index])
@@ -137,6 +149,14 @@ def seed_spread(
         axes.grid(alpha=0.3, which="both", axis="y")
     figure.axes[0].set_ylabel(ylabel)
     return figure
+
+
+def _check_names(targets: Sequence[Any], width: int) -> None:
+    if len(targets) != width:
+        raise ValueError(
+            f"targets={list(targets)} are {len(targets)} and there are {width} targets:"
+            " give each a name of its own"
+        )
 
 
 def _updates(number: int) -> str:
