@@ -59,6 +59,7 @@ def own_module(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", [*sys.path])
     yield tmp_path
+    methods.kind_of.cache_clear()  # which another test would not import for
     for name in ("mymodule", "broken", "needy"):
         sys.modules.pop(name, None)
 

@@ -11,6 +11,7 @@ from few_shot_runs import META_LSTM, command, read, tiny_dataset
 
 import metalstm
 from experiments.few_shot import __main__ as few_shot
+from experiments.few_shot.command_line import parse
 from experiments.few_shot.methods import kind_of
 from experiments.few_shot.optimizer import make_optimizer
 from experiments.few_shot.options import Training
@@ -64,6 +65,19 @@ def test_the_calibrated_step_is_of_the_training_images(tmp_path):
     tx = optax.sgd(0.1)
     expected = metalstm.init_train_state(predict.algorithm, tx, 0, episode).params
     np.testing.assert_allclose(predict.params.rule[0], expected.rule[0], rtol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("extra", "message"),
+    [
+        ((), "add --init-from"),
+        (("--init-from", "RUN", "--seeds", 2), "drop --seeds"),
+        (("--init-from", "RUN", "--minutes", 1), "drop --minutes"),
+    ],
+)
+def test_no_episodes_of_nothing_are_refused(extra, message):
+    with pytest.raises(ValueError, match=message):
+        parse(command("--algorithms", "meta-lstm", "--episodes", 0, *extra))
 
 
 @pytest.mark.parametrize(

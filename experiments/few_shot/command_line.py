@@ -283,7 +283,22 @@ def check(options: Options) -> None:
             f"{', '.join(tuned)}, or choose scratch"
         )
     for own in options.methods.values():
+        _check_no_episodes(own.training, run.seeds)
         _check_method(own, options.data)
+
+
+def _check_no_episodes(training: Training, seeds: int) -> None:
+    if training.episodes:
+        return
+    if training.init_from is None:
+        raise ValueError(
+            "--episodes 0 tests a trained network as it is: add --init-from"
+        )
+    if training.minutes is not None or seeds > 1:
+        raise ValueError(
+            "--episodes 0 trains nothing, and all seeds are one: drop "
+            + ("--minutes" if training.minutes is not None else "--seeds")
+        )
 
 
 def _check_method(options: Any, data: Data) -> None:

@@ -1,0 +1,55 @@
+"""The trained methods of the package: they can be used, their results made again."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import metalstm
+from experiments.few_shot.saved_runs import read_runs
+from metalstm import data
+
+RESULTS = Path(__file__).parents[1] / "docs" / "results" / "mini_imagenet"
+NAMES = [f"mini-imagenet-{shot}shot-{seed}" for shot in (1, 5) for seed in range(3)]
+
+
+def test_each_has_a_card_and_the_command_knows_how_to_test_it():
+    cards = metalstm.pretrained_learner()
+    assert [card.name for card in cards if card.name in NAMES] == NAMES
+    for card in cards:
+        assert "not stated" not in card
+        (run,) = read_runs([Path(card.name)])
+        assert run.options.test.test_episodes == 2_000
+
+
+@pytest.mark.parametrize("name", NAMES[::3])
+def test_one_predicts_names(name):
+    trained = metalstm.pretrained_learner(name)
+    images = np.random.default_rng(0).integers(0, 256, (6, 84, 84, 3), np.uint8)
+    labels = ["ant", "bee", "cat", "dog", "elk"]
+    assert set(trained(images[:5], labels, images)) <= set(labels)
+
+
+def test_the_first_episodes_of_a_published_number(real_data_dir):
+    pool = data.load_mini_imagenet(real_data_dir / "mini_imagenet").test
+    for shot, episodes in ((1, 40), (5, 16)):
+        name = f"mini-imagenet-{shot}shot-0"
+        trained = metalstm.pretrained_learner(name)
+        found = metalstm.evaluate(
+            trained.algorithm,
+            trained.params,
+            pool,
+            data.EpisodeSpec(5, shot, 15),
+            num_episodes=episodes,
+            seed=0,
+            split="test",
+            batch_size=4,
+        )
+        with np.load(RESULTS / f"{name}.npz") as arrays:
+            published = arrays["meta-lstm"]
+        assert len(published) == 2_000
+        # a query near the boundary may flip on another CPU
+        difference = np.asarray(found.accuracies) - published[:episodes]
+        assert np.abs(difference).mean() < 0.002
