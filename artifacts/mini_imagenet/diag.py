@@ -3,8 +3,9 @@ import sys, numpy as np, jax, jax.numpy as jnp, metalstm, os
 import meta_train as m
 from metalstm import algorithms, data, nn, rules
 import optax
-def algo(shot=1,steps=5,i_head=.1,i_body=1e-3,hidden=4):
-    learner = nn.tied_head(m.one_length(nn.conv4(None, final_relu=False, momentum=0.95), 5.0))
+def algo(shot=1,steps=5,i_head=.1,i_body=1e-3,hidden=4,length=5.0):
+    body = nn.conv4(None, final_relu=False, momentum=0.95)
+    learner = nn.tied_head(m.one_length(body, length) if length else body)
     h,b=m.logit(i_head),m.logit(i_body)
     rule = rules.lstm_gates(hidden_size=hidden, bias_per="tensor", input_bias=(b, b), forget_bias=(10.,10.), input_bias_of={"head": (h, h)})
     return algorithms.published_meta_lstm(learner, rule, num_steps=steps, query_norm="frozen", train_query_norm="frozen", gradient_scale="way", train_way=5, support_stats="final", differentiation=metalstm.first_order())

@@ -48,6 +48,7 @@ def parse():
     a("--init-from", default="", help="start at this run's arrays; the rest afresh")
     a("--classes", type=int, default=64, help="only the first so many")
     a("--roll", type=int, default=0, help="which class is the first")
+    a("--plain", type=int, default=0, help="1: no crops, no flips")
     a("--eval-every", type=float, default=300, help="seconds")
     a("--stop-after", type=float, default=0, help="seconds of this process; 0: none")
     return p.parse_args()
@@ -243,6 +244,9 @@ def augment(r, images, index, a, size):
     w = np.minimum(np.sqrt(area) / ratio, 1) * 84
     y0, x0 = r.uniform(size=n) * (84 - h), r.uniform(size=n) * (84 - w)
     flip = r.uniform(size=n) < 0.5
+    if a.plain:
+        h, w = np.full(n, 84.0), np.full(n, 84.0)
+        y0, x0, flip = np.zeros(n), np.zeros(n), np.zeros(n, bool)
     for i, j in enumerate(index):
         sx, sy = w[i] / size, h[i] / size
         m = np.array([[sx, 0, x0[i] + sx / 2 - 0.5], [0, sy, y0[i] + sy / 2 - 0.5]])
