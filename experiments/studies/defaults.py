@@ -2,7 +2,7 @@
 
 Claim: `algorithms.meta_lstm(learner, num_steps=5)` with nothing else is within 3 points
 of MAML (Finn et al., 2017) at MAML's best rate, and gains from shots: its first step is
-the best of several on the first support set, so that features of any length fit.
+the best of several on the first episode, so that features of any length fit.
 
     python -m experiments.studies.defaults --digits digits.csv.gz
 

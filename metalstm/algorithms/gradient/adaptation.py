@@ -16,6 +16,7 @@ from metalstm.algorithms.common import task_loss
 from metalstm.base import (
     Array,
     Batch,
+    Episode,
     Learner,
     LearnerState,
     MetaParams,
@@ -148,27 +149,31 @@ def support_metrics(trace: Trace, batch_size: int | None) -> dict[str, Array]:
 
 
 def step_scale(
-    learner: Learner, key: Array, support: Batch, way: int | None, num_steps: int
+    learner: Learner, key: Array, episode: Episode, way: int | None, num_steps: int
 ) -> Array:
-    r"""Return the step size by which gradient descent lowers the loss most.
+    r"""Return the step size by which gradient descent lowers the query loss most.
 
     The geometric mean of that of some draws of theta: for a single one, a step that is
-    much too large may happen to end well. From each, gradient descent is run with the
-    step sizes :math:`4^k \cdot 4 L / |\nabla L|^2`, k = -6 .. 4, then with half and
-    twice the best. For L = h theta^2 / 2 the unit is 2 / h, beyond which it diverges:
-    it falls with the square of the features' length and does not depend on the number
-    of examples, of which the loss is the mean. How far from it the best step is depends
-    on the curvature along the way, which neither the gradient nor the largest
-    eigenvalue at theta tells.
+    much too large may happen to end well. The query set judges, since of one image a
+    class a network with batch norm fits the support set by almost any step. From each
+    draw, gradient descent on the support set is run with the step sizes
+    :math:`4^k \cdot 4 L / |\nabla L|^2`, k = -6 .. 4, then with half and twice the
+    best. For L = h theta^2 / 2 the unit is 2 / h, beyond which it diverges: it falls
+    with the square of the features' length and does not depend on the number of
+    examples, of which the loss is the mean. How far from it the best step is depends on
+    the curvature along the way, which neither the gradient nor the largest eigenvalue
+    at theta tells.
 
     Args:
       key: of the draws.
+      episode: support and query set of one meta-training task.
       way: classes, for a learner whose head fits any number of them.
       num_steps: updates.
 
     Returns:
       A float32; 1 where no step lowers the loss.
     """
+    support = episode.support
 
     def log_best_step(key: Array) -> tuple[Array, Array]:
         state = learner.init(key, first_example(support.x))
@@ -176,13 +181,19 @@ def step_scale(
         if learner.at_way is not None:
             params = learner.at_way(params, way or num_examples(support.x))
 
-        def loss_fn(params: PyTree) -> Array:
-            now = state._replace(params=params)
-            outputs, _ = learner.apply(now, support.x, norm="batch")
-            outputs = only_present(outputs, support)
-            return task_loss(outputs, support.y, mask_of(support)).astype(jnp.float32)
+        def loss_on(batch: Batch) -> Callable[[PyTree], Array]:
+            def loss_fn(params: PyTree) -> Array:
+                now = state._replace(params=params)
+                outputs, _ = learner.apply(now, batch.x, norm="batch")
+                outputs = only_present(outputs, support)
+                loss = task_loss(outputs, batch.y, mask_of(batch))
+                return loss.astype(jnp.float32)
 
-        return _log_best_step(loss_fn, params, num_steps)
+            return loss_fn
+
+        return _log_best_step(
+            loss_on(support), loss_on(episode.query), params, num_steps
+        )
 
     @jax.jit
     def mean_step() -> Array:
@@ -194,19 +205,23 @@ def step_scale(
 
 
 def _log_best_step(
-    loss_fn: Callable[[PyTree], Array], params: PyTree, num_steps: int
+    loss_fn: Callable[[PyTree], Array],
+    query_loss_fn: Callable[[PyTree], Array],
+    params: PyTree,
+    num_steps: int,
 ) -> tuple[Array, Array]:
-    """Of one draw: the log, and whether any step lowers the loss."""
+    """Of one draw: the log, and whether any step lowers the query loss."""
 
     def loss_after(scale: Array) -> Array:
         def update(params: PyTree, _):
             step = lambda p, g: (p - scale * g).astype(p.dtype)  # noqa: E731
             return jax.tree.map(step, params, jax.grad(loss_fn)(params)), ()
 
-        loss = loss_fn(lax.scan(update, params, length=num_steps)[0])
+        loss = query_loss_fn(lax.scan(update, params, length=num_steps)[0])
         return jnp.where(jnp.isfinite(loss), loss, jnp.inf)
 
     loss, grads = jax.value_and_grad(loss_fn)(params)
+    before = query_loss_fn(params)
     leaves = [g.astype(jnp.float32) for g in jax.tree.leaves(grads)]
     square = sum((jnp.vdot(g, g) for g in leaves), jnp.float32(0))
     unit = 4 * loss / jnp.where(square > 0, square, 1)
@@ -216,7 +231,7 @@ def _log_best_step(
     near = coarse * jnp.array([0.5, 2.0], jnp.float32)
     scales = jnp.concatenate([coarse[None], near])
     losses = jnp.concatenate([losses.min()[None], lax.map(loss_after, near)])
-    lowered = (losses.min() < loss) & (square > 0) & jnp.isfinite(unit)
+    lowered = (losses.min() < before) & (square > 0) & jnp.isfinite(unit)
     best = jnp.where(lowered, scales[jnp.argmin(losses)], jnp.float32(1))
     return jnp.log(best), lowered
 

@@ -101,8 +101,8 @@ def learned_init(
         authors' code); ``"way"``: by the number of classes, so that a class moves its
         part of the head as far in a task of many classes as in one of few;
         ``"calibrated"``: by the step size with which T updates of gradient descent from
-        drawn theta lower the first episode's support loss most. It is a parameter of
-        the rule, `rules.learned_scale`, and is meta-learned from there.
+        drawn theta, on the support set, lower the first episode's query loss most. It
+        is a parameter of the rule, `rules.learned_scale`, and is meta-learned from there.
       train_way: meta-train on tasks with this many classes; needs a learner with
         ``at_way``, that is, a head whose classes share their start.
       train_queries: queries a class in meta-training, when they differ from the test's.
@@ -268,9 +268,7 @@ def _init(
     _check_other(state.other)
     rule_params = adaptation.rule.init(rule_key, state.params)
     if calibrated_by is not None:
-        scale = step_scale(
-            adaptation.learner, learner_key, episode.support, way, calibrated_by
-        )
+        scale = step_scale(adaptation.learner, learner_key, episode, way, calibrated_by)
         rule_params = (jnp.log(scale), *rule_params[1:])
     if not adaptation.learn_init:
         # only the averages of `frozen` are kept of a learner drawn per episode
