@@ -56,7 +56,7 @@ def test_no_episodes_leave_the_trained_network_as_it_is(finished, tmp_path):
 def test_the_calibrated_step_is_of_the_training_images(tmp_path):
     line = command(
         "--algorithms", "meta-lstm", "--hidden-size", 2, "--num-steps", 2,
-        "--episodes", 0, workdir=tmp_path / "run",
+        "--episodes", 4, "--learning-rate", 1e-9, workdir=tmp_path / "run",
     )  # fmt: skip
     assert few_shot.main(line) == 0
     predict = metalstm.load_run(tmp_path / "run")

@@ -102,7 +102,8 @@ def learned_init(
         part of the head as far in a task of many classes as in one of few;
         ``"calibrated"``: by the step size with which T updates of gradient descent from
         drawn theta, on the support set, lower the first episode's query loss most. It
-        is a parameter of the rule, `rules.learned_scale`, and is meta-learned from there.
+        is a parameter of the rule, `rules.learned_scale`, and is meta-learned from
+        there.
       train_way: meta-train on tasks with this many classes; needs a learner with
         ``at_way``, that is, a head whose classes share their start.
       train_queries: queries a class in meta-training, when they differ from the test's.
