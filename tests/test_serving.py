@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import tiny
 from flax import linen
 
 import metalstm
@@ -23,24 +24,12 @@ SPEC = data.EpisodeSpec(WAY, 2, 3, normalise=data.Normalisation((0.4,), (0.3,)))
 X = np.concatenate([np.asarray(POOL.of_class(c))[:2] for c in range(WAY)])
 Y = np.repeat(np.arange(WAY, dtype=np.int32), 2)
 QUERY = np.concatenate([np.asarray(POOL.of_class(c))[4:7] for c in range(WAY)])
-OWN_RULE = """
-import jax.numpy as jnp, optax
-import metalstm
-
-def tanh_descent(rate=0.1):
-    def bind(p):
-        step = lambda grad, param: -p["alpha"] * jnp.tanh(p["beta"] * grad)
-        return optax.with_extra_args_support(optax.stateless_with_tree_map(step))
-    init = lambda key, params: {"alpha": jnp.float32(rate), "beta": jnp.float32(1)}
-    traits = metalstm.RuleTraits(coordinatewise=True, smooth=True, reads_loss=False)
-    return metalstm.UpdateRule(init, bind, traits)
-"""
 
 
 @pytest.fixture
 def own_module(tmp_path, monkeypatch):
     """The rule in a module on the path, also of processes that this one starts."""
-    (tmp_path / "rule_of_a_user.py").write_text(OWN_RULE)
+    (tmp_path / "rule_of_a_user.py").write_text(tiny.RULE_MODULE)
     monkeypatch.syspath_prepend(tmp_path)
     import rule_of_a_user  # noqa: F401
 

@@ -19,19 +19,9 @@ from experiments.learned_optimizer import __main__ as learned_optimizer
 from metalstm import algorithms, first_order, rules
 from metalstm.records import to_spec
 
-MODULE = """
-import jax.numpy as jnp
-import metalstm
-import optax
-
-def tanh_descent(rate=0.1):
-    def bind(p):
-        step = lambda grad, param: -p["alpha"] * jnp.tanh(p["beta"] * grad)
-        return optax.with_extra_args_support(optax.stateless_with_tree_map(step))
-    init = lambda key, params: {"alpha": jnp.float32(rate), "beta": jnp.float32(1)}
-    traits = metalstm.RuleTraits(coordinatewise=True, smooth=True, reads_loss=False)
-    return metalstm.UpdateRule(init, bind, traits)
-
+MODULE = (
+    tiny.RULE_MODULE
+    + """
 made = tanh_descent(0.2)
 def clipped(rate=0.1):
     return optax.chain(optax.clip_by_global_norm(1.0), optax.sgd(rate))
@@ -40,6 +30,7 @@ number = 3
 def nothing():
     return None
 """
+)
 PARAMS = {"w": jnp.array([1.0, -2.0])}
 GRADS = {"w": jnp.array([0.5, 4.0])}
 

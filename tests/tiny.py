@@ -102,3 +102,19 @@ def assert_equal(a, b) -> None:
     """The same structure and the same bits."""
     assert jax.tree.structure(a) == jax.tree.structure(b)
     jax.tree.map(np.testing.assert_array_equal, a, b)
+
+
+RULE_MODULE = """
+import jax.numpy as jnp
+import metalstm
+import optax
+
+def tanh_descent(rate=0.1):
+    def bind(p):
+        step = lambda grad, param: -p["alpha"] * jnp.tanh(p["beta"] * grad)
+        return optax.with_extra_args_support(optax.stateless_with_tree_map(step))
+    init = lambda key, params: {"alpha": jnp.float32(rate), "beta": jnp.float32(1)}
+    traits = metalstm.RuleTraits(coordinatewise=True, smooth=True, reads_loss=False)
+    return metalstm.UpdateRule(init, bind, traits)
+"""
+"""The text of a user's module with a rule."""
