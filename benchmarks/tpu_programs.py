@@ -55,6 +55,7 @@ _MAML = episodes.ROWS["maml-conv4-64-5steps"]
 _COMPARE = {"image": (84, 3), "shot": 5, "steps": 1, "rule": "compare"}
 PROGRAMS = {
     "meta-lstm-1shot": Program(episodes.ROWS["mini-1shot"], *_MINI),
+    "meta-lstm-1shot-16tasks": Program(episodes.ROWS["mini-1shot"], *_MINI, tasks=16),
     "meta-lstm-5shot": Program(episodes.ROWS["mini-5shot"], *_MINI),
     "meta-lstm-5shot-second-order": Program(
         episodes.ROWS["mini-5shot-second-order"], *_MINI
@@ -94,7 +95,8 @@ def compile_program(name: str, chip: str, chips: int) -> tuple[dict[str, Any], s
     The figures are: program, chip, chips; cycles of an episode and the milliseconds
     they take, the matrix units' share, bytes of arguments and temporaries, collectives
     by kind (number, bytes), the costliest operations, those that make a copy of the
-    pool, cycles of arrays of six axes, and the seconds of tracing and compiling.
+    pool, bytes an episode that are written without an estimate, cycles of arrays of six
+    axes, and the seconds of tracing and compiling.
     """
     import jax
     import numpy as np
@@ -149,6 +151,7 @@ def figures(name: str, chip: str, text: str) -> dict[str, Any]:
             (op.cycles / program.tasks / cycles, str(op)) for op in ranked[:5]
         ],
         "pool_copies": [str(op) for op in found if _copies_pool(op, program)],
+        "unestimated_bytes": hlo.without_estimate(found) // program.tasks,
         "six_axes_cycles": round(sum(op.cycles for op in cells) / program.tasks),
     }
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import warnings
 from typing import get_args
 
@@ -95,7 +96,7 @@ def test_extremes_are_maxima_of_either_sign(shape, platform):
                 return jax.grad(lambda x: (curvature(pool, x) ** 2).sum())(x)
 
             for fn in (value, curvature, third):
-                ours, theirs = (jax.jit(lambda x, p=p: fn(p, x))(x) for p in pools)
+                ours, theirs = (jax.jit(functools.partial(fn, p))(x) for p in pools)
                 np.testing.assert_allclose(ours, theirs, rtol=1e-10, atol=1e-12)
         signs = jnp.stack([sign, -sign])
         together = jax.vmap(lambda s: jax.grad(lambda x: value(pool_extremes, x, s))(x))

@@ -77,6 +77,10 @@ def test_figures_and_broken_promises_of_a_program():
     assert found["ms"] == pytest.approx(400 / 1.5e6)
     assert [share for share, _ in found["costliest"][:3]] == [0.45, 0.3, 0.25]
     assert found["six_axes_cycles"] == 180
+    assert found["unestimated_bytes"] == 0
+    of_sum = COMPILED.replace(', backend_config={"estimated_cycles":"10"}', "")
+    unknown = tpu_programs.figures("prototypical-5shot", "v5e", of_sum)
+    assert unknown["unestimated_bytes"] == 12 * 4 * 32
     assert tpu.broken_promises(found) == []
     gathered = COMPILED.replace("all-reduce(", "all-gather(")
     broken = tpu.broken_promises(

@@ -78,7 +78,7 @@ def pool_extremes(x: Array, sign: Array) -> Array:
     sign = lax.stop_gradient(sign)
     if platform() == "cpu":
         return sign * max_pool(sign * x)
-    # within the comparisons: a product that all corners read would be an array in memory
+    # within the comparisons: all corners would read a product from memory
     return _pool(x, sign, None)
 
 
