@@ -187,8 +187,8 @@ def block_on_cpu_collectives(tree: PyTree) -> None:
     for ever (jax 0.10.2 aborts after 40 seconds).
     """
     for leaf in (x for x in jax.tree.leaves(tree) if isinstance(x, jax.Array)):
-        devices = leaf.sharding.device_set
-        if len(devices) > 1 and next(iter(devices)).platform == "cpu":
+        devices: list[Any] = [*leaf.sharding.device_set]
+        if len(devices) > 1 and devices[0].platform == "cpu":
             jax.block_until_ready(leaf)
 
 
