@@ -193,3 +193,10 @@ def test_a_meta_step_for_tpus_has_their_convolutions_and_one_pool():
     assert most_axes(text) == 5
     shapes = set(re.findall(r"tensor<(133x[\dx]+)", text))
     assert shapes == {"133x8x128x"}  # in no other layout
+
+
+def test_an_exchange_is_a_ring_along_each_axis_of_the_chips():
+    assert tpu_programs.exchange_ms({}, "v5e", 1) == 0
+    found = tpu_programs.exchange_ms({"all-reduce": (1, 4 * 50_000)}, "v5e", 256)
+    each = 2 * 15 / 16 * 200_000 / 50e9 + 2 * 15 * 1e-6
+    assert found == pytest.approx(2e3 * each)
