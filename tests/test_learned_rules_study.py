@@ -1,4 +1,4 @@
-"""The study of learned rules: its cells nest, resume, and start from a trained method."""
+"""The study of learned rules: its cells nest, resume, and start where they should."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def test_every_rule_starts_from_the_same_updates(rule, drawn):
 
 def test_the_start_is_gradient_descent_of_the_two_steps(drawn):
     """theta - i * way * gradient, by hand, for a single update."""
-    found, episode = drawn
+    _, episode = drawn
     config = Config(steps=1)
     algorithm = algorithm_of("start", "first", config)
     params = algorithm.init(jax.random.key(1), episode)
@@ -86,7 +86,8 @@ def test_a_stopped_study_resumes(tmp_path, capsys, monkeypatch):
     assert learned_rules.main([*line, "--rules", "start", "hidden-4"]) == 0
     first = json.loads((tmp_path / "results.json").read_text())["rows"]
     assert [row["rule"] for row in first] == ["start", "hidden-4"]
-    assert "to_start" in first[1] and "to_rates" not in first[1]
+    assert "to_start" in first[1]
+    assert "to_rates" not in first[1]
 
     class Never:
         def __init__(self, *args):
