@@ -26,6 +26,7 @@ from metalstm.batches import (
     index_labels,
     num_examples,
     power_of_two,
+    support_targets,
 )
 from metalstm.data.pools import Normalisation
 from metalstm.runtime.exporting import export_program
@@ -145,8 +146,7 @@ class Predictor:
         if len(labels) != (num := num_examples(x)):
             raise ValueError(f"{len(labels)} labels for {num} images: give one each")
         if self.regression:
-            y: Any = np.asarray(labels, np.float32)
-            support = Batch(x, y.reshape(len(y), -1))
+            support = Batch(x, support_targets(labels))
             return Classifier(self, support, None, seed)
         classes, y = index_labels(labels)
         if self.way is not None and len(classes) != self.way:
