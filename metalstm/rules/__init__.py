@@ -13,7 +13,9 @@ from metalstm.rules.groups import by_group, conv_or_dense, matrix_or_vector, onl
 from metalstm.rules.io import SavedRule, load_rule, save_rule
 from metalstm.rules.l2l_lstm import L2LState, l2l
 from metalstm.rules.memory import MemoryState, gradient_memory, two_layer
+from metalstm.rules.moment_gates import MomentGatesState, moment_gates
 from metalstm.rules.precision import FloatCopyState, with_float_copy
+from metalstm.rules.progress import ProgressState, with_progress
 from metalstm.rules.spec import build_rule
 
 __all__ = [
@@ -22,6 +24,8 @@ __all__ = [
     "GatesState",
     "L2LState",
     "MemoryState",
+    "MomentGatesState",
+    "ProgressState",
     "SavedRule",
     "as_rule",
     "build_rule",
@@ -38,9 +42,11 @@ __all__ = [
     "log_sign",
     "lstm_gates",
     "matrix_or_vector",
+    "moment_gates",
     "only",
     "save_rule",
     "tunable",
     "two_layer",
     "with_float_copy",
+    "with_progress",
 ]
