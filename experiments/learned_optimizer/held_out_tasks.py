@@ -343,7 +343,7 @@ def _fine_tuning(folder: Path) -> Loaded:
     start = _resnet(folder)
     tx = optax.adamw(optax.cosine_decay_schedule(3e-3, 1_500))
     params = _trained(start, tx, 1_500)
-    data = photos(folder, "val")
+    data = photos(folder, "validation")
     family = problems.supervised(ResNet(16), batch_size=32)
 
     def init(key: Array, task: PyTree) -> PyTree:

@@ -13,7 +13,7 @@ from metalstm.rules.groups import by_group, conv_or_dense, matrix_or_vector, onl
 from metalstm.rules.io import SavedRule, load_rule, save_rule
 from metalstm.rules.l2l_lstm import L2LState, l2l
 from metalstm.rules.memory import MemoryState, gradient_memory, two_layer
-from metalstm.rules.moment_gates import MomentGatesState, moment_gates
+from metalstm.rules.moments import MomentGatesState, moment_gates
 from metalstm.rules.precision import FloatCopyState, with_float_copy
 from metalstm.rules.progress import ProgressState, with_progress
 from metalstm.rules.spec import build_rule

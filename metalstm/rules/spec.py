@@ -15,7 +15,7 @@ from metalstm.rules.gates import lstm_gates
 from metalstm.rules.groups import by_group, conv_or_dense, matrix_or_vector
 from metalstm.rules.l2l_lstm import l2l
 from metalstm.rules.memory import gradient_memory, two_layer
-from metalstm.rules.moment_gates import moment_gates
+from metalstm.rules.moments import moment_gates
 from metalstm.user_objects import object_at
 
 __all__ = ["FACTORIES", "build_rule"]
