@@ -54,6 +54,7 @@ from metalstm.learned_optimizers import (
 MODULE = "experiments.learned_optimizer.general"
 NAME = "gates"
 _VALIDATION_SEED = 1_000_003
+_CAP = 2.0  # of a family's log ratio: losses near zero must not decide alone
 _RATES = tuple(10 ** (k / 2) for k in range(-8, 0))  # of AdamW: 1e-4 to 0.3
 
 
@@ -171,7 +172,8 @@ def make_score(
         ratios = {}
         for task in tasks:
             losses = measures[task.name](params, task.data, _VALIDATION_SEED)
-            ratios[task.name] = float(capped_logs(losses).mean() - reference[task.name])
+            ratio = capped_logs(losses).mean() - reference[task.name]
+            ratios[task.name] = float(np.clip(ratio, -_CAP, _CAP))
         mean = float(np.mean(list(ratios.values())))
         return -mean, {"log_ratio": mean, **ratios, "cpu_seconds": time.process_time()}
 

@@ -126,14 +126,11 @@ def next_trial(optimizer: Optimizer, scores: dict[Trial, float]) -> Trial | None
     if not of_rates:
         return Trial(0, first)
     best = min(sorted(of_rates), key=lambda step: of_rates[step])
-    if len(of_rates) < RATE_TRIALS or not others:
-        # the neighbours of the best first, then further out on its better side
-        for step in (best - 1, best + 1, best - 2, best + 2, best - 3, best + 3):
-            bracketed = best - 1 in of_rates and best + 1 in of_rates
-            if bracketed and others:
-                break
-            if step not in of_rates:
-                return Trial(step, first)
+    bracketed = best - 1 in of_rates and best + 1 in of_rates
+    if not others or (len(of_rates) < RATE_TRIALS and not bracketed):
+        # the nearest to the best that was not tried
+        outwards = (best + sign * by for by in range(1, TRIALS) for sign in (-1, 1))
+        return Trial(next(step for step in outwards if step not in of_rates), first)
     left = [Trial(best + by, name) for by in (0, 1, -1, 2, -2) for name in others]
     return next((trial for trial in left if trial not in scores), None)
 
