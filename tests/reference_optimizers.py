@@ -147,7 +147,7 @@ def moment_gates_step(
     u = np.sqrt(square / (1 - 0.99**count))
     rms = lambda x: np.sqrt(np.mean(x**2))  # noqa: E731
     angle = lambda a, b: np.mean(a * b) / (rms(a) * rms(b))  # noqa: E731
-    squash = lambda x: x / (1 + abs(x))  # noqa: E731
+    squash = lambda x: np.clip(x, -2, 2)  # noqa: E731
     fan_in = np.prod(theta.shape[:-1]) if theta.ndim > 1 else 1.0
     done = 0.0 if progress is None else progress
     z = np.array(

@@ -86,9 +86,9 @@ class Config(Options, frozen=True):
     backprop: Annotated[tuple[str, ...], tyro.conf.arg(metavar="NAME ..")] = (
         "logistic",
         "noisy-quadratics",
-        "teacher",
     )
-    """Families that also have exact derivatives."""
+    """Families that also have exact derivatives; of networks they take minutes to
+    compile."""
     backprop_weight: Positive = 0.5
     """How often these meta-steps are, one of a family's others being 1."""
     validation_steps: Count = 1_000

@@ -228,8 +228,8 @@ def run(config: Config, optimizers: dict[str, Optimizer]) -> None:
 
 def final_losses(cells: Cells, trial: Trial) -> np.ndarray | None:
     """Of the seeds, float64 [3]; None while one is missing."""
-    found = [cells.read(trial, seed) for seed in SEEDS]
-    return None if None in found else np.array([_score(cell) for cell in found])
+    found = [cell for seed in SEEDS if (cell := cells.read(trial, seed)) is not None]
+    return np.array(list(map(_score, found))) if len(found) == len(SEEDS) else None
 
 
 def report(config: Config, optimizers: dict[str, Optimizer]) -> str:

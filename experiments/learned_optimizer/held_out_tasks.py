@@ -70,8 +70,8 @@ def characters(folder: Path) -> ImageData:
 
 def text(characters: str, length: int = 32) -> tuple[ImageData, int]:
     """Windows of printable ASCII, everything else a space; and the number of kinds."""
-    codes = np.frombuffer(characters.encode("ascii", "replace"), np.uint8)
-    codes = np.where((codes < 32) | (codes > 126), 32, codes).astype(np.int32) - 32
+    raw = np.frombuffer(characters.encode("ascii", "replace"), np.uint8)
+    codes = np.where((raw < 32) | (raw > 126), 32, raw).astype(np.int32) - 32
     starts = np.arange(0, len(codes) - length - 1, 16)
     rows = jnp.asarray(codes[starts[:, None] + np.arange(length + 1)])
     return ImageData(rows[:, :-1], rows[:, 1:]), 95
@@ -226,7 +226,11 @@ def _generated(
 
     def loss(params: PyTree, task: PyTree, batch: PyTree) -> Array:
         del task
-        return measure(lambda x: module.apply({"params": params}, x), batch)
+
+        def network(x: Array) -> Any:
+            return module.apply({"params": params}, x)
+
+        return measure(network, batch)
 
     family = ProblemFamily(
         sample=lambda key, data: (),

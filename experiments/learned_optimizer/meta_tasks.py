@@ -55,7 +55,7 @@ def table(name: str) -> ImageData:
 
 def _sklearn(loader: str) -> tuple[np.ndarray, np.ndarray]:
     try:
-        from sklearn import datasets
+        from sklearn import datasets  # type: ignore[import-untyped, unused-ignore]
     except ImportError as error:
         raise ImportError(
             "meta-training reads the tables of scikit-learn: pip install scikit-learn"
@@ -285,7 +285,7 @@ def training_tasks() -> tuple[Task, ...]:
         Task("digits-tanh", _mlp(10, (32, 32), jnp.tanh, 32), numbers),
         Task("digits-deep", _mlp(10, (24,) * 4, jax.nn.gelu, 128), numbers),
         Task("digits-norm", supervised(NormalisedMLP(10, 24), batch_size=32), numbers),
-        Task("letters-sigmoid", _mlp(10, (20,), jax.nn.sigmoid, 64), glyphs),
+        Task("letters-sigmoid", _mlp(10, (20,), jax.nn.sigmoid, 32), letters(28)),
         Task("letters-elu", _mlp(10, (32, 16), jax.nn.elu, 16), glyphs),
         Task("letters-cnn", supervised(SmallCNN(10), batch_size=16), glyphs, 4),
         Task("cancer", _mlp(2, (16,), jax.nn.relu, 32), table("breast_cancer")),

@@ -239,7 +239,7 @@ def sweep(
             "rules.tunable(factory, **the same names)"
         )
     unset = dict.fromkeys(("eval_batch", "task_mapping", "measured"))
-    settings = {"record_every": 1} | unset | options
+    settings: dict[str, Any] = {"record_every": 1} | unset | options
     curves_of = _curves(family, rule, num_instances, num_steps, **settings)
     axes = [np.asarray(axis, np.float32) for axis in grid.values()]
     points = np.stack([m.reshape(-1) for m in np.meshgrid(*axes, indexing="ij")])

@@ -45,14 +45,16 @@ def init_mixture_state(
       ValueError: no parts, or not a pool for each.
     """
     check_at_least("len(parts)", len(parts), 1)
-    carries: list[Any] = []
-    state = None
-    for k, (part, pool) in enumerate(zip(parts, pools, strict=True)):
-        key = jax.random.fold_in(jax.random.key(seed), k)
-        draw = part.sampler.sample(key, pool)
-        if state is None:
-            state = init_train_state(part.algorithm, optimizer, seed, draw)
-        carries.append(part.algorithm.init_carry(key, state.params, draw))
+    keys = [jax.random.fold_in(jax.random.key(seed), k) for k in range(len(parts))]
+    draws = [
+        part.sampler.sample(key, pool)
+        for part, key, pool in zip(parts, keys, pools, strict=True)
+    ]
+    state = init_train_state(parts[0].algorithm, optimizer, seed, draws[0])
+    carries = [
+        part.algorithm.init_carry(key, state.params, draw)
+        for part, key, draw in zip(parts, keys, draws, strict=True)
+    ]
     # copies: a train step donates its state, which may hold no buffer twice
     return jax.tree.map(jnp.array, state._replace(carry=tuple(carries)))
 
@@ -93,8 +95,8 @@ def make_mixture_loop(
 def part_of_step(weights: Sequence[float], seed: int, step: int) -> int:
     """Draw the part of a meta-step, with probabilities proportional to ``weights``.
 
-    >>> [part_of_step([1.0, 3.0], 0, step) for step in range(8)]
-    []
+    >>> [part_of_step([1.0, 3.0], 0, step) for step in range(4)]
+    [1, 1, 0, 1]
     """
     shares = np.asarray(weights, np.float64)
     rng = np.random.default_rng([seed, step])

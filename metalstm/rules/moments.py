@@ -12,6 +12,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
+from jax import lax
 
 from metalstm.base import Array, PyTree, RuleTraits, UpdateRule
 from metalstm.checks import check_at_least
@@ -32,7 +33,7 @@ _TINY = 1e-30  # added to squares: a tensor whose gradient is zero does not move
 class MomentGatesState(NamedTuple):
     """Four floats a parameter, each tree like the parameters, in float32."""
 
-    count: Array  # int32, updates done
+    step: Array  # int32, updates done
     means: tuple[PyTree, PyTree, PyTree]  # with the decays 0.9, 0.99, 0.999
     square: PyTree
 
@@ -99,22 +100,22 @@ def moment_gates(*, hidden_size: int = 8) -> UpdateRule:
             leaves, treedef = jax.tree.flatten(updates)
             grads = [jnp.asarray(g, _wide(g)) for g in leaves]
             finite = jnp.isfinite(sum(jnp.square(g).sum() for g in grads))
-            count = state.count + finite
+            step = state.step + finite
+            # numbers that leave all as it was, where a select would copy every array
+            decays = [jnp.where(finite, b, 1) for b in (*_DECAYS, _SQUARE_DECAY)]
             columns = (*state.means, state.square, params)
             moves, moments = [], []
             rows = zip(*map(jax.tree.leaves, columns), strict=True)
             for g, (*old, theta) in zip(grads, rows, strict=True):
-                new = _moments(jnp.where(finite, g, 0), old)
-                delta = _delta(rule, g, new, theta, count, progress)
-                moves.append(jnp.where(finite, delta, 0))
-                moments.append(
-                    [jnp.where(finite, a, b) for a, b in zip(new, old, strict=True)]
-                )
+                g = jnp.where(finite, g, 0)
+                new = _moments(g, old, decays)
+                moves.append(finite * _delta(rule, g, new, theta, step, progress))
+                moments.append(new)
             moves = [d.astype(g.dtype) for d, g in zip(moves, leaves, strict=True)]
             *means, square = (
                 jax.tree.unflatten(treedef, [m[k] for m in moments]) for k in range(4)
             )
-            new_state = MomentGatesState(count, tuple(means), square)
+            new_state = MomentGatesState(step, tuple(means), square)
             return jax.tree.unflatten(treedef, moves), new_state
 
         return optax.GradientTransformationExtraArgs(init_fn, update_fn)
@@ -133,14 +134,18 @@ def _wide(x) -> jnp.dtype:
     return coordinate_dtype([x])
 
 
+def _mean(x: Array) -> Array:
+    return x.sum() / max(x.size, 1)
+
+
 def _rms(x: Array) -> Array:
-    return jnp.sqrt(jnp.square(x).sum() / max(x.size, 1) + _TINY)
+    return jnp.sqrt(_mean(jnp.square(x)) + _TINY)
 
 
-def _moments(g: Array, old: list[Array]) -> list[Array]:
-    *means, square = old
-    new = [b * m + (1 - b) * g for b, m in zip(_DECAYS, means, strict=True)]
-    return [*new, _SQUARE_DECAY * square + (1 - _SQUARE_DECAY) * jnp.square(g)]
+def _moments(g: Array, old: list[Array], decays: list[Array]) -> list[Array]:
+    added = (g, g, g, jnp.square(g))
+    rows = zip(decays, old, added, strict=True)
+    return [(b * m + (1 - b) * x).astype(g.dtype) for b, m, x in rows]
 
 
 def _delta(
@@ -149,19 +154,25 @@ def _delta(
     """The change of one tensor."""
     steps = jnp.maximum(count, 1).astype(g.dtype)
     theta = theta.astype(g.dtype)
-    *means, square = (
-        m / (1 - jnp.power(b, steps))
-        for b, m in zip((*_DECAYS, _SQUARE_DECAY), moments, strict=True)
+    *means, square = moments
+    # each average over the weights it has so far; numbers, so that no array is made
+    *scales, square_scale = (
+        1 / (1 - jnp.power(b, steps)) for b in (*_DECAYS, _SQUARE_DECAY)
     )
+    mean_square = square_scale * _mean(square)
     # coordinates that have never had a gradient: 1e-6 of the others' u, not 0
-    u = jnp.sqrt(square + 1e-12 * square.sum() / max(square.size, 1) + _TINY)
-    z = _tensor_features(g, means, theta, u, steps, progress)
-    x = _coordinate_features(g, means, theta, u)
+    square = square_scale * square + (1e-12 * mean_square + _TINY)
+    unit, size = jnp.sqrt(mean_square + _TINY), _rms(theta)
+    scales = [1.0, *scales]
+    averages = [g, *means]
+    z = _tensor_features(averages, scales, theta, unit, size, steps, progress)
     rule = jax.tree.map(lambda w: jnp.asarray(w, g.dtype), rule)
     hidden = jnp.tanh(rule["hidden"]["kernel"] @ z + rule["hidden"]["bias"])
     out = rule["output"]["kernel"] @ hidden + rule["output"]["bias"]
     step = jnp.exp(jnp.clip(out[0] + rule["step"]["kernel"] @ z, *_LOG_STEPS))
-    mixed = sum(c * m for c, m in zip(out[1:5], (g, *means), strict=True))
+    mixture = zip(out[1:5], scales, averages, strict=True)
+    mixed = sum(c * scale * m for c, scale, m in mixture)
+    x = _coordinate_features(averages, scales, theta * (1 / size), square, unit)
 
     def gate(weights: Array) -> Array:
         terms = zip(weights[:-1], x, strict=True)
@@ -169,28 +180,34 @@ def _delta(
 
     of_input, of_forget = jnp.split(out[5:], 2)
     move = gate(of_input) * mixed
-    move = jnp.clip(move / _rms(move), -_LARGEST, _LARGEST)
+    move = jnp.clip(move * (1 / _rms(move)), -_LARGEST, _LARGEST)
     return -step * (move + gate(of_forget) * theta)
 
 
 def _tensor_features(
-    g: Array, means: list[Array], theta: Array, u: Array, steps: Array, progress
+    averages: list[Array],
+    scales: list[Array],
+    theta: Array,
+    unit: Array,
+    size: Array,
+    steps: Array,
+    progress,
 ) -> Array:
     """What the step, the mixture and the gates' weights are read from, [Z]."""
-    unit = _rms(u)
     fan_in = math.prod(theta.shape[:-1]) if theta.ndim > 1 else 1
     known = progress >= 0
     done = jnp.where(known, progress, 0)
-
-    def cosine(a: Array, b: Array) -> Array:
-        return (a / _rms(a) * (b / _rms(b))).sum() / max(a.size, 1)
-
+    g, fast, _, slow = averages
+    lengths = [_rms(m) for m in averages]
+    # one root after the other: their product may underflow, and its derivative
+    cosine = lambda a, b, *sizes: _mean(a * b) / sizes[0] / sizes[1]  # noqa: E731
+    relative = zip(lengths, scales, strict=True)
     features = [
-        *(jnp.log(_rms(m) / unit) / 3 for m in (g, *means)),
-        cosine(g, means[0]),
-        cosine(means[0], means[2]),
-        cosine(means[0], theta),
-        jnp.log(_rms(theta) + 1e-3) / 5,
+        *(jnp.log(scale * length / unit) / 3 for length, scale in relative),
+        cosine(g, fast, lengths[0], lengths[1]),
+        cosine(fast, slow, lengths[1], lengths[3]),
+        cosine(fast, theta, lengths[1], size),
+        jnp.log(size + 1e-3) / 5,
         math.log(max(theta.size, 1)) / 10,
         math.log(max(fan_in, 1)) / 10,
         float(theta.ndim > 1),
@@ -203,14 +220,21 @@ def _tensor_features(
 
 
 def _coordinate_features(
-    g: Array, means: list[Array], theta: Array, u: Array
+    averages: list[Array],
+    scales: list[Array],
+    relative: Array,
+    square: Array,
+    unit: Array,
 ) -> list[Array]:
     """What the gates read: F arrays, the same when g and theta change their signs."""
-    relative = theta / _rms(theta)
-    bounded = lambda a: a / (1 + jnp.abs(a))  # noqa: E731
-    current, fast, middle, slow = (m / u for m in (g, *means))
+    # no division of arrays: they cost as much as all the rest
+    inverse = lax.rsqrt(square)
+    bounded = lambda a: jnp.clip(a, -2, 2)  # noqa: E731
+    current, fast, middle, slow = (
+        m * (scale * inverse) for m, scale in zip(averages, scales, strict=True)
+    )
     return [
-        jnp.log(u / _rms(u)),
+        -jnp.log(inverse * unit),
         bounded(jnp.abs(middle)),
         bounded(current * fast),
         bounded(fast * slow),
