@@ -12,7 +12,6 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
-from jax import lax
 
 from metalstm.base import Array, PyTree, RuleTraits, UpdateRule
 from metalstm.checks import check_at_least
@@ -228,7 +227,7 @@ def _coordinate_features(
 ) -> list[Array]:
     """What the gates read: F arrays, the same when g and theta change their signs."""
     # no division of arrays: they cost as much as all the rest
-    inverse = lax.rsqrt(square)
+    inverse = 1 / jnp.sqrt(square)  # rsqrt's derivative overflows where it is _TINY
     bounded = lambda a: jnp.clip(a, -2, 2)  # noqa: E731
     current, fast, middle, slow = (
         m * (scale * inverse) for m, scale in zip(averages, scales, strict=True)
