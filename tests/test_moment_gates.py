@@ -13,7 +13,7 @@ import pytest
 import reference_optimizers as reference
 import tiny
 
-from metalstm import rules
+from metalstm import pretrained_optimizer, rules
 
 RULE = rules.moment_gates(hidden_size=3)
 PARAMS = {
@@ -196,6 +196,23 @@ def test_progress_is_the_share_of_updates_done():
     assert seen == [0, 0.25, 0.5, 0.75, 1.0] + [-1.0] * 5
     with pytest.raises(ValueError, match=r"num_steps=0: choose 1 or more or None"):
         rules.with_progress(probe, 0)
+
+
+def test_a_saved_rule_is_told_the_length_of_training_in_one_line(tmp_path):
+    weights = random_weights()
+    spec = {"rule": "moment_gates", "hidden_size": 3}
+    rules.save_rule(tmp_path / "mine.npz", spec, weights, info={})
+    told = pretrained_optimizer("mine", num_steps=7, directory=tmp_path)
+    plain = pretrained_optimizer("mine", directory=tmp_path)
+    wanted = rules.with_progress(RULE.bind(weights), 7)
+    state = told.init(PARAMS)
+    assert state.num_steps == 7
+    results = [
+        tx.update(gradients(0), tx.init(PARAMS), PARAMS)[0]
+        for tx in (told, wanted, plain)
+    ]
+    tiny.assert_equal(results[0], results[1])
+    assert tiny.max_difference(results[0], results[2]) > 1e-6
 
 
 def test_wrong_use_is_refused():
