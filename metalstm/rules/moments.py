@@ -162,7 +162,7 @@ def _delta(
     # coordinates that have never had a gradient: 1e-6 of the others' u, not 0
     square = square_scale * square + (1e-12 * mean_square + _TINY)
     unit, size = jnp.sqrt(mean_square + _TINY), _rms(theta)
-    scales = [1.0, *scales]
+    scales = [jnp.ones((), g.dtype), *scales]
     averages = [g, *means]
     z = _tensor_features(averages, scales, theta, unit, size, steps, progress)
     rule = jax.tree.map(lambda w: jnp.asarray(w, g.dtype), rule)
