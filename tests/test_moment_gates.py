@@ -68,6 +68,37 @@ def test_the_update_is_the_equations_of_the_docstring(num_steps):
     assert tiny.max_difference(params, PARAMS) > 1e-3
 
 
+def test_the_networks_update_is_the_equation():
+    """One update of one tensor against numpy float64: all averages are g then."""
+    rule = rules.moment_network(hidden_size=3)
+    params = {"w": PARAMS["kernel"]}
+    weights = rule.init(jax.random.key(2), params)
+    weights["step"]["kernel"] = jnp.linspace(-0.3, 0.3, 15)
+    grads = jnp.sin(3 * params["w"])
+    tx = rule.bind(weights)
+    updates, _ = tx.update({"w": grads}, tx.init(params), params)
+    w = jax.tree.map(lambda x: np.asarray(x, np.float64), weights)
+    g, theta = (np.asarray(x, np.float64) for x in (grads, params["w"]))
+    rms = lambda x: np.sqrt(np.mean(x**2))  # noqa: E731
+    relative = g / rms(g)
+    y = np.stack(
+        [*[relative] * 4, *[np.sign(g)] * 4, theta / rms(theta), np.log(abs(relative))]
+    )
+    hidden = y
+    for name in ("hidden", "second"):
+        bias = w[name]["bias"][:, None, None]
+        hidden = np.maximum(np.tensordot(w[name]["kernel"], hidden, 1) + bias, 0)
+    out = 0.1 * np.tensordot(w["output"]["kernel"], hidden, 1)
+    direction = out[0] + np.tensordot(w["shortcut"]["kernel"], y, 1)
+    move = direction * np.exp(out[1])
+    angle = np.mean(g * theta) / rms(g) / rms(theta)
+    size = np.log(rms(theta) + 1e-3) / 5
+    shape = [np.log(12) / 10, np.log(4) / 10, 1]
+    z = np.array([0, 0, 0, 0, 1, 1, angle, size, *shape, 0, 0, 0, np.log(1.01) / 3])
+    step = np.exp(w["step"]["bias"] + w["step"]["kernel"] @ z)
+    np.testing.assert_allclose(updates["w"], -step * move / rms(move), rtol=2e-5)
+
+
 def test_a_fresh_rule_is_adam_with_tensors_of_one_length():
     """The gates undo u: i m is proportional to m / u while i is far from 1."""
     weights = RULE.init(jax.random.key(0), PARAMS)
@@ -219,7 +250,9 @@ def test_wrong_use_is_refused():
     with pytest.raises(ValueError, match=r"hidden_size=0: choose 1 or more"):
         rules.moment_gates(hidden_size=0)
     tx = RULE.bind(random_weights())
-    with pytest.raises(ValueError, match=r"moment_gates needs the parameters: tx.upd"):
+    with pytest.raises(
+        ValueError, match=r"the rule needs the parameters: tx.update\(g"
+    ):
         tx.update(PARAMS, tx.init(PARAMS))
 
 

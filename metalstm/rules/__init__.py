@@ -13,10 +13,11 @@ from metalstm.rules.groups import by_group, conv_or_dense, matrix_or_vector, onl
 from metalstm.rules.io import SavedRule, load_rule, save_rule
 from metalstm.rules.l2l_lstm import L2LState, l2l
 from metalstm.rules.memory import MemoryState, gradient_memory, two_layer
-from metalstm.rules.moments import MomentGatesState, moment_gates
+from metalstm.rules.moments import MomentsState
 from metalstm.rules.precision import FloatCopyState, with_float_copy
 from metalstm.rules.progress import ProgressState, with_progress
 from metalstm.rules.spec import build_rule
+from metalstm.rules.tensor_rules import moment_gates, moment_network
 
 __all__ = [
     "FEATURES_VERSION",
@@ -24,7 +25,7 @@ __all__ = [
     "GatesState",
     "L2LState",
     "MemoryState",
-    "MomentGatesState",
+    "MomentsState",
     "ProgressState",
     "SavedRule",
     "as_rule",
@@ -43,6 +44,7 @@ __all__ = [
     "lstm_gates",
     "matrix_or_vector",
     "moment_gates",
+    "moment_network",
     "only",
     "save_rule",
     "tunable",
