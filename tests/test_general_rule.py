@@ -7,7 +7,7 @@ import json
 import numpy as np
 import pytest
 
-from experiments.learned_optimizer import general, meta_tasks
+from experiments.learned_optimizer import general, general_training, meta_tasks
 from metalstm import rules
 from metalstm.learned_optimizers import problems
 
@@ -23,8 +23,8 @@ WORDS = [
 def few_tasks(monkeypatch):
     quadratics = meta_tasks.Task("quadratics", problems.quadratics(2), (), 2)
     noisy = meta_tasks.Task("noisy", meta_tasks.noisy_quadratics(3), (), 2)
-    monkeypatch.setattr(general, "training_tasks", lambda: (quadratics, noisy))
-    monkeypatch.setattr(general, "validation_tasks", lambda: (quadratics,))
+    monkeypatch.setattr(general_training, "training_tasks", lambda: (quadratics, noisy))
+    monkeypatch.setattr(general_training, "validation_tasks", lambda: (quadratics,))
 
 
 class PowerCutError(Exception):
@@ -36,7 +36,7 @@ def test_a_run_that_is_cut_resumes_to_the_bit_and_exports_its_best(
 ):
     whole, cut = tmp_path / "whole", tmp_path / "cut"
     assert general.main(["--folder", str(whole), *WORDS]) == 0
-    make = general.metalstm.make_mixture_loop
+    make = general_training.metalstm.make_mixture_loop
 
     def make_cut(parts, optimizer):
         loop = make(parts, optimizer)
@@ -49,7 +49,7 @@ def test_a_run_that_is_cut_resumes_to_the_bit_and_exports_its_best(
         return run
 
     with monkeypatch.context() as patch:
-        patch.setattr(general.metalstm, "make_mixture_loop", make_cut)
+        patch.setattr(general_training.metalstm, "make_mixture_loop", make_cut)
         with pytest.raises(PowerCutError):
             general.main(["--folder", str(cut), *WORDS])
     assert not (cut / "gates.npz").exists()

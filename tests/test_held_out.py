@@ -9,8 +9,15 @@ import jax
 import numpy as np
 import pytest
 
-from experiments.learned_optimizer import general, held_out, held_out_tasks, meta_tasks
-from experiments.learned_optimizer.held_out import OPTIMIZERS, Trial, next_trial
+from experiments.learned_optimizer import (
+    general,
+    general_training,
+    held_out,
+    held_out_cells,
+    held_out_tasks,
+    meta_tasks,
+)
+from experiments.learned_optimizer.held_out_cells import OPTIMIZERS, Trial, next_trial
 from metalstm import rules
 from metalstm.learned_optimizers import problems
 
@@ -31,8 +38,8 @@ def test_the_search_has_nine_trials_and_brackets_the_best_rate(name, optimum):
     first = optimizer.schedules[0]
     constant = lambda t: 0.3 * (t.schedule != "constant")  # noqa: E731
     scores = search(optimizer, lambda t: (t.step - optimum) ** 2 + constant(t))
-    assert len(scores) == held_out.TRIALS
-    best = held_out.best_trial(scores)
+    assert len(scores) == held_out_cells.TRIALS
+    best = held_out_cells.best_trial(scores)
     assert best == Trial(optimum, "constant")
     if abs(optimum) < 3:
         tried = [t.step for t in scores if t.schedule == first]
@@ -42,13 +49,15 @@ def test_the_search_has_nine_trials_and_brackets_the_best_rate(name, optimum):
 def test_the_search_survives_rates_that_diverge():
     score = lambda t: float("inf") if t.step > -1 else -float(t.step)  # noqa: E731
     scores = search(OPTIMIZERS["adamw"], score)
-    assert held_out.best_trial(scores).step == -1
+    assert held_out_cells.best_trial(scores).step == -1
 
 
 def test_the_interquartile_mean_ignores_the_ends():
-    assert held_out.iqm([1, 2, 3, 4, 5, 6, 7, float("inf")]) == 4.5
-    np.testing.assert_allclose(held_out.iqm([1, 2, 3]), (0.25 + 2 + 0.75) / 1.5 + 0.0)
-    assert held_out.iqm([5.0]) == 5.0
+    assert held_out_cells.iqm([1, 2, 3, 4, 5, 6, 7, float("inf")]) == 4.5
+    np.testing.assert_allclose(
+        held_out_cells.iqm([1, 2, 3]), (0.25 + 2 + 0.75) / 1.5 + 0.0
+    )
+    assert held_out_cells.iqm([5.0]) == 5.0
 
 
 def tiny_task() -> held_out_tasks.HeldOut:
@@ -62,7 +71,7 @@ def test_cells_are_files_that_are_not_run_again(tmp_path, monkeypatch, capsys):
     params = rule.init(jax.random.key(0), ())
     spec = {"rule": "moment_gates", "hidden_size": 2}
     rules.save_rule(file, spec, params, info={})
-    monkeypatch.setattr(held_out, "TASKS", {"quadratics": tiny_task()})
+    monkeypatch.setattr(held_out_cells, "TASKS", {"quadratics": tiny_task()})
     words = ["--folder", str(tmp_path / "cells"), "--tasks", "quadratics"]
     words += ["--optimizers", "adamw,schedule-free", "--rule", str(file)]
     assert held_out.main(words) == 0
@@ -129,6 +138,6 @@ def test_a_mixture_has_a_part_for_each_estimator():
         meta_tasks.Task("cheap", problems.quadratics(2), (), 2),
         meta_tasks.Task("other", meta_tasks.noisy_quadratics(4), (), 2),
     ]
-    parts, pools = general.make_parts(config, rules.moment_gates(), tasks)
+    parts, pools = general_training.make_parts(config, rules.moment_gates(), tasks)
     assert [part.weight for part in parts] == [1.0, 0.5, 1.0]
     assert pools == [(), (), ()]
