@@ -73,3 +73,18 @@ def test_a_run_that_is_cut_resumes_to_the_bit_and_exports_its_best(
     (whole / "gates.npz").unlink()
     assert general.main(["--folder", str(whole), *WORDS, "--export"]) == 0
     assert (whole / "gates.npz").stat().st_size < 100_000
+
+
+def test_an_ablation_is_a_flag(tmp_path, capsys):
+    """Another rule, one family, no progress."""
+    words = ["--rule", "moment_network", "--families", "noisy", "--tell-progress", "0"]
+    words = [*WORDS, *words, "--backprop", "none", "--meta-steps", "2"]
+    assert general.main(["--folder", str(tmp_path), *words]) == 0
+    saved = rules.load_rule(tmp_path / "gates.npz")
+    assert saved.spec == {"rule": "moment_network", "hidden_size": 2}
+    assert saved.info["trained_on"] == "1 families of small problems"
+    other = ["--folder", str(tmp_path / "x"), *WORDS, "--families", "nosuch"]
+    assert general.main(other) == 2
+    assert (
+        "--families nosuch: choose one of noisy, quadratics" in capsys.readouterr().err
+    )

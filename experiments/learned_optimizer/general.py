@@ -21,15 +21,17 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
-import tyro
+import msgspec
 
-from experiments.common.cli import Count, Natural, Options, Positive, Share, parse
+from experiments.common.cli import Count, Names, Natural, Options, Positive, parse
 from experiments.common.compiled_programs import keep_compiled_programs
 from experiments.common.run_folder import locked
+from experiments.common.script_end import Interrupted, exit_status
 
 MODULE = "experiments.learned_optimizer.general"
+_RESUME = "stopped; the same command resumes the run"
 
 
 class Config(Options, frozen=True):
@@ -39,8 +41,12 @@ class Config(Options, frozen=True):
     """Write the best rule of the run so far, and train no further."""
     seed: Natural = 0
     """Of everything that is drawn."""
+    rule: Literal["moment_gates", "moment_network"] = "moment_gates"
+    """What is meta-trained."""
     hidden_size: Count = 8
     """Hidden units of the rule."""
+    families: Names = ()
+    """Which families to train on; none named: all."""
     meta_steps: Count = 60_000
     """Meta-steps, over which the rate decays to 0 by a cosine."""
     learning_rate: Positive = 3e-3
@@ -55,12 +61,9 @@ class Config(Options, frozen=True):
     """Between which the scale of a run's parameters is drawn."""
     loss_scaling: tuple[float, float] = (0.01, 100.0)
     """Likewise of its loss."""
-    tell_progress: Share = 0.75
-    """Share of the runs that know their progress."""
-    backprop: Annotated[tuple[str, ...], tyro.conf.arg(metavar="NAME ..")] = (
-        "logistic",
-        "noisy-quadratics",
-    )
+    tell_progress: Annotated[float, msgspec.Meta(ge=0, le=1)] = 0.75
+    """Share of the runs that know their progress; 0: nor do those of validation."""
+    backprop: Names = ("logistic", "noisy-quadratics")
     """Families that also have exact derivatives; of networks they take minutes to
     compile."""
     backprop_weight: Positive = 0.5
@@ -76,17 +79,20 @@ class Config(Options, frozen=True):
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    words = sys.argv[1:] if arguments is None else arguments
-    config = parse(Config(), words, module=MODULE, description=__doc__)
+    """Run the command line; return the exit status: 2 for a mistake, 130 for Ctrl-C."""
+    return exit_status(_run, arguments, stopped=lambda: _RESUME)
+
+
+def _run(arguments: list[str]) -> int:
+    config = parse(Config(), arguments, module=MODULE, description=__doc__)
     keep_compiled_programs()
-    from experiments.common.script_end import Interrupted
     from experiments.learned_optimizer import general_training
 
     with locked(config.folder):
         try:
             general_training.run(config)
         except Interrupted:
-            print(f"stopped; the same command resumes {config.folder}")
+            print(_RESUME)
             return 130
     return 0
 

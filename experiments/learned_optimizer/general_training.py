@@ -11,6 +11,7 @@ import numpy as np
 import optax
 
 import metalstm
+from experiments.common.cli import check_names
 from experiments.common.loop import Loop, Setup
 from experiments.common.run_folder import Metrics, write_json
 from experiments.common.saved_options import to_json
@@ -94,8 +95,9 @@ def make_score(
         "eval_batch": 1_024,
         "task_mapping": "vmap",
     }
+    length = steps if config.tell_progress else None
     told = UpdateRule(
-        rule.init, lambda params: rules.with_progress(rule.bind(params), steps)
+        rule.init, lambda params: rules.with_progress(rule.bind(params), length)
     )
     measures = {
         task.name: make_loss_curves(task.family, told, **options) for task in tasks
@@ -143,8 +145,8 @@ def run(config: Config) -> None:
     Raises:
       Interrupted: after Ctrl-C; the state is saved.
     """
-    rule = rules.moment_gates(hidden_size=config.hidden_size)
-    parts, pools = make_parts(config, rule, training_tasks())
+    rule = rules.build_rule(_spec(config))
+    parts, pools = make_parts(config, rule, _chosen(config))
     schedule = optax.cosine_decay_schedule(config.learning_rate, config.meta_steps)
     optimizer = metalstm.adam_clipped(schedule, 1.0)
     setup = Setup(
@@ -178,20 +180,30 @@ def run(config: Config) -> None:
     _export(config, loop)
 
 
+def _spec(config: Config) -> dict[str, Any]:
+    return {"rule": config.rule, "hidden_size": config.hidden_size}
+
+
+def _chosen(config: Config) -> list[Task]:
+    tasks = {task.name: task for task in training_tasks()}
+    check_names("--families", config.families, tasks)
+    check_names("--backprop", config.backprop, tasks)
+    return [tasks[name] for name in config.families or tasks]
+
+
 def _export(config: Config, loop: Loop) -> None:
     state = loop.state
     step = int(state.best_step)
     if not math.isfinite(float(state.best_score)):
         raise ValueError(f"{config.folder} has no validated rule yet: train it first")
     info = {
-        "trained_on": f"{len(training_tasks())} families of small problems",
+        "trained_on": f"{len(_chosen(config))} families of small problems",
         "best_step": step,
         "meta_steps": int(state.train.step),
         "validation_log_ratio_to_adamw": -float(state.best_score),
         "config": to_json(config),
     }
-    spec = {"rule": "moment_gates", "hidden_size": config.hidden_size}
     path = config.folder / f"{NAME}.npz"
-    rules.save_rule(path, spec, state.best_params, info=info)
+    rules.save_rule(path, _spec(config), state.best_params, info=info)
     ratio = math.exp(-float(state.best_score))
     print(f"{path}: meta-step {step:,}, final losses {ratio:.3f} of tuned AdamW's")

@@ -27,6 +27,7 @@ from pathlib import Path
 
 from experiments.common.cli import Names, Options, parse
 from experiments.common.compiled_programs import keep_compiled_programs
+from experiments.common.script_end import exit_status
 
 MODULE = "experiments.learned_optimizer.held_out"
 
@@ -47,8 +48,13 @@ class Config(Options, frozen=True):
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    words = sys.argv[1:] if arguments is None else arguments
-    config = parse(Config(), words, module=MODULE, description=__doc__)
+    """Run the command line; return the exit status: 2 for a mistake, 130 for Ctrl-C."""
+    said = "stopped; the same command runs what is missing"
+    return exit_status(_run, arguments, stopped=lambda: said)
+
+
+def _run(arguments: list[str]) -> None:
+    config = parse(Config(), arguments, module=MODULE, description=__doc__)
     keep_compiled_programs()
     from experiments.learned_optimizer import held_out_cells
 
@@ -56,7 +62,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if not config.report:
         held_out_cells.run(config, optimizers)
     print(held_out_cells.report(config, optimizers))
-    return 0
 
 
 if __name__ == "__main__":
