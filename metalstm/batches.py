@@ -36,6 +36,7 @@ __all__ = [
     "num_examples",
     "only_present",
     "power_of_two",
+    "support_targets",
     "to_rank_of",
 ]
 
@@ -297,3 +298,17 @@ def index_labels(labels: Sequence[Any]) -> tuple[np.ndarray, np.ndarray]:
             "none of them NaN (y.argmax(-1) of a one-hot coding)"
         )
     return np.unique(array, return_inverse=True)
+
+
+def support_targets(targets: Sequence[Any]) -> np.ndarray:
+    """Return a regression's targets [N, d], finite float32."""
+    try:
+        array = np.asarray(targets, np.float32)
+    except (TypeError, ValueError):  # strings, or rows of unequal length
+        array = np.full((1,), np.nan, np.float32)
+    if not array.size or array.ndim not in (1, 2) or not np.isfinite(array).all():
+        raise ValueError(
+            f"targets are {targets!r:.60}: give one number or d numbers for each "
+            "example, all of them finite, and one example or more"
+        )
+    return array.reshape(len(array), -1)

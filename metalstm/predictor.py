@@ -26,6 +26,7 @@ from metalstm.batches import (
     index_labels,
     num_examples,
     power_of_two,
+    support_targets,
 )
 from metalstm.data.pools import Normalisation
 from metalstm.runtime.exporting import export_program
@@ -79,14 +80,16 @@ class Predictor:
     """
 
     method: str
-    algorithm: MetaAlgorithm
-    params: PyTree
+    algorithm: MetaAlgorithm = field(repr=False)
+    params: PyTree = field(repr=False)
     way: int | None
     example: PyTree
     normalise: tuple[tuple[float, ...], tuple[float, ...]] | None = None
     regression: bool = False
     message: str | None = None
-    source: tuple[Callable[..., Predictor], tuple] | None = None
+    source: tuple[Callable[..., Predictor], tuple] | None = field(
+        default=None, repr=False
+    )
     _programs: dict[Any, _Program] = field(default_factory=dict, init=False, repr=False)
     _earlier: dict[Any, Callable] = field(default_factory=dict, init=False, repr=False)
     _mixing: set[Any] = field(default_factory=set, init=False, repr=False)
@@ -143,8 +146,7 @@ class Predictor:
         if len(labels) != (num := num_examples(x)):
             raise ValueError(f"{len(labels)} labels for {num} images: give one each")
         if self.regression:
-            y: Any = np.asarray(labels, np.float32)
-            support = Batch(x, y.reshape(len(y), -1))
+            support = Batch(x, support_targets(labels))
             return Classifier(self, support, None, seed)
         classes, y = index_labels(labels)
         if self.way is not None and len(classes) != self.way:
@@ -260,7 +262,7 @@ class Classifier:
     """A `Predictor` that has seen its support set; `Predictor.adapt` makes one."""
 
     predictor: Predictor
-    support: Batch  # numpy arrays, as they were given
+    support: Batch = field(repr=False)  # numpy arrays, as they were given
     classes: np.ndarray | None  # [way], the labels of the scores' columns; or targets
     seed: int
     _adapted: dict[Any, list[jax.Array]] = field(

@@ -284,6 +284,8 @@ def test_spec_builders_refuse_unknown_names():
         build_learner({"learner": "vgg"})
     with pytest.raises(ValueError, match="there is no rule 'lion'"):
         build_rule({"rule": "lion"})
+    with pytest.raises(ValueError, match="your own by mymodule:my_rule"):
+        build_rule({"rule": "mymodule.my_rule"})
     with pytest.raises(ValueError, match="algorithm='magic'"):
         build_algorithm({"algorithm": "magic", "learner": {"learner": "mlp"}})
     spec = {"algorithm": "maml", "learner": {"learner": "mlp", "num_classes": 2}}

@@ -292,3 +292,19 @@ def test_a_split_function_is_the_function():
     later = str(jax.make_jaxpr(split.later)(kept, x))
     assert "while" not in later
     assert "scan" not in later
+
+
+@pytest.mark.parametrize(
+    "targets", [["a"] * 5, [np.nan] * 5, [[1.0], [2.0, 3.0]] * 2 + [[1.0]], [[]] * 5]
+)
+def test_targets_that_are_no_finite_numbers_are_refused(targets, tmp_path):
+    spec = data.SinusoidSpec(shot=5)
+    method = algorithms.maml(nn.mlp(1, (4,)))
+    params = method.init(jax.random.key(0), spec.sample(jax.random.key(1), None))
+    predict = metalstm.load(
+        metalstm.save(tmp_path / "m.npz", method, params, None, spec)
+    )
+    x = np.linspace(-1, 1, 5, dtype=np.float32)[:, None]
+    with pytest.raises(ValueError, match="targets are .* finite"):
+        predict.adapt(x, targets)
+    assert predict(x, x[:, 0], x).shape == (5, 1)

@@ -10,6 +10,7 @@ import numpy as np
 from metalstm.plots.style import (
     DASHES,
     interval,
+    known_colour,
     method_styles,
     new_figure,
 )
@@ -33,15 +34,18 @@ def accuracy_bars(
     chance: float | None = None,
     title: str = "",
 ) -> Figure:
-    """Draw accuracy and its 95% CI, per method ``(mean, half-width)`` in [0, 1]."""
+    """Draw accuracy and its 95% CI, per method ``(mean, half-width)`` in [0, 1].
+
+    The library's methods have their colours, and bars of any other name are grey.
+    """
     figure = new_figure((6.5, 0.9 + 0.42 * len(accuracies)))
     axes = figure.subplots()
     names = list(accuracies)
     means = 100 * np.array([accuracies[n][0] for n in names])
     errors = 100 * np.array([accuracies[n][1] for n in names])
     low, high = interval(means, errors, 0, 100)
-    rows, styles = range(len(names)), method_styles(names)
-    colours = [styles[name]["color"] for name in names]
+    rows = range(len(names))
+    colours = [known_colour(name) or "0.6" for name in names]
     reach = [means - low, high - means]
     axes.barh(rows, means, xerr=reach, color=colours, alpha=0.85, capsize=3)
     for row, mean, error, end in zip(rows, means, errors, high, strict=True):

@@ -23,6 +23,7 @@ __all__ = [
     "add_grid_and_legend",
     "add_note",
     "interval",
+    "known_colour",
     "method_styles",
     "new_figure",
     "save_figure",
@@ -88,6 +89,11 @@ def method_styles(
         colours[colour] += 1
         both[colour, marker] += 1
     return styles
+
+
+def known_colour(name: str) -> str | None:
+    """Return the colour of one of the library's methods, None for any other name."""
+    return _KNOWN.get(name.partition(" (")[0], (None,))[0]
 
 
 def _colour_and_marker(name: str) -> tuple[str, str]:

@@ -77,7 +77,11 @@ def _build(spec: Any, depth: int) -> UpdateRule:
         return _build_users(name, options)
     if name not in FACTORIES:
         choices = ", ".join(sorted({*FACTORIES, "chain", "by_group"}))
-        raise ValueError(f"there is no rule {_short(name)}: choose one of {choices}")
+        own = ":".join(name.rsplit(".", 1)) if "." in name else "MODULE:NAME"
+        raise ValueError(
+            f"there is no rule {_short(name)}: choose one of {choices}, or one of your "
+            f"own by {own}"
+        )
     factory = FACTORIES[name]
     _check_options(name, options, set(inspect.signature(factory).parameters))
     try:
