@@ -31,7 +31,7 @@ def run_command(
         nonlocal folder
         config = parse(arguments)
         keep_compiled_programs()
-        devices.join(config.devices)
+        devices.join(config.devices, getattr(config.run, "seeds", 1))
         running: Any = importlib.import_module(f"{module}.running")
         if config.run.evaluate:
             return running.evaluate(config, arguments)

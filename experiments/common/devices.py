@@ -22,7 +22,8 @@ class Devices(cli.Options, frozen=True):
     many as divide these tasks."""
     cpu_devices: cli.Count | None = None
     """Devices that a CPU counts as: with one to a core the tasks of a meta-step are
-    computed at the same time; default: one, whose operations share the cores."""
+    computed at the same time; default: one, whose operations share the cores, and with
+    several --seeds one to a core."""
     devices_per_task: cli.Count = 1
     """Devices that share one task, where there are fewer tasks than devices: each has
     the rule's part of the work for its share of the parameters. For learned optimizers
@@ -60,18 +61,26 @@ def check(devices: Devices) -> None:
         raise ValueError(f"{given[0]} goes with --distributed: add it")
 
 
-def join(devices: Devices) -> None:
+def join(devices: Devices, num_seeds: int = 1) -> None:
     """Find the other processes, if there are to be any; process 0 alone prints.
+
+    Args:
+      num_seeds: which may be computed at the same time.
 
     Raises:
       ValueError: ``cpu_devices`` comes too late, for JAX has started already.
     """
-    if devices.cpu_devices is not None:
+    cpu_devices = devices.cpu_devices
+    if cpu_devices is None and num_seeds > 1 and not devices.distributed:
+        cpu_devices = min(num_seeds, os.cpu_count() or 1)
+    if cpu_devices is not None:
         import jax
 
         try:
-            jax.config.update("jax_num_cpu_devices", devices.cpu_devices)
+            jax.config.update("jax_num_cpu_devices", cpu_devices)
         except RuntimeError as error:
+            if devices.cpu_devices is None:
+                return
             raise ValueError(
                 f"--cpu-devices {devices.cpu_devices}: JAX has started in this process "
                 "already: run the script in a process of its own"

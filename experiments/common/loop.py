@@ -12,7 +12,7 @@ The caller makes a `Loop`, which draws the first state or resumes the newest, an
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,7 +27,7 @@ from experiments.common.run_folder import Metrics
 from experiments.common.saved_training import SavedTraining
 from experiments.common.script_end import Interrupted, stops_on_ctrl_c
 from metalstm.base import PyTree
-from metalstm.meta.fitting import FitState
+from metalstm.meta.fitting import Call, FitState, Stepped, drive, fit_steps
 from metalstm.meta.step import TrainState, place_state
 from metalstm.runtime import processes, sharding
 
@@ -121,13 +121,24 @@ class Loop:
           Interrupted: after Ctrl-C; the state is saved.
           NonFiniteLossError: the state before the bad step is saved.
         """
+        drive(self.steps(train_loop, pool, until))
+
+    def steps(
+        self, train_loop: Callable[..., Any], pool: Any, until: int | None = None
+    ) -> Generator[Call, Stepped, None]:
+        """`fit` as a generator, see `metalstm.meta.fitting.fit_steps`.
+
+        Raises:
+          Interrupted: after Ctrl-C; the state is saved.
+          NonFiniteLossError: the state before the bad step is saved.
+        """
         setup = self.setup
         left = None
         if setup.minutes is not None:
             left = 60 * setup.minutes - self._seconds_before
             if left <= 0:
                 return
-        self.state = metalstm.fit(
+        self.state = yield from fit_steps(
             train_loop,
             self.state,
             sharding.place(pool, setup.mesh),

@@ -31,12 +31,20 @@ def handled(handler: Callable[[int, FrameType | None], Any]) -> Iterator[None]:
             signal.signal(number, before)
 
 
+_asked: Callable[[], bool] | None = None  # of the outermost `stops_on_ctrl_c`
+
+
 @contextmanager
 def stops_on_ctrl_c() -> Iterator[Callable[[], bool]]:
     """Give what says whether Ctrl-C or SIGTERM came; Ctrl-C after it stops at once.
 
-    A cluster may send SIGTERM more than once, to the process and to its group.
+    A cluster may send SIGTERM more than once, to the process and to its group. Within
+    another one this is that one.
     """
+    global _asked
+    if _asked is not None:
+        yield _asked
+        return
     requested = False
 
     def request(number: int, frame: FrameType | None) -> None:
@@ -50,7 +58,11 @@ def stops_on_ctrl_c() -> Iterator[Callable[[], bool]]:
         print(f"\n{said}", file=sys.stderr)
 
     with handled(request):
-        yield lambda: requested
+        _asked = lambda: requested  # noqa: E731
+        try:
+            yield _asked
+        finally:
+            _asked = None
 
 
 def exit_status(

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Sequence
+from collections.abc import Generator, Sequence
 from pathlib import Path
 from typing import Any
+
+from jax.sharding import Mesh
 
 from experiments.common import devices, report
 from experiments.common.cli import replace
@@ -18,6 +20,8 @@ from experiments.common.run_folder import (
     write_json,
 )
 from experiments.common.saved_options import to_json
+from experiments.common.script_end import stops_on_ctrl_c
+from experiments.common.together import drive_together, seeds_mesh
 from experiments.few_shot.command_line import MODULE
 from experiments.few_shot.data import Source, load_source
 from experiments.few_shot.figures import draw, draw_learning_curves
@@ -30,7 +34,9 @@ from experiments.few_shot.train import (
     checkpoint_of,
     make_all_programs,
     may_change,
+    seeds_at_once,
 )
+from metalstm.meta.fitting import Call, Stepped, drive
 from metalstm.run_file import describe_methods
 from metalstm.runtime import processes
 
@@ -62,21 +68,34 @@ def run(options: Options, folder: Path) -> int:
         raise ImportError(
             "--tensorboard needs tensorboardX: pip install 'metalstm[tensorboard]'"
         )
-    batches = {own.training.meta_batch for own in options.methods.values()}
-    meshes = [devices.mesh_for(options.devices, n, "--meta-batch") for n in batches]
+    if at_once := seeds_at_once(options):
+        mesh = seeds_mesh(options.run.seeds, options.devices.devices)
+    else:
+        batches = {own.training.meta_batch for own in options.methods.values()}
+        meshes = [devices.mesh_for(options.devices, n, "--meta-batch") for n in batches]
+        mesh = meshes[0]
     source = load_source(options.data, options.methods)
-    source = source.placed(meshes[0], options.devices.devices)
+    source = source.placed(mesh, options.devices.devices)
     specs = specs_of(options, source.dataset.train.num_classes)
     programs = make_all_programs(options, specs, source)
     trainer = Trainer(options, specs, programs, source, folder)
-    print(header(options, source, devices.describe(meshes[0])), flush=True)
-    seeds = run_seed if options.run.seeds == 1 else run_seeds
+    print(header(options, source, devices.describe(mesh)), flush=True)
     changeable = may_change(options)
-    return run_in(folder, options, changeable, lambda: seeds(trainer), MODULE)
+
+    def body() -> None:
+        if options.run.seeds == 1:
+            drive(run_seed(trainer))
+        else:
+            run_seeds(trainer, mesh, at_once=at_once)
+
+    return run_in(folder, options, changeable, body, MODULE)
 
 
-def run_seed(trainer: Trainer) -> dict[str, Any]:
-    """One seed, one folder: meta-train, meta-test, draw, write."""
+def run_seed(trainer: Trainer) -> Generator[Call, Stepped, dict[str, Any]]:
+    """One seed, one folder: meta-train, meta-test, draw, write.
+
+    A generator, as `metalstm.meta.fitting.fit_steps` is.
+    """
     options, specs, _, source, folder = trainer
     write_config(options, source, folder)
     if processes.is_main():
@@ -88,7 +107,7 @@ def run_seed(trainer: Trainer) -> dict[str, Any]:
         )
     metrics = Metrics(folder, tensorboard=options.run.tensorboard)
     try:
-        found = trainer.learn(metrics)
+        found = yield from trainer.learn(metrics)
     finally:
         metrics.close()
     results, table = meta_test(trainer, found)
@@ -98,20 +117,34 @@ def run_seed(trainer: Trainer) -> dict[str, Any]:
     return results
 
 
-def run_seeds(trainer: Trainer) -> None:
-    """Repeat with several seeds of meta-training, and aggregate over them."""
+def run_seeds(trainer: Trainer, mesh: Mesh | None, *, at_once: bool) -> None:
+    """Repeat with several seeds of meta-training, and aggregate over them.
+
+    Args:
+      mesh: whose devices share the seeds.
+      at_once: train all seeds at the same time; else one after another.
+    """
     options, folder = trainer.options, trainer.folder
     write_config(options, trainer.source, folder)
-    per_seed, first = {}, options.run.seed
-    for seed in range(first, first + options.run.seeds):
-        print(f"seed {seed}")
+    seeds = range(options.run.seed, options.run.seed + options.run.seeds)
+
+    def of_seed(seed: int) -> Generator[Call, Stepped, dict[str, Any]]:
         own = replace(options, run=replace(options.run, seed=seed, seeds=1))
-        of_seed = trainer._replace(options=own, folder=folder / f"seed-{seed}")
-        per_seed[seed] = run_seed(of_seed)
-    results, table = over_seeds(options, per_seed)
+        return run_seed(trainer._replace(options=own, folder=folder / f"seed-{seed}"))
+
+    if at_once:
+        print(f"seeds {seeds[0]} to {seeds[-1]} at the same time", flush=True)
+        with stops_on_ctrl_c():
+            found = drive_together([of_seed(seed) for seed in seeds], mesh)
+    else:
+        found = []
+        for seed in seeds:
+            print(f"seed {seed}")
+            found.append(drive(of_seed(seed)))
+    results, table = over_seeds(options, dict(zip(seeds, found, strict=True)))
     print(table)
     if processes.is_main():
-        runs = [folder / f"seed-{seed}" for seed in per_seed]
+        runs = [folder / f"seed-{seed}" for seed in seeds]
         curves = draw_learning_curves(options, runs, folder)
         _write_results(folder, results, [*table.write(folder), curves])
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Generator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -18,6 +18,7 @@ from experiments.common.devices import MAY_CHANGE, mesh_for
 from experiments.common.loop import Loop, Setup
 from experiments.common.run_folder import Metrics
 from experiments.common.saved_options import located, to_json
+from experiments.common.together import gains_from_seeds, seeds_mesh
 from experiments.common.tuning import each_point, tune
 from experiments.few_shot.data import Source
 from experiments.few_shot.methods import (
@@ -33,6 +34,7 @@ from experiments.few_shot.options import Common, Options, Training
 from metalstm import nn
 from metalstm.base import LearnerState, MetaParams, PyTree
 from metalstm.data import episode_key
+from metalstm.meta.fitting import Call, Stepped
 from metalstm.runtime import checkpoints, sharding
 from metalstm.specs import build_algorithm
 
@@ -46,7 +48,7 @@ class Programs(NamedTuple):
     optimizer: optax.GradientTransformation
     train_loop: Callable[..., Any]
     evaluate: Callable[..., metalstm.Evaluation]
-    mesh: Mesh | None  # of a meta-step
+    mesh: Mesh | None  # of a meta-step, or of seeds at once
 
 
 class Found(NamedTuple):
@@ -80,9 +82,13 @@ def make_programs(spec: Spec, common: Common, own: Any, source: Source) -> Progr
     """The compile-once parts of a method; ``own`` are its options."""
     algorithm = build_algorithm(spec)
     training: Training = own.training
-    mesh = mesh_for(common.devices, training.meta_batch, "--meta-batch")
+    if seeds_at_once(common):
+        of_step, mesh = None, seeds_mesh(common.run.seeds, common.devices.devices)
+    else:
+        mesh = mesh_for(common.devices, training.meta_batch, "--meta-batch")
+        of_step = mesh
     trained = algorithm  # evaluation shares no task between devices
-    if (axis := sharding.shared_axis(mesh)) and is_inner_loop(own.method):
+    if (axis := sharding.shared_axis(of_step)) and is_inner_loop(own.method):
         trained = build_algorithm(sharing(spec, axis))
     optimizer = make_optimizer(own.method, training)
     train_loop = metalstm.make_train_loop(
@@ -91,7 +97,7 @@ def make_programs(spec: Spec, common: Common, own: Any, source: Source) -> Progr
         source.train(training),
         num_tasks=training.meta_batch,
         steps_per_call=training.steps_per_call,
-        mesh=mesh,
+        mesh=of_step,
         accumulate_tasks=training.accumulate_tasks,
     )
     evaluate = metalstm.make_evaluate(
@@ -101,6 +107,12 @@ def make_programs(spec: Spec, common: Common, own: Any, source: Source) -> Progr
         mesh=sharding.task_mesh(num_devices=common.devices.devices),
     )
     return Programs(algorithm, optimizer, train_loop, evaluate, mesh)
+
+
+def seeds_at_once(common: Common) -> bool:
+    """Whether the seeds of a run are meta-trained at the same time."""
+    several = common.run.seeds > 1 and common.devices.devices_per_task == 1
+    return several and gains_from_seeds()
 
 
 def sharing(spec: Spec, axis_name: str) -> Spec:
@@ -146,8 +158,10 @@ class Trainer(NamedTuple):
     source: Source
     folder: Path
 
-    def learn(self, metrics: Metrics) -> dict[str, Found]:
+    def learn(self, metrics: Metrics) -> Generator[Call, Stepped, dict[str, Found]]:
         """Train, or resume training, every method until its budget is spent.
+
+        A generator, as `metalstm.meta.fitting.fit_steps` is.
 
         Raises:
           Interrupted: after Ctrl-C; the state is saved.
@@ -160,11 +174,13 @@ class Trainer(NamedTuple):
         for name in (n for n in names if self.programs[n].algorithm.trainable):
             own, classifier = self.options.methods[name], uses.get(name)
             if classifier is None:
-                found[name] = self._train(name, own, metrics)
+                found[name] = yield from self._train(name, own, metrics)
                 continue
             if classifier not in shared:
                 options = classifiers[classifier].options
-                shared[classifier] = self._train(classifier, options, metrics)
+                shared[classifier] = yield from self._train(
+                    classifier, options, metrics
+                )
             # a method's own rule next to the shared features
             trained = shared[classifier]
             init = self._untrained(name)._replace(learner=trained.params.learner)
@@ -180,7 +196,9 @@ class Trainer(NamedTuple):
             found[name] = Found(*self._tune(name, params))
         return found
 
-    def _train(self, name: str, own: Any, metrics: Metrics) -> Found:
+    def _train(
+        self, name: str, own: Any, metrics: Metrics
+    ) -> Generator[Call, Stepped, Found]:
         programs, data, seed = (
             self.programs[name],
             self.options.data,
@@ -221,7 +239,7 @@ class Trainer(NamedTuple):
         )
         loop = Loop(setup, self.folder, metrics, programs.algorithm, make_state)
         with loop.running():
-            loop.fit(programs.train_loop, self.source.dataset.train)
+            yield from loop.steps(programs.train_loop, self.source.dataset.train)
         best, mean = (
             int(loop.state.best_step) * training.meta_batch,
             float(loop.state.best_score),

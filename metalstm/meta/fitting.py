@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable
-from typing import Any, NamedTuple
+from collections.abc import Callable, Generator
+from typing import Any, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -16,8 +16,19 @@ from metalstm.meta.step import TrainState
 from metalstm.meta.warning_signs import WarningSigns
 from metalstm.runtime import processes, sharding
 
-__all__ = ["FitState", "NonFiniteLossError", "fit", "init_fit_state"]
+__all__ = [
+    "Call",
+    "FitState",
+    "NonFiniteLossError",
+    "drive",
+    "fit",
+    "fit_steps",
+    "init_fit_state",
+]
 
+Stepped = tuple[TrainState, dict[str, Array]]
+TrainLoop = Callable[[TrainState, Any], Stepped]
+Returned = TypeVar("Returned")
 
 _MOST_WAITING = 64  # calls of the loop whose metrics nobody has read
 
@@ -33,6 +44,17 @@ class NonFiniteLossError(FloatingPointError):
             "look for labels outside [0, way)"
         )
         self.step = step
+
+
+class Call(NamedTuple):
+    """A call of a train loop that `fit_steps` asks for."""
+
+    train_loop: TrainLoop
+    state: TrainState
+    pool: Any
+
+    def __call__(self) -> Stepped:
+        return self.train_loop(self.state, self.pool)
 
 
 class FitState(NamedTuple):
@@ -51,7 +73,7 @@ def init_fit_state(state: TrainState) -> FitState:
 
 
 def fit(
-    train_loop: Callable[[TrainState, Any], tuple[TrainState, dict[str, Array]]],
+    train_loop: TrainLoop,
     state: FitState,
     pool: Any,
     *,
@@ -94,6 +116,57 @@ def fit(
         the state before it has been saved.
       ValueError: a cadence is not a multiple of ``steps_per_call``, or the pool holds
         values that are NaN or infinite.
+    """
+    return drive(
+        fit_steps(
+            train_loop,
+            state,
+            pool,
+            num_steps=num_steps,
+            steps_per_call=steps_per_call,
+            validate=validate,
+            validate_every=validate_every,
+            report=report,
+            report_every=report_every,
+            save=save,
+            save_every=save_every,
+            max_seconds=max_seconds,
+            stop=stop,
+        )
+    )
+
+
+def drive(calls: Generator[Call, Stepped, Returned]) -> Returned:
+    """Make each call that a generator asks for, and return what it returns."""
+    try:
+        call = next(calls)
+        while True:
+            call = calls.send(call())
+    except StopIteration as end:
+        returned: Returned = end.value
+        return returned
+
+
+def fit_steps(
+    train_loop: TrainLoop,
+    state: FitState,
+    pool: Any,
+    *,
+    num_steps: int,
+    steps_per_call: int = 1,
+    validate: Callable[[PyTree], float] | None = None,
+    validate_every: int = 0,
+    report: Callable[[int, dict[str, float]], None] | None = None,
+    report_every: int = 1,
+    save: Callable[[FitState], None] | None = None,
+    save_every: int = 0,
+    max_seconds: float | None = None,
+    stop: Callable[[], bool] | None = None,
+) -> Generator[Call, Stepped, FitState]:
+    """`fit` as a generator, so that calls of several can be made at once.
+
+    It yields each `Call`, is sent what the call returns, and returns what `fit` does.
+    Arguments and errors are those of `fit`.
     """
     cadences = {
         "num_steps": num_steps,
@@ -143,7 +216,7 @@ def fit(
             if stop is not None and must_stop(stop()):
                 keep(validated=False)
                 break
-            train, metrics = train_loop(state.train, pool)
+            train, metrics = yield Call(train_loop, state.train, pool)
             state = state._replace(train=train)
             sharding.block_on_cpu_collectives(metrics)
             step += steps_per_call
