@@ -46,6 +46,11 @@ from metalstm.meta.fitting import (
     fit,
     init_fit_state,
 )
+from metalstm.meta.mixture import (
+    MixturePart,
+    init_mixture_state,
+    make_mixture_loop,
+)
 from metalstm.meta.seeds import init_seeds, map_seeds
 from metalstm.meta.step import (
     TrainState,
@@ -80,6 +85,7 @@ __all__ = [
     "MaskedBatch",
     "MetaAlgorithm",
     "MetaParams",
+    "MixturePart",
     "NonFiniteLossError",
     "Predictor",
     "RuleCard",
@@ -97,6 +103,7 @@ __all__ = [
     "fit_confidence",
     "from_flax",
     "init_fit_state",
+    "init_mixture_state",
     "init_seeds",
     "init_train_state",
     "learned_optimizers",
@@ -105,6 +112,7 @@ __all__ = [
     "load_run",
     "make_algorithm",
     "make_evaluate",
+    "make_mixture_loop",
     "make_train_loop",
     "make_train_step",
     "map_seeds",

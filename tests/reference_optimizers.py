@@ -121,3 +121,68 @@ def unroll_two_layer(
         thetas.append(theta)
         records.append(now)
     return np.stack(thetas), records
+
+
+class MomentGates(NamedTuple):
+    hidden: tuple[Array, Array]  # kernel [H, 15], bias [H]
+    output: tuple[Array, Array]  # kernel [19, H], bias [19]
+    step: Array  # [15]
+
+
+class Moments(NamedTuple):
+    count: int
+    means: tuple[Array, Array, Array]
+    square: Array
+
+
+def moment_gates_step(
+    rule: MomentGates, theta: Array, g: Array, old: Moments, progress: float | None
+) -> tuple[Array, Moments]:
+    """One tensor's next theta, from the equations of `rules.moment_gates`."""
+    count = old.count + 1
+    betas = (0.9, 0.99, 0.999)
+    means = tuple(b * m + (1 - b) * g for b, m in zip(betas, old.means, strict=True))
+    square = 0.99 * old.square + 0.01 * g**2
+    fast, middle, slow = (m / (1 - b**count) for b, m in zip(betas, means, strict=True))
+    u = np.sqrt(square / (1 - 0.99**count))
+    rms = lambda x: np.sqrt(np.mean(x**2))  # noqa: E731
+    angle = lambda a, b: np.mean(a * b) / (rms(a) * rms(b))  # noqa: E731
+    squash = lambda x: np.clip(x, -2, 2)  # noqa: E731
+    fan_in = np.prod(theta.shape[:-1]) if theta.ndim > 1 else 1.0
+    done = 0.0 if progress is None else progress
+    z = np.array(
+        [
+            *(np.log(rms(m) / rms(u)) / 3 for m in (g, fast, middle, slow)),
+            angle(g, fast),
+            angle(fast, slow),
+            angle(fast, theta),
+            np.log(rms(theta) + 1e-3) / 5,
+            np.log(theta.size) / 10,
+            np.log(fan_in) / 10,
+            theta.ndim > 1,
+            np.log(count) / 10,
+            done,
+            progress is not None,
+            np.log(1.01 - done) / 3,
+        ]
+    )
+    hidden = np.tanh(rule.hidden[0] @ z + rule.hidden[1])
+    out = rule.output[0] @ hidden + rule.output[1]
+    step = np.exp(np.clip(out[0] + rule.step @ z, -15, -1))
+    relative = theta / rms(theta)
+    x = np.stack(
+        [
+            np.log(u / rms(u)),
+            squash(abs(middle / u)),
+            squash(g * fast / u**2),
+            squash(fast * slow / u**2),
+            squash(relative**2),
+            squash(relative * fast / u),
+        ]
+    )
+    input_gate = sigmoid(np.tensordot(out[5:11], x, 1) + out[11])
+    forget_gate = 1 - step * sigmoid(np.tensordot(out[12:18], x, 1) + out[18])
+    mixed = out[1] * g + out[2] * fast + out[3] * middle + out[4] * slow
+    move = input_gate * mixed
+    move = np.clip(move / rms(move), -10, 10)
+    return forget_gate * theta - step * move, Moments(count, means, square)

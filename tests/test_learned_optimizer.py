@@ -135,7 +135,7 @@ def test_a_segment_of_the_whole_horizon_is_full_backpropagation(
     expected, kind, second_order
 ):
     """Against a loop over optax updates that is differentiated as it stands."""
-    options = {"weights": lambda t: t**2} if kind == "weights" else {}
+    options = {"weights": lambda done: (4 * done) ** 2} if kind == "weights" else {}
     if kind in ("log", "relative"):
         options = {"loss_transform": kind}
     how = inner.second_order() if second_order else inner.first_order("mixed")
@@ -163,7 +163,7 @@ def test_layouts_and_what_is_kept_change_no_gradient(expected, layout):
 def test_stacked_tasks_are_the_tasks_one_by_one():
     """The carry too, over segments that restart at different times."""
     options = {"unroll_steps": 2, "horizon": 6, "stagger": True}
-    options |= {"loss_transform": "relative", "weights": lambda t: t}
+    options |= {"loss_transform": "relative", "weights": lambda done: done}
     stacked, meta_params, carry = build(**options, task_mapping="stacked")
     mapped, _, other = build(**options, task_mapping="vmap")
     for step in range(4):
@@ -246,7 +246,8 @@ def test_a_curriculum_lengthens_the_horizon_and_compiles_once():
     for step in range(8):
         _, carry, _ = fn(meta_params, carry, keys_of(step), draw_many(1, seed=step))
         seen.append(int(carry.inner_step[0]))
-    assert seen == [1, 1, 1, 2, 3, 1, 2, 3]
+    # a run's length is fixed when it starts
+    assert seen == [1, 1, 1, 1, 2, 3, 1, 2]
     assert fn._cache_size() == 1
 
 

@@ -11,7 +11,7 @@ import tiny
 from flax import linen as nn
 
 from metalstm.data import ImageData
-from metalstm.learned_optimizers import problems
+from metalstm.learned_optimizers import problems, with_random_scaling
 
 FAMILIES = {
     "quadratics": problems.quadratics(3),
@@ -21,7 +21,7 @@ FAMILIES = {
     "sinusoids": problems.sinusoids(hidden=(4,), batch_size=3),
     "mlp": problems.mlp_classifier((4, 3), num_classes=3, batch_size=3),
     "conv": problems.conv_classifier(2, num_blocks=1, num_classes=3, batch_size=3),
-    "scaled": problems.with_random_scaling(problems.quadratics(3), 0.1, 10.0),
+    "scaled": with_random_scaling(problems.quadratics(3), 0.1, 10.0),
 }
 HAS_BATCHES = {"sinusoids", "mlp", "conv"}
 
@@ -133,11 +133,11 @@ def test_a_sinusoids_batch_serves_whichever_task_is_in_training():
     np.testing.assert_allclose(family.loss(params, task, x), expected, rtol=1e-5)
 
 
-@pytest.mark.parametrize("per", ["coordinate", "tensor"])
+@pytest.mark.parametrize("per", ["coordinate", "tensor", "problem"])
 def test_scaling_changes_the_coordinates_and_not_the_problem(per):
     """L(phi) = L_0(c phi) and its gradient is c grad L_0; c is log-uniform."""
     plain = problems.logistic_regression(40)
-    family = problems.with_random_scaling(plain, 0.1, 10.0, per=per)
+    family = with_random_scaling(plain, 0.1, 10.0, per=per)
     task = family.sample(jax.random.key(0), None)
     phi = family.init(jax.random.key(1), task)
     theta = plain.init(jax.random.key(1), task.task)
@@ -149,9 +149,23 @@ def test_scaling_changes_the_coordinates_and_not_the_problem(per):
     tiny.assert_close(grads, scaled, rtol=1e-4)
     scales = task.scales["w"]
     assert scales.shape == ((40,) if per == "coordinate" else ())
+    assert (scales == task.scales["bias"]).all() == (per == "problem")
     if per == "coordinate":
         assert 0.1 <= scales.min() < 0.3 < 3 < scales.max() <= 10
         assert abs(jnp.log(scales).mean()) < 0.6
+
+
+def test_the_loss_is_scaled_too():
+    plain = problems.logistic_regression(3)
+    family = with_random_scaling(plain, 1, 1, per="problem", loss=(0.01, 100.0))
+    scales = []
+    for seed in range(20):
+        task = family.sample(jax.random.key(seed), None)
+        phi = family.init(jax.random.key(1), task)
+        ratio = family.loss(phi, task, ()) / plain.loss(phi, task.task, ())
+        np.testing.assert_allclose(ratio, task.loss_scale, rtol=1e-5)
+        scales.append(float(ratio))
+    assert 0.01 <= min(scales) < 0.1 < 10 < max(scales) <= 100
 
 
 class Regressor(nn.Module):
@@ -209,11 +223,11 @@ def test_init_std_none_is_the_models_own_start(data):
         (lambda: problems.mlp_classifier(batch_size=0), r"batch_size=0: choose"),
         (lambda: problems.mlp_classifier(activation="x"), r"activation='x': choose on"),
         (
-            lambda: problems.with_random_scaling(problems.quadratics(), 0, 1),
+            lambda: with_random_scaling(problems.quadratics(), 0, 1),
             r"low, high=\(0, 1\): give 0 < low <= high",
         ),
         (
-            lambda: problems.with_random_scaling(problems.quadratics(), 1, 2, per="x"),
+            lambda: with_random_scaling(problems.quadratics(), 1, 2, per="x"),
             r"per='x': choose one of coordinate, tensor",
         ),
         (

@@ -40,6 +40,8 @@ RULES: dict[str, UpdateRule] = {
     "l2l_raw": rules.l2l(hidden_size=3, num_layers=1, features="raw", output_scale=1.0),
     "l2l_moments": rules.l2l(hidden_size=2, features="moments", shortcut=0.2),
     "memory": rules.gradient_memory(hidden_size=2),
+    "moment_gates": rules.moment_gates(hidden_size=2),
+    "moment_network": rules.moment_network(hidden_size=2),
     "two_layer": rules.two_layer(memory={"hidden_size": 2}),
     "by_group": rules.by_group(
         {"matrix": rules.l2l(hidden_size=2), "vector": rules.gradient_memory()},
@@ -55,6 +57,7 @@ RULES: dict[str, UpdateRule] = {
 }
 PER_TENSOR = {"gates_per_step", "sgd_tensor", "sgd_parameter"}
 BLIND = {"by_group", "gates_ablated", "l2l", "l2l_raw", "l2l_moments", "memory"}
+BLIND |= {"moment_gates", "moment_network"}
 BLIND |= {"sgd_rule", "sgd_tensor", "sgd_parameter"}
 
 

@@ -8,7 +8,7 @@ from experiments.common.cli import replace
 from experiments.common.saved_options import to_json
 from experiments.learned_optimizer.options import Problem
 from metalstm.data.sources.labelled import load_image_data
-from metalstm.learned_optimizers import problems
+from metalstm.learned_optimizers import problems, with_random_scaling
 from metalstm.learned_optimizers.problems import ProblemFamily
 from metalstm.tasks import TaskMapping
 
@@ -49,7 +49,7 @@ def load_source(problem: Problem) -> Source:
     training = family = build_family(problem, data)
     if problem.scaling is not None:
         per = problem.scaling_per
-        training = problems.with_random_scaling(family, *problem.scaling, per=per)
+        training = with_random_scaling(family, *problem.scaling, per=per)
     return Source(training, family, smaller, data, about)
 
 

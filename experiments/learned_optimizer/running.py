@@ -278,7 +278,7 @@ def _algorithm(
     rule: UpdateRule, config: Config, source: Source, stage: Stage
 ) -> MetaAlgorithm:
     budget = config.budget
-    linear = lambda step: 2 * step / stage.horizon  # noqa: E731
+    linear = lambda done: 2 * done  # noqa: E731
     options = msgspec.structs.asdict(config.training)
     options |= {"unroll_steps": stage.unroll_steps, "horizon": _horizon(config, stage)}
     second = budget.order == "second"

@@ -12,6 +12,7 @@ from metalstm.learned_optimizers.curves import (
     sweep,
 )
 from metalstm.learned_optimizers.problems import Draw, ProblemFamily, ProblemSampler
+from metalstm.learned_optimizers.scaling import with_random_scaling
 from metalstm.learned_optimizers.training import InnerRuns, learned_optimizer
 
 __all__ = [
@@ -30,4 +31,5 @@ __all__ = [
     "problems",
     "summary",
     "sweep",
+    "with_random_scaling",
 ]

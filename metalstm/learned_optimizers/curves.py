@@ -72,6 +72,7 @@ def make_loss_curves(
     record_every: int = 1,
     eval_batch: int | None = None,
     task_mapping: TaskMapping | None = None,
+    measured: Callable[[PyTree, PyTree], PyTree] | None = None,
 ) -> Callable[[PyTree, Any, int], np.ndarray]:
     """Compile once, evaluate often: ``(rule params, data, seed) -> losses [I, S + 1]``.
 
@@ -84,6 +85,8 @@ def make_loss_curves(
         the minibatch of the next update, as in published curves.
       task_mapping: how instances are laid out; see `metalstm.tasks.map_tasks`. "vmap"
         is by far the fastest for small problems.
+      measured: ``(state of the rule, params) -> params`` whose loss is recorded, such
+        as `optax.contrib.schedule_free_eval_params`. None: the parameters themselves.
 
     Raises:
       ValueError: ``num_steps`` is no multiple of ``record_every``, or either or
@@ -98,6 +101,7 @@ def make_loss_curves(
             record_every,
             eval_batch,
             task_mapping,
+            measured,
         )
     )
 
@@ -115,6 +119,7 @@ def _curves(
     record_every: int,
     eval_batch: int | None,
     task_mapping: TaskMapping | None,
+    measured: Callable[[PyTree, PyTree], PyTree] | None,
 ) -> Callable[[PyTree, Any, Array], Array]:
     for name, value in (
         ("num_instances", num_instances),
@@ -140,7 +145,9 @@ def _curves(
             del key
             return family.loss(params, task, batch_at(t)), stats
 
-        def measure(params: PyTree, t: Array) -> Array:
+        def measure(params: PyTree, rule_state: PyTree, t: Array) -> Array:
+            if measured is not None:
+                params = measured(rule_state, params)
             batch = batch_at(t)
             if eval_batch is not None:
                 eval_key = jax.random.fold_in(jax.random.fold_in(key, _EVAL), t)
@@ -149,7 +156,7 @@ def _curves(
 
         def record(carry, start: Array):
             params, rule_state = carry
-            loss = measure(params, start)
+            loss = measure(params, rule_state, start)
             end, _ = unroll(
                 loss_at,
                 rule,
@@ -164,10 +171,11 @@ def _curves(
             return (end.params, end.rule_state), loss
 
         start = (params, rule.bind(rule_params).init(params))
-        (params, _), losses = lax.scan(
+        (params, rule_state), losses = lax.scan(
             record, start, jnp.arange(0, num_steps, record_every)
         )
-        return jnp.append(losses, measure(params, jnp.int32(num_steps)))
+        last = measure(params, rule_state, jnp.int32(num_steps))
+        return jnp.append(losses, last)
 
     def curves(rule_params: PyTree, data: Any, seed: Array) -> Array:
         keys = jax.vmap(functools.partial(jax.random.fold_in, jax.random.key(seed)))(
@@ -230,7 +238,8 @@ def sweep(
             f"grid names {', '.join(grid)} but the rule has {names}: build it with "
             "rules.tunable(factory, **the same names)"
         )
-    settings = {"record_every": 1, "eval_batch": None, "task_mapping": None} | options
+    unset = dict.fromkeys(("eval_batch", "task_mapping", "measured"))
+    settings: dict[str, Any] = {"record_every": 1} | unset | options
     curves_of = _curves(family, rule, num_instances, num_steps, **settings)
     axes = [np.asarray(axis, np.float32) for axis in grid.values()]
     points = np.stack([m.reshape(-1) for m in np.meshgrid(*axes, indexing="ij")])

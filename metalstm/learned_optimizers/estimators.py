@@ -32,8 +32,8 @@ __all__ = [
     "stacked_backprop",
 ]
 
-Horizon = int | Callable[[Array], Array]
-LossTransform = Literal["none", "log", "relative"]
+Horizon = int | tuple[int, int] | Callable[[Array], Array]
+LossTransform = Literal["none", "log", "relative", "log_relative"]
 
 DIVERGED = 1e12
 """A loss counts as this at most, and is then constant to every derivative: an instance
@@ -43,6 +43,7 @@ NOT_YET = float("inf")
 """Stands for L(theta_0) until a run's first segment has computed it."""
 
 _TINY = 1e-12  # keeps log and division of a loss finite
+_FLOOR = 1e-3  # of "log_relative": a loss below this share of the first hardly counts
 
 
 class Settings(NamedTuple):
@@ -59,6 +60,7 @@ class Settings(NamedTuple):
     estimator: Literal["backprop", "pes"]
     pes_std: float
     stagger: bool
+    tell_progress: float
     scan_unroll: int
     task_mapping: TaskMapping | Literal["stacked"] | None
     axis_name: str | None
@@ -72,6 +74,7 @@ class InnerRuns(NamedTuple):
     task: PyTree
     first_loss: Array  # [T] at theta_0; NOT_YET before the first segment
     inner_step: Array  # int32 [T] updates done; -1 - k: start again, as if k were done
+    length: Array  # int32 [T] updates of the whole run, fixed when it starts
     meta_step: Array  # int32 [T] meta-steps done, the same for all
     shift: PyTree  # "pes": sum of the perturbations since the start; otherwise ()
 
@@ -106,6 +109,10 @@ def backprop(
 
     gradient_fn = jax.value_and_grad(objective, has_aux=True)
     (value, (losses, first, inner)), grads = gradient_fn(meta_params)
+    # a derivative may overflow where no loss does: this task then counts as diverged
+    finite = jnp.isfinite(sum(jnp.vdot(g, g) for g in jax.tree.leaves(grads)))
+    grads = jax.tree.map(lambda g: jnp.where(finite, g, 0), grads)
+    losses = losses.at[-1].set(jnp.where(finite, losses[-1], DIVERGED))
     after = runs._replace(
         params=inner.params, rule_state=inner.rule_state, first_loss=first
     )
@@ -187,6 +194,7 @@ def evolution(
         runs.params,
         runs.rule_state,
         axis_name=settings.axis_name,
+        how="vmap" if settings.task_mapping == "vmap" else None,
     )
     # a pair that diverged says nothing about the slope
     slope = (values[0] - values[1]) / (2 * settings.pes_std**2)
@@ -240,20 +248,24 @@ def _objective(
     terms = losses[1:]
     if settings.loss_transform == "log":
         terms = jnp.log(terms + _TINY)
-    elif settings.loss_transform == "relative":
+    elif settings.loss_transform != "none":
         terms = terms / (first + _TINY)[None]
+    if settings.loss_transform == "log_relative":
+        terms = jnp.log(terms + _FLOOR)
     if settings.weights is not None:
         steps = jnp.arange(1, settings.unroll_steps + 1)
         steps = steps.reshape(-1, *(1,) * first.ndim) + runs.inner_step[None]
-        terms = terms * settings.weights(steps)
+        terms = terms * settings.weights(steps / runs.length[None])
     return terms.mean(), first
 
 
-def _map_pair(fn: Callable, *args: PyTree, axis_name: str | None) -> PyTree:
+def _map_pair(
+    fn: Callable, *args: PyTree, axis_name: str | None, how: TaskMapping | None
+) -> PyTree:
     """``fn`` of each of two, the leading axis; by two devices if they share a task."""
     if axis_name is None or sharding.axis_devices(axis_name) == 1:
         # on a CPU one after the other: XLA computes a single product on all cores
-        return map_tasks(fn, *args)
+        return map_tasks(fn, *args, how=how)
     sign = lax.axis_index(axis_name) % 2
     out = fn(*jax.tree.map(lambda leaf: leaf[sign], args))
     return jax.tree.map(lambda leaf: sharding.collect(leaf, axis_name)[:2], out)

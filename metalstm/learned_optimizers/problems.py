@@ -33,7 +33,6 @@ __all__ = [
     "quadratics",
     "sinusoids",
     "supervised",
-    "with_random_scaling",
 ]
 
 
@@ -173,7 +172,7 @@ def plateau(
     theta, as a forget gate below 1 does, leads off it; the gradient alone hardly does.
     """
     _check_positive(dim=dim, num_examples=num_examples)
-    _check_range("steepness", steepness)
+    check_range("steepness", steepness)
 
     def sample(key: Array, data: PyTree) -> PyTree:
         del data
@@ -182,7 +181,7 @@ def plateau(
         w = jax.random.normal(w_key, (dim,))
         w = w / jnp.linalg.norm(w)
         y = (x @ w > 0).astype(jnp.float32)
-        return {"x": x, "y": y, "start": -_log_uniform(steep_key, steepness) * w}
+        return {"x": x, "y": y, "start": -log_uniform(steep_key, steepness) * w}
 
     def init(key: Array, task: PyTree) -> PyTree:
         return {"theta": task["start"] + jax.random.normal(key, (dim,))}
@@ -321,55 +320,6 @@ def conv_classifier(
     return supervised(learner, batch_size=batch_size)
 
 
-class _Scaled(NamedTuple):
-    task: PyTree
-    scales: PyTree  # c, like the parameters
-
-
-def with_random_scaling(
-    family: ProblemFamily,
-    low: float,
-    high: float,
-    *,
-    per: Literal["coordinate", "tensor"] = "coordinate",
-) -> ProblemFamily:
-    """Minimise over phi where theta = c phi: the same problems, scaled at random.
-
-    c is log-uniform in [low, high], drawn with the instance (Lv et al., 2017, whose
-    range is e^-3 to e^3). An optimizer trained on it cannot rely on one step size.
-
-    Args:
-      per: a scale for every coordinate, or one for each tensor.
-    """
-    _check_range("low, high", (low, high))
-    check_choice("per", per, ("coordinate", "tensor"))
-
-    def sample(key: Array, data: PyTree) -> PyTree:
-        task_key, scale_key = jax.random.split(key)
-        task = family.sample(task_key, data)
-        shapes = jax.eval_shape(family.init, key, task)
-        leaves, treedef = jax.tree.flatten(shapes)
-        scales = [
-            _log_uniform(
-                jax.random.fold_in(scale_key, k),
-                (low, high),
-                leaf.shape if per == "coordinate" else (),
-            ).astype(leaf.dtype)
-            for k, leaf in enumerate(leaves)
-        ]
-        return _Scaled(task, jax.tree.unflatten(treedef, scales))
-
-    def init(key: Array, task: PyTree) -> PyTree:
-        params = family.init(key, task.task)
-        return jax.tree.map(jnp.divide, params, task.scales)
-
-    def loss(params: PyTree, task: PyTree, batch: PyTree) -> Array:
-        theta = jax.tree.map(jnp.multiply, params, task.scales)
-        return family.loss(theta, task.task, batch)
-
-    return ProblemFamily(sample, init, family.batch, loss)
-
-
 def _floats(x: PyTree) -> PyTree:
     scale = lambda a: a.astype(jnp.float32) / 255 if a.dtype == jnp.uint8 else a  # noqa: E731
     return jax.tree.map(scale, x)
@@ -385,12 +335,12 @@ def _redrawn(key: Array, params: PyTree, std: float | None) -> PyTree:
     return jax.tree.unflatten(treedef, drawn)
 
 
-def _log_uniform(key: Array, limits: tuple[float, float], shape: tuple = ()) -> Array:
+def log_uniform(key: Array, limits: tuple[float, float], shape: tuple = ()) -> Array:
     low, high = math.log(limits[0]), math.log(limits[1])
     return jnp.exp(jax.random.uniform(key, shape, minval=low, maxval=high))
 
 
-def _check_range(name: str, limits: tuple[float, float]) -> None:
+def check_range(name: str, limits: tuple[float, float]) -> None:
     if not 0 < limits[0] <= limits[1]:
         raise ValueError(f"{name}={tuple(limits)}: give 0 < low <= high")
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 from collections.abc import Callable
 from typing import Any, Literal, get_args
 
@@ -20,7 +21,7 @@ import optax
 
 from metalstm.algorithms.common import make_algorithm
 from metalstm.base import Array, MetaAlgorithm, PyTree, UpdateRule
-from metalstm.checks import check_at_least, check_choice, check_positive
+from metalstm.checks import check_at_least, check_choice, check_positive, check_share
 from metalstm.inner import Differentiation, first_order
 from metalstm.learned_optimizers.estimators import (
     DIVERGED,
@@ -35,11 +36,13 @@ from metalstm.learned_optimizers.estimators import (
     stacked_backprop,
 )
 from metalstm.learned_optimizers.problems import Draw, ProblemFamily, ProblemSampler
-from metalstm.rules import as_rule, flat
+from metalstm.rules import as_rule, flat, with_progress
 from metalstm.rules.classic import check_differentiable
 from metalstm.tasks import TaskMapping, map_tasks, mean_over_tasks
 
 __all__ = ["InnerRuns", "learned_optimizer"]
+
+_START = 104_729  # folded into a task's key: what a run that starts draws
 
 
 def learned_optimizer(
@@ -55,6 +58,7 @@ def learned_optimizer(
     estimator: Literal["backprop", "pes"] = "backprop",
     pes_std: float = 0.01,
     stagger: bool = False,
+    tell_progress: float = 0.0,
     scan_unroll: int = 1,
     task_mapping: TaskMapping | Literal["stacked"] | None = None,
     axis_name: str | None = None,
@@ -85,18 +89,24 @@ def learned_optimizer(
       num_tasks: T, problems in training at once; the trainer's ``num_tasks``.
       unroll_steps: K, updates of a segment, which are differentiated together.
       horizon: updates after which a task starts again from a new instance, a multiple
-        of K; or a function of the meta-step (traced: a curriculum compiles nothing
-        twice), of which the next multiple of K counts.
+        of K; or (low, high), between which each run draws its length log-uniformly; or
+        a function of the meta-step at which a run starts (traced: a curriculum compiles
+        nothing twice). Of the latter two the next multiple of K counts.
       differentiation: `metalstm.first_order` or `metalstm.second_order`, of a segment.
         Recomputing the rule needs less memory and is faster on a CPU. "pes"
         differentiates nothing.
-      weights: inner step t = 1, 2, ... -> w_t, elementwise. None: 1.
+      weights: share of the run that is done, t / length in (0, 1], -> w_t,
+        elementwise. None: 1.
       loss_transform: "none"; "log", so that equal ratios of losses count the same;
-        "relative" divides by the instance's loss at theta_0.
+        "relative" divides by the instance's loss at theta_0; "log_relative" is the log
+        of that plus 0.001, so that a loss near zero does not outweigh the others.
       estimator: "backprop" or "pes".
       pes_std: sigma, of the perturbations of "pes".
       stagger: let the first runs end at different times, so that every meta-step sees
         all phases of training.
+      tell_progress: share of the runs whose rule is told its progress, as by
+        `metalstm.rules.with_progress`; the others' length stays unknown to it. 0: the
+        rule is called without.
       scan_unroll: see `metalstm.inner.unroll`.
       task_mapping: "stacked" runs all tasks as one problem whose parameters are theirs
         end to end, so that a rule's matrix product is one for all of them. Only for a
@@ -110,6 +120,8 @@ def learned_optimizer(
         ``unroll_steps``, or (from the meta-gradient) tasks that cannot be stacked.
     """
     rule = as_rule(rule)
+    if tell_progress:
+        rule = _told(rule)
     settings = Settings(
         family,
         rule,
@@ -122,6 +134,7 @@ def learned_optimizer(
         estimator,
         pes_std,
         stagger,
+        tell_progress,
         scan_unroll,
         task_mapping,
         axis_name,
@@ -141,8 +154,13 @@ def _check(settings: Settings) -> None:
     rule, horizon, steps = settings.rule, settings.horizon, settings.unroll_steps
     check_at_least("num_tasks", settings.num_tasks, 1)
     check_at_least("unroll_steps", steps, 1)
-    if not callable(horizon) and (horizon < 1 or horizon % steps):
+    if isinstance(horizon, tuple):
+        if not 1 <= horizon[0] <= horizon[1]:
+            raise ValueError(f"horizon={horizon}: give 1 <= low <= high")
+    elif not callable(horizon) and (horizon < 1 or horizon % steps):
         raise ValueError(f"horizon={horizon} is not a multiple of unroll_steps={steps}")
+    if settings.tell_progress:
+        check_share("tell_progress", settings.tell_progress)
     check_choice("loss_transform", settings.loss_transform, get_args(LossTransform))
     check_choice("estimator", settings.estimator, ("backprop", "pes"))
     check_positive("pes_std", settings.pes_std)
@@ -156,6 +174,14 @@ def _check(settings: Settings) -> None:
         )
 
 
+def _told(rule: UpdateRule) -> UpdateRule:
+    """Call the rule with its progress; `_restart` sets the length of each run."""
+    traits = rule.traits._replace(coordinatewise=False)  # all share a counter
+    return UpdateRule(
+        rule.init, lambda params: with_progress(rule.bind(params), None), traits
+    )
+
+
 def _may_be_stacked(rule: UpdateRule) -> bool:
     return rule.traits.coordinatewise and not rule.traits.reads_loss
 
@@ -163,18 +189,17 @@ def _may_be_stacked(rule: UpdateRule) -> bool:
 def _init_carry(
     settings: Settings, key: Array, meta_params: PyTree, draw: Draw
 ) -> InnerRuns:
-    del key
-    num_tasks, horizon = settings.num_tasks, settings.horizon
+    num_tasks = settings.num_tasks
     is_pes = settings.estimator == "pes"
     rows = (num_tasks, 2) if is_pes else (num_tasks,)
 
     def tile(tree: PyTree, rows: tuple[int, ...]) -> PyTree:
         return jax.tree.map(lambda x: jnp.broadcast_to(x, rows + jnp.shape(x)), tree)
 
+    lengths = _lengths(settings, jax.random.split(key, num_tasks), jnp.int32(0))
     phases = jnp.zeros(num_tasks, jnp.int32)
     if settings.stagger:
-        at_first = horizon(jnp.int32(0)) if callable(horizon) else horizon
-        segments = jnp.asarray(at_first, jnp.int32) // settings.unroll_steps
+        segments = lengths // settings.unroll_steps
         phases = jnp.arange(num_tasks) * segments // num_tasks * settings.unroll_steps
     zeros = jax.tree.map(jnp.zeros_like, meta_params) if is_pes else ()
     rule_state = settings.rule.bind(meta_params).init(draw.params)
@@ -184,9 +209,23 @@ def _init_carry(
         task=tile(draw.task, rows[:1]),
         first_loss=jnp.full(num_tasks, NOT_YET, jnp.result_type(float)),
         inner_step=-1 - phases.astype(jnp.int32),
+        length=lengths,
         meta_step=jnp.zeros(num_tasks, jnp.int32),
         shift=tile(zeros, rows[:1]),
     )
+
+
+def _lengths(settings: Settings, keys: Array, meta_step: Array) -> Array:
+    """Draw how many updates runs that start now make: int32 [T], multiples of K."""
+    horizon, unroll_steps = settings.horizon, settings.unroll_steps
+    if isinstance(horizon, tuple):
+        low, high = (math.log(limit) for limit in horizon)
+        uniform = jax.vmap(lambda key: jax.random.uniform(key, (), float, low, high))
+        drawn = jnp.exp(uniform(keys))
+    else:
+        limit = horizon(meta_step) if callable(horizon) else horizon
+        drawn = jnp.broadcast_to(jnp.asarray(limit), keys.shape)
+    return jnp.ceil(drawn / unroll_steps).astype(jnp.int32) * unroll_steps
 
 
 def _meta_gradient(
@@ -197,7 +236,7 @@ def _meta_gradient(
     layout, per_coordinate = _layout(settings, meta_params, draws.params)
     # stacked tasks that share a part of the rule's state begin and end together
     lockstep = layout == "stacked" and not all(jax.tree.leaves(per_coordinate))
-    runs = _restart(settings, meta_params, carry, draws, lockstep)
+    runs = _restart(settings, meta_params, carry, keys, draws, lockstep)
     if layout == "stacked":
         grads, estimates = stacked_backprop(
             settings, meta_params, runs, draws.batches, per_coordinate
@@ -257,7 +296,8 @@ def _layout(
             rule.bind(meta_params).init, jax.tree.map(lambda x: x[0], params)
         )
     can_stack = per_coordinate is not None
-    if can_stack and settings.stagger:  # a shared part would be at one phase for all
+    starts_differ = settings.stagger or isinstance(settings.horizon, tuple)
+    if can_stack and starts_differ:  # a shared part would be at one phase for all
         can_stack = all(jax.tree.leaves(per_coordinate))
     if layout is None:
         layout = "stacked" if can_stack else "vmap"
@@ -274,17 +314,27 @@ def _restart(
     settings: Settings,
     meta_params: PyTree,
     runs: InnerRuns,
+    keys: Array,
     draws: Draw,
     lockstep: bool,
 ) -> InnerRuns:
     """Put new instances where a task has come to its end."""
-    horizon = settings.horizon
-    limit = horizon(runs.meta_step[0]) if callable(horizon) else horizon
-    over = (runs.inner_step < 0) | (runs.inner_step >= limit)
+    over = (runs.inner_step < 0) | (runs.inner_step >= runs.length)
     if lockstep:
         over = jnp.broadcast_to(over.any(), over.shape)
+    inner_step = jnp.where(runs.inner_step < 0, -1 - runs.inner_step, 0)
+    keys = jax.vmap(lambda key: jax.random.split(jax.random.fold_in(key, _START)))(keys)
+    # of the first runs, lengths and phases belong together
+    drawn = _lengths(settings, keys[:, 0], runs.meta_step[0])
+    length = jnp.where(runs.meta_step == 0, runs.length, drawn)
     params = draws.params
     rule_state = jax.vmap(settings.rule.bind(meta_params).init)(params)
+    if settings.tell_progress:
+        share = settings.tell_progress
+        told = jax.vmap(lambda key: jax.random.bernoulli(key, share))(keys[:, 1])
+        rule_state = rule_state._replace(
+            step=inner_step, num_steps=jnp.where(told, length, 0).astype(jnp.float32)
+        )
     if settings.estimator == "pes":
         twice = lambda x: jnp.stack([x, x], 1)  # noqa: E731
         params, rule_state = jax.tree.map(twice, (params, rule_state))
@@ -293,7 +343,8 @@ def _restart(
         rule_state=rule_state,
         task=draws.task,
         first_loss=jnp.full_like(runs.first_loss, NOT_YET),
-        inner_step=jnp.where(runs.inner_step < 0, -1 - runs.inner_step, 0),
+        inner_step=inner_step,
+        length=length,
         shift=jax.tree.map(jnp.zeros_like, runs.shift),
     )
     pick = lambda new, old: jnp.where(  # noqa: E731

@@ -13,8 +13,11 @@ from metalstm.rules.groups import by_group, conv_or_dense, matrix_or_vector, onl
 from metalstm.rules.io import SavedRule, load_rule, save_rule
 from metalstm.rules.l2l_lstm import L2LState, l2l
 from metalstm.rules.memory import MemoryState, gradient_memory, two_layer
+from metalstm.rules.moments import MomentsState
 from metalstm.rules.precision import FloatCopyState, with_float_copy
+from metalstm.rules.progress import ProgressState, with_progress
 from metalstm.rules.spec import build_rule
+from metalstm.rules.tensor_rules import moment_gates, moment_network
 
 __all__ = [
     "FEATURES_VERSION",
@@ -22,6 +25,8 @@ __all__ = [
     "GatesState",
     "L2LState",
     "MemoryState",
+    "MomentsState",
+    "ProgressState",
     "SavedRule",
     "as_rule",
     "build_rule",
@@ -38,9 +43,12 @@ __all__ = [
     "log_sign",
     "lstm_gates",
     "matrix_or_vector",
+    "moment_gates",
+    "moment_network",
     "only",
     "save_rule",
     "tunable",
     "two_layer",
     "with_float_copy",
+    "with_progress",
 ]

@@ -68,7 +68,7 @@ def _lstm_step_jvp(primals, tangents):
     if platform() == "cpu":
         dz = dz + d_bias[:, None] + d_kernel @ jnp.concatenate([x, hidden])
     else:
-        # the bias's gradient, a sum along the lanes, becomes a row of the kernel's
+        # the bias's gradient, a sum along vector lanes, becomes a row of the kernel's
         ones = jnp.ones((1, x.shape[1]), x.dtype)
         d_both = jnp.concatenate([d_kernel, d_bias[:, None]], 1)
         dz = dz + d_both @ jnp.concatenate([x, hidden, ones])

@@ -8,6 +8,7 @@ from typing import NamedTuple, overload
 import optax
 
 from metalstm.rules.io import load_rule
+from metalstm.rules.progress import with_progress
 
 __all__ = ["RuleCard", "pretrained_optimizer"]
 
@@ -31,11 +32,11 @@ def pretrained_optimizer(
 
 @overload
 def pretrained_optimizer(
-    name: str, *, directory: str | Path = ...
+    name: str, *, num_steps: int | None = ..., directory: str | Path = ...
 ) -> optax.GradientTransformationExtraArgs: ...
 
 
-def pretrained_optimizer(name=None, *, directory=_SHIPPED):
+def pretrained_optimizer(name=None, *, num_steps=None, directory=_SHIPPED):
     """Return a trained rule as an optax transform; without a name, list them all.
 
     These rules do not read the loss, so they work wherever an optax optimizer does::
@@ -45,11 +46,13 @@ def pretrained_optimizer(name=None, *, directory=_SHIPPED):
 
     Args:
       name: one of the names that the list has.
+      num_steps: updates of the whole training, for a rule that anneals its steps by
+        `metalstm.rules.with_progress`; the others ignore it.
       directory: other rule files (see `metalstm.save_rule`) to choose from; their
         ``info`` has ``trained_on``, ``limits`` and ``cost``.
 
     Raises:
-      ValueError: there is no rule of this name.
+      ValueError: there is no rule of this name, or ``num_steps`` is below 1.
     """
     files = {path.stem: path for path in sorted(Path(directory).glob("*.npz"))}
     if name is None:
@@ -57,7 +60,8 @@ def pretrained_optimizer(name=None, *, directory=_SHIPPED):
     if name not in files:
         choices = ", ".join(files) or "none is installed"
         raise ValueError(f"there is no trained rule {name!r}: choose from {choices}")
-    return load_rule(files[name]).transform()
+    learned = load_rule(files[name]).transform()
+    return learned if num_steps is None else with_progress(learned, num_steps)
 
 
 def _card(name: str, path: Path) -> RuleCard:

@@ -1,0 +1,101 @@
+"""Meta-train a gate rule for ordinary training, on a mixture of small problems.
+
+Claim: gates that read normalised moments, meta-trained for a few core-hours on small
+networks, train networks of other kinds and sizes (`held_out`).
+
+    python -m experiments.learned_optimizer.general --folder RUN           # or resume
+    python -m experiments.learned_optimizer.general --folder RUN --export  # its best
+
+Each meta-step is one family's (`meta_tasks`): persistent evolution strategies with
+antithetic pairs over runs of log-uniform length, or, for the cheap families, exact
+derivatives through whole short runs. Every run has a scale of its parameters and of its
+loss, drawn once; most runs know their progress. Validation is on five other families:
+the mean log ratio of final losses to AdamW's with a tuned rate and a cosine, below 0
+where the rule ends lower. The best is kept, and written to RUN/NAME.npz at the end.
+
+Cost: CPU_NOTE
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Literal
+
+import msgspec
+
+from experiments.common.cli import Count, Names, Natural, Options, Positive, parse
+from experiments.common.compiled_programs import keep_compiled_programs
+from experiments.common.run_folder import locked
+from experiments.common.script_end import Interrupted, exit_status
+
+MODULE = "experiments.learned_optimizer.general"
+_RESUME = "stopped; the same command resumes the run"
+
+
+class Config(Options, frozen=True):
+    folder: Path = Path("runs") / "general"
+    """The run's; it is resumed if there is one."""
+    export: bool = False
+    """Write the best rule of the run so far, and train no further."""
+    seed: Natural = 0
+    """Of everything that is drawn."""
+    rule: Literal["moment_gates", "moment_network"] = "moment_gates"
+    """What is meta-trained."""
+    hidden_size: Count = 8
+    """Hidden units of the rule."""
+    families: Names = ()
+    """Which families to train on; none named: all."""
+    meta_steps: Count = 60_000
+    """Meta-steps, over which the rate decays to 0 by a cosine."""
+    learning_rate: Positive = 3e-3
+    """Adam's, on the rule's parameters."""
+    pes_std: Positive = 0.03
+    """Of the perturbations."""
+    unroll_steps: Count = 50
+    """Updates of a segment of evolution, and of a whole run that is differentiated."""
+    horizon: tuple[int, int] = (100, 2000)
+    """Between which the length of a run is drawn."""
+    scaling: tuple[float, float] = (0.3, 3.0)
+    """Between which the scale of a run's parameters is drawn."""
+    loss_scaling: tuple[float, float] = (0.01, 100.0)
+    """Likewise of its loss."""
+    tell_progress: Annotated[float, msgspec.Meta(ge=0, le=1)] = 0.75
+    """Share of the runs that know their progress; 0: nor do those of validation."""
+    backprop: Names = ("logistic", "noisy-quadratics")
+    """Families that also have exact derivatives; of networks they take minutes to
+    compile."""
+    backprop_weight: Positive = 0.5
+    """How often these meta-steps are, one of a family's others being 1."""
+    validation_steps: Count = 1_000
+    """Updates of a validation run."""
+    validation_instances: Count = 4
+    """Runs of each family of validation."""
+    validate_every: Count = 1_000
+    """Meta-steps between validations."""
+    save_every: Count = 250
+    """Meta-steps between checkpoints."""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line; return the exit status: 2 for a mistake, 130 for Ctrl-C."""
+    return exit_status(_run, arguments, stopped=lambda: _RESUME)
+
+
+def _run(arguments: list[str]) -> int:
+    config = parse(Config(), arguments, module=MODULE, description=__doc__)
+    keep_compiled_programs()
+    from experiments.learned_optimizer import general_training
+
+    with locked(config.folder):
+        try:
+            general_training.run(config)
+        except Interrupted:
+            print(_RESUME)
+            return 130
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

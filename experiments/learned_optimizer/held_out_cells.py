@@ -1,0 +1,276 @@
+"""The cells of `held_out`: optimizers, the search of their rates, runs and report."""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from optax import contrib
+
+from experiments.common.cli import check_names, replace
+from experiments.common.run_folder import write_json
+from experiments.learned_optimizer.held_out import Config
+from experiments.learned_optimizer.held_out_tasks import TASKS, VERSION, HeldOut, Loaded
+from metalstm import rules
+from metalstm.learned_optimizers import make_loss_curves
+
+TRIALS, RATE_TRIALS = 9, 7
+TUNE_SEED, SEEDS = 1_000, (0, 1, 2)
+EVAL_BATCH, RECORDS = 1_024, 20
+_FACTOR = 10**0.5
+
+
+class Optimizer(NamedTuple):
+    """``make(rate, num_steps)``: the rate is a number or a schedule."""
+
+    make: Callable[[Any, int], optax.GradientTransformation]
+    rate: float  # where tuning starts
+    schedules: tuple[str, ...] = ("cosine", "constant", "warmup")  # the first for rates
+    # (state, params) -> the parameters that are measured
+    averaged: Callable[[Any, Any], Any] | None = None
+
+
+def _schedule_free(rate: Any, num_steps: int) -> optax.GradientTransformation:
+    return contrib.schedule_free_adamw(rate, warmup_steps=num_steps // 20)
+
+
+OPTIMIZERS: dict[str, Optimizer] = {
+    "adamw": Optimizer(lambda rate, _: optax.adamw(rate), 1e-3),
+    "momentum": Optimizer(lambda rate, _: optax.sgd(rate, 0.9, nesterov=True), 0.1),
+    "lion": Optimizer(lambda rate, _: optax.lion(rate), 1e-4),
+    "muon": Optimizer(lambda rate, _: contrib.muon(rate, consistent_rms=0.2), 1e-3),
+    "schedule-free": Optimizer(
+        _schedule_free, 3e-3, ("constant",), contrib.schedule_free_eval_params
+    ),
+}
+
+
+def gate_rule(path: Path) -> Optimizer:
+    """A trained rule, told its progress; its rate multiplies its updates."""
+    learned = rules.load_rule(path).transform()
+
+    def make(rate: Any, num_steps: int) -> optax.GradientTransformation:
+        by = optax.scale_by_schedule(rate) if callable(rate) else optax.scale(rate)
+        return optax.chain(rules.with_progress(learned, num_steps), by)
+
+    return Optimizer(make, 1.0, ("constant", "cosine", "warmup"))
+
+
+class Trial(NamedTuple):
+    """A point of the search: rate * sqrt(10)^step with a schedule."""
+
+    step: int
+    schedule: str
+
+    def rate(self, optimizer: Optimizer) -> float:
+        return optimizer.rate * _FACTOR**self.step
+
+
+def scheduled(name: str, peak: Any, num_steps: int) -> Any:
+    """A rate, or a schedule, of which ``peak`` is the highest."""
+    if name == "constant":
+        return peak
+    shape = optax.cosine_decay_schedule(1, num_steps)
+    if name == "warmup":
+        warm = num_steps // 20
+        shape = optax.warmup_cosine_decay_schedule(0, 1, warm, num_steps)
+    return lambda step: peak * shape(step)
+
+
+def next_trial(optimizer: Optimizer, scores: dict[Trial, float]) -> Trial | None:
+    """The trial that the search makes after ``scores``, None at its end.
+
+    A function of the scores alone, so that a stopped search resumes. Losses that are
+    not finite count as infinite, and among equal scores the smaller rate is the best.
+    """
+    if len(scores) >= TRIALS:
+        return None
+    first, *others = optimizer.schedules
+    of_rates = {t.step: score for t, score in scores.items() if t.schedule == first}
+    if not of_rates:
+        return Trial(0, first)
+    best = min(sorted(of_rates), key=lambda step: of_rates[step])
+    bracketed = best - 1 in of_rates and best + 1 in of_rates
+    if not others or (len(of_rates) < RATE_TRIALS and not bracketed):
+        # the nearest to the best that was not tried
+        outwards = (best + sign * by for by in range(1, TRIALS) for sign in (-1, 1))
+        return Trial(next(step for step in outwards if step not in of_rates), first)
+    left = [Trial(best + by, name) for by in (0, 1, -1, 2, -2) for name in others]
+    return next((trial for trial in left if trial not in scores), None)
+
+
+def best_trial(scores: dict[Trial, float]) -> Trial:
+    return min(sorted(scores), key=lambda trial: scores[trial])
+
+
+# -- cells -----------------------------------------------------------------------------
+
+
+def compiled(
+    task: HeldOut, loaded: Loaded, optimizer: Optimizer, schedule: str
+) -> Callable[[float, int], dict[str, Any]]:
+    """(rate, seed) -> a cell: its losses on EVAL_BATCH examples at 21 equal times."""
+
+    def make(rate: Any) -> optax.GradientTransformation:
+        steps = task.num_steps
+        return optimizer.make(scheduled(schedule, rate, steps), steps)
+
+    run = make_loss_curves(
+        loaded.family,
+        rules.tunable(make, rate=optimizer.rate),
+        num_instances=1,
+        num_steps=task.num_steps,
+        record_every=task.num_steps // RECORDS,
+        eval_batch=EVAL_BATCH,
+        task_mapping="unroll",
+        measured=optimizer.averaged,
+    )
+
+    def cell(rate: float, seed: int) -> dict[str, Any]:
+        started, cpu = time.monotonic(), time.process_time()
+        losses = run({"rate": jnp.float32(rate)}, loaded.data, seed)[0]
+        return {
+            "losses": [float(x) if math.isfinite(x) else None for x in losses],
+            "seconds": round(time.monotonic() - started, 1),  # maybe with compilation
+            "cpu_seconds": round(time.process_time() - cpu, 1),
+        }
+
+    return cell
+
+
+def _score(cell: dict[str, Any]) -> float:
+    last = cell["losses"][-1]
+    return float("inf") if last is None else last
+
+
+class Cells:
+    """The cells of one task and optimizer, which are files."""
+
+    def __init__(self, folder: Path, task: str, optimizer: str):
+        self.folder = folder / f"v{VERSION}" / task / optimizer
+
+    def path(self, trial: Trial, seed: int) -> Path:
+        return self.folder / f"{trial.schedule}{trial.step:+d}-seed{seed}.json"
+
+    def read(self, trial: Trial, seed: int) -> dict[str, Any] | None:
+        path = self.path(trial, seed)
+        return json.loads(path.read_text()) if path.exists() else None
+
+    def scores(self) -> dict[Trial, float]:
+        """Of the tuning's trials so far."""
+        found = {}
+        for path in sorted(self.folder.glob(f"*-seed{TUNE_SEED}.json")):
+            cell = json.loads(path.read_text())
+            found[Trial(cell["step"], cell["schedule"])] = _score(cell)
+        return found
+
+
+def missing(cells: Cells, optimizer: Optimizer, is_rule: bool) -> Iterator:
+    """The (trial, seed) that are to be run, in order; each is run before the next."""
+    if is_rule:  # one trial: the default, nothing tuned
+        default = Trial(0, optimizer.schedules[0])
+        yield from ((default, s) for s in SEEDS if cells.read(default, s) is None)
+    while (trial := next_trial(optimizer, cells.scores())) is not None:
+        yield trial, TUNE_SEED
+    best = best_trial(cells.scores())
+    yield from ((best, s) for s in SEEDS if cells.read(best, s) is None)
+
+
+def resolved(config: Config) -> tuple[Config, dict[str, Optimizer]]:
+    """Name all tasks where none is; and the optimizers with the rules' rows.
+
+    Raises:
+      ValueError: there is no such task or optimizer.
+    """
+    check_names("--tasks", config.tasks, TASKS)
+    check_names("--optimizers", config.optimizers, OPTIMIZERS)
+    chosen = config.optimizers or tuple(OPTIMIZERS)
+    optimizers = {name: OPTIMIZERS[name] for name in chosen}
+    optimizers |= {path.stem: gate_rule(path) for path in config.rule}
+    return replace(config, tasks=config.tasks or tuple(TASKS)), optimizers
+
+
+def run(config: Config, optimizers: dict[str, Optimizer]) -> None:
+    """Run every missing cell, one task after another."""
+    for task_name in config.tasks:
+        task, loaded = TASKS[task_name], None
+        for name, optimizer in optimizers.items():
+            cells = Cells(config.folder, task_name, name)
+            programs: dict[str, Callable] = {}  # by their schedule
+            for trial, seed in missing(cells, optimizer, name not in OPTIMIZERS):
+                loaded = loaded or task.load(config.data_dir)
+                if (how := trial.schedule) not in programs:
+                    programs[how] = compiled(task, loaded, optimizer, how)
+                cell = programs[how](trial.rate(optimizer), seed)
+                cell |= trial._asdict() | {"seed": seed, "jax": jax.__version__}
+                path = cells.path(trial, seed)
+                path.parent.mkdir(parents=True, exist_ok=True)
+                write_json(path, cell)
+                print(
+                    f"{task_name} {path.stem} of {name}: {_score(cell):.4g}", flush=True
+                )
+        jax.clear_caches()
+
+
+# -- report ----------------------------------------------------------------------------
+
+
+def final_losses(cells: Cells, trial: Trial) -> np.ndarray | None:
+    """Of the seeds, float64 [3]; None while one is missing."""
+    found = [cell for seed in SEEDS if (cell := cells.read(trial, seed)) is not None]
+    return np.array(list(map(_score, found))) if len(found) == len(SEEDS) else None
+
+
+def report(config: Config, optimizers: dict[str, Optimizer]) -> str:
+    """Median final losses, and their ratios to tuned AdamW's, of what is complete."""
+    lines = [
+        f"held-out test {VERSION}: median final loss of {len(SEEDS)} seeds (ratio)"
+    ]
+    ratios: dict[str, list[float]] = {}
+    for task in config.tasks:
+        row = [f"{task:12s}"]
+        reference = None
+        for name, optimizer in optimizers.items():
+            cells = Cells(config.folder, task, name)
+            scores = cells.scores()
+            rows = {}
+            if name not in OPTIMIZERS:
+                rows[name] = Trial(0, optimizer.schedules[0])
+            if next_trial(optimizer, scores) is None:
+                rows[name if name in OPTIMIZERS else f"{name}, tuned"] = best_trial(
+                    scores
+                )
+            for label, trial in rows.items():
+                losses = final_losses(cells, trial)
+                if losses is None:
+                    continue
+                median = float(np.median(losses))
+                reference = median if name == "adamw" else reference
+                ratio = median / reference if reference else float("nan")
+                ratios.setdefault(label, []).append(ratio)
+                row.append(f"{label} {median:.4g} ({ratio:.2f})")
+        lines.append("  ".join(row))
+    for label, values in ratios.items():
+        lines.append(f"{label}: interquartile mean of ratios {iqm(values):.3f}")
+    return "\n".join(lines)
+
+
+def iqm(values: Sequence[float]) -> float:
+    """The mean of the middle half, the ends of it weighted by the share inside.
+
+    >>> iqm([1.0, 2.0, 3.0, 100.0])
+    2.5
+    """
+    ordered = np.sort(np.asarray(values, np.float64))
+    edges = np.linspace(0, 1, len(ordered) + 1)
+    inside = np.clip(np.minimum(edges[1:], 0.75) - np.maximum(edges[:-1], 0.25), 0, 1)
+    used = inside > 0  # an infinite loss outside the middle half does not count
+    return float((inside[used] * ordered[used]).sum() / inside.sum())

@@ -1,0 +1,185 @@
+"""What rules for ordinary training read: normalised moments of each tensor's gradient.
+
+Each tensor is updated in its own shape, so sharded ones stay where they are: only sums
+over a tensor travel.
+
+Notation: a tensor of n coordinates; Z features of the tensor, F of a coordinate.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from metalstm.base import Array, PyTree, RuleTraits, UpdateRule
+from metalstm.rules.flat import coordinate_dtype
+
+__all__ = [
+    "LEFT",
+    "NUM_COORDINATE",
+    "NUM_TENSOR",
+    "SIZE",
+    "MomentsState",
+    "Tensor",
+    "bounded_step",
+    "rms",
+    "tensor_rule",
+]
+
+NUM_TENSOR, NUM_COORDINATE = 15, 6  # Z, F
+SIZE, LEFT = 7, 14  # of Z: log of the tensor's size, log of what is left of training
+_DECAYS = (0.9, 0.99, 0.999)  # of the averages of the gradient
+_SQUARE_DECAY = 0.99  # of the average of its square
+_LARGEST = 10.0  # of a coordinate's normalised update
+_LOG_STEPS = (-15.0, -1.0)
+_TINY = 1e-30  # added to squares: a tensor whose gradient is zero does not move
+
+
+class MomentsState(NamedTuple):
+    """Four floats a parameter, each tree like the parameters, in float32."""
+
+    step: Array  # int32, updates done
+    means: tuple[PyTree, PyTree, PyTree]  # with the decays 0.9, 0.99, 0.999
+    square: PyTree
+
+
+class Tensor(NamedTuple):
+    """One tensor before its update. Arrays are not corrected, to make no new ones."""
+
+    averages: list[Array]  # the gradient, then its three averages
+    scales: list[Array]  # 1 / the weights that each has so far
+    square: Array  # the average square, corrected, and above 0
+    unit: Array  # the rms over the tensor of its root u
+    theta: Array
+    size: Array  # rms of theta
+    features: Array  # [Z], of the tensor
+
+
+def tensor_rule(
+    init: Callable[[Array], PyTree], move: Callable[[PyTree, Tensor], Array]
+) -> UpdateRule:
+    """Make a rule of the change of one tensor.
+
+    It reads no loss. A gradient that is not finite anywhere changes nothing, neither
+    parameters nor state.
+
+    Args:
+      init: key -> the rule's parameters, of any model.
+      move: (rule's parameters, tensor) -> what is added to theta.
+
+    Raises:
+      ValueError: from ``update``, when no parameters are given.
+    """
+
+    def bind(rule: PyTree) -> optax.GradientTransformationExtraArgs:
+        def init_fn(params):
+            zeros = jax.tree.map(lambda p: jnp.zeros(jnp.shape(p), _wide(p)), params)
+            return MomentsState(jnp.int32(0), (zeros,) * 3, zeros)
+
+        def update_fn(updates, state, params=None, *, progress=-1.0, **extra):
+            del extra
+            if params is None:
+                raise ValueError(
+                    "the rule needs the parameters: tx.update(grads, state, params)"
+                )
+            leaves, treedef = jax.tree.flatten(updates)
+            grads = [jnp.asarray(g, _wide(g)) for g in leaves]
+            finite = jnp.isfinite(sum(jnp.square(g).sum() for g in grads))
+            step = state.step + finite
+            # numbers that leave all as it was, where a select would copy every array
+            decays = [jnp.where(finite, b, 1) for b in (*_DECAYS, _SQUARE_DECAY)]
+            columns = (*state.means, state.square, params)
+            moves, moments = [], []
+            rows = zip(*map(jax.tree.leaves, columns), strict=True)
+            for g, (*old, theta) in zip(grads, rows, strict=True):
+                g = jnp.where(finite, g, 0)
+                new = _moments(g, old, decays)
+                tensor = _tensor(g, new, theta.astype(g.dtype), step, progress)
+                weights = jax.tree.map(lambda w: jnp.asarray(w, g.dtype), rule)  # noqa: B023
+                moves.append(finite * move(weights, tensor))
+                moments.append(new)
+            moves = [d.astype(g.dtype) for d, g in zip(moves, leaves, strict=True)]
+            *means, square = (
+                jax.tree.unflatten(treedef, [m[k] for m in moments]) for k in range(4)
+            )
+            new_state = MomentsState(step, tuple(means), square)
+            return jax.tree.unflatten(treedef, moves), new_state
+
+        return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+
+    traits = RuleTraits(coordinatewise=False, smooth=True, reads_loss=False)
+    return UpdateRule(lambda key, params: init(key), bind, traits)
+
+
+def bounded_step(move: Array, log_step: Array) -> tuple[Array, Array]:
+    """The step s, at most e^-1, and move / rms(move), at most 10 in a coordinate."""
+    step = jnp.exp(jnp.clip(log_step, *_LOG_STEPS))
+    return step, jnp.clip(move * (1 / rms(move)), -_LARGEST, _LARGEST)
+
+
+def rms(x: Array) -> Array:
+    return jnp.sqrt(_mean(jnp.square(x)) + _TINY)
+
+
+def _wide(x) -> jnp.dtype:
+    return coordinate_dtype([x])
+
+
+def _mean(x: Array) -> Array:
+    return x.sum() / max(x.size, 1)
+
+
+def _moments(g: Array, old: list[Array], decays: list[Array]) -> list[Array]:
+    added = (g, g, g, jnp.square(g))
+    rows = zip(decays, old, added, strict=True)
+    return [(b * m + (1 - b) * x).astype(g.dtype) for b, m, x in rows]
+
+
+def _tensor(
+    g: Array, moments: list[Array], theta: Array, step: Array, progress
+) -> Tensor:
+    steps = jnp.maximum(step, 1).astype(g.dtype)
+    *means, square = moments
+    *scales, square_scale = (
+        1 / (1 - jnp.power(b, steps)) for b in (*_DECAYS, _SQUARE_DECAY)
+    )
+    mean_square = square_scale * _mean(square)
+    # coordinates that have never had a gradient: 1e-6 of the others' u, not 0
+    square = square_scale * square + (1e-12 * mean_square + _TINY)
+    scales = [jnp.ones((), g.dtype), *scales]
+    unit, size = jnp.sqrt(mean_square + _TINY), rms(theta)
+    tensor = Tensor([g, *means], scales, square, unit, theta, size, scales[0])
+    return tensor._replace(features=_features(tensor, steps, progress))
+
+
+def _features(tensor: Tensor, steps: Array, progress) -> Array:
+    """The signal in each average, angles, size and shape, time: [Z]."""
+    theta, size = tensor.theta, tensor.size
+    fan_in = math.prod(theta.shape[:-1]) if theta.ndim > 1 else 1
+    known = progress >= 0
+    done = jnp.where(known, progress, 0)
+    g, fast, _, slow = tensor.averages
+    lengths = [rms(m) for m in tensor.averages]
+    # one root after the other: their product may underflow, and its derivative
+    cosine = lambda a, b, *sizes: _mean(a * b) / sizes[0] / sizes[1]  # noqa: E731
+    corrected = zip(lengths, tensor.scales, strict=True)
+    features = [
+        *(jnp.log(scale * length / tensor.unit) / 3 for length, scale in corrected),
+        cosine(g, fast, lengths[0], lengths[1]),
+        cosine(fast, slow, lengths[1], lengths[3]),
+        cosine(fast, theta, lengths[1], size),
+        jnp.log(size + 1e-3) / 5,
+        math.log(max(theta.size, 1)) / 10,
+        math.log(max(fan_in, 1)) / 10,
+        float(theta.ndim > 1),
+        jnp.log(steps) / 10,
+        done,
+        known,
+        jnp.log(1.01 - done) / 3,
+    ]
+    return jnp.stack([jnp.asarray(feature, steps.dtype) for feature in features])
