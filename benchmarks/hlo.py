@@ -56,9 +56,14 @@ class Operation(NamedTuple):
     name: str  # in the compiled program
     kind: str  # its operation: fusion, copy, convolution, ..
     shape: str  # of its result, the layout included
-    source: str  # the end of the path of the traced operation
+    path: str  # of the traced operation, through functions and scopes
     times: int  # how often it runs
     cycles: int  # estimated, of all runs together
+
+    @property
+    def source(self) -> str:
+        """The end of the path."""
+        return "/".join(self.path.split("/")[-2:])
 
     def __str__(self) -> str:
         shape = self.shape if len(self.shape) < 60 else self.shape[:57] + "..."
@@ -113,12 +118,12 @@ def _walk(
                 yield from max(called, key=lambda ops: sum(op.cycles for op in ops))
                 continue
         cycles = re.search(r'"estimated_cycles":"(\d+)"', line)
-        source = re.search(r'op_name="([^"]*)"', line)
+        path = re.search(r'op_name="([^"]*)"', line)
         yield Operation(
             instruction,
             kind,
             shape,
-            "/".join(source.group(1).split("/")[-2:]) if source else "",
+            path.group(1) if path else "",
             times,
             times * int(cycles.group(1)) if cycles else 0,
         )

@@ -12,11 +12,12 @@ device unless the name has another number. One takes minutes of a core to compil
 optimizers, for a task's meta-step) by the compiler's own estimate, loops multiplied
 out, and "ms" their time at the chip's clock. What has no estimate counts nothing:
 collectives, copies in the background, and operations that write "unestimated MiB" for
-an episode. "matrix" is the share of the matrix units' bfloat16 peak that the episode's
-arithmetic, counted as in `benchmarks.speed`, makes in this time. "arguments" and
-"temporaries" are a device's memory. "exchange ms" is a model of what a step's
-collectives take, at the links' published bandwidth and 1 us for each hop (ASSUMED). The
-same versions give the same numbers each time; only seconds differ.
+an episode. "drawing" is the share of sampling and augmentation, "matrix" the share of
+the matrix units' bfloat16 peak that the episode's arithmetic, counted as in
+`benchmarks.speed`, makes in this time. "arguments" and "temporaries" are a device's
+memory. "exchange ms" is a model of what a step's collectives take, at the links'
+published bandwidth and 1 us for each hop (ASSUMED). The same versions give the same
+numbers each time; only seconds differ.
 """
 
 from __future__ import annotations
@@ -38,6 +39,7 @@ COLUMNS = (
     "chips",
     "Mcycles",
     "ms",
+    "drawing",
     "matrix",
     "unestimated MiB",
     "arguments MiB",
@@ -46,7 +48,7 @@ COLUMNS = (
     "exchange ms",
     "compile",
 )
-WIDTHS = (30, 9, 10, 9, 9, 17, 15, 17, 26, 13, 10)
+WIDTHS = (30, 9, 10, 9, 10, 9, 17, 15, 17, 26, 13, 10)
 
 
 def broken_promises(result: dict[str, Any]) -> list[str]:
@@ -72,6 +74,7 @@ def _cells(result: dict[str, Any]) -> list[str]:
         f"{result['chips']} {result['chip']}",
         f"{result['cycles'] / 1e6:.3f}",
         f"{result['ms']:.3f}",
+        f"{result['sampling_share']:.1%}",
         f"{result['matrix_share']:.1%}",
         f"{result['unestimated_bytes'] / MIB:.1f}",
         f"{result['arguments_bytes'] / MIB:.1f}",

@@ -10,6 +10,7 @@ import dataclasses
 import importlib.util
 import math
 import os
+import re
 import time
 from typing import Any, NamedTuple
 
@@ -107,10 +108,10 @@ def compile_program(name: str, chip: str, chips: int) -> tuple[dict[str, Any], s
     """Compile a program; return its figures, and its text as compiled.
 
     The figures are: program, chip, chips, `exchange_ms`; cycles of an episode and the
-    milliseconds they take, the matrix units' share, bytes of arguments and temporaries,
-    collectives by kind (number, bytes), the costliest operations, those that make a
-    copy of the pool, bytes an episode that are written without an estimate, cycles of
-    arrays of six axes, and the seconds of tracing and compiling.
+    milliseconds they take; the shares of drawing it and of the matrix units; bytes of
+    arguments and temporaries; collectives by kind (number, bytes); the costliest
+    operations, those that make a copy of the pool; bytes an episode that are written
+    without an estimate; cycles of arrays of six axes; seconds of tracing and compiling.
     """
     import jax
     import numpy as np
@@ -175,6 +176,10 @@ def figures(name: str, chip: str, text: str) -> dict[str, Any]:
     return {
         "cycles": round(cycles),
         "ms": 1e3 * cycles / CHIPS[chip].hertz,
+        "sampling_share": sum(
+            op.cycles for op in found if re.search(r"\bsample\b", op.path)
+        )
+        / (cycles * program.tasks),
         "matrix_share": flops / (cycles * CHIPS[chip].flops),
         "collectives": hlo.collectives(found),
         "costliest": [

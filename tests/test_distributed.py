@@ -328,8 +328,9 @@ def test_the_launcher_refuses(line, message, capsys, tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
-def test_a_killed_host_stops_the_run_and_the_run_goes_on(tmp_path):
-    """kill -9 of one of two processes; the same command line resumes on one."""
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
+def test_a_killed_or_preempted_host_stops_the_run_and_it_goes_on(number, tmp_path):
+    """One of two processes hears the signal; the same command resumes on one."""
     folder, logs = tmp_path / "run", tmp_path / "logs"
     draw_images(tmp_path / "images")
     line = (
@@ -363,15 +364,20 @@ def test_a_killed_host_stops_the_run_and_the_run_goes_on(tmp_path):
             assert time.monotonic() < deadline
             time.sleep(0.02)
         children = Path(f"/proc/{parent.pid}/task/{parent.pid}/children").read_text()
-        os.kill(int(children.split()[1]), signal.SIGKILL)
+        os.kill(int(children.split()[1]), number)
         killed = time.monotonic()
         out, _ = parent.communicate(timeout=60)
     finally:
         parent.kill()
-    assert time.monotonic() - killed < 45
-    assert parent.returncode == 128 + 9, out
-    assert re.search(r"process 1 \(pid \d+\) was killed by SIGKILL", out)
-    assert f"-- experiments.few_shot --resume {folder}" in out
+    if number == signal.SIGKILL:
+        assert time.monotonic() - killed < 45
+        assert parent.returncode == 128 + 9, out
+        assert re.search(r"process 1 \(pid \d+\) was killed by SIGKILL", out)
+        assert f"-- experiments.few_shot --resume {folder}" in out
+    else:  # both save what both have, within the time that clusters give
+        assert time.monotonic() - killed < 30
+        assert parent.returncode == 130, out
+        assert "stopped and saved; to resume: python -m experiments.few_shot" in out
     from metalstm.runtime.checkpoints import latest
 
     saved = latest(state)

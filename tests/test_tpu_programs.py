@@ -78,6 +78,10 @@ def test_figures_and_broken_promises_of_a_program():
     assert [share for share, _ in found["costliest"][:3]] == [0.45, 0.3, 0.25]
     assert found["six_axes_cycles"] == 180
     assert found["unestimated_bytes"] == 0
+    assert found["sampling_share"] == 0
+    drawn = COMPILED.replace("while/body/net/add", "sample/vmap()/add")
+    drawn = tpu_programs.figures("prototypical-5shot", "v5e", drawn)
+    assert drawn["sampling_share"] == pytest.approx(0.3)
     of_sum = COMPILED.replace(', backend_config={"estimated_cycles":"10"}', "")
     unknown = tpu_programs.figures("prototypical-5shot", "v5e", of_sum)
     assert unknown["unestimated_bytes"] == 12 * 4 * 32

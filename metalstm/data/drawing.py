@@ -47,10 +47,15 @@ def draw_distinct(uniform: Array, size: Any) -> Array:
     link = drawn - (size - num)
     link = jnp.where((link >= 0) & (link < step), link, step)
     for _ in range((num - 1).bit_length()):
-        was_chosen |= was_chosen[link]
-        link = link[link]
+        was_chosen |= _at(was_chosen, link)
+        link = _at(link, link)
     chosen = jnp.where(was_chosen, last, drawn)
-    return chosen[jnp.argsort(uniform[1])]
+    return _at(chosen, jnp.argsort(uniform[1]))
+
+
+def _at(x: Array, places: Array) -> Array:
+    """As x[places], none of which is negative or too large."""
+    return x.at[places].get(mode="promise_in_bounds", wrap_negative_indices=False)
 
 
 def draw_grouped(

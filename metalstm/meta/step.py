@@ -166,7 +166,8 @@ def make_train_loop(
     check_masked(algorithm, train_spec)
 
     def sample(keys: Array, pool: Any) -> Any:
-        return jax.vmap(lambda key: sample_checked(train_spec, key, pool))(keys)
+        with jax.named_scope("sample"):  # so that profiles and benchmarks.tpu tell it
+            return jax.vmap(lambda key: sample_checked(train_spec, key, pool))(keys)
 
     step_fn = _train_step(algorithm, optimizer, mesh, accumulate_tasks, sample)
 
