@@ -31,8 +31,8 @@ from metalstm.nn import MLP
 __all__ = ["TASKS", "VERSION", "HeldOut", "Loaded"]
 
 VERSION = 2
-"""2: the pendulum's torque is weak. With the strong one of version 1 all optimizers ended
-at the same loss. Changed when no trained rule had been looked at."""
+"""2: the pendulum's torque is weak. With the strong one of version 1 all optimizers
+ended at the same loss. Changed when no trained rule had been tested."""
 
 
 class Loaded(NamedTuple):
