@@ -208,7 +208,7 @@ def _init_carry(
         rule_state=tile(rule_state, rows),
         task=tile(draw.task, rows[:1]),
         first_loss=jnp.full(num_tasks, NOT_YET, jnp.result_type(float)),
-        inner_step=jnp.full(num_tasks, -1),
+        inner_step=jnp.full(num_tasks, -1, jnp.int32),
         length=lengths,
         meta_step=jnp.zeros(num_tasks, jnp.int32),
         shift=tile(zeros, rows[:1]),
