@@ -207,6 +207,12 @@ def test_a_step_is_of_one_part_and_leaves_the_others_runs():
     assert state.step == 12
 
 
+def test_no_program_is_compiled_twice_for_a_weak_type():
+    """A carry's first types are those of every later one."""
+    state = mixture.init_mixture_state(parts(), OPTIMIZER, 0, POOLS)
+    assert not [leaf for leaf in jax.tree.leaves(state) if jax.typeof(leaf).weak_type]
+
+
 def test_parts_are_drawn_by_their_weights():
     drawn = [mixture.part_of_step([1, 1, 2], 0, step) for step in range(2_000)]
     shares = np.bincount(drawn) / len(drawn)
