@@ -18,6 +18,7 @@ __all__ = [
     "collectives",
     "operations",
     "rank",
+    "without_estimate",
 ]
 
 COLLECTIVES = (
@@ -26,6 +27,18 @@ COLLECTIVES = (
     "all-to-all",
     "collective-permute",
     "reduce-scatter",
+)
+# what takes no time of its own: names, memory, and copies in the background
+_FREE = (
+    "bitcast",
+    "constant",
+    "copy-done",
+    "copy-start",
+    "custom-call",  # of these programs: memory for what a loop writes
+    "dynamic-update-slice",
+    "get-tuple-element",
+    "parameter",
+    "tuple",
 )
 _BITS = re.compile(r"(?:pred|[a-z]+(\d+))")
 _SHAPE = re.compile(r"\b(pred|[subf]\d+|bf16|c64|c128|f8\w*)\[([\d,]*)\]")
@@ -161,3 +174,16 @@ def collectives(found: list[Operation]) -> dict[str, tuple[int, int]]:
             number, so_far = totals.get(kind, (0, 0))
             totals[kind] = (number + op.times, so_far + op.times * size)
     return totals
+
+
+def without_estimate(found: list[Operation]) -> int:
+    """Bytes that operations write for which the compiler has no estimate.
+
+    Collectives are not among them.
+    """
+    return sum(
+        op.times * array_bytes(op.shape)
+        for op in found
+        if not op.cycles and op.kind not in _FREE
+        if op.kind.removesuffix("-start").removesuffix("-done") not in COLLECTIVES
+    )

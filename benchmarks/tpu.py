@@ -1,7 +1,7 @@
 """What the TPU compiler says of the main programs. No TPU is needed: nothing runs.
 
     python -m benchmarks.tpu                              # all of them, one v5e chip
-    python -m benchmarks.tpu maml --chip v6e --chips 1 16 # names that have this word
+    python -m benchmarks.tpu maml --chip v6e --chips 1 16 # all that begin so
     python -m benchmarks.tpu --json FILE                  # and every figure in a file
     python -m benchmarks.tpu --check                      # fail where a promise broke
 
@@ -10,11 +10,13 @@ device unless the name has another number. One takes minutes of a core to compil
 
 "Mcycles" are millions of cycles that a device needs for one episode (of learned
 optimizers, for a task's meta-step) by the compiler's own estimate, loops multiplied
-out, and "ms" their time at the chip's clock. What has no estimate counts nothing,
-collectives and copies in the background among it. "matrix" is the share of the matrix
-units' bfloat16 peak that the episode's arithmetic, counted as in `benchmarks.speed`,
-makes in this time. "arguments" and "temporaries" are a device's memory. The same
-versions give the same numbers each time; only seconds differ.
+out, and "ms" their time at the chip's clock. What has no estimate counts nothing:
+collectives, copies in the background, and operations that write "unestimated MiB" for
+an episode. "matrix" is the share of the matrix units' bfloat16 peak that the episode's
+arithmetic, counted as in `benchmarks.speed`, makes in this time. "arguments" and
+"temporaries" are a device's memory. "exchange ms" is a model of what a step's
+collectives take, at the links' published bandwidth and 1 us for each hop (ASSUMED). The
+same versions give the same numbers each time; only seconds differ.
 """
 
 from __future__ import annotations
@@ -37,12 +39,14 @@ COLUMNS = (
     "Mcycles",
     "ms",
     "matrix",
+    "unestimated MiB",
     "arguments MiB",
     "temporaries MiB",
     "collectives: number, MiB",
+    "exchange ms",
     "compile",
 )
-WIDTHS = (30, 9, 10, 9, 9, 15, 17, 26, 10)
+WIDTHS = (30, 9, 10, 9, 9, 17, 15, 17, 26, 13, 10)
 
 
 def broken_promises(result: dict[str, Any]) -> list[str]:
@@ -69,9 +73,11 @@ def _cells(result: dict[str, Any]) -> list[str]:
         f"{result['cycles'] / 1e6:.3f}",
         f"{result['ms']:.3f}",
         f"{result['matrix_share']:.1%}",
+        f"{result['unestimated_bytes'] / MIB:.1f}",
         f"{result['arguments_bytes'] / MIB:.1f}",
         f"{result['temporaries_bytes'] / MIB:.1f}",
         "; ".join(exchanged) or "none",
+        f"{result['exchange_ms']:.3f}",
         f"{result['compile_s']:.0f} s",
     ]
 
@@ -83,10 +89,15 @@ def _line(cells: Iterable[str], markdown: bool) -> str:
     return f"{first[0]:{first[1]}}" + "".join(f"{c:>{w}}" for c, w in rest)
 
 
+def _chosen(only: str) -> list[str]:
+    """The program of this name, else all whose name begins so."""
+    return [only] if only in PROGRAMS else [p for p in PROGRAMS if p.startswith(only)]
+
+
 def _compiled(arguments: argparse.Namespace) -> Iterator[dict[str, Any]]:
     import jax
 
-    for name in (name for name in PROGRAMS if arguments.only in name):
+    for name in _chosen(arguments.only):
         for chip in arguments.chip:
             for chips in arguments.chips:
                 result, text = compile_program(name, chip, chips)
@@ -99,7 +110,9 @@ def _compiled(arguments: argparse.Namespace) -> Iterator[dict[str, Any]]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("only", nargs="?", default="", help="programs containing this")
+    parser.add_argument(
+        "only", nargs="?", default="", help="a program, or how some begin"
+    )
     parser.add_argument("--chip", nargs="+", choices=CHIPS, default=["v5e"])
     parser.add_argument(
         "--chips", nargs="+", type=int, choices=CHIPS["v5e"].topologies, default=[1]
@@ -111,8 +124,8 @@ def main() -> None:
         "--check", action="store_true", help="fail where a promise broke"
     )
     arguments = parser.parse_args()
-    if not any(arguments.only in name for name in PROGRAMS):
-        parser.error(f"no program has {arguments.only!r} in {', '.join(PROGRAMS)}")
+    if not _chosen(arguments.only):
+        parser.error(f"{arguments.only!r} begins none of {', '.join(PROGRAMS)}")
     start_compiler()
     if arguments.hlo is not None:
         arguments.hlo.mkdir(parents=True, exist_ok=True)

@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import dataclasses
 import importlib.util
+import math
 import os
 import time
 from typing import Any, NamedTuple
 
 from benchmarks import episodes, hlo, learned_optimizers
 from benchmarks.rows import Recipe
+from benchmarks.scaling import Link, ring_seconds
 
 __all__ = [
     "CHIPS",
@@ -21,6 +23,7 @@ __all__ = [
     "Chip",
     "Program",
     "compile_program",
+    "exchange_ms",
     "figures",
     "start_compiler",
 ]
@@ -31,13 +34,24 @@ class Chip(NamedTuple):
 
     flops: int  # of the matrix units in a cycle, bfloat16
     hertz: float  # flops * hertz is the published peak
-    topologies: dict[int, str]  # by number of chips
+    topologies: dict[int, str]  # by number of chips, a square of them
+    link: Link  # to each of four neighbours: published bandwidth, ASSUMED latency
 
 
 _GRIDS = {1: "1x1", 16: "4x4", 256: "16x16"}
 CHIPS = {
-    "v5e": Chip(4 * 2 * 128**2, 1.5e9, {n: f"v5e:{g}" for n, g in _GRIDS.items()}),
-    "v6e": Chip(4 * 2 * 256**2, 1.75e9, {n: f"v6e:{g}" for n, g in _GRIDS.items()}),
+    "v5e": Chip(
+        4 * 2 * 128**2,
+        1.5e9,
+        {n: f"v5e:{g}" for n, g in _GRIDS.items()},
+        Link(50e9, 1e-6),
+    ),
+    "v6e": Chip(
+        4 * 2 * 256**2,
+        1.75e9,
+        {n: f"v6e:{g}" for n, g in _GRIDS.items()},
+        Link(100e9, 1e-6),
+    ),
 }
 
 
@@ -55,6 +69,7 @@ _MAML = episodes.ROWS["maml-conv4-64-5steps"]
 _COMPARE = {"image": (84, 3), "shot": 5, "steps": 1, "rule": "compare"}
 PROGRAMS = {
     "meta-lstm-1shot": Program(episodes.ROWS["mini-1shot"], *_MINI),
+    "meta-lstm-1shot-16tasks": Program(episodes.ROWS["mini-1shot"], *_MINI, tasks=16),
     "meta-lstm-5shot": Program(episodes.ROWS["mini-5shot"], *_MINI),
     "meta-lstm-5shot-second-order": Program(
         episodes.ROWS["mini-5shot-second-order"], *_MINI
@@ -91,10 +106,11 @@ def start_compiler() -> None:
 def compile_program(name: str, chip: str, chips: int) -> tuple[dict[str, Any], str]:
     """Compile a program; return its figures, and its text as compiled.
 
-    The figures are: program, chip, chips; cycles of an episode and the milliseconds
-    they take, the matrix units' share, bytes of arguments and temporaries, collectives
-    by kind (number, bytes), the costliest operations, those that make a copy of the
-    pool, cycles of arrays of six axes, and the seconds of tracing and compiling.
+    The figures are: program, chip, chips, `exchange_ms`; cycles of an episode and the
+    milliseconds they take, the matrix units' share, bytes of arguments and temporaries,
+    collectives by kind (number, bytes), the costliest operations, those that make a
+    copy of the pool, bytes an episode that are written without an estimate, cycles of
+    arrays of six axes, and the seconds of tracing and compiling.
     """
     import jax
     import numpy as np
@@ -118,15 +134,31 @@ def compile_program(name: str, chip: str, chips: int) -> tuple[dict[str, Any], s
         compiled = lowered.compile()
     finished = time.perf_counter()
     memory, text = compiled.memory_analysis(), compiled.as_text()
-    return {
+    found = figures(name, chip, text)
+    return found | {
         "program": name,
         "chip": chip,
         "chips": chips,
+        "exchange_ms": exchange_ms(found["collectives"], chip, chips),
         "traced_s": traced - begun,
         "compile_s": finished - traced,
         "arguments_bytes": memory.argument_size_in_bytes,
         "temporaries_bytes": memory.temp_size_in_bytes,
-    } | figures(name, chip, text), text
+    }, text
+
+
+def exchange_ms(
+    collectives: dict[str, tuple[int, int]], chip: str, chips: int
+) -> float:
+    """The milliseconds of a step's exchanges by the model of `benchmarks.scaling`.
+
+    Each is a ring along either axis of the square of chips, one after the other.
+    """
+    side, link = math.isqrt(chips), CHIPS[chip].link
+    return 2e3 * sum(
+        number * ring_seconds(size // number // 4, side, link)
+        for number, size in collectives.values()
+    )
 
 
 def figures(name: str, chip: str, text: str) -> dict[str, Any]:
@@ -149,6 +181,7 @@ def figures(name: str, chip: str, text: str) -> dict[str, Any]:
             (op.cycles / program.tasks / cycles, str(op)) for op in ranked[:5]
         ],
         "pool_copies": [str(op) for op in found if _copies_pool(op, program)],
+        "unestimated_bytes": hlo.without_estimate(found) // program.tasks,
         "six_axes_cycles": round(sum(op.cycles for op in cells) / program.tasks),
     }
 

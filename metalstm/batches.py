@@ -300,7 +300,7 @@ def index_labels(labels: Sequence[Any]) -> tuple[np.ndarray, np.ndarray]:
     return np.unique(array, return_inverse=True)
 
 
-def support_targets(targets: Sequence[Any]) -> np.ndarray:
+def support_targets(targets: Sequence[Any]) -> Any:
     """Return a regression's targets [N, d], finite float32."""
     try:
         array = np.asarray(targets, np.float32)

@@ -12,7 +12,7 @@ import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
@@ -155,7 +155,7 @@ class Predictor:
                 f"trained with way={self.way}: give {self.way} classes, or train with "
                 f"--way {len(classes)}"
             )
-        support = Batch(x, y.astype(np.int32))
+        support = Batch(x, cast(Any, y.astype(np.int32)))
         return Classifier(self, support, classes, seed)
 
     def prepare(self, images: Any) -> PyTree:

@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from metalstm.data.drawing import draw_distinct, to_integers
 from metalstm.data.episodes import (
     EpisodeSpec,
     episode_key,
@@ -304,3 +305,19 @@ def test_make_pool_joins_classes_and_refuses():
         ValueError, match=r"groups\[1\] has the ids \[2\]; a class needs"
     ):
         make_pool(images, groups=np.array([[0, 1, 1], [2, 2, 2]]))
+
+
+@pytest.mark.parametrize(
+    ("num", "size"), [(1, 1), (2, 2), (5, 64), (20, 20), (20, 23), (33, 40)]
+)
+def test_distinct_integers_are_drawn_as_floyd_draws_them(num, size):
+    uniform = np.random.default_rng(num).random((40, 2, num), np.float32)
+    found = jax.vmap(lambda u: draw_distinct(u, size))(jnp.asarray(uniform))
+    for (numbers, order), ours in zip(uniform, found, strict=True):
+        chosen = []
+        for k in range(num):
+            last = size - num + k
+            drawn = int(to_integers(jnp.float32(numbers[k]), last + 1))
+            chosen.append(last if drawn in chosen else drawn)
+        np.testing.assert_array_equal(ours, np.array(chosen)[np.argsort(order)])
+        assert len(set(ours.tolist())) == num

@@ -130,6 +130,8 @@ def test_ctrl_c_saves_and_resuming_is_the_same_run(
 
 
 # the run of `finished`, which takes its time once something is saved
+GRACE = 30  # seconds that Slurm, Kubernetes and preempted TPUs give after SIGTERM
+RESUME = "python -m experiments.few_shot --resume"
 VICTIM = """
 import sys, time
 import few_shot_runs
@@ -147,7 +149,10 @@ sys.exit(few_shot.main(sys.argv[1:]))
 
 
 @pytest.mark.slow
-def test_kill_9_and_resuming_is_the_same_run(finished, tmp_path, capsys):
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
+def test_kill_or_preemption_and_resuming_is_the_same_run(
+    number, finished, tmp_path, capsys
+):
     killed, said = tmp_path / "killed", tmp_path / "said.txt"
     path = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
     with said.open("w") as file:
@@ -160,8 +165,14 @@ def test_kill_9_and_resuming_is_the_same_run(finished, tmp_path, capsys):
     while len(list(state.glob("[0-9]*"))) < 2 and victim.poll() is None:
         assert time.monotonic() < deadline
         time.sleep(0.01)
-    victim.send_signal(signal.SIGKILL)
-    assert victim.wait() == -signal.SIGKILL, said.read_text()
+    victim.send_signal(number)
+    if number == signal.SIGKILL:
+        assert victim.wait() == -signal.SIGKILL, said.read_text()
+    else:
+        time.sleep(0.1)
+        victim.send_signal(number)  # a cluster may send it to the group as well
+        assert victim.wait(timeout=GRACE) == 130, said.read_text()
+        assert f"stopped and saved; to resume: {RESUME} {killed}" in said.read_text()
     assert not (killed / "results.json").exists(), "the run was over before the kill"
     assert few_shot.main(["--resume", str(killed)]) == 0
     assert "resuming at episode" in capsys.readouterr().out

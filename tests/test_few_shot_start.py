@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shutil
+
 import jax
 import numpy as np
 import optax
@@ -39,6 +41,20 @@ def test_theta_0_comes_from_the_named_run_and_stays(finished, tmp_path, capsys):
     tiny.assert_equal(before.learner, after.learner)
     for old, new in zip(*map(jax.tree.leaves, (before.rule, after.rule)), strict=True):
         assert not np.array_equal(old, new)
+
+
+def test_a_run_resumes_without_what_it_started_from(finished, tmp_path):
+    source, folder = tmp_path / "source", tmp_path / "run"
+    shutil.copytree(finished, source)
+    line = command(
+        "--algorithms", "meta-lstm", *META_LSTM, "--init-from", source,
+        "--episodes", 4, workdir=folder,
+    )  # fmt: skip
+    assert few_shot.main(line) == 0
+    before = metalstm.load_run(folder).params
+    shutil.rmtree(source)
+    assert few_shot.main(["--resume", str(folder)]) == 0
+    tiny.assert_equal(before, metalstm.load_run(folder).params)
 
 
 def test_no_episodes_leave_the_trained_network_as_it_is(finished, tmp_path):

@@ -63,6 +63,16 @@ def test_the_first_ctrl_c_asks_and_the_second_stops(capsys):
     assert signal.getsignal(signal.SIGINT) is handler
 
 
+def test_a_cluster_may_repeat_its_sigterm(capsys):
+    with stops_on_ctrl_c() as requested:
+        for _ in range(2):
+            signal.raise_signal(signal.SIGTERM)
+            assert requested()
+        assert capsys.readouterr().err.count("stopping after this step") == 1
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
+
+
 @dataclass(frozen=True)
 class Options:
     way: int = 5

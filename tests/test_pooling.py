@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import warnings
 from typing import get_args
 
@@ -16,7 +17,7 @@ from metalstm import algorithms, nn, second_order, unroll
 from metalstm.base import Batch, Episode
 from metalstm.inner.differentiation import Keep
 from metalstm.nn.general_convolution import say_once
-from metalstm.nn.pooling import max_pool
+from metalstm.nn.pooling import max_pool, pool_extremes
 from metalstm.runtime.compilation import traced_for
 
 ONES = jnp.ones((1, 4, 4, 1))
@@ -69,9 +70,44 @@ def test_the_first_of_equal_maxima_takes_the_gradient(platform):
     np.testing.assert_array_equal(gradient.reshape(2, 2), [[0, 1], [0, 0]])
 
 
-def test_at_ties_every_derivative_takes_the_same_maximum():
+@pytest.mark.parametrize("platform", ["cpu", "tpu"])
+@pytest.mark.parametrize("shape", [(2, 4, 6, 3), (2, 5, 7, 3)])
+def test_extremes_are_maxima_of_either_sign(shape, platform):
+    def reference(x, sign):
+        return sign * flax_pool(sign * x)
+
+    pools, rng = (pool_extremes, reference), np.random.default_rng(0)
+    with jax.enable_x64(True), traced_for(platform):
+        x, v = rng.normal(size=(2, *shape))
+        for sign_shape in ((3,), (2, 1, 1, 3)):
+            sign = jnp.where(jnp.asarray(rng.normal(size=sign_shape)) < 0, -1.0, 1.0)
+
+            def value(pool, x, sign=sign):
+                return jnp.sum(jnp.sin(pool(x, sign) * x.mean()))
+
+            def curvature(pool, x, value=value):
+                """Forward over reverse, for several tangents."""
+                gradient = jax.grad(lambda x: value(pool, x))
+                return jax.vmap(lambda t: jax.jvp(gradient, (x,), (t * v,))[1])(
+                    jnp.arange(3.0)
+                )
+
+            def third(pool, x, curvature=curvature):
+                return jax.grad(lambda x: (curvature(pool, x) ** 2).sum())(x)
+
+            for fn in (value, curvature, third):
+                ours, theirs = (jax.jit(functools.partial(fn, p))(x) for p in pools)
+                np.testing.assert_allclose(ours, theirs, rtol=1e-10, atol=1e-12)
+        signs = jnp.stack([sign, -sign])
+        together = jax.vmap(lambda s: jax.grad(lambda x: value(pool_extremes, x, s))(x))
+        alone = jax.grad(lambda x: value(pool_extremes, x, -sign))(x)
+        np.testing.assert_allclose(together(signs)[1], alone, rtol=1e-12)
+
+
+@pytest.mark.parametrize("platform", ["cpu", "tpu"])
+def test_at_ties_every_derivative_takes_the_same_maximum(platform):
     """Else the Hessian is not symmetric, and what is kept changes the gradient."""
-    with jax.enable_x64(True):
+    with jax.enable_x64(True), traced_for(platform):
         weights = jax.random.normal(jax.random.key(0), (4,))
         start = jnp.ones((1, 4, 4, 1))
 

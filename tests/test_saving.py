@@ -305,6 +305,6 @@ def test_targets_that_are_no_finite_numbers_are_refused(targets, tmp_path):
         metalstm.save(tmp_path / "m.npz", method, params, None, spec)
     )
     x = np.linspace(-1, 1, 5, dtype=np.float32)[:, None]
-    with pytest.raises(ValueError, match="targets are .* finite"):
+    with pytest.raises(ValueError, match=r"targets are .* finite"):
         predict.adapt(x, targets)
     assert predict(x, x[:, 0], x).shape == (5, 1)

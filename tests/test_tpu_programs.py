@@ -19,6 +19,7 @@ import metalstm
 from benchmarks import hlo, tpu, tpu_programs
 from metalstm import algorithms, data, nn, second_order
 from metalstm.nn.convolution import conv2d
+from metalstm.nn.pooling import max_pool, pool_extremes
 from metalstm.runtime.compilation import platform, traced_for
 from metalstm.tasks import default_task_mapping
 
@@ -76,6 +77,10 @@ def test_figures_and_broken_promises_of_a_program():
     assert found["ms"] == pytest.approx(400 / 1.5e6)
     assert [share for share, _ in found["costliest"][:3]] == [0.45, 0.3, 0.25]
     assert found["six_axes_cycles"] == 180
+    assert found["unestimated_bytes"] == 0
+    of_sum = COMPILED.replace(', backend_config={"estimated_cycles":"10"}', "")
+    unknown = tpu_programs.figures("prototypical-5shot", "v5e", of_sum)
+    assert unknown["unestimated_bytes"] == 12 * 4 * 32
     assert tpu.broken_promises(found) == []
     gathered = COMPILED.replace("all-reduce(", "all-gather(")
     broken = tpu.broken_promises(
@@ -115,6 +120,25 @@ def for_tpu(fn, *args) -> str:
     """The program of ``fn`` as a TPU is given it."""
     with traced_for("tpu"):
         return export.export(jax.jit(fn), platforms=["tpu"])(*args).mlir_module()
+
+
+def most_axes(text: str) -> int:
+    """Of all arrays in a program but kernels, which may be stacked."""
+    shapes = re.findall(r"tensor<((?:\d+x)+)", text)
+    return max(shape.count("x") for shape in shapes if "3x3x" not in shape)
+
+
+@pytest.mark.parametrize("size", [6, 7])
+def test_no_pool_of_a_tpu_has_an_axis_for_the_rows_of_a_cell(size):
+    """Its compiler writes such an array to memory, for each comparison of each use."""
+    x, sign = jnp.ones((2, size, size, 3)), jnp.array([1.0, -1.0, 1.0])
+    for pool in (max_pool, lambda x: pool_extremes(x, sign)):
+        gradient = jax.grad(lambda x, pool=pool: (pool(x) ** 3).sum())
+        curvature = lambda x, gradient=gradient: jax.jvp(gradient, (x,), (x,))[1]  # noqa: E731
+        fourth = lambda x, c=curvature: jax.grad(lambda x: c(x).sum())(x)  # noqa: E731
+        for fn in (pool, gradient, curvature, fourth):
+            assert most_axes(for_tpu(fn, x)) == 4
+            assert most_axes(for_tpu(jax.vmap(fn), x[None])) == 5
 
 
 IMAGES = np.random.default_rng(0).integers(0, 256, (7, 19, 12, 12, 7), np.uint8)
@@ -166,5 +190,13 @@ def test_a_meta_step_for_tpus_has_their_convolutions_and_one_pool():
 
     text = for_tpu(run, 0, pool)
     assert "stablehlo.convolution" in text
+    assert most_axes(text) == 5
     shapes = set(re.findall(r"tensor<(133x[\dx]+)", text))
     assert shapes == {"133x8x128x"}  # in no other layout
+
+
+def test_an_exchange_is_a_ring_along_each_axis_of_the_chips():
+    assert tpu_programs.exchange_ms({}, "v5e", 1) == 0
+    found = tpu_programs.exchange_ms({"all-reduce": (1, 4 * 50_000)}, "v5e", 256)
+    each = 2 * 15 / 16 * 200_000 / 50e9 + 2 * 15 * 1e-6
+    assert found == pytest.approx(2e3 * each)

@@ -33,15 +33,21 @@ def handled(handler: Callable[[int, FrameType | None], Any]) -> Iterator[None]:
 
 @contextmanager
 def stops_on_ctrl_c() -> Iterator[Callable[[], bool]]:
-    """Give what says whether Ctrl-C (or SIGTERM) came; a second one stops at once."""
+    """Give what says whether Ctrl-C or SIGTERM came; Ctrl-C after it stops at once.
+
+    A cluster may send SIGTERM more than once, to the process and to its group.
+    """
     requested = False
 
     def request(number: int, frame: FrameType | None) -> None:
         nonlocal requested
-        if requested:
+        if requested and number == signal.SIGINT:
             raise KeyboardInterrupt
+        if requested:
+            return
         requested = True
-        print("\nstopping after this step; once more to stop at once", file=sys.stderr)
+        said = "stopping after this step; Ctrl-C once more to stop at once"
+        print(f"\n{said}", file=sys.stderr)
 
     with handled(request):
         yield lambda: requested

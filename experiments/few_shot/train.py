@@ -266,7 +266,8 @@ class Trainer(NamedTuple):
 
     def _start(self, name: str, init_from: str | None) -> LearnerState | None:
         """What theta_0 starts from, if from a trained method; says what it takes."""
-        if init_from is None:
+        resumes = checkpoints.latest(self.folder / "checkpoints" / name / "state")
+        if init_from is None or resumes is not None:
             return None
         folder, colon, method = init_from.rpartition(":")
         if not colon or Path(init_from).exists():

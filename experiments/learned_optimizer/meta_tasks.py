@@ -55,7 +55,7 @@ def table(name: str) -> ImageData:
 
 def _sklearn(loader: str) -> tuple[np.ndarray, np.ndarray]:
     try:
-        from sklearn import datasets  # type: ignore[import-untyped, unused-ignore]
+        from sklearn import datasets
     except ImportError as error:
         raise ImportError(
             "meta-training reads the tables of scikit-learn: pip install scikit-learn"

@@ -16,7 +16,7 @@ from flax import linen as nn
 from metalstm.base import Array
 from metalstm.batches import to_rank_of
 from metalstm.nn.convolution import Method, conv2d
-from metalstm.nn.pooling import max_pool
+from metalstm.nn.pooling import max_pool, pool_extremes
 
 __all__ = [
     "BatchNorm",
@@ -99,10 +99,9 @@ def normalise(
         norm = BatchNorm(module.momentum, module.epsilon, scale_init, name=name)
         slope, offset = (to_rank_of(part, x) for part in norm(x, bias, train))
         if pool:
-            # The maximum of slope * x is |slope| times that of sign * x: a quarter of
+            # The maximum of slope * x is slope times one of x's extremes: a quarter of
             # the pixels remains to normalise, in both passes.
-            sign = jnp.where(jax.lax.stop_gradient(slope) < 0, -1.0, 1.0)
-            x, slope = max_pool(sign * x), sign * slope
+            x = pool_extremes(x, jnp.where(slope < 0, -1.0, 1.0))
         return slope * x + offset
     x = x + to_rank_of(bias, x)
     if module.norm != "none":

@@ -17,7 +17,7 @@ from metalstm.base import Array
 from metalstm.nn.general_convolution import pads_of, say_once, shifted_images
 from metalstm.runtime.compilation import platform
 
-__all__ = ["fast_flax_pools", "max_pool"]
+__all__ = ["fast_flax_pools", "max_pool", "pool_extremes"]
 
 
 def max_pool(
@@ -46,7 +46,7 @@ def max_pool(
     strides = (1,) * ndim if strides is None else tuple(strides)
     halves = tuple(window_shape) == strides == (2, 2)
     if halves and padding == "VALID" and inputs.ndim == 4:
-        return _pool(inputs, None)
+        return _pool(inputs, None, None)
     is_plain = ndim <= 2 and inputs.ndim == ndim + 2
     if platform() != "cpu" or not is_plain:
         if ndim > 2 and platform() == "cpu":
@@ -60,8 +60,26 @@ def max_pool(
         (*more, *strides),
         (*((0, 0) for _ in more), *((low, high) for low, high in pads)),
     )
-    out = _pool(inputs.reshape(inputs.shape[0], *more, *inputs.shape[1:]), window)
+    images = inputs.reshape(inputs.shape[0], *more, *inputs.shape[1:])
+    out = _pool(images, None, window)
     return out.reshape(inputs.shape[0], *out.shape[1 + len(more) :])
+
+
+def pool_extremes(x: Array, sign: Array) -> Array:
+    """Of every 2x2 cell take the largest, or where ``sign`` is -1 the smallest.
+
+    Args:
+      x: [N, H, W, C]; an odd last row or column is dropped.
+      sign: 1 or -1, [C] or [N, 1, 1, C]. It has no derivative.
+
+    >>> pool_extremes(jnp.arange(8.0).reshape(1, 2, 2, 2), jnp.array([1.0, -1.0]))
+    Array([[[[6., 1.]]]], dtype=float32)
+    """
+    sign = lax.stop_gradient(sign)
+    if platform() == "cpu":
+        return sign * max_pool(sign * x)
+    # within the comparisons: all corners would read a product from memory
+    return _pool(x, sign, None)
 
 
 class _Window(NamedTuple):
@@ -72,18 +90,19 @@ class _Window(NamedTuple):
     pads: tuple[tuple[int, int], ...]
 
 
-@functools.partial(jax.custom_jvp, nondiff_argnums=(1,))
-def _pool(x: Array, window: _Window | None) -> Array:
-    """x [N, H, W, C]; ``window`` None: 2x2 cells."""
-    return functools.reduce(jnp.maximum, _corners(x, window, -jnp.inf))
+@functools.partial(jax.custom_jvp, nondiff_argnums=(2,))
+def _pool(x: Array, sign: Array | None, window: _Window | None) -> Array:
+    """x [N, H, W, C]; ``window`` None: 2x2 cells. ``sign`` as in `pool_extremes`."""
+    largest = functools.reduce(jnp.maximum, _corners(x, sign, window, -jnp.inf))
+    return largest if sign is None else sign * largest
 
 
 @_pool.defjvp
 def _pool_jvp(window, primals, tangents):
-    (x,), (tangent,) = primals, tangents
+    (x, sign), (tangent, _) = primals, tangents
     # corners are compared with each other, never with their maximum: XLA may compute
     # that from copies that are rounded otherwise, and equal to none of them
-    largest, *others = _corners(x, window, -jnp.inf)
+    largest, *others = _corners(x, sign, window, -jnp.inf)
     first = jnp.zeros(largest.shape, jnp.int8 if len(others) < 127 else jnp.int32)
     for index, corner in enumerate(others, 1):
         larger = corner > largest
@@ -93,36 +112,66 @@ def _pool_jvp(window, primals, tangents):
         # else XLA fuses the comparisons into every use of them, pixel by pixel
         first = lax.optimization_barrier(first)
     # _pool again, not its maximum: the next derivative is this one too
-    return _pool(x, window), _taken(tangent, first, window)
+    return _pool(x, sign, window), _taken(tangent, first, window)
 
 
-def _corners(x: Array, window: _Window | None, fill: float) -> list[Array]:
-    """What each place of the window sees, each [N, H', W', C]."""
+def _corners(
+    x: Array, sign: Array | None, window: _Window | None, fill: float
+) -> list[Array]:
+    """What each place of the window sees, times ``sign``, each [N, H', W', C]."""
     if window is not None:
-        return shifted_images(x, *window, (1, 1), fill=fill)
-    images, height, width, channels = x.shape
-    # pairs of pixels side by side: a slice of whole vectors
-    pairs = x[:, : height // 2 * 2, : width // 2 * 2].reshape(
-        images, height // 2, 2, width // 2, 2 * channels
-    )
-    halves = slice(None, channels), slice(channels, None)
-    return [pairs[:, :, i, :, half] for i in (0, 1) for half in halves]
+        corners = shifted_images(x, *window, (1, 1), fill=fill)
+    elif platform() != "cpu":  # rows and columns are no axes of a TPU's tiles
+        pads = ((0, 0), (0, 0))
+        corners = shifted_images(x, (2, 2), (2, 2), pads, (1, 1))
+    else:
+        images, height, width, channels = x.shape
+        # pairs of pixels side by side: a slice of whole vectors
+        pairs = x[:, : height // 2 * 2, : width // 2 * 2].reshape(
+            images, height // 2, 2, width // 2, 2 * channels
+        )
+        halves = slice(None, channels), slice(channels, None)
+        corners = [pairs[:, :, i, :, half] for i in (0, 1) for half in halves]
+    return corners if sign is None else [sign * corner for corner in corners]
 
 
 def _taken(x: Array, first: Array, window: _Window | None) -> Array:
     """Take corner ``first`` [N, H', W', C] of every window of x [N, H, W, C]."""
     if window is not None:
-        taken, *others = _corners(x, window, 0.0)
+        taken, *others = _corners(x, None, window, 0.0)
         for index, corner in enumerate(others, 1):
             taken = jnp.where(first == index, corner, taken)
         return taken
     images, height, width, channels = first.shape
-    cells = x[:, : 2 * height, : 2 * width].reshape(
-        images, height, 2, width, 2, channels
-    )
+    x = x[:, : 2 * height, : 2 * width]
+    if platform() != "cpu":
+        return _taken_by_windows(x, first)
+    cells = x.reshape(images, height, 2, width, 2, channels)
     corner = jnp.arange(4, dtype=first.dtype).reshape(1, 1, 2, 1, 2, 1)
     is_taken = first[:, :, None, :, None] == corner
     return jnp.where(is_taken, cells, jnp.zeros((), x.dtype)).sum((2, 4))
+
+
+def _taken_by_windows(x: Array, first: Array) -> Array:
+    """As `_taken`, of 2x2 cells, without arrays that have an axis for a cell's rows.
+
+    XLA's TPU compiler writes such arrays of six axes to memory. The transpose of a
+    windowed sum is another, of the cotangent with zeros in between, which it fuses.
+    """
+    cell = (1, 2, 2, 1)
+    rows, columns = (jnp.arange(size) % 2 for size in x.shape[1:3])
+    corner = (2.0 * rows[:, None] + columns)[:, :, None]
+    spread = lax.reduce_window(
+        first.astype(corner.dtype),
+        0.0,
+        lax.add,
+        cell,
+        (1, 1, 1, 1),
+        ((0, 0), (1, 1), (1, 1), (0, 0)),
+        base_dilation=cell,
+    )
+    taken = jnp.where(spread == corner, x, jnp.zeros((), x.dtype))
+    return lax.reduce_window(taken, 0.0, lax.add, cell, cell, "VALID")
 
 
 # flax's functions that pool take no function as an argument, as its convolutions do.

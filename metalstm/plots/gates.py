@@ -225,6 +225,5 @@ def _layer_axis(axes: Any, names: Sequence[str], num_steps: int) -> None:
     many = len(names) > 12
     axes.set_xticks(centres, names, rotation=45 if many else 0, fontsize=8)
     axes.tick_params(axis="x", length=0)
-    axes.set_xlabel(
-        f"layer; inside, update 1 to {num_steps} from left to right", fontsize=9
-    )
+    inside = f"; inside, update 1 to {num_steps} from left to right"
+    axes.set_xlabel("layer" + (inside if num_steps > 1 else ""), fontsize=9)

@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from metalstm.base import Array
+from metalstm.runtime.compilation import platform
 
 __all__ = ["init_lstm", "lstm_step", "tanh_sigmoid"]
 
@@ -63,8 +64,14 @@ def _lstm_step_jvp(primals, tangents):
     kernel, _, x, hidden, cell = primals
     d_kernel, d_bias, d_x, d_hidden, d_cell = tangents
     new_hidden, new_cell, (i, f, o, g, tanh_cell) = _forward(*primals)
-    dz = kernel @ jnp.concatenate([d_x, d_hidden]) + d_bias[:, None]
-    dz = dz + d_kernel @ jnp.concatenate([x, hidden])
+    dz = kernel @ jnp.concatenate([d_x, d_hidden])
+    if platform() == "cpu":
+        dz = dz + d_bias[:, None] + d_kernel @ jnp.concatenate([x, hidden])
+    else:
+        # the bias's gradient, a sum along vector lanes, becomes a row of the kernel's
+        ones = jnp.ones((1, x.shape[1]), x.dtype)
+        d_both = jnp.concatenate([d_kernel, d_bias[:, None]], 1)
+        dz = dz + d_both @ jnp.concatenate([x, hidden, ones])
     dz_i, dz_f, dz_o, dz_g = jnp.split(dz, 4)
     # one product of known factors before each tangent: they are what is kept
     d_cell = f * d_cell + (g * i * (1 - i)) * dz_i

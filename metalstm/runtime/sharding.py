@@ -186,10 +186,9 @@ def block_on_cpu_collectives(tree: PyTree) -> None:
     With two programs under way the second's can take the last of them: both then wait
     for ever (jax 0.10.2 aborts after 40 seconds).
     """
-    if jax.default_backend() != "cpu":
-        return
     for leaf in (x for x in jax.tree.leaves(tree) if isinstance(x, jax.Array)):
-        if len(leaf.sharding.device_set) > 1:
+        devices: list[Any] = [*leaf.sharding.device_set]
+        if len(devices) > 1 and devices[0].platform == "cpu":
             jax.block_until_ready(leaf)
 
 
