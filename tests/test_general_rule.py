@@ -12,7 +12,7 @@ from metalstm import rules
 from metalstm.learned_optimizers import problems
 
 WORDS = [
-    "--meta-steps", "6", "--unroll-steps", "2", "--horizon", "4", "8",
+    "--meta-steps", "6", "--burn-in", "1", "--unroll-steps", "2", "--horizon", "4", "8",
     "--validation-steps", "4", "--validation-instances", "2",
     "--validate-every", "3", "--save-every", "2", "--hidden-size", "2",
     "--backprop", "quadratics",
@@ -69,6 +69,7 @@ def test_a_run_that_is_cut_resumes_to_the_bit_and_exports_its_best(
         for of in rows
     ]
     assert scores[0] == scores[1]
+    assert len(set(scores[0].values())) == 3
     assert set(scores[0]) == {0, 3, 6}
     (whole / "gates.npz").unlink()
     assert general.main(["--folder", str(whole), *WORDS, "--export"]) == 0

@@ -63,15 +63,15 @@ def test_lengths_are_log_uniform_and_fixed_when_a_run_starts(estimator):
     assert abs(np.log(first).mean() - np.log([8, 200]).mean()) < 0.35
 
 
-def test_staggered_runs_begin_at_their_share_of_their_own_length():
-    step, carry = build(num_tasks=8, horizon=(8, 200), stagger=True)
-    phases = np.asarray(-1 - carry.inner_step)
-    shares = phases / np.asarray(carry.length)
-    np.testing.assert_allclose(shares, np.arange(8) / 8, atol=0.5)
-    assert np.all(phases < carry.length)
+def test_staggered_runs_are_first_a_share_of_their_length():
+    step, carry = build(num_tasks=8, horizon=(200, 200), stagger=True)
+    assert carry.length.tolist() == [25, 50, 75, 100, 125, 150, 175, 200]
     _, after, _ = step(carry, 0)
-    np.testing.assert_array_equal(after.inner_step, phases + 5)
+    assert after.inner_step.tolist() == [5] * 8
     np.testing.assert_array_equal(after.length, carry.length)
+    for k in range(1, 6):
+        _, after, _ = step(after, k)
+    assert after.length.tolist() == [200, *carry.length.tolist()[1:]]
 
 
 def probe() -> UpdateRule:
@@ -205,6 +205,12 @@ def test_a_step_is_of_one_part_and_leaves_the_others_runs():
         assert tiny.max_difference(before.params, state.params) > 0
         assert metrics["finite"].all()
     assert state.step == 12
+
+
+def test_no_program_is_compiled_twice_for_a_weak_type():
+    """A carry's first types are those of every later one."""
+    state = mixture.init_mixture_state(parts(), OPTIMIZER, 0, POOLS)
+    assert not [leaf for leaf in jax.tree.leaves(state) if jax.typeof(leaf).weak_type]
 
 
 def test_parts_are_drawn_by_their_weights():

@@ -24,6 +24,7 @@ RULES = {  # those that do without the loss, which TrainState does not pass on
         memory={"hidden_size": 3}, gates={"loss_input": False}
     ),
     "gates": rules.lstm_gates(**GATES),
+    "moment_gates": rules.moment_gates(hidden_size=2),
     "by_group": rules.by_group(
         {"matrix": rules.l2l(hidden_size=2), "vector": rules.lstm_gates(**GATES)},
         rules.matrix_or_vector,

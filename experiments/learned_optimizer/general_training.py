@@ -147,7 +147,10 @@ def run(config: Config) -> None:
     """
     rule = rules.build_rule(_spec(config))
     parts, pools = make_parts(config, rule, _chosen(config))
-    schedule = optax.cosine_decay_schedule(config.learning_rate, config.meta_steps)
+    moving = max(config.meta_steps - config.burn_in, 1)
+    decay = optax.cosine_decay_schedule(config.learning_rate, moving)
+    stays = optax.constant_schedule(0.0)
+    schedule = optax.join_schedules([stays, decay], [config.burn_in])
     optimizer = metalstm.adam_clipped(schedule, 1.0)
     setup = Setup(
         name=NAME,

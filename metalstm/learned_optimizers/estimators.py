@@ -73,7 +73,7 @@ class InnerRuns(NamedTuple):
     rule_state: PyTree  # likewise
     task: PyTree
     first_loss: Array  # [T] at theta_0; NOT_YET before the first segment
-    inner_step: Array  # int32 [T] updates done; -1 - k: start again, as if k were done
+    inner_step: Array  # int32 [T] updates done; -1: start again
     length: Array  # int32 [T] updates of the whole run, fixed when it starts
     meta_step: Array  # int32 [T] meta-steps done, the same for all
     shift: PyTree  # "pes": sum of the perturbations since the start; otherwise ()
@@ -242,7 +242,6 @@ def _objective(
     settings: Settings, losses: Array, runs: InnerRuns
 ) -> tuple[Array, Array]:
     """Losses [K + 1, ...] of one task, or of all: the mean, and L(theta_0)."""
-    # not inner_step == 0: the first runs may start in the middle of their horizon
     starts = runs.first_loss == NOT_YET
     first = jnp.where(starts, lax.stop_gradient(losses[0]), runs.first_loss)
     terms = losses[1:]

@@ -102,8 +102,8 @@ def learned_optimizer(
         of that plus 0.001, so that a loss near zero does not outweigh the others.
       estimator: "backprop" or "pes".
       pes_std: sigma, of the perturbations of "pes".
-      stagger: let the first runs end at different times, so that every meta-step sees
-        all phases of training.
+      stagger: make the first runs shorter, each by another share, so that later
+        meta-steps see all phases of training.
       tell_progress: share of the runs whose rule is told its progress, as by
         `metalstm.rules.with_progress`; the others' length stays unknown to it. 0: the
         rule is called without.
@@ -197,10 +197,10 @@ def _init_carry(
         return jax.tree.map(lambda x: jnp.broadcast_to(x, rows + jnp.shape(x)), tree)
 
     lengths = _lengths(settings, jax.random.split(key, num_tasks), jnp.int32(0))
-    phases = jnp.zeros(num_tasks, jnp.int32)
-    if settings.stagger:
+    if settings.stagger:  # shorter first runs, which know that they are
         segments = lengths // settings.unroll_steps
-        phases = jnp.arange(num_tasks) * segments // num_tasks * settings.unroll_steps
+        segments = -(-segments * jnp.arange(1, num_tasks + 1) // num_tasks)
+        lengths = segments * settings.unroll_steps
     zeros = jax.tree.map(jnp.zeros_like, meta_params) if is_pes else ()
     rule_state = settings.rule.bind(meta_params).init(draw.params)
     return InnerRuns(
@@ -208,7 +208,7 @@ def _init_carry(
         rule_state=tile(rule_state, rows),
         task=tile(draw.task, rows[:1]),
         first_loss=jnp.full(num_tasks, NOT_YET, jnp.result_type(float)),
-        inner_step=-1 - phases.astype(jnp.int32),
+        inner_step=jnp.full(num_tasks, -1, jnp.int32),
         length=lengths,
         meta_step=jnp.zeros(num_tasks, jnp.int32),
         shift=tile(zeros, rows[:1]),
@@ -221,7 +221,7 @@ def _lengths(settings: Settings, keys: Array, meta_step: Array) -> Array:
     if isinstance(horizon, tuple):
         low, high = (math.log(limit) for limit in horizon)
         uniform = jax.vmap(lambda key: jax.random.uniform(key, (), float, low, high))
-        drawn = jnp.exp(uniform(keys))
+        drawn = jnp.minimum(jnp.exp(uniform(keys)), horizon[1])  # which rounds
     else:
         limit = horizon(meta_step) if callable(horizon) else horizon
         drawn = jnp.broadcast_to(jnp.asarray(limit), keys.shape)
@@ -322,9 +322,7 @@ def _restart(
     over = (runs.inner_step < 0) | (runs.inner_step >= runs.length)
     if lockstep:
         over = jnp.broadcast_to(over.any(), over.shape)
-    inner_step = jnp.where(runs.inner_step < 0, -1 - runs.inner_step, 0)
     keys = jax.vmap(lambda key: jax.random.split(jax.random.fold_in(key, _START)))(keys)
-    # of the first runs, lengths and phases belong together
     drawn = _lengths(settings, keys[:, 0], runs.meta_step[0])
     length = jnp.where(runs.meta_step == 0, runs.length, drawn)
     params = draws.params
@@ -332,9 +330,8 @@ def _restart(
     if settings.tell_progress:
         share = settings.tell_progress
         told = jax.vmap(lambda key: jax.random.bernoulli(key, share))(keys[:, 1])
-        rule_state = rule_state._replace(
-            step=inner_step, num_steps=jnp.where(told, length, 0).astype(jnp.float32)
-        )
+        num_steps = jnp.where(told, length, 0).astype(jnp.float32)
+        rule_state = rule_state._replace(num_steps=num_steps)
     if settings.estimator == "pes":
         twice = lambda x: jnp.stack([x, x], 1)  # noqa: E731
         params, rule_state = jax.tree.map(twice, (params, rule_state))
@@ -343,7 +340,7 @@ def _restart(
         rule_state=rule_state,
         task=draws.task,
         first_loss=jnp.full_like(runs.first_loss, NOT_YET),
-        inner_step=inner_step,
+        inner_step=jnp.zeros_like(runs.inner_step),
         length=length,
         shift=jax.tree.map(jnp.zeros_like, runs.shift),
     )
