@@ -16,7 +16,7 @@ from metalstm.meta.fitting import Call, drive
 
 
 class Counting:
-    """A train loop that adds the pool to the state, and counts what it is traced for."""
+    """A train loop that adds the pool to the state, and counts its traces."""
 
     def __init__(self):
         self.traces = 0
