@@ -50,8 +50,8 @@ class Config(Options, frozen=True):
     meta_steps: Count = 60_000
     """Meta-steps, over which the rate decays to 0 by a cosine."""
     burn_in: Natural = 1_500
-    """The first of them, in which the rule stays and its runs come to all phases: what
-    first segments alone say of it is that larger steps are better."""
+    """The first of them, in which the rule stays and its runs come to all phases: first
+    segments alone may favour steps that are too large."""
     learning_rate: Positive = 1e-3
     """Adam's, on the rule's parameters."""
     pes_std: Positive = 0.03
