@@ -1,0 +1,4 @@
+# lr_run.sh WORKDIR ARGS...: the study of learned rules by the newer library
+export PYTHONPATH=REPO
+d=$1; shift
+exec $PYX -m experiments.studies.learned_rules --workdir $d "$@"
