@@ -123,7 +123,7 @@ def test_learned_optimizers_steps_export(estimator, platform, monkeypatch):
         family, rule, num_tasks=2, unroll_steps=2, horizon=4, estimator=estimator
     )
     sampler = problems.ProblemSampler(family, 3)
-    curves = _curves(family, rule, 2, 2, 1, None, None)
+    curves = _curves(family, rule, 2, 2, 1, None, None, None)
 
     def run(seed, images):
         draw = sampler.sample(jax.random.key(seed), images)

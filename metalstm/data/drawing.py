@@ -42,8 +42,8 @@ def draw_distinct(uniform: Array, size: Any) -> Array:
     # It was chosen before if it was drawn before, or if it is the last integer of an
     # earlier step which took that one. Such steps are chains, whose links double here:
     # an accelerator takes longer to start `num` small operations than to run these.
-    earlier = step < step[:, None]
-    was_chosen = jnp.any(earlier & (drawn == drawn[:, None]), 1)
+    earlier = step[None] < step[:, None]
+    was_chosen = jnp.any(earlier & (drawn[None] == drawn[:, None]), 1)
     link = drawn - (size - num)
     link = jnp.where((link >= 0) & (link < step), link, step)
     for _ in range((num - 1).bit_length()):
