@@ -33,6 +33,7 @@ def test_one_predicts_names(name):
     assert set(trained(images[:5], labels, images)) <= set(labels)
 
 
+@pytest.mark.real_data
 def test_the_first_episodes_of_a_published_number(real_data_dir):
     pool = data.load_mini_imagenet(real_data_dir / "mini_imagenet").test
     for shot, episodes, name, method, file in (
