@@ -2,6 +2,12 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import NamedTuple
+
 import jax.numpy as jnp
 import pytest
 import tiny
@@ -12,7 +18,13 @@ from experiments.common import together
 from experiments.common.script_end import Interrupted
 from experiments.few_shot import __main__ as few_shot
 from experiments.few_shot import train
+from metalstm.base import Array
 from metalstm.meta.fitting import Call, drive
+
+
+class State(NamedTuple):
+    seed: Array
+    value: Array
 
 
 class Counting:
@@ -23,19 +35,19 @@ class Counting:
 
     def __call__(self, state, pool):
         self.traces += 1
-        return state + pool, {"loss": state}
+        return state._replace(value=state.value + pool), {"loss": state.value}
 
 
-def seed(loops, start, num_steps, *, fails_at=None):
+def seed(loops, start, num_steps, *, fails_at=None, pool=0.5):
     """So many steps of each loop; its losses, and the state in the end."""
-    state, losses = jnp.float32(start), []
+    state, losses = State(jnp.uint32(start), jnp.float32(start)), []
     for loop in loops:
         for step in range(num_steps):
             if step == fails_at:
                 raise Interrupted
-            state, metrics = yield Call(loop, state, jnp.float32(0.5))
+            state, metrics = yield Call(loop, state, jnp.asarray(pool, jnp.float32))
             losses.append(float(metrics["loss"]))
-    return float(state), losses
+    return float(state.value), losses
 
 
 def test_seeds_of_unequal_length_end_as_alone():
@@ -91,3 +103,33 @@ def test_seeds_at_the_same_time_are_those_one_after_another(tmp_path, monkeypatc
     assert len({str(sorted(table)) for table in tables}) == 1
     # as it was, there is nothing left to train
     assert few_shot.main(["--resume", str(tmp_path / "both")]) == 0
+
+
+TWO_DEVICES = """
+import jax.numpy as jnp, test_seeds_together as t
+from experiments.common import together
+from metalstm.meta.fitting import drive
+from metalstm.runtime.sharding import place
+
+mesh = together.seeds_mesh(3, None)
+assert mesh.size == 2
+
+def runs(mesh):
+    loop = t.Counting()
+    pool = place(jnp.float32(0.5), mesh)
+    lengths = {0: 3, 10: 5, 20: 4}
+    return [t.seed([loop], start, n, pool=pool) for start, n in lengths.items()]
+
+alone = [drive(run) for run in runs(None)]
+assert together.drive_together(runs(mesh), mesh) == alone
+"""
+
+
+def test_two_devices_share_three_seeds():
+    """The mesh takes two of them, and the third is computed without it."""
+    here = Path(__file__).parent
+    env = os.environ | {
+        "PYTHONPATH": os.pathsep.join([str(here), str(here.parent)]),
+        "JAX_NUM_CPU_DEVICES": "2",
+    }
+    subprocess.run([sys.executable, "-c", TWO_DEVICES], env=env, check=True)

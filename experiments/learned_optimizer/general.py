@@ -1,7 +1,7 @@
 """Meta-train a gate rule for ordinary training, on a mixture of small problems.
 
-Claim: gates that read normalised moments, meta-trained for a few core-hours on small
-networks, train networks of other kinds and sizes (`held_out`).
+Aim, not shown yet (docs/results/learned_optimizers.md): gates that read normalised
+moments, meta-trained on small networks, train networks of other kinds (`held_out`).
 
     python -m experiments.learned_optimizer.general --folder RUN           # or resume
     python -m experiments.learned_optimizer.general --folder RUN --export  # its best

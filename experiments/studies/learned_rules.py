@@ -17,9 +17,8 @@ not have seen. Without --start theta_0 is drawn and meta-learned with the rule.
     python -m experiments.studies.learned_rules --dataset mini-imagenet --data-dir DIR \
         --start CLASSIFIER.npz --left-out 16
 
-Each cell is kept in --workdir, so that a stopped study resumes. On a CPU core a cell of
-mini-ImageNet takes some 10 minutes at 1 shot and 20 at 5, two to three times as long in
-second order. docs/results/learned_rules.md has its tables.
+Each cell is kept in --workdir, so that a stopped study resumes. It has not been run
+whole yet, so there is no page of results.
 """
 
 from __future__ import annotations
