@@ -147,6 +147,8 @@ def make_pool(
     images: np.ndarray | Sequence[np.ndarray],
     counts: np.ndarray | None = None,
     groups: np.ndarray | None = None,
+    *,
+    in_host_memory: bool = False,
 ) -> ClassPool:
     """Build a pool from C arrays [M_c, ...], or from one [C, M, ...].
 
@@ -160,6 +162,8 @@ def make_pool(
       counts: [C], for [C, M, ...]: examples of each class, of which the others are
         padding.
       groups: ids [C, M] in [0, M), see `ClassPool`.
+      in_host_memory: keep the examples there, where they are too many for the device;
+        for `metalstm.make_prefetching_train_loop`.
 
     Raises:
       ValueError: if there is no class, an image is no number or a byte of another
@@ -189,11 +193,15 @@ def make_pool(
             RuntimeWarning,
             stacklevel=2,
         )
-    return pool_of(images, counts, groups)
+    return pool_of(images, counts, groups, in_host_memory=in_host_memory)
 
 
 def pool_of(
-    images: np.ndarray, counts: np.ndarray, groups: np.ndarray | None = None
+    images: np.ndarray,
+    counts: np.ndarray,
+    groups: np.ndarray | None = None,
+    *,
+    in_host_memory: bool = False,
 ) -> ClassPool:
     """Build a pool from examples [N, ...], one class behind the other."""
     images, counts = np.asarray(images), np.asarray(counts)
@@ -216,8 +224,9 @@ def pool_of(
         raise ValueError(f"class {counts.argmin()} has no example: omit it")
     if groups is not None:
         _check_groups(groups, counts, (len(counts), int(counts.max())))
+    stored: Any = _in_tiles(images)
     return ClassPool(
-        jnp.asarray(_in_tiles(images)),
+        stored if in_host_memory else jnp.asarray(stored),
         jnp.asarray(counts, jnp.int32),
         None if groups is None else jnp.asarray(groups, jnp.int32),
         int(counts.min()),
