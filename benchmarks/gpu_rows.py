@@ -212,9 +212,9 @@ def _speed(
         rate, gflop = seeds * steps / timed["seconds"], learned_optimizers.gflop(row)
     else:
         rate = seeds * steps * tasks / timed["seconds"]
-        # of one seed; a rule has parameters that a task does not adapt
-        learner = kept[0].params.learner.params
-        size = sum(leaf.size for leaf in jax.tree.leaves(learner)) // seeds
+        # of the learner alone: a task does not adapt the rule
+        params = getattr(kept[0].params, "learner", kept[0].params).params
+        size = sum(leaf.size for leaf in jax.tree.leaves(params)) // seeds
         gflop = episodes.episode_gflop(row, size)
     memory = jax.local_devices()[0].memory_stats() or {}
     best = peak and getattr(peak, precision or "tensorfloat32")

@@ -13,6 +13,7 @@ from metalstm.meta.fitting import fit, init_fit_state
 RNG = np.random.default_rng(0)
 COUNTS = np.array([9, 7, 9, 8, 9, 7])
 IMAGES = RNG.integers(0, 256, (6, 9, 32, 32, 1), dtype=np.uint8)
+CADENCE = {"steps_per_call": 2, "report_every": 2}
 GROUPS = np.tile(np.arange(9) // 3, (6, 1))
 EPISODES = data.EpisodeSpec(
     way=3, shot=2, queries=2, rotations=True, augment=data.augment.shift(1)
@@ -23,7 +24,7 @@ def of(kind: str):
     """A method, its spec, and what its pools are made of."""
     learner = nn.mlp(None, (4,))
     if kind == "classifier":
-        method = algorithms.feature_cosine(learner, num_classes=24, batch_size=8)
+        method = algorithms.pretrained_features(learner, 24, batch_size=8)
         return method, EPISODES, (IMAGES, COUNTS)
     if kind == "groups":
         spec = data.EpisodeSpec(way=3, shot=2, queries=2)
@@ -49,7 +50,7 @@ def test_the_steps_are_those_of_a_pool_on_the_device_to_the_bit(kind):
         loop = make(*setup, spec, **options)
         state = init_fit_state(metalstm.init_train_state(*setup, 3, episode))
         for end in (cut or 6, 6):  # the same again at 6: nothing is left to do
-            state = fit(loop, state, pool, num_steps=end, steps_per_call=2)
+            state = fit(loop, state, pool, num_steps=end, **CADENCE)
             loop = make(*setup, spec, **options) if cut else loop
         return state
 

@@ -101,10 +101,14 @@ class ClassPool:
 
     def take(self, rows: Array | slice) -> Array:
         """Return the examples [n, ...] with these places in [0, N)."""
-        if isinstance(rows, slice):
-            x = self.stored[rows]
+        stored: Any = self.stored
+        if isinstance(stored, np.ndarray):  # in the host's memory
+            rows = rows if isinstance(rows, slice) else np.asarray(rows)
+            x = jnp.asarray(stored[rows])
+        elif isinstance(rows, slice):
+            x = stored[rows]
         else:
-            x = self.stored.at[rows].get(mode="promise_in_bounds")
+            x = stored.at[rows].get(mode="promise_in_bounds")
         if x.shape[1:] == self.shape:
             return x
         flat = x.reshape(len(x), math.prod(x.shape[1:]))
