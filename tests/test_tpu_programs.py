@@ -215,10 +215,10 @@ def test_the_least_time_of_a_product_is_that_of_whole_tiles():
     )
     # either operand may stand still: the 80 rows do here
     assert limits.product(80, 128, 4096) == pytest.approx(limits.probe * 80 / 128)
-    # two pixels in one product: 4 columns of 32 channels by 3 rows, for 2 x 32 filters
-    packed = 2 * 9 * 32 * 32 / (3 * 128 * 128) * 2
-    assert limits.convolution(25, 42, 32, 32, 1) >= limits.probe * packed / 2
-    assert limits.convolution(25, 42, 128, 128, 1) == pytest.approx(limits.probe)
+    # four pixels of 32 filters in one product read six columns by three rows: of 640 x
+    # 128 numbers in the unit they use 4 x 288 x 32
+    assert limits.convolution(8, 48, 32, 32, 1) == pytest.approx(limits.probe * 0.45)
+    assert limits.convolution(8, 48, 128, 128, 1) == pytest.approx(limits.probe)
 
 
 @pytest.mark.parametrize("name", tpu_programs.PROGRAMS)

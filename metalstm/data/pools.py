@@ -103,8 +103,8 @@ class ClassPool:
         """Return the examples [n, ...] with these places in [0, N)."""
         stored: Any = self.stored
         if isinstance(stored, np.ndarray):  # in the host's memory
-            rows = rows if isinstance(rows, slice) else np.asarray(rows)
-            x = jnp.asarray(stored[rows])
+            chosen = rows if isinstance(rows, slice) else np.asarray(rows)
+            x = jnp.asarray(stored[chosen])
         elif isinstance(rows, slice):
             x = stored[rows]
         else:
