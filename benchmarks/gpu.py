@@ -173,7 +173,8 @@ def _trained(preset: str, data_dir: str, small: bool, seconds: float) -> dict[st
         command = [sys.executable, "-m", "experiments.few_shot", "--preset", preset]
         command += ["--workdir", folder, "--algorithms", "meta-lstm"]
         # half of it is for compiling, validation and the test
-        command += ["--minutes", f"{seconds / 120:.3f}", "--episodes", "1000000"]
+        command += ["--minutes", f"{seconds / 120:.3f}", "--schedule", "constant"]
+        command += ["--episodes", "1000000"]
         command += ["--data-dir", data_dir] if data_dir else []
         if small:
             command += ["--filters", "4", "--test-episodes", "16"]

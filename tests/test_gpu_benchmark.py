@@ -75,5 +75,6 @@ def test_speeds_are_shares_of_a_peak():
     assert row["per s"] == pytest.approx(rate)
     names = gpu_rows.rows_of("speed", True, None)
     assert "mini-1shot, 2 seeds, bfloat16" in names
+    assert "quadratics-pes, 1 seed, default" in names
     limits = gpu_rows.rows_of("limits", True, [1, 2, 3, 4])
     assert limits["copy"]()["of the peak"].endswith("%")

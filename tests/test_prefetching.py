@@ -42,22 +42,21 @@ def test_the_steps_are_those_of_a_pool_on_the_device_to_the_bit(kind):
     on_device = data.make_pool(*parts)
     on_host = data.make_pool(*parts, in_host_memory=True)
     assert isinstance(on_host.stored, np.ndarray)
+    np.testing.assert_array_equal(on_host.of_class(1), on_device.of_class(1))
     options = {"num_tasks": 2, "steps_per_call": 2}
     setup = algorithm, metalstm.adam_clipped()
     episode = algorithm.train_sampler(spec).sample(jax.random.key(0), on_device)
 
-    def trained(make, pool, cut=None):
-        loop = make(*setup, spec, **options)
+    def trained(make, pool, *ends):
         state = init_fit_state(metalstm.init_train_state(*setup, 3, episode))
-        for end in (cut or 6, 6):  # the same again at 6: nothing is left to do
+        for end in ends:  # resumed after each
+            loop = make(*setup, spec, **options)
             state = fit(loop, state, pool, num_steps=end, **CADENCE)
-            loop = make(*setup, spec, **options) if cut else loop
         return state
 
-    expected = trained(metalstm.make_train_loop, on_device)
-    for cut in (None, 2):
-        found = trained(metalstm.make_prefetching_train_loop, on_host, cut)
-        jax.tree.map(np.testing.assert_array_equal, found, expected)
+    expected = trained(metalstm.make_train_loop, on_device, 6)
+    found = trained(metalstm.make_prefetching_train_loop, on_host, 2, 6)
+    jax.tree.map(np.testing.assert_array_equal, found, expected)
 
 
 def test_a_device_has_the_examples_of_a_call_alone():
@@ -84,3 +83,10 @@ def test_a_device_has_the_examples_of_a_call_alone():
     again = metalstm.init_train_state(algorithm, optimizer, 0, episode)
     first, _ = loop(again, pool)
     jax.tree.map(np.testing.assert_array_equal, first, state)
+
+
+def test_a_memory_mapped_pool_stays_where_it_is(tmp_path):
+    np.save(tmp_path / "images.npy", IMAGES)
+    images = np.load(tmp_path / "images.npy", mmap_mode="r")
+    pool = data.make_pool(images, in_host_memory=True)
+    assert np.shares_memory(pool.stored, images)

@@ -29,6 +29,7 @@ __all__ = [
     "checksum",
     "checksum_of_classes",
     "evenly_spaced",
+    "in_tiles",
     "join_classes",
     "make_pool",
     "pool_of",
@@ -166,8 +167,9 @@ def make_pool(
       counts: [C], for [C, M, ...]: examples of each class, of which the others are
         padding.
       groups: ids [C, M] in [0, M), see `ClassPool`.
-      in_host_memory: keep the examples there, where they are too many for the device;
-        for `metalstm.make_prefetching_train_loop`.
+      in_host_memory: keep the examples there, where they are too many for the device,
+        or where they are, if they are memory-mapped; for
+        `metalstm.make_prefetching_train_loop`.
 
     Raises:
       ValueError: if there is no class, an image is no number or a byte of another
@@ -228,9 +230,9 @@ def pool_of(
         raise ValueError(f"class {counts.argmin()} has no example: omit it")
     if groups is not None:
         _check_groups(groups, counts, (len(counts), int(counts.max())))
-    stored: Any = _in_tiles(images)
+    stored: Any = images if in_host_memory else jnp.asarray(in_tiles(images))
     return ClassPool(
-        stored if in_host_memory else jnp.asarray(stored),
+        stored,
         jnp.asarray(counts, jnp.int32),
         None if groups is None else jnp.asarray(groups, jnp.int32),
         int(counts.min()),
@@ -238,7 +240,7 @@ def pool_of(
     )
 
 
-def _in_tiles(images: np.ndarray) -> np.ndarray:
+def in_tiles(images: np.ndarray) -> np.ndarray:
     """[N, ...] -> [N, 8 t, 128], if the padding takes at most a third more memory."""
     size = math.prod(images.shape[1:])
     tiles = -(-size // math.prod(_TILE))

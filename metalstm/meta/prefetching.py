@@ -14,7 +14,7 @@ from jax.sharding import Mesh
 
 from metalstm.base import Array, MetaAlgorithm
 from metalstm.data.episodes import TaskSampler, episode_key
-from metalstm.data.pools import ClassPool
+from metalstm.data.pools import ClassPool, in_tiles
 from metalstm.meta.step import TrainState, make_train_loop
 from metalstm.runtime import sharding
 
@@ -82,7 +82,7 @@ def make_prefetching_train_loop(
 
     def fetch(rows: Array, pool: ClassPool) -> _DrawnPool:
         host: Any = np.asarray(rows)
-        fields = _fields(pool) | {"stored": np.asarray(pool.stored)[host]}
+        fields = _fields(pool) | {"stored": in_tiles(np.asarray(pool.stored[host]))}
         return sharding.place(jax.device_put(_DrawnPool(**fields, drawn=host)), mesh)
 
     def run(state: TrainState, pool: ClassPool):
