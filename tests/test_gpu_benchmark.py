@@ -10,6 +10,7 @@ import pytest
 from benchmarks import gpu, gpu_rows
 
 TINY = {"image": (16, 1), "shot": 1, "steps": 1, "rule": "compare", "filters": 2}
+TINY |= {"downsample": "stride"}
 
 
 def test_a_row_that_fails_stops_no_other(tmp_path, monkeypatch, capsys):
