@@ -19,7 +19,7 @@ import metalstm
 from benchmarks import hlo, tpu, tpu_limits, tpu_programs
 from metalstm import algorithms, data, nn, second_order
 from metalstm.nn.convolution import conv2d
-from metalstm.nn.pooling import max_pool, pool_extremes
+from metalstm.nn.pooling import max_pool, scaled_max_pool
 from metalstm.runtime.compilation import platform, traced_for
 from metalstm.tasks import default_task_mapping
 
@@ -135,8 +135,8 @@ def most_axes(text: str) -> int:
 @pytest.mark.parametrize("size", [6, 7])
 def test_no_pool_of_a_tpu_has_an_axis_for_the_rows_of_a_cell(size):
     """Its compiler writes such an array to memory, for each comparison of each use."""
-    x, sign = jnp.ones((2, size, size, 3)), jnp.array([1.0, -1.0, 1.0])
-    for pool in (max_pool, lambda x: pool_extremes(x, sign)):
+    x, slope = jnp.ones((2, size, size, 3)), jnp.array([1.0, -1.0, 1.0])
+    for pool in (max_pool, lambda x: scaled_max_pool(x, slope)):
         gradient = jax.grad(lambda x, pool=pool: (pool(x) ** 3).sum())
         curvature = lambda x, gradient=gradient: jax.jvp(gradient, (x,), (x,))[1]  # noqa: E731
         fourth = lambda x, c=curvature: jax.grad(lambda x: c(x).sum())(x)  # noqa: E731

@@ -18,7 +18,7 @@ from jax import lax
 from metalstm.base import Array
 from metalstm.batches import to_rank_of
 from metalstm.nn.convolution import Method, conv2d
-from metalstm.nn.pooling import max_pool, pool_extremes
+from metalstm.nn.pooling import max_pool, scaled_max_pool
 from metalstm.runtime.products import full_precision, layer_product
 
 __all__ = [
@@ -102,11 +102,7 @@ def normalise(
     if module.norm == "batch":
         norm = BatchNorm(module.momentum, module.epsilon, scale_init, name=name)
         slope, offset = (to_rank_of(part, x) for part in norm(x, bias, train))
-        if pool:
-            # The maximum of slope * x is slope times one of x's extremes: a quarter of
-            # the pixels remains to normalise, in both passes.
-            x = pool_extremes(x, jnp.where(slope < 0, -1.0, 1.0))
-        return slope * x + offset
+        return (scaled_max_pool(x, slope) if pool else slope * x) + offset
     x = x + to_rank_of(bias, x)
     if module.norm != "none":
         num_groups = 1 if module.norm == "layer" else math.gcd(8, x.shape[-1])
