@@ -161,8 +161,6 @@ def train(results: Results, recipes: Sequence[str], small: bool, end: float) -> 
         results.add("training", recipe)
         try:
             figures = _trained(preset, data_dir, small, max(seconds, 1))
-        except subprocess.TimeoutExpired:
-            figures = {"failed": "its time was over"}
         except (OSError, RuntimeError, KeyError) as error:
             figures = {"failed": str(error)[-200:]}
         results.add("training", recipe, **figures)
@@ -172,14 +170,23 @@ def _trained(preset: str, data_dir: str, small: bool, seconds: float) -> dict[st
     with tempfile.TemporaryDirectory() as folder:
         command = [sys.executable, "-m", "experiments.few_shot", "--preset", preset]
         command += ["--workdir", folder, "--algorithms", "meta-lstm"]
-        # half of it is for compiling, validation and the test
-        command += ["--minutes", f"{seconds / 120:.3f}", "--schedule", "constant"]
+        # the rest of it is for compiling, validation and the test
+        command += ["--minutes", f"{seconds / 180:.3f}", "--schedule", "constant"]
         command += ["--episodes", "1000000"]
         command += ["--data-dir", data_dir] if data_dir else []
         if small:
             command += ["--filters", "4", "--test-episodes", "16"]
             command += ["--validation-episodes", "8"]
-        done = subprocess.run(command, capture_output=True, text=True, timeout=seconds)
+        try:
+            done = subprocess.run(
+                command, capture_output=True, text=True, timeout=seconds
+            )
+        except subprocess.TimeoutExpired:
+            log = Path(folder) / "metrics.jsonl"
+            lines = log.read_text().splitlines() if log.exists() else []
+            raise RuntimeError(
+                f"its time was over; {(lines or ['no report'])[-1]}"
+            ) from None
         if done.returncode:
             last = (done.stderr or done.stdout).strip().splitlines() or ["no output"]
             raise RuntimeError(last[-1])

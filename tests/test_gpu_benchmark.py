@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import subprocess
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -56,6 +58,15 @@ def test_training_is_noted_with_what_it_reached(tmp_path, monkeypatch):
     results = gpu.Results(tmp_path)
     gpu.train(results, ["neither=here"], True, 1e12)
     assert "| neither=here | error: no such preset |" in results.tables()
+
+    def cut(command, **options):
+        folder = Path(command[command.index("--workdir") + 1])
+        (folder / "metrics.jsonl").write_text('{"episode": 1}\n{"episode": 2}\n')
+        raise subprocess.TimeoutExpired(command, 1)
+
+    monkeypatch.setattr(gpu.subprocess, "run", cut)
+    gpu.train(results, ["cut"], True, 0)
+    assert '| cut | its time was over; {"episode": 2} |' in results.tables()
 
 
 def test_meta_gradients_are_compared_with_the_cpu_s():
