@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import importlib.util
+import operator
+import sys
+import types
 import warnings
 
 import jax
@@ -52,12 +55,12 @@ def train(tx, num_steps: int, loss=loss_fn):
 
 
 def test_a_rule_that_makes_the_loss_rise_gives_way_to_adamw():
-    wrong = optax.sgd(-0.5)  # uphill
-    _, state, losses = train(rules.with_fallback(wrong, optax.adamw(0.1)), 60)
-    assert max(losses) < 1e3
+    wrong = optax.sgd(-0.1)  # uphill
+    _, state, losses = train(rules.with_fallback(wrong, optax.adamw(0.1)), 120)
+    assert max(losses) < 100
     assert losses[-1] < losses[0]
     assert state.trust < 0.1
-    _, _, alone = train(wrong, 60)
+    _, _, alone = train(optax.with_extra_args_support(wrong), 120)
     assert not alone[-1] < 1e6
 
 
@@ -164,7 +167,7 @@ def test_each_run_may_have_a_start_of_its_own():
     found = metalstm.compare_optimizers(
         loss_fn,
         lambda key: jax.tree.map(lambda p: jax.random.normal(key, p.shape), PARAMS),
-        INPUTS, 2, optimizers={"sgd": optax.sgd(0.1)}, batch_size=4, eval_batch=64,
+        INPUTS, 10, optimizers={"sgd": optax.sgd(0.05)}, batch_size=4, eval_batch=64,
     )  # fmt: skip
     assert len(set(found.losses["sgd"][:, 0].tolist())) == 3
 
@@ -215,15 +218,46 @@ def twenty_updates(weights, num_steps):
     return trail
 
 
-@pytest.mark.parametrize("arrays", ["numpy", "torch"])
+class Tensor:
+    """What torch's tensors and numpy's arrays have in common."""
+
+    __module__ = "tensors"
+
+    def __init__(self, array):
+        self.array = np.asarray(array)
+        self.shape, self.ndim = self.array.shape, self.array.ndim
+
+    def sum(self):
+        return self.array.sum()
+
+    def __array__(self, dtype=None, copy=None):
+        return self.array
+
+
+def _on_arrays(fn):
+    bare = lambda x: x.array if isinstance(x, Tensor) else x  # noqa: E731
+    return lambda *args: Tensor(fn(*map(bare, args)))
+
+
+for _name in "abs add mul neg radd rmul rsub sub truediv".split():
+    setattr(Tensor, f"__{_name}__", _on_arrays(lambda *xs, n=_name: _operator(n)(*xs)))
+
+
+def _operator(name):
+    if name.startswith("r"):
+        return lambda a, b: getattr(operator, name[1:])(b, a)
+    return getattr(operator, name)
+
+
+@pytest.mark.parametrize("make", [np.asarray, Tensor], ids=["numpy", "torch"])
 @pytest.mark.parametrize("num_steps", [None, 20])
-def test_the_exported_file_makes_the_same_updates(exported, arrays, num_steps):
-    if arrays == "torch":
-        convert = pytest.importorskip("torch").tensor
-    else:
-        convert = np.asarray
+def test_the_exported_file_makes_the_same_updates(
+    exported, make, num_steps, monkeypatch
+):
+    functions = {n: _on_arrays(getattr(np, n)) for n in ("clip", "log", "sqrt", "tanh")}
+    monkeypatch.setitem(sys.modules, "tensors", types.SimpleNamespace(**functions))
     weights, module = exported
-    lists = lambda tree: [convert(np.asarray(leaf)) for leaf in jax.tree.leaves(tree)]  # noqa: E731
+    lists = lambda tree: [make(np.asarray(leaf)) for leaf in jax.tree.leaves(tree)]  # noqa: E731
     state = module.init(lists(PARAMS))
     for step, (params, grads, wanted) in enumerate(twenty_updates(weights, num_steps)):
         progress = None if num_steps is None else step / num_steps

@@ -54,7 +54,8 @@ class Comparison:
         width = max(map(len, ("optimizer", *self.losses)))
         rows = [f"{'optimizer':{width}s}  median loss   lowest  highest  seconds"]
         for name, final in self.final.items():
-            low, middle, high = np.quantile(final, (0, 0.5, 1))
+            counted = np.where(np.isfinite(final), final, np.inf)
+            low, middle, high = counted.min(), np.median(counted), counted.max()
             rows.append(
                 f"{name:{width}s}  {middle:11.4g}  {low:7.4g}  {high:7.4g}"
                 f"  {self.seconds[name]:7.1f}"

@@ -12,15 +12,17 @@ from metalstm.base import Array, PyTree
 
 __all__ = ["FallbackState", "with_fallback"]
 
-_FAST, _SLOW = 0.9, 0.99  # decays of the averages of the loss
-_HALVE, _RECOVER = 0.5, 0.99  # of the trust in the rule; of what it lacks
+_FAST, _SLOW = 0.9, 0.99  # decays of the averages of the loss and of its deviation
+_FORGET = 1e-3  # share by which the best level nears the present one
+_WARM_UP = 5  # losses before the first test
+_HALVE, _RECOVER = 0.5, 0.999  # of the trust in the rule; of what it lacks
 
 
 class FallbackState(NamedTuple):
     count: Array  # int32, updates whose loss and gradient were finite
-    fast: Array  # averages of the loss; not yet divided by their weights
-    slow: Array
-    spread: Array  # average square of the loss minus the slow average
+    mean: Array  # of the loss; not yet divided by the weights it has so far
+    deviation: Array  # of the loss from its mean; likewise
+    best: Array  # the lowest that the mean has been
     trust: Array  # share of the update that is the rule's, in [0, 1]
     rule: PyTree
     other: PyTree
@@ -34,12 +36,12 @@ def with_fallback(
 
     .. math:: \Delta = w \, \Delta_{rule} + (1 - w) \, \Delta_{other}
 
-    The trust w starts at 1. It is halved at each update at which the fast average of
-    the loss (decay 0.9) is above the slow one (0.99) by more than the loss's standard
-    deviation, about four of the fast average's own; otherwise what it lacks to 1
-    shrinks by 1%. A loss or gradient that is not finite changes nothing but the trust,
-    which it halves: no parameter moves, and it reaches no state. An update of the rule
-    that is not finite is replaced by the other's.
+    The trust w starts at 1. It is halved at each update at which the running mean of
+    the loss (decay 0.9) is above the lowest it has been by more than three times the
+    loss's mean deviation from it; otherwise what it lacks to 1 shrinks by 0.1%. A loss or
+    gradient that is not finite changes nothing but the trust, which it halves: no
+    parameter moves, and it reaches no state. An update of the rule that is not finite
+    is replaced by the other's.
 
     Args:
       tx: the rule.
@@ -52,9 +54,10 @@ def with_fallback(
     safe = optax.with_extra_args_support(optax.adamw(1e-3) if other is None else other)
 
     def init_fn(params):
-        zero = jnp.float32(0)
+        zero, one = jnp.float32(0), jnp.float32(1)
+        best = jnp.float32(jnp.finfo(jnp.float32).max)
         states = rule.init(params), safe.init(params)
-        return FallbackState(jnp.int32(0), zero, zero, zero, jnp.float32(1), *states)
+        return FallbackState(jnp.int32(0), zero, zero, best, one, *states)
 
     def update_fn(updates, state, params=None, *, value=None, **extra):
         if value is None:
@@ -96,23 +99,27 @@ def with_fallback(
 
 def _watch(state: FallbackState, value: Array, finite: Array) -> FallbackState:
     """Take one loss into the averages, and the trust that follows from them."""
-    value = jnp.where(finite, value, 0)
-    count = state.count + 1
-    fast = _FAST * state.fast + (1 - _FAST) * value
-    slow = _SLOW * state.slow + (1 - _SLOW) * value
-    weights = 1 - jnp.float32(_FAST) ** count, 1 - jnp.float32(_SLOW) ** count
-    ahead = fast / weights[0] - slow / weights[1]
-    error = jnp.square(value - slow / weights[1])
-    spread = _SLOW * state.spread + (1 - _SLOW) * error
-    fails = (ahead > 0) & (jnp.square(ahead) > spread / weights[1])
-    trust = jnp.where(fails, _HALVE * state.trust, 1 - _RECOVER * (1 - state.trust))
-    averages = state._replace(count=count, fast=fast, slow=slow, spread=spread)
-    kept = jax.tree.map(
-        lambda a, b: jnp.where(finite, a, b),
-        averages._replace(rule=(), other=()),
-        state._replace(rule=(), other=()),
+    before = jnp.maximum(state.count, 1)  # the weights of no loss are 0
+    level = state.mean / (1 - jnp.float32(_FAST) ** before)
+    usual = state.deviation / (1 - jnp.float32(_SLOW) ** before)
+    mean = _FAST * state.mean + (1 - _FAST) * value
+    now = mean / (1 - jnp.float32(_FAST) ** (state.count + 1))
+    fails = (now - state.best > 3 * usual) & (state.count >= _WARM_UP)
+    error = jnp.where(state.count > 0, jnp.abs(value - level), 0)
+    deviation = _SLOW * state.deviation + (1 - _SLOW) * error
+    lacking = _RECOVER * (1 - state.trust)
+    new = state._replace(
+        count=state.count + 1,
+        mean=mean,
+        # a loss that explodes must not make itself usual
+        deviation=jnp.where(
+            fails, _SLOW * state.deviation + (1 - _SLOW) * usual, deviation
+        ),
+        best=jnp.minimum(now, state.best + _FORGET * (now - state.best)),
+        trust=jnp.where(fails, _HALVE * state.trust, 1 - lacking),
     )
-    return kept._replace(trust=jnp.where(finite, trust, _HALVE * state.trust))
+    kept = state._replace(trust=_HALVE * state.trust)
+    return jax.tree.map(lambda a, b: jnp.where(finite, a, b), new, kept)
 
 
 def _all_finite(tree: PyTree) -> Array:
