@@ -19,7 +19,7 @@ _HALVE, _RECOVER = 0.5, 0.999  # of the trust in the rule; of what it lacks
 
 
 class FallbackState(NamedTuple):
-    count: Array  # int32, updates whose loss and gradient were finite
+    step: Array  # int32, updates whose loss and gradient were finite
     mean: Array  # of the loss; not yet divided by the weights it has so far
     deviation: Array  # of the loss from its mean; likewise
     best: Array  # the lowest that the mean has been
@@ -38,10 +38,10 @@ def with_fallback(
 
     The trust w starts at 1. It is halved at each update at which the running mean of
     the loss (decay 0.9) is above the lowest it has been by more than three times the
-    loss's mean deviation from it; otherwise what it lacks to 1 shrinks by 0.1%. A loss or
-    gradient that is not finite changes nothing but the trust, which it halves: no
-    parameter moves, and it reaches no state. An update of the rule that is not finite
-    is replaced by the other's.
+    loss's mean deviation from it; otherwise what it lacks to 1 shrinks by a thousandth.
+    A loss or gradient that is not finite changes nothing but the trust, which it
+    halves: no parameter moves, and it reaches no state. An update of the rule that is
+    not finite is replaced by the other's.
 
     Args:
       tx: the rule.
@@ -99,17 +99,17 @@ def with_fallback(
 
 def _watch(state: FallbackState, value: Array, finite: Array) -> FallbackState:
     """Take one loss into the averages, and the trust that follows from them."""
-    before = jnp.maximum(state.count, 1)  # the weights of no loss are 0
+    before = jnp.maximum(state.step, 1)  # the weights of no loss are 0
     level = state.mean / (1 - jnp.float32(_FAST) ** before)
     usual = state.deviation / (1 - jnp.float32(_SLOW) ** before)
     mean = _FAST * state.mean + (1 - _FAST) * value
-    now = mean / (1 - jnp.float32(_FAST) ** (state.count + 1))
-    fails = (now - state.best > 3 * usual) & (state.count >= _WARM_UP)
-    error = jnp.where(state.count > 0, jnp.abs(value - level), 0)
+    now = mean / (1 - jnp.float32(_FAST) ** (state.step + 1))
+    fails = (now - state.best > 3 * usual) & (state.step >= _WARM_UP)
+    error = jnp.where(state.step > 0, jnp.abs(value - level), 0)
     deviation = _SLOW * state.deviation + (1 - _SLOW) * error
     lacking = _RECOVER * (1 - state.trust)
     new = state._replace(
-        count=state.count + 1,
+        step=state.step + 1,
         mean=mean,
         # a loss that explodes must not make itself usual
         deviation=jnp.where(

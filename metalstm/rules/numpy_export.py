@@ -29,8 +29,13 @@ def export_numpy(saved: SavedRule, path: str | Path) -> Path:
             f"rule={saved.spec.get('rule')!r}: only moment_gates can be exported"
         )
     path = Path(path)
-    layers = ("hidden", "kernel"), ("hidden", "bias"), ("output", "kernel")
-    layers = (*layers, ("output", "bias"), ("step", "kernel"))
+    layers = (
+        ("hidden", "kernel"),
+        ("hidden", "bias"),
+        ("output", "kernel"),
+        ("output", "bias"),
+        ("step", "kernel"),
+    )
     weights = (
         f"{layer}_{part}".upper() + " = " + _literal(saved.params[layer][part])
         for layer, part in layers
