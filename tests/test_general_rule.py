@@ -111,7 +111,7 @@ def test_evolution_learns_the_step_on_its_own_family(few_tasks):
     rule = rules.moment_gates(hidden_size=2)
     (task,) = general_training._chosen(config)
     optimizer = optax.adam(config.learning_rate, b2=0.99)
-    state = general_training.init_state(config, rule, optimizer, 1)
+    state = general_training.init_state(config, rule, optimizer)
     state.params["output"]["bias"] = state.params["output"]["bias"].at[0].add(-3.0)
     step = general_training.make_meta_step(config, rule, [task], optimizer)
     losses = []

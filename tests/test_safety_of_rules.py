@@ -261,7 +261,9 @@ def test_the_exported_file_makes_the_same_updates(
     state = module.init(lists(PARAMS))
     for step, (params, grads, wanted) in enumerate(twenty_updates(weights, num_steps)):
         progress = None if num_steps is None else step / num_steps
-        updates, state = module.update(lists(grads), state, lists(params), progress)
+        updates, state = module.update(
+            lists(grads), state, lists(params), progress, num_steps
+        )
         for a, b in zip(updates, jax.tree.leaves(wanted), strict=True):
             scale = np.abs(b).max()
             np.testing.assert_allclose(np.asarray(a), b, rtol=0, atol=1e-5 * scale)

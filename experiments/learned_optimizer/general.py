@@ -8,12 +8,12 @@ moments, meta-trained on small networks, train networks of other kinds (`held_ou
 
 A meta-step is one of evolution strategies on all families (`meta_tasks`): antithetic
 pairs of perturbed rules each train a network from start to end, in runs of log-uniform
-length, and the log of the last loss counts, in units of what is usual for the family.
-First only the step size's weights and the biases move: some thirty numbers, by which
-most can be gained. Every run has a scale of its parameters, drawn once; most know their
-progress. Validation is on other families: the mean log ratio of final losses to AdamW's
-with a tuned rate and a cosine, below 0 where the rule ends lower. The best is kept, and
-written to RUN/NAME.npz at the end.
+length, and the log of the last loss counts. First only the step size's weights and the
+biases move: some thirty numbers, by which most can be gained. Every run has a scale of
+its parameters, drawn once; most know their progress and length. Validation is on other
+families: the mean log ratio of final losses to AdamW's with a tuned rate and a cosine,
+below 0 where the rule ends lower. The best is kept, and written to RUN/NAME.npz at the
+end.
 """
 
 from __future__ import annotations
@@ -47,17 +47,17 @@ class Config(Options, frozen=True):
     """Hidden units of the rule."""
     families: Names = ()
     """Which families to train on; none named: all."""
-    meta_steps: Count = 600
+    meta_steps: Count = 500
     """Meta-steps, over which the rate decays to 0 by a cosine."""
-    linear_steps: Natural = 100
+    linear_steps: Natural = 60
     """The first of them, in which the hidden units have no effect."""
-    learning_rate: Positive = 0.2
+    learning_rate: Positive = 0.15
     """Adam's, in units of the perturbations."""
     std: Positive = 0.1
     """Of the perturbations."""
     num_pairs: Count = 4
     """Pairs of runs of a family and meta-step; of costly families half as many."""
-    horizon: tuple[int, int] = (100, 2000)
+    horizon: tuple[int, int] = (200, 2500)
     """Between which the length of a run is drawn."""
     scaling: tuple[float, float] = (0.5, 2.0)
     """Between which the scale of a run's parameters is drawn."""
@@ -65,9 +65,9 @@ class Config(Options, frozen=True):
     """Share of the runs that know their progress; 0: nor do those of validation."""
     validation_steps: Count = 2_000
     """Updates of a validation run."""
-    validation_instances: Count = 3
+    validation_instances: Count = 2
     """Runs of each family of validation."""
-    validate_every: Count = 50
+    validate_every: Count = 20
     """Meta-steps between validations."""
     save_every: Count = 5
     """Meta-steps between checkpoints."""

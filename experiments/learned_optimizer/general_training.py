@@ -36,11 +36,10 @@ from metalstm.learned_optimizers import (
 
 NAME = "gates"
 _VALIDATION_SEED = 1_000_003
-_FLOOR = 0.01  # share of the first loss below which a validation loss hardly counts
+_FLOOR = 0.02  # share of the first loss below which a validation loss hardly counts
 _RATES = tuple(10 ** (k / 2) for k in range(-8, 0))  # of AdamW: 1e-4 to 0.3
 _MAY_CHANGE = ("folder", "export", "save_every")
-_MEMORY = 0.9  # of each family's mean squared difference
-_LARGEST = 3.0  # of a difference, in units of its root
+_LARGEST = 1.0  # of a difference of two scores: a factor of e in the last loss
 
 
 # -- meta-steps ------------------------------------------------------------------------
@@ -52,10 +51,7 @@ def make_meta_step(
     tasks: Sequence[Task],
     optimizer: optax.GradientTransformation,
 ) -> Callable[[metalstm.TrainState, Any], tuple[metalstm.TrainState, dict]]:
-    """``(state, data of each task) -> (state, metrics [1])``, for `metalstm.fit`.
-
-    The carry is each family's mean squared difference, a running mean [families].
-    """
+    """``(state, data of each task) -> (state, metrics [1])``, for `metalstm.fit`."""
     low, high = np.log(config.horizon)
     programs = [
         make_paired_runs(
@@ -69,12 +65,9 @@ def make_meta_step(
 
     @jax.jit
     def absorb(state: metalstm.TrainState, std: PyTree, found: list[PairedRuns]):
-        now = jnp.stack([jnp.square(pairs.differences).mean() for pairs in found])
-        usual = _MEMORY * state.carry + (1 - _MEMORY) * now
-        unit = jnp.sqrt(usual / (1 - _MEMORY ** (state.step + 1.0))) + 1e-6
         grads = jax.tree.map(jnp.zeros_like, state.params)
-        for pairs, of_family in zip(found, unit, strict=True):
-            along = jnp.clip(pairs.differences / of_family, -_LARGEST, _LARGEST)
+        for pairs in found:
+            along = jnp.clip(pairs.differences, -_LARGEST, _LARGEST)
             along = along / (len(along) * len(found))
             grads = jax.tree.map(
                 lambda g, z: g + jnp.tensordot(along, z, 1),  # noqa: B023
@@ -94,7 +87,7 @@ def make_meta_step(
             state.seed,
             optax.apply_updates(state.params, updates),
             opt_state,
-            usual,
+            (),
         )
         return new, jax.tree.map(lambda x: x[None], metrics)
 
@@ -135,7 +128,6 @@ def init_state(
     config: Config,
     rule: UpdateRule,
     optimizer: optax.GradientTransformation,
-    num_tasks: int,
 ) -> metalstm.TrainState:
     params = rule.init(jax.random.key(config.seed), {})
     state = metalstm.TrainState(
@@ -143,7 +135,7 @@ def init_state(
         jnp.uint32(config.seed),
         params,
         optimizer.init(params),
-        jnp.zeros(num_tasks),
+        (),
     )
     return jax.tree.map(jnp.array, state)
 
@@ -257,7 +249,7 @@ def run(config: Config) -> None:
         config.folder,
         metrics,
         None,
-        lambda: init_state(config, rule, optimizer, len(tasks)),
+        lambda: init_state(config, rule, optimizer),
     )
     if not config.export:
         write_json(config.folder / "config.json", {"config": to_json(config)})

@@ -302,9 +302,11 @@ class AttentionModel(nn.Module):
         return nn.Dense(self.kinds)(nn.LayerNorm()(x))
 
 
-def autoencoder(width: int, code: int, *, batch_size: int) -> ProblemFamily:
+def autoencoder(
+    inputs: int, width: int, code: int, *, batch_size: int
+) -> ProblemFamily:
     """Reconstruct flat inputs through a bottleneck."""
-    module = MLP(64, (width, code, width), jax.nn.relu)
+    module = MLP(inputs, (width, code, width), jax.nn.relu)
 
     def measure(outputs: Array, y: Array) -> Array:
         return jnp.square(outputs - y).mean()
@@ -334,6 +336,7 @@ def training_tasks() -> tuple[Task, ...]:
     squares = ImageData(numbers.x.reshape(-1, 8, 8, 1), numbers.y)
     moved = noisy(squares, 12, inputs=0.2, labels=0.05, shift=1)
     blurred = noisy(glyphs, 40, inputs=0.3, labels=0.02, shift=2)
+    flat = _inputs(glyphs._replace(x=glyphs.x.reshape(-1, 196)))
     tokens, kinds = grammar_text(60_000)
     text = windows(tokens, 16)
     supervised = problems.supervised
@@ -345,17 +348,17 @@ def training_tasks() -> tuple[Task, ...]:
         Task("digits-deep", _mlp(10, (24,) * 4, jax.nn.gelu, 64), moved),
         Task("digits-wide", _mlp(10, (128,), jax.nn.relu, 64), moved, True),
         Task("digits-norm", supervised(NormalisedMLP(10, 24), batch_size=32), moved),
-        Task("digits-code", autoencoder(32, 8, batch_size=32), _inputs(numbers)),
+        Task("digits-wider", _mlp(10, (256, 128), jax.nn.gelu, 32), moved, True),
+        Task("letters-code", autoencoder(196, 40, 8, batch_size=32), flat, True),
         Task("letters-sigmoid", _mlp(10, (20,), jax.nn.sigmoid, 32), blurred, True),
-        Task("letters-elu", _mlp(10, (32, 16), jax.nn.elu, 16), glyphs, True),
+        Task("letters-elu", _mlp(10, (32, 16), jax.nn.elu, 16), blurred, True),
         Task("letters-cnn", supervised(SmallCNN(10), batch_size=16), blurred, True),
         Task("cancer", _mlp(2, (16,), jax.nn.relu, 32), _noisy_table("breast_cancer")),
         Task("wine", _mlp(3, (16, 16), jax.nn.silu, 16), _noisy_table("wine")),
-        Task("diabetes", _mlp(1, (32,), jnp.tanh, 64), table("diabetes")),
+        Task("diabetes", _mlp(1, (32,), jnp.tanh, 64), _noisy_table("diabetes")),
         Task("text-gru", supervised(gru, next_character, batch_size=8), text, True),
         Task("text-mlp", supervised(window, next_character, batch_size=16), text),
         Task("noisy-quadratics", noisy_quadratics(), ()),
-        Task("logistic", problems.logistic_regression(20, num_examples=64), ()),
         Task("teacher", teacher(lambda: wide, 8, batch_size=64, noise=0.1), ()),
     )
 
@@ -372,7 +375,7 @@ def validation_tasks() -> tuple[Task, ...]:
     normed = SmallCNN(10, 6, norm=True)
     supervised = problems.supervised
     return (
-        Task("autoencoder", autoencoder(48, 6, batch_size=32), _inputs(numbers)),
+        Task("autoencoder", autoencoder(64, 48, 6, batch_size=32), _inputs(numbers)),
         Task(
             "attention",
             supervised(attention, next_character, batch_size=8),

@@ -19,7 +19,7 @@ from metalstm.rules import with_progress
 
 __all__ = ["PairedRuns", "make_paired_runs"]
 
-_FLOOR = 0.01  # of the first loss: a loss near zero does not outweigh the others
+_FLOOR = 0.02  # of the first loss: a loss near zero does not outweigh the others
 _WORST = 10.0  # times the first loss: what a run that diverges counts as
 
 
@@ -46,12 +46,11 @@ def make_paired_runs(
     theta_0, on the same minibatches, by rules whose parameters are shifted by
     :math:`\pm\sigma z`, z from N(0, I) and sigma = ``std``, a number for each leaf of
     the parameters. A run's score phi is the log of its last loss over its first, plus
-    0.01. The antithetic estimate of the meta-gradient (Salimans et al., 2017),
+    0.02. The antithetic estimate of the meta-gradient (Salimans et al., 2017),
 
     .. math:: \hat g = z \, (\phi^+ - \phi^-) / (2 \sigma),
 
-    is unbiased for the score smoothed by the noise. It has no memory of other runs, so
-    differences may be divided by what is usual for their family.
+    is unbiased for the score smoothed by the noise.
 
     Args:
       num_pairs: P.

@@ -17,7 +17,7 @@ def export_numpy(saved: SavedRule, path: str | Path) -> Path:
     """Write a trained `moment_gates` as a Python file for numpy or torch.
 
     The file has the weights and two functions, ``init(params)`` and ``update(grads,
-    state, params, progress=None)``, of lists of float arrays::
+    state, params, progress=None, num_steps=None)``, of lists of float arrays::
 
         rules.export_numpy(metalstm.load_rule("RULE.npz"), "my_rule.py")
 
@@ -62,11 +62,11 @@ Written by metalstm.rules.export_numpy; trained on: TRAINED_ON.
 
     state = init(params)  # a list of float arrays, on any device
     for step in range(num_steps):
-        updates, state = update(grads, state, params, progress=step / num_steps)
+        updates, state = update(grads, state, params, step / num_steps, num_steps)
         params = [p + u for p, u in zip(params, updates)]
 
-``progress`` is the share of training that is done, or None where it is not known. In
-torch, work under torch.no_grad() and add with p.add_(u).
+``progress`` is the share of training that is done and ``num_steps`` its length, or None
+where they are not known. In torch, work under torch.no_grad() and add with p.add_(u).
 """
 
 import math
@@ -81,7 +81,7 @@ def init(params):
     return {"step": 0, "moments": [[0 * p for _ in range(4)] for p in params]}
 
 
-def update(grads, state, params, progress=None):
+def update(grads, state, params, progress=None, num_steps=None):
     """Return what to add to each array, and the state; NaN does nothing."""
     if not math.isfinite(sum(float((g * g).sum()) for g in grads)):
         return [0 * p for p in params], state
@@ -90,19 +90,20 @@ def update(grads, state, params, progress=None):
     for g, old, theta in zip(grads, state["moments"], params):
         new = [b * m + (1 - b) * g for b, m in zip(DECAYS, old)]
         new.append(0.99 * old[3] + 0.01 * g * g)
-        updates.append(_move(g, new, theta, step, progress))
+        updates.append(_move(g, new, theta, (step, progress, num_steps)))
         moments.append(new)
     return updates, {"step": step, "moments": moments}
 
 
-def _move(g, moments, theta, step, progress):
+def _move(g, moments, theta, time):
+    step = time[0]
     xp = sys.modules[type(theta).__module__.split(".")[0]]  # numpy or torch
     averages = [g, *(m / (1 - b**step) for m, b in zip(moments, DECAYS))]
     square = moments[3] / (1 - 0.99**step)
     mean_square = _mean(square)
     square = square + (1e-12 * mean_square + 1e-30)
     unit, size = math.sqrt(mean_square + 1e-30), _rms(theta)
-    z = _features(averages, theta, unit, size, step, progress)
+    z = _features(averages, theta, unit, size, *time)
     hidden = [math.tanh(x) for x in _dense(HIDDEN_KERNEL, HIDDEN_BIAS, z)]
     out = _dense(OUTPUT_KERNEL, OUTPUT_BIAS, hidden)
     log_step = out[0] + sum(w * x for w, x in zip(STEP_KERNEL, z))
@@ -129,7 +130,7 @@ def _move(g, moments, theta, step, progress):
     return -length * (move + gate(out[12:]) * theta)
 
 
-def _features(averages, theta, unit, size, step, progress):
+def _features(averages, theta, unit, size, step, progress, num_steps):
     g, fast, _, slow = averages
     lengths = [_rms(m) for m in averages]
     fan_in = math.prod(theta.shape[:-1]) if theta.ndim > 1 else 1
@@ -139,14 +140,15 @@ def _features(averages, theta, unit, size, step, progress):
         _mean(g * fast) / lengths[0] / lengths[1],
         _mean(fast * slow) / lengths[1] / lengths[3],
         _mean(fast * theta) / lengths[1] / size,
-        math.log(size + 1e-3) / 5,
-        math.log(max(math.prod(theta.shape), 1)) / 10,
-        math.log(max(fan_in, 1)) / 10,
+        math.log(size + 1e-3) / 3 + 1,
+        math.log(max(math.prod(theta.shape), 1)) / 3 - 2,
+        math.log(max(fan_in, 1)) / 3 - 1,
         float(theta.ndim > 1),
-        math.log(step) / 10,
+        math.log(step) / 3 - 2,
         done,
         float(progress is not None),
         math.log(1.01 - done) / 3,
+        math.log((num_steps or 1000) / 1000) / 3,
     ]
 
 
