@@ -26,6 +26,7 @@ from metalstm.inner import (
     second_order,
     unroll,
 )
+from metalstm.learned_optimizers import Comparison, compare_optimizers
 from metalstm.meta.confidence import (
     Confidence,
     ConfidenceReport,
@@ -72,6 +73,7 @@ __all__ = [
     "Aux",
     "Batch",
     "Classifier",
+    "Comparison",
     "Confidence",
     "ConfidenceReport",
     "Differentiation",
@@ -97,6 +99,7 @@ __all__ = [
     "adam_clipped",
     "algorithms",
     "collect_scores",
+    "compare_optimizers",
     "data",
     "evaluate",
     "first_order",

@@ -136,7 +136,12 @@ class Moments(NamedTuple):
 
 
 def moment_gates_step(
-    rule: MomentGates, theta: Array, g: Array, old: Moments, progress: float | None
+    rule: MomentGates,
+    theta: Array,
+    g: Array,
+    old: Moments,
+    progress: float | None,
+    num_steps: int | None,
 ) -> tuple[Array, Moments]:
     """One tensor's next theta, from the equations of `rules.moment_gates`."""
     count = old.count + 1
@@ -156,14 +161,15 @@ def moment_gates_step(
             angle(g, fast),
             angle(fast, slow),
             angle(fast, theta),
-            np.log(rms(theta) + 1e-3) / 5,
-            np.log(theta.size) / 10,
-            np.log(fan_in) / 10,
+            np.log(rms(theta) + 1e-3) / 3 + 1,
+            np.log(theta.size) / 3 - 2,
+            np.log(fan_in) / 3 - 1,
             theta.ndim > 1,
-            np.log(count) / 10,
+            np.log(count) / 3 - 2,
             done,
             progress is not None,
             np.log(1.01 - done) / 3,
+            np.log((num_steps or 1000) / 1000) / 3,
         ]
     )
     hidden = np.tanh(rule.hidden[0] @ z + rule.hidden[1])

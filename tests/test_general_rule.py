@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 
+import jax
 import numpy as np
+import optax
 import pytest
 
 from experiments.learned_optimizer import general, general_training, meta_tasks
@@ -12,17 +14,16 @@ from metalstm import rules
 from metalstm.learned_optimizers import problems
 
 WORDS = [
-    "--meta-steps", "6", "--burn-in", "1", "--unroll-steps", "2", "--horizon", "4", "8",
-    "--validation-steps", "4", "--validation-instances", "2",
+    "--meta-steps", "6", "--linear-steps", "2", "--horizon", "2", "6",
+    "--num-pairs", "2", "--validation-steps", "4", "--validation-instances", "2",
     "--validate-every", "3", "--save-every", "2", "--hidden-size", "2",
-    "--backprop", "quadratics",
 ]  # fmt: skip
 
 
 @pytest.fixture(autouse=True)
 def few_tasks(monkeypatch):
-    quadratics = meta_tasks.Task("quadratics", problems.quadratics(2), (), 2)
-    noisy = meta_tasks.Task("noisy", meta_tasks.noisy_quadratics(3), (), 2)
+    quadratics = meta_tasks.Task("quadratics", problems.quadratics(2), ())
+    noisy = meta_tasks.Task("noisy", meta_tasks.noisy_quadratics(3), (), costly=True)
     monkeypatch.setattr(general_training, "training_tasks", lambda: (quadratics, noisy))
     monkeypatch.setattr(general_training, "validation_tasks", lambda: (quadratics,))
 
@@ -36,10 +37,10 @@ def test_a_run_that_is_cut_resumes_to_the_bit_and_exports_its_best(
 ):
     whole, cut = tmp_path / "whole", tmp_path / "cut"
     assert general.main(["--folder", str(whole), *WORDS]) == 0
-    make = general_training.metalstm.make_mixture_loop
+    make = general_training.make_meta_step
 
-    def make_cut(parts, optimizer):
-        loop = make(parts, optimizer)
+    def make_cut(*args):
+        loop = make(*args)
 
         def run(state, pools):
             if int(state.step) == 5:
@@ -49,7 +50,7 @@ def test_a_run_that_is_cut_resumes_to_the_bit_and_exports_its_best(
         return run
 
     with monkeypatch.context() as patch:
-        patch.setattr(general_training.metalstm, "make_mixture_loop", make_cut)
+        patch.setattr(general_training, "make_meta_step", make_cut)
         with pytest.raises(PowerCutError):
             general.main(["--folder", str(cut), *WORDS])
     assert not (cut / "gates.npz").exists()
@@ -79,7 +80,7 @@ def test_a_run_that_is_cut_resumes_to_the_bit_and_exports_its_best(
 def test_an_ablation_is_a_flag(tmp_path, capsys):
     """Another rule, one family, no progress."""
     words = ["--rule", "moment_network", "--families", "noisy", "--tell-progress", "0"]
-    words = [*WORDS, *words, "--backprop", "none", "--meta-steps", "2"]
+    words = [*WORDS, *words, "--meta-steps", "2"]
     assert general.main(["--folder", str(tmp_path), *words]) == 0
     saved = rules.load_rule(tmp_path / "gates.npz")
     assert saved.spec == {"rule": "moment_network", "hidden_size": 2}
@@ -87,3 +88,37 @@ def test_an_ablation_is_a_flag(tmp_path, capsys):
     other = ["--folder", str(tmp_path / "x"), *WORDS, "--families", "nosuch"]
     assert general.main(other) == 2
     assert "--families nosuch: not known" in capsys.readouterr().err
+
+
+def test_the_hidden_units_stay_while_the_linear_part_is_trained():
+    config = general.Config(linear_steps=3, std=0.1)
+    params = rules.moment_gates(hidden_size=2).init(jax.random.key(0), {})
+    early, late = (
+        general_training.perturbations(config, params, step) for step in (2, 3)
+    )
+    assert early["output"] == {"kernel": 0.0, "bias": 0.1}
+    assert early["step"] == {"kernel": 0.1}
+    assert early["hidden"] == {"kernel": 0.0, "bias": 0.0}
+    assert late["hidden"] == {"kernel": 0.05, "bias": 0.05}
+
+
+def test_evolution_learns_the_step_on_its_own_family(few_tasks):
+    """A start whose steps are e^3 too short: they grow, and runs end lower."""
+    config = general.Config(
+        meta_steps=30, linear_steps=30, learning_rate=1.0, num_pairs=4,
+        horizon=(20, 20), hidden_size=2, families=("noisy",),
+    )  # fmt: skip
+    rule = rules.moment_gates(hidden_size=2)
+    (task,) = general_training._chosen(config)
+    optimizer = optax.adam(config.learning_rate, b2=0.99)
+    state = general_training.init_state(config, rule, optimizer)
+    state.params["output"]["bias"] = state.params["output"]["bias"].at[0].add(-3.0)
+    step = general_training.make_meta_step(config, rule, [task], optimizer)
+    losses = []
+    before = float(state.params["output"]["bias"][0])
+    for _ in range(30):
+        state, metrics = step(state, [task.data])
+        losses.append(float(metrics["loss"][0]))
+    assert state.params["output"]["bias"][0] > before + 1
+    assert np.mean(losses[-5:]) < np.mean(losses[:5]) - 0.2
+    assert int(state.step) == 30

@@ -10,8 +10,6 @@ import numpy as np
 import pytest
 
 from experiments.learned_optimizer import (
-    general,
-    general_training,
     held_out,
     held_out_cells,
     held_out_tasks,
@@ -130,14 +128,3 @@ def test_the_grammar_is_the_same_everywhere():
     assert tokens.max() == kinds - 1 < 30
     np.testing.assert_array_equal(tokens, again)
     assert (tokens != other).any()
-
-
-def test_a_mixture_has_a_part_for_each_estimator():
-    config = general.Config(unroll_steps=4, horizon=(8, 16), backprop=("cheap",))
-    tasks = [
-        meta_tasks.Task("cheap", problems.quadratics(2), (), 2),
-        meta_tasks.Task("other", meta_tasks.noisy_quadratics(4), (), 2),
-    ]
-    parts, pools = general_training.make_parts(config, rules.moment_gates(), tasks)
-    assert [part.weight for part in parts] == [1.0, 0.5, 1.0]
-    assert pools == [(), (), ()]

@@ -127,8 +127,9 @@ def test_the_log_of_a_relative_loss_has_a_floor():
     assert np.isfinite(grads)
 
 
-def test_a_derivative_that_overflows_counts_as_nothing():
-    """The losses are finite, their derivative is not: the task starts again."""
+@pytest.mark.parametrize("layout", ["vmap", "stacked"])
+def test_a_derivative_that_overflows_counts_as_nothing(layout):
+    """The losses are finite, their derivative is not: the tasks start again."""
 
     def update(w, updates, params):
         # the derivative of a root at zero is infinite
@@ -138,8 +139,9 @@ def test_a_derivative_that_overflows_counts_as_nothing():
         tx = optax.stateless(functools.partial(update, w))
         return optax.with_extra_args_support(tx)
 
-    rule = UpdateRule(lambda key, params: jnp.float32(1), bind)
-    step, carry = build(rule, num_tasks=2, horizon=10)
+    traits = RuleTraits(coordinatewise=True, smooth=True, reads_loss=False)
+    rule = UpdateRule(lambda key, params: jnp.float32(1), bind, traits)
+    step, carry = build(rule, num_tasks=2, horizon=10, task_mapping=layout)
     grads, carry, metrics = step(carry, 0)
     assert grads == 0
     assert metrics["diverged"] == 1

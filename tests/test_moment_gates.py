@@ -63,6 +63,7 @@ def test_the_update_is_the_equations_of_the_docstring(num_steps):
                 np.asarray(grads[name], np.float64),
                 moments[name],
                 None if num_steps is None else step / num_steps,
+                num_steps,
             )
         tiny.assert_close(params, wanted, rtol=2e-5, atol=1e-6)
     assert tiny.max_difference(params, PARAMS) > 1e-3
@@ -73,7 +74,7 @@ def test_the_networks_update_is_the_equation():
     rule = rules.moment_network(hidden_size=3)
     params = {"w": PARAMS["kernel"]}
     weights = rule.init(jax.random.key(2), params)
-    weights["step"]["kernel"] = jnp.linspace(-0.3, 0.3, 15)
+    weights["step"]["kernel"] = jnp.linspace(-0.3, 0.3, 16)
     grads = jnp.sin(3 * params["w"])
     tx = rule.bind(weights)
     updates, _ = tx.update({"w": grads}, tx.init(params), params)
@@ -92,9 +93,10 @@ def test_the_networks_update_is_the_equation():
     direction = out[0] + np.tensordot(w["shortcut"]["kernel"], y, 1)
     move = direction * np.exp(out[1])
     angle = np.mean(g * theta) / rms(g) / rms(theta)
-    size = np.log(rms(theta) + 1e-3) / 5
-    shape = [np.log(12) / 10, np.log(4) / 10, 1]
-    z = np.array([0, 0, 0, 0, 1, 1, angle, size, *shape, 0, 0, 0, np.log(1.01) / 3])
+    size = np.log(rms(theta) + 1e-3) / 3 + 1
+    shape = [np.log(12) / 3 - 2, np.log(4) / 3 - 1, 1]
+    time = [-2, 0, 0, np.log(1.01) / 3, 0]
+    z = np.array([0, 0, 0, 0, 1, 1, angle, size, *shape, *time])
     step = np.exp(w["step"]["bias"] + w["step"]["kernel"] @ z)
     np.testing.assert_allclose(updates["w"], -step * move / rms(move), rtol=2e-5)
 

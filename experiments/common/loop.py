@@ -58,7 +58,7 @@ class Setup:
 
 
 class Loop:
-    """A meta-training under way.
+    """A meta-training under way; without an algorithm, on one device.
 
     Raises:
       ConfigMismatch: the newest checkpoint was saved with another config.
@@ -69,7 +69,7 @@ class Loop:
         setup: Setup,
         folder: Path,
         metrics: Metrics,
-        algorithm: metalstm.MetaAlgorithm,
+        algorithm: metalstm.MetaAlgorithm | None,
         make_state: Callable[[], TrainState],
     ):
         self.setup, self.metrics = setup, metrics
@@ -87,7 +87,9 @@ class Loop:
             metrics.rewind(setup.name, count)
             if int(state.train.step) < setup.num_steps:
                 print(f"{setup.name}: resuming at {setup.unit} {count:,}")
-        train = place_state(algorithm, state.train, setup.mesh)
+        train = state.train
+        if algorithm is not None:
+            train = place_state(algorithm, train, setup.mesh)
         self.state = state._replace(train=train)
         self.count = int(train.step) * setup.per_step
         self.stopwatch = Stopwatch()

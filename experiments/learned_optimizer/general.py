@@ -6,14 +6,14 @@ moments, meta-trained on small networks, train networks of other kinds (`held_ou
     python -m experiments.learned_optimizer.general --folder RUN           # or resume
     python -m experiments.learned_optimizer.general --folder RUN --export  # its best
 
-Each meta-step is one family's (`meta_tasks`): persistent evolution strategies with
-antithetic pairs over runs of log-uniform length, or, for the cheap families, exact
-derivatives through whole short runs. Every run has a scale of its parameters and of its
-loss, drawn once; most runs know their progress. Validation is on five other families:
-the mean log ratio of final losses to AdamW's with a tuned rate and a cosine, below 0
-where the rule ends lower. The best is kept, and written to RUN/NAME.npz at the end.
-
-Compilation takes ten minutes of one core at the first start, one after that.
+A meta-step is one of evolution strategies on all families (`meta_tasks`): antithetic
+pairs of perturbed rules each train a network from start to end, in runs of log-uniform
+length, and the log of the last loss counts. First only the step size's weights and the
+biases move: some thirty numbers, by which most can be gained. Every run has a scale of
+its parameters, drawn once; most know their progress and length. Validation is on other
+families: the mean log ratio of final losses to AdamW's with a tuned rate and a cosine,
+below 0 where the rule ends lower. The best is kept, and written to RUN/NAME.npz at the
+end.
 """
 
 from __future__ import annotations
@@ -47,37 +47,29 @@ class Config(Options, frozen=True):
     """Hidden units of the rule."""
     families: Names = ()
     """Which families to train on; none named: all."""
-    meta_steps: Count = 60_000
+    meta_steps: Count = 500
     """Meta-steps, over which the rate decays to 0 by a cosine."""
-    burn_in: Natural = 1_500
-    """The first of them, in which the rule stays and its runs come to all phases: first
-    segments alone may favour steps that are too large."""
-    learning_rate: Positive = 1e-3
-    """Adam's, on the rule's parameters."""
-    pes_std: Positive = 0.03
+    linear_steps: Natural = 60
+    """The first of them, in which the hidden units have no effect."""
+    learning_rate: Positive = 0.15
+    """Adam's, in units of the perturbations."""
+    std: Positive = 0.1
     """Of the perturbations."""
-    unroll_steps: Count = 50
-    """Updates of a segment of evolution, and of a whole run that is differentiated."""
-    horizon: tuple[int, int] = (100, 2000)
+    num_pairs: Count = 4
+    """Pairs of runs of a family and meta-step; of costly families half as many."""
+    horizon: tuple[int, int] = (200, 2500)
     """Between which the length of a run is drawn."""
-    scaling: tuple[float, float] = (0.3, 3.0)
+    scaling: tuple[float, float] = (0.5, 2.0)
     """Between which the scale of a run's parameters is drawn."""
-    loss_scaling: tuple[float, float] = (0.01, 100.0)
-    """Likewise of its loss."""
-    tell_progress: Annotated[float, msgspec.Meta(ge=0, le=1)] = 0.75
+    tell_progress: Annotated[float, msgspec.Meta(ge=0, le=1)] = 0.85
     """Share of the runs that know their progress; 0: nor do those of validation."""
-    backprop: Names = ("logistic", "noisy-quadratics")
-    """Families that also have exact derivatives; of networks they take minutes to
-    compile."""
-    backprop_weight: Positive = 0.5
-    """How often these meta-steps are, one of a family's others being 1."""
-    validation_steps: Count = 1_000
+    validation_steps: Count = 2_000
     """Updates of a validation run."""
-    validation_instances: Count = 4
+    validation_instances: Count = 2
     """Runs of each family of validation."""
-    validate_every: Count = 1_000
+    validate_every: Count = 20
     """Meta-steps between validations."""
-    save_every: Count = 250
+    save_every: Count = 5
     """Meta-steps between checkpoints."""
 
 

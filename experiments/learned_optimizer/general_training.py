@@ -1,12 +1,15 @@
-"""The run of `general`: the mixture, validation next to tuned AdamW, the export."""
+"""The run of `general`: evolution, validation next to tuned AdamW, the export."""
 
 from __future__ import annotations
 
+import json
 import math
 import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
 
@@ -22,65 +25,122 @@ from experiments.learned_optimizer.meta_tasks import (
     validation_tasks,
 )
 from metalstm import rules
-from metalstm.base import PyTree, UpdateRule
+from metalstm.base import Array, PyTree, UpdateRule
 from metalstm.learned_optimizers import (
-    ProblemSampler,
-    capped_logs,
-    learned_optimizer,
+    PairedRuns,
     make_loss_curves,
+    make_paired_runs,
     sweep,
     with_random_scaling,
 )
 
 NAME = "gates"
 _VALIDATION_SEED = 1_000_003
-_CAP = 2.0  # of a family's log ratio: losses near zero must not decide alone
+_FLOOR = 0.02  # share of the first loss below which a validation loss hardly counts
 _RATES = tuple(10 ** (k / 2) for k in range(-8, 0))  # of AdamW: 1e-4 to 0.3
 _MAY_CHANGE = ("folder", "export", "save_every")
+_LARGEST = 1.0  # of a difference of two scores: a factor of e in the last loss
 
 
-def make_parts(
-    config: Config, rule: UpdateRule, tasks: Sequence[Task]
-) -> tuple[list[metalstm.MixturePart], list[Any]]:
-    """The parts of the mixture, and each one's data."""
-    steps, parts, pools = config.unroll_steps, [], []
-    for task in tasks:
-        family = with_random_scaling(
-            task.family, *config.scaling, per="problem", loss=config.loss_scaling
-        )
-        options: dict[str, Any] = {
-            "num_tasks": task.num_tasks,
-            "unroll_steps": steps,
-            "tell_progress": config.tell_progress,
-            "loss_transform": "log_relative",
-            "weights": lambda done: 3 * done**2,
-            "task_mapping": "vmap",
-        }
-        evolved = learned_optimizer(
-            family,
+# -- meta-steps ------------------------------------------------------------------------
+
+
+def make_meta_step(
+    config: Config,
+    rule: UpdateRule,
+    tasks: Sequence[Task],
+    optimizer: optax.GradientTransformation,
+) -> Callable[[metalstm.TrainState, Any], tuple[metalstm.TrainState, dict]]:
+    """``(state, data of each task) -> (state, metrics [1])``, for `metalstm.fit`."""
+    low, high = np.log(config.horizon)
+    programs = [
+        make_paired_runs(
+            with_random_scaling(task.family, *config.scaling, per="problem"),
             rule,
-            horizon=config.horizon,
-            estimator="pes",
-            pes_std=config.pes_std,
-            stagger=True,
-            **options,
+            num_pairs=-(-config.num_pairs // (2 if task.costly else 1)),
+            tell_progress=config.tell_progress,
         )
-        algorithms = [(evolved, 1.0)]
-        if task.name in config.backprop:
-            exact = learned_optimizer(
-                family,
-                rule,
-                horizon=steps,
-                differentiation=metalstm.second_order("all"),
-                **options,
+        for task in tasks
+    ]
+
+    @jax.jit
+    def absorb(state: metalstm.TrainState, std: PyTree, found: list[PairedRuns]):
+        grads = jax.tree.map(jnp.zeros_like, state.params)
+        for pairs in found:
+            along = jnp.clip(pairs.differences, -_LARGEST, _LARGEST)
+            along = along / (len(along) * len(found))
+            grads = jax.tree.map(
+                lambda g, z: g + jnp.tensordot(along, z, 1),  # noqa: B023
+                grads,
+                pairs.noises,
             )
-            algorithms.append((exact, config.backprop_weight))
-        sampler = ProblemSampler(family, steps + 1)
-        for algorithm, weight in algorithms:
-            part = metalstm.MixturePart(algorithm, sampler, task.num_tasks, weight)
-            parts.append(part)
-            pools.append(task.data)
-    return parts, pools
+        updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+        updates = jax.tree.map(jnp.multiply, updates, std)
+        metrics = {
+            "loss": jnp.stack([pairs.score for pairs in found]).mean(),
+            "diverged": jnp.stack([pairs.diverged for pairs in found]).mean(),
+            "grad_norm": optax.tree.norm(grads),
+            "finite": jnp.isfinite(optax.tree.norm(updates)),
+        }
+        new = metalstm.TrainState(
+            state.step + 1,
+            state.seed,
+            optax.apply_updates(state.params, updates),
+            opt_state,
+            (),
+        )
+        return new, jax.tree.map(lambda x: x[None], metrics)
+
+    def run(state: metalstm.TrainState, pools: Sequence[Any]):
+        seed, step = int(state.seed), int(state.step)
+        std = perturbations(config, state.params, step)
+        key = jax.random.fold_in(jax.random.key(seed), step)
+        lengths = np.random.default_rng([seed, step]).uniform(low, high, len(tasks))
+        found = [
+            program(
+                state.params,
+                std,
+                pool,
+                jax.random.fold_in(key, k),
+                jnp.int32(round(math.exp(lengths[k]))),
+            )
+            for k, (program, pool) in enumerate(zip(programs, pools, strict=True))
+        ]
+        return absorb(state, std, found)
+
+    return run
+
+
+def perturbations(config: Config, params: PyTree, step: int) -> PyTree:
+    """The standard deviation of each leaf, like ``params``; 0 where it stays."""
+    linear = step < config.linear_steps
+
+    def one(path: tuple, leaf: Array) -> float:
+        name = jax.tree_util.keystr(path, simple=True, separator=".")
+        if name.startswith("step") or name.endswith("output.bias"):
+            return config.std
+        return 0.0 if linear else config.std / 2
+
+    return jax.tree_util.tree_map_with_path(one, params)
+
+
+def init_state(
+    config: Config,
+    rule: UpdateRule,
+    optimizer: optax.GradientTransformation,
+) -> metalstm.TrainState:
+    params = rule.init(jax.random.key(config.seed), {})
+    state = metalstm.TrainState(
+        jnp.int32(0),
+        jnp.uint32(config.seed),
+        params,
+        optimizer.init(params),
+        (),
+    )
+    return jax.tree.map(jnp.array, state)
+
+
+# -- validation ------------------------------------------------------------------------
 
 
 def make_score(
@@ -102,22 +162,41 @@ def make_score(
     measures = {
         task.name: make_loss_curves(task.family, told, **options) for task in tasks
     }
-    reference = {task.name: _adamw(task, options) for task in tasks}
+    reference = _references(config, tasks, options)
 
     def score(params: PyTree) -> tuple[float, dict[str, float]]:
         ratios = {}
         for task in tasks:
             losses = measures[task.name](params, task.data, _VALIDATION_SEED)
-            ratio = capped_logs(losses).mean() - reference[task.name]
-            ratios[task.name] = float(np.clip(ratio, -_CAP, _CAP))
+            ratios[task.name] = _mean_log(losses) - reference[task.name]
         mean = float(np.mean(list(ratios.values())))
         return -mean, {"log_ratio": mean, **ratios, "cpu_seconds": time.process_time()}
 
     return score
 
 
+def _mean_log(losses: np.ndarray) -> float:
+    """Of last over first losses [I, 2], at most 10, plus the floor."""
+    first, last = np.asarray(losses, np.float64).T
+    relative = np.where(last < 10 * first, last / first, 10)  # NaN is not below
+    return float(np.log(relative + _FLOOR).mean())
+
+
+def _references(
+    config: Config, tasks: Sequence[Task], options: dict[str, Any]
+) -> dict[str, float]:
+    """AdamW's scores, kept in the run's folder."""
+    path = config.folder / "adamw.json"
+    known = json.loads(path.read_text()) if path.exists() else {}
+    for task in tasks:
+        if task.name not in known:
+            known[task.name] = _adamw(task, options)
+            write_json(path, known)
+    return known
+
+
 def _adamw(task: Task, options: dict[str, Any]) -> float:
-    """The mean log of AdamW's final losses, at the best rate for these very runs."""
+    """The score of AdamW at the best rate for these very runs."""
 
     def adamw(learning_rate):
         steps = options["num_steps"]
@@ -132,11 +211,14 @@ def _adamw(task: Task, options: dict[str, Any]) -> float:
         score="mean_log",
         **options,
     )
-    mean = float(capped_logs(found.best_curves).mean())
+    score = _mean_log(found.best_curves)
     where = "" if found.inside["learning_rate"] else ", at the end of its grid"
     rate = found.best["learning_rate"]
-    print(f"{task.name}: AdamW at {rate:.2g}{where}, log loss {mean:.3f}", flush=True)
-    return mean
+    print(f"{task.name}: AdamW at {rate:.2g}{where}, score {score:.3f}", flush=True)
+    return score
+
+
+# -- the run ---------------------------------------------------------------------------
 
 
 def run(config: Config) -> None:
@@ -145,13 +227,9 @@ def run(config: Config) -> None:
     Raises:
       Interrupted: after Ctrl-C; the state is saved.
     """
-    rule = rules.build_rule(_spec(config))
-    parts, pools = make_parts(config, rule, _chosen(config))
-    moving = max(config.meta_steps - config.burn_in, 1)
-    decay = optax.cosine_decay_schedule(config.learning_rate, moving)
-    stays = optax.constant_schedule(0.0)
-    schedule = optax.join_schedules([stays, decay], [config.burn_in])
-    optimizer = metalstm.adam_clipped(schedule, 1.0)
+    rule, tasks = rules.build_rule(_spec(config)), _chosen(config)
+    schedule = optax.cosine_decay_schedule(config.learning_rate, config.meta_steps)
+    optimizer = optax.adam(schedule, b2=0.99)
     setup = Setup(
         name=NAME,
         config=config,
@@ -160,7 +238,7 @@ def run(config: Config) -> None:
         minutes=None,
         steps_per_call=1,
         validate_every=config.validate_every,
-        report_every=50,
+        report_every=5,
         save_every=config.save_every,
         score=make_score(config, rule, validation_tasks()),
         describe=lambda means: f"loss {means['loss']:.4g}",
@@ -170,8 +248,8 @@ def run(config: Config) -> None:
         setup,
         config.folder,
         metrics,
-        parts[0].algorithm,
-        lambda: metalstm.init_mixture_state(parts, optimizer, config.seed, pools),
+        None,
+        lambda: init_state(config, rule, optimizer),
     )
     if not config.export:
         write_json(config.folder / "config.json", {"config": to_json(config)})
@@ -179,7 +257,8 @@ def run(config: Config) -> None:
             if int(loop.state.train.step) == 0:  # of a fresh rule
                 _, row = setup.score(loop.state.train.params)
                 metrics.write(NAME, "validation", 0, **row)
-            loop.fit(metalstm.make_mixture_loop(parts, optimizer), pools)
+            step = make_meta_step(config, rule, tasks, optimizer)
+            loop.fit(step, [task.data for task in tasks])
     _export(config, loop)
 
 
@@ -190,7 +269,6 @@ def _spec(config: Config) -> dict[str, Any]:
 def _chosen(config: Config) -> list[Task]:
     tasks = {task.name: task for task in training_tasks()}
     check_names("--families", config.families, tasks)
-    check_names("--backprop", config.backprop, tasks)
     return [tasks[name] for name in config.families or tasks]
 
 

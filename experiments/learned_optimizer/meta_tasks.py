@@ -28,8 +28,7 @@ class Task(NamedTuple):
     name: str
     family: ProblemFamily
     data: Any
-    # of each estimator's meta-step: small networks many at a time
-    num_tasks: int = 8
+    costly: bool = False  # train half as many at once
 
 
 # -- data ------------------------------------------------------------------------------
@@ -64,6 +63,21 @@ def _sklearn(loader: str) -> tuple[np.ndarray, np.ndarray]:
     return getattr(datasets, loader)(return_X_y=True)
 
 
+def boxes(num_examples: int = 8_000, columns: int = 12) -> ImageData:
+    """A table labelled by random trees' votes, a tenth of the labels redrawn."""
+    rng = np.random.default_rng(0)
+    x = rng.standard_normal((num_examples, columns)).astype(np.float32)
+    votes = np.zeros(num_examples)
+    for _ in range(30):
+        chosen = rng.integers(columns, size=3)
+        leaf = (x[:, chosen] > rng.standard_normal(3)) @ np.array([1, 2, 4])
+        votes += rng.standard_normal(8)[leaf]
+    y = (votes > np.median(votes)).astype(np.int32)
+    redrawn = rng.random(num_examples) < 0.1
+    y[redrawn] = rng.integers(2, size=redrawn.sum())
+    return ImageData(jnp.asarray(x), jnp.asarray(y))
+
+
 def letters(size: int = 14) -> ImageData:
     """The embedded letters, every ``28 // size`` pixels averaged, in [0, 1]."""
     train = load_image_data("glyphs").train
@@ -71,6 +85,26 @@ def letters(size: int = 14) -> ImageData:
     k = 28 // size
     x = x.reshape(-1, size, k, size, k).mean((2, 4))[..., None]
     return ImageData(jnp.asarray(x), train.y)
+
+
+def noisy(
+    data: ImageData, copies: int, *, inputs: float, labels: float = 0.0, shift: int = 0
+) -> ImageData:
+    """Copies with Gaussian noise, moved by up to ``shift`` pixels, some labels redrawn.
+
+    Networks of this size cannot learn them by heart, so that losses stay above zero as
+    those of ordinary training do.
+    """
+    rng = np.random.default_rng(0)
+    x = np.repeat(np.asarray(data.x), copies, 0)
+    y = np.repeat(np.asarray(data.y), copies, 0)
+    if shift:
+        moves = rng.integers(-shift, shift + 1, (len(x), 2))
+        x = np.stack([np.roll(a, by, (0, 1)) for a, by in zip(x, moves, strict=True)])
+    x = x + inputs * rng.standard_normal(x.shape, np.float32)
+    redrawn = rng.random(len(y)) < labels
+    y[redrawn] = rng.permutation(y[redrawn])
+    return ImageData(jnp.asarray(x, jnp.float32), jnp.asarray(y))
 
 
 _RULES = {
@@ -241,6 +275,18 @@ def teacher(
     return ProblemFamily(sample, init, batch, loss)
 
 
+class RowGRU(nn.Module):
+    """Classify an image by a recurrent network that reads its rows."""
+
+    outputs: int
+    width: int
+
+    @nn.compact
+    def __call__(self, x):
+        x = nn.RNN(nn.GRUCell(self.width))(x[..., 0])
+        return nn.Dense(self.outputs)(x[:, -1])
+
+
 class AttentionModel(nn.Module):
     """One block of causal attention, without an MLP."""
 
@@ -256,9 +302,11 @@ class AttentionModel(nn.Module):
         return nn.Dense(self.kinds)(nn.LayerNorm()(x))
 
 
-def autoencoder(width: int, code: int, *, batch_size: int) -> ProblemFamily:
+def autoencoder(
+    inputs: int, width: int, code: int, *, batch_size: int
+) -> ProblemFamily:
     """Reconstruct flat inputs through a bottleneck."""
-    module = MLP(64, (width, code, width), jax.nn.relu)
+    module = MLP(inputs, (width, code, width), jax.nn.relu)
 
     def measure(outputs: Array, y: Array) -> Array:
         return jnp.square(outputs - y).mean()
@@ -269,63 +317,73 @@ def autoencoder(width: int, code: int, *, batch_size: int) -> ProblemFamily:
 # -- the two sets ----------------------------------------------------------------------
 
 
+def _inputs(data: ImageData) -> ImageData:
+    return ImageData(data.x, data.x)
+
+
+def _noisy_table(name: str) -> ImageData:
+    return noisy(table(name), 20, inputs=0.3, labels=0.05)
+
+
 def _mlp(outputs: int, hidden: Sequence[int], activation: Callable, batch_size: int):
     module = MLP(outputs, tuple(hidden), activation)
     return problems.supervised(module, batch_size=batch_size)
 
 
 def training_tasks() -> tuple[Task, ...]:
-    """Fifteen families; theta_0 and minibatches differ from run to run."""
+    """Families of small networks; theta_0 and minibatches differ from run to run."""
     numbers, glyphs = digits(), letters()
+    squares = ImageData(numbers.x.reshape(-1, 8, 8, 1), numbers.y)
+    moved = noisy(squares, 12, inputs=0.2, labels=0.05, shift=1)
+    blurred = noisy(glyphs, 40, inputs=0.3, labels=0.02, shift=2)
+    flat = _inputs(glyphs._replace(x=glyphs.x.reshape(-1, 196)))
     tokens, kinds = grammar_text(60_000)
     text = windows(tokens, 16)
     supervised = problems.supervised
     wide = MLP(1, (64,), jnp.tanh)
+    gru, window = CharacterGRU(kinds, 16), ContextMLP(kinds, 48)
     return (
-        Task("digits-relu", _mlp(10, (32,), jax.nn.relu, 64), numbers),
+        Task("digits-relu", _mlp(10, (32,), jax.nn.relu, 64), moved),
         Task("digits-tanh", _mlp(10, (32, 32), jnp.tanh, 32), numbers),
-        Task("digits-deep", _mlp(10, (24,) * 4, jax.nn.gelu, 128), numbers),
-        Task("digits-norm", supervised(NormalisedMLP(10, 24), batch_size=32), numbers),
-        Task("letters-sigmoid", _mlp(10, (20,), jax.nn.sigmoid, 32), letters(28)),
-        Task("letters-elu", _mlp(10, (32, 16), jax.nn.elu, 16), glyphs),
-        Task("letters-cnn", supervised(SmallCNN(10), batch_size=16), glyphs, 4),
-        Task("cancer", _mlp(2, (16,), jax.nn.relu, 32), table("breast_cancer")),
-        Task("wine", _mlp(3, (16, 16), jax.nn.silu, 16), table("wine")),
-        Task("diabetes", _mlp(1, (32,), jnp.tanh, 64), table("diabetes")),
-        Task(
-            "text-gru",
-            supervised(CharacterGRU(kinds, 16), next_character, batch_size=8),
-            text,
-            4,
-        ),
-        Task(
-            "text-mlp",
-            supervised(ContextMLP(kinds, 48), next_character, batch_size=8),
-            text,
-        ),
+        Task("digits-deep", _mlp(10, (24,) * 4, jax.nn.gelu, 64), moved),
+        Task("digits-wide", _mlp(10, (128,), jax.nn.relu, 64), moved, True),
+        Task("digits-norm", supervised(NormalisedMLP(10, 24), batch_size=32), moved),
+        Task("digits-wider", _mlp(10, (256, 128), jax.nn.gelu, 32), moved, True),
+        Task("letters-code", autoencoder(196, 40, 8, batch_size=32), flat, True),
+        Task("letters-sigmoid", _mlp(10, (20,), jax.nn.sigmoid, 32), blurred, True),
+        Task("letters-elu", _mlp(10, (32, 16), jax.nn.elu, 16), blurred, True),
+        Task("letters-cnn", supervised(SmallCNN(10), batch_size=16), blurred, True),
+        Task("cancer", _mlp(2, (16,), jax.nn.relu, 32), _noisy_table("breast_cancer")),
+        Task("wine", _mlp(3, (16, 16), jax.nn.silu, 16), _noisy_table("wine")),
+        Task("diabetes", _mlp(1, (32,), jnp.tanh, 64), _noisy_table("diabetes")),
+        Task("text-gru", supervised(gru, next_character, batch_size=8), text, True),
+        Task("text-mlp", supervised(window, next_character, batch_size=16), text),
         Task("noisy-quadratics", noisy_quadratics(), ()),
-        Task("logistic", problems.logistic_regression(20, num_examples=64), ()),
         Task("teacher", teacher(lambda: wide, 8, batch_size=64, noise=0.1), ()),
     )
 
 
 def validation_tasks() -> tuple[Task, ...]:
-    """Five families that nothing is meta-trained on; they choose the best rule."""
-    flat = digits().x
+    """Families that nothing is meta-trained on; they choose the best rule."""
+    numbers = digits()
+    squares = ImageData(numbers.x.reshape(-1, 8, 8, 1), numbers.y)
+    moved = noisy(squares, 12, inputs=0.2, labels=0.05, shift=1)
+    blurred = noisy(letters(), 40, inputs=0.3, labels=0.02, shift=2)
     tokens, kinds = grammar_text(30_000, seed=1)
     deep = NormalisedMLP(1, 48, layers=3)
     attention = AttentionModel(kinds, 24)
+    normed = SmallCNN(10, 6, norm=True)
     supervised = problems.supervised
     return (
-        Task("autoencoder", autoencoder(48, 6, batch_size=32), ImageData(flat, flat)),
+        Task("autoencoder", autoencoder(64, 48, 6, batch_size=32), _inputs(numbers)),
         Task(
             "attention",
             supervised(attention, next_character, batch_size=8),
             windows(tokens, 24),
         ),
-        Task(
-            "cnn-norm", supervised(SmallCNN(10, 6, norm=True), batch_size=8), letters()
-        ),
+        Task("cnn-norm", supervised(normed, batch_size=16), blurred),
+        Task("rows-gru", supervised(RowGRU(10, 24), batch_size=16), moved),
         Task("deep-teacher", teacher(lambda: deep, 16, batch_size=16, noise=0.3), ()),
-        Task("sinusoids", problems.sinusoids(hidden=(40, 40), batch_size=16), ()),
+        Task("table", _mlp(2, (64, 64), jax.nn.gelu, 32), boxes()),
+        Task("wide", _mlp(10, (160, 80), jax.nn.leaky_relu, 32), blurred),
     )

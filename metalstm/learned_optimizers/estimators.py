@@ -109,10 +109,7 @@ def backprop(
 
     gradient_fn = jax.value_and_grad(objective, has_aux=True)
     (value, (losses, first, inner)), grads = gradient_fn(meta_params)
-    # a derivative may overflow where no loss does: this task then counts as diverged
-    finite = jnp.isfinite(sum(jnp.vdot(g, g) for g in jax.tree.leaves(grads)))
-    grads = jax.tree.map(lambda g: jnp.where(finite, g, 0), grads)
-    losses = losses.at[-1].set(jnp.where(finite, losses[-1], DIVERGED))
+    grads, losses = _zero_unless_finite(grads, losses)
     after = runs._replace(
         params=inner.params, rule_state=inner.rule_state, first_loss=first
     )
@@ -156,12 +153,23 @@ def stacked_backprop(
 
     gradient_fn = jax.value_and_grad(objective, has_aux=True)
     (value, (losses, first, inner)), grads = gradient_fn(meta_params)
+    grads, losses = _zero_unless_finite(grads, losses)
     after = runs._replace(
         params=unflatten(inner.params.reshape(num_tasks, -1)),
         rule_state=_unstack(inner.rule_state, per_coordinate, num_tasks),
         first_loss=first,
     )
     return grads, Estimate(value, losses.T, after)
+
+
+def _zero_unless_finite(grads: PyTree, losses: Array) -> tuple[PyTree, Array]:
+    """A derivative may overflow where no loss does: its tasks then count as diverged.
+
+    Of stacked tasks, which share a gradient, all do.
+    """
+    finite = jnp.isfinite(sum(jnp.vdot(g, g) for g in jax.tree.leaves(grads)))
+    grads = jax.tree.map(lambda g: jnp.where(finite, g, 0), grads)
+    return grads, losses.at[-1].set(jnp.where(finite, losses[-1], DIVERGED))
 
 
 def evolution(

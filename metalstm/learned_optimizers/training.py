@@ -267,8 +267,9 @@ def _after(
     value, losses, runs = estimates
     diverged = (losses >= DIVERGED).any(-1)  # [T]
     step = runs.inner_step + settings.unroll_steps
+    restarts = diverged.all() if lockstep else diverged
     runs = runs._replace(
-        inner_step=step if lockstep else jnp.where(diverged, -1, step),
+        inner_step=jnp.where(restarts, -1, step),
         meta_step=runs.meta_step + 1,
     )
     metrics = {

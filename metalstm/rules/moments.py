@@ -21,6 +21,7 @@ from metalstm.rules.flat import coordinate_dtype
 
 __all__ = [
     "LEFT",
+    "LENGTH",
     "NUM_COORDINATE",
     "NUM_TENSOR",
     "SIZE",
@@ -31,8 +32,9 @@ __all__ = [
     "tensor_rule",
 ]
 
-NUM_TENSOR, NUM_COORDINATE = 15, 6  # Z, F
-SIZE, LEFT = 7, 14  # of Z: log of the tensor's size, log of what is left of training
+NUM_TENSOR, NUM_COORDINATE = 16, 6  # Z, F
+# of Z: logs of the tensor's size, of what is left of training, of its length
+SIZE, LEFT, LENGTH = 7, 14, 15
 _DECAYS = (0.9, 0.99, 0.999)  # of the averages of the gradient
 _SQUARE_DECAY = 0.99  # of the average of its square
 _LARGEST = 10.0  # of a coordinate's normalised update
@@ -81,7 +83,9 @@ def tensor_rule(
             zeros = jax.tree.map(lambda p: jnp.zeros(jnp.shape(p), _wide(p)), params)
             return MomentsState(jnp.int32(0), (zeros,) * 3, zeros)
 
-        def update_fn(updates, state, params=None, *, progress=-1.0, **extra):
+        def update_fn(
+            updates, state, params=None, *, progress=-1.0, num_steps=0.0, **extra
+        ):
             del extra
             if params is None:
                 raise ValueError(
@@ -99,7 +103,8 @@ def tensor_rule(
             for g, (*old, theta) in zip(grads, rows, strict=True):
                 g = jnp.where(finite, g, 0)
                 new = _moments(g, old, decays)
-                tensor = _tensor(g, new, theta.astype(g.dtype), step, progress)
+                time = step, progress, num_steps
+                tensor = _tensor(g, new, theta.astype(g.dtype), *time)
                 weights = jax.tree.map(lambda w: jnp.asarray(w, g.dtype), rule)  # noqa: B023
                 moves.append(finite * move(weights, tensor))
                 moments.append(new)
@@ -141,7 +146,7 @@ def _moments(g: Array, old: list[Array], decays: list[Array]) -> list[Array]:
 
 
 def _tensor(
-    g: Array, moments: list[Array], theta: Array, step: Array, progress
+    g: Array, moments: list[Array], theta: Array, step: Array, progress, num_steps
 ) -> Tensor:
     steps = jnp.maximum(step, 1).astype(g.dtype)
     *means, square = moments
@@ -154,11 +159,11 @@ def _tensor(
     scales = [jnp.ones((), g.dtype), *scales]
     unit, size = jnp.sqrt(mean_square + _TINY), rms(theta)
     tensor = Tensor([g, *means], scales, square, unit, theta, size, scales[0])
-    return tensor._replace(features=_features(tensor, steps, progress))
+    return tensor._replace(features=_features(tensor, steps, progress, num_steps))
 
 
-def _features(tensor: Tensor, steps: Array, progress) -> Array:
-    """The signal in each average, angles, size and shape, time: [Z]."""
+def _features(tensor: Tensor, steps: Array, progress, num_steps) -> Array:
+    """The signal in each average, angles, size and shape, time: [Z], about 1."""
     theta, size = tensor.theta, tensor.size
     fan_in = math.prod(theta.shape[:-1]) if theta.ndim > 1 else 1
     known = progress >= 0
@@ -173,13 +178,15 @@ def _features(tensor: Tensor, steps: Array, progress) -> Array:
         cosine(g, fast, lengths[0], lengths[1]),
         cosine(fast, slow, lengths[1], lengths[3]),
         cosine(fast, theta, lengths[1], size),
-        jnp.log(size + 1e-3) / 5,
-        math.log(max(theta.size, 1)) / 10,
-        math.log(max(fan_in, 1)) / 10,
+        jnp.log(size + 1e-3) / 3 + 1,
+        math.log(max(theta.size, 1)) / 3 - 2,
+        math.log(max(fan_in, 1)) / 3 - 1,
         float(theta.ndim > 1),
-        jnp.log(steps) / 10,
+        jnp.log(steps) / 3 - 2,
         done,
         known,
         jnp.log(1.01 - done) / 3,
+        # a length that is not known counts as 1,000 updates
+        jnp.log(jnp.where(num_steps > 0, num_steps, 1e3) / 1e3) / 3,
     ]
     return jnp.stack([jnp.asarray(feature, steps.dtype) for feature in features])

@@ -7,6 +7,7 @@ from typing import NamedTuple, overload
 
 import optax
 
+from metalstm.rules.fallback import with_fallback
 from metalstm.rules.io import load_rule
 from metalstm.rules.progress import with_progress
 
@@ -32,11 +33,17 @@ def pretrained_optimizer(
 
 @overload
 def pretrained_optimizer(
-    name: str, *, num_steps: int | None = ..., directory: str | Path = ...
+    name: str,
+    *,
+    num_steps: int | None = ...,
+    fallback: bool = ...,
+    directory: str | Path = ...,
 ) -> optax.GradientTransformationExtraArgs: ...
 
 
-def pretrained_optimizer(name=None, *, num_steps=None, directory=_SHIPPED):
+def pretrained_optimizer(
+    name=None, *, num_steps=None, fallback=False, directory=_SHIPPED
+):
     """Return a trained rule as an optax transform; without a name, list them all.
 
     These rules do not read the loss, so they work wherever an optax optimizer does::
@@ -48,6 +55,8 @@ def pretrained_optimizer(name=None, *, num_steps=None, directory=_SHIPPED):
       name: one of the names that the list has.
       num_steps: updates of the whole training, for a rule that anneals its steps by
         `metalstm.rules.with_progress`; the others ignore it.
+      fallback: blend its updates with AdamW's while they make the loss rise, by
+        `metalstm.rules.with_fallback`; then ``update`` needs ``value=loss``.
       directory: other rule files (see `metalstm.save_rule`) to choose from; their
         ``info`` has ``trained_on``, ``limits`` and ``cost``.
 
@@ -61,7 +70,9 @@ def pretrained_optimizer(name=None, *, num_steps=None, directory=_SHIPPED):
         choices = ", ".join(files) or "none is installed"
         raise ValueError(f"there is no trained rule {name!r}: choose from {choices}")
     learned = load_rule(files[name]).transform()
-    return learned if num_steps is None else with_progress(learned, num_steps)
+    if num_steps is not None:
+        learned = with_progress(learned, num_steps)
+    return with_fallback(learned) if fallback else learned
 
 
 def _card(name: str, path: Path) -> RuleCard:

@@ -24,11 +24,13 @@ def with_progress(
 ) -> optax.GradientTransformationExtraArgs:
     """Pass ``progress=t / num_steps`` to every update, t = 0, 1, ... being done.
 
-    A rule that reads it anneals its steps by itself. Within `optax.MultiSteps` updates
+    ``num_steps`` is passed too. A rule that reads them anneals its steps by itself, and
+    takes shorter ones in longer trainings. Within `optax.MultiSteps` updates
     are counted, not minibatches.
 
     Args:
-      num_steps: updates of the whole training; None: not known, which is progress -1.
+      num_steps: updates of the whole training; None: not known, which is progress -1
+        and 0 updates.
         The state holds it, so one program serves runs of every length.
 
     Raises:
@@ -44,6 +46,7 @@ def with_progress(
     def update_fn(updates, state, params=None, **extra):
         share = jnp.minimum(state.step / jnp.maximum(state.num_steps, 1), 1)
         extra["progress"] = jnp.where(state.num_steps > 0, share, -1)
+        extra["num_steps"] = state.num_steps
         updates, inner = tx.update(updates, state.inner, params, **extra)
         return updates, ProgressState(state.step + 1, state.num_steps, inner)
 

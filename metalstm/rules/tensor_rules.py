@@ -14,6 +14,7 @@ from metalstm.checks import check_at_least
 from metalstm.records import recorded
 from metalstm.rules.moments import (
     LEFT,
+    LENGTH,
     NUM_COORDINATE,
     NUM_TENSOR,
     SIZE,
@@ -42,13 +43,13 @@ def moment_gates(*, hidden_size: int = 8) -> UpdateRule:
     relative to the tensor's, how consistent its momenta are, and its parameter's size.
     Step s, mixture c, weights and biases are the outputs of one layer of H tanh units
     that reads the tensor: the signal in its momenta relative to u, their angles, its
-    size and shape, and the training's progress (`with_progress`), if known; log s is
-    also linear in these.
+    size and shape, and the training's progress and length (`with_progress`), if known;
+    log s is also linear in these.
 
     A fresh rule is Adam with each tensor's update of one length, which decays linearly
-    where progress is known: with w_i = -1 for log u, i m is m / u. It reads no loss. A
-    gradient that is not finite changes nothing, neither parameters nor state. The rate
-    and weight decay of one's own go around it::
+    where progress is known, and is shorter in longer trainings: with w_i = -1 for log
+    u, i m is m / u. It reads no loss. A gradient that is not finite changes nothing,
+    neither parameters nor state. The rate and weight decay of one's own go around it::
 
         tx = optax.chain(rule.bind(params), optax.scale_by_schedule(schedule))
 
@@ -71,15 +72,19 @@ def moment_gates(*, hidden_size: int = 8) -> UpdateRule:
     return tensor_rule(init, _gated_move)
 
 
+_LOG_STEP = -5.85  # of a fresh rule
+
+
 def _start() -> list[float]:
     """The output's biases: log s; c; w_i, b_i; w_f, b_f."""
     rest = [0.0] * (NUM_COORDINATE - 1)
-    return [-5.1, 0.1, 0.9, 0.0, 0.0, -1.0, *rest, -4.0, 0.0, *rest, -6.0]
+    return [_LOG_STEP, 0.1, 0.9, 0.0, 0.0, -1.0, *rest, -4.0, 0.0, *rest, -6.0]
 
 
 def _start_of_step() -> Array:
-    """s is the fourth root of the tensor's size, times what is left of training."""
-    return jnp.zeros(NUM_TENSOR).at[SIZE].set(1.25).at[LEFT].set(3.0)
+    """s ~ (size of the tensor)^0.25 (length of training)^-0.4 (what is left of it)."""
+    slopes = {SIZE: 0.75, LENGTH: -1.2, LEFT: 3.0}
+    return jnp.array([slopes.get(k, 0.0) for k in range(NUM_TENSOR)])
 
 
 def _dense(key: Array, inputs: int, outputs: int) -> dict[str, Array]:
@@ -156,7 +161,7 @@ def moment_network(*, hidden_size: int = 8) -> UpdateRule:
             "output": _dense(keys[2], hidden_size, 2),
             # a fresh rule goes along the fast average over u, as Adam does
             "shortcut": {"kernel": jnp.zeros(10).at[5].set(1.0)},
-            "step": {"kernel": _start_of_step(), "bias": jnp.float32(-5.1)},
+            "step": {"kernel": _start_of_step(), "bias": jnp.float32(_LOG_STEP)},
         }
 
     return tensor_rule(init, _network_move)

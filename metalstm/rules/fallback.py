@@ -1,0 +1,131 @@
+"""Fall back to another optimizer while a rule makes the loss rise."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from metalstm.base import Array, PyTree
+
+__all__ = ["FallbackState", "with_fallback"]
+
+_FAST, _SLOW = 0.9, 0.99  # decays of the averages of the loss and of its deviation
+_FORGET = 1e-3  # share by which the best level nears the present one
+_WARM_UP = 5  # losses before the first test
+_HALVE, _RECOVER = 0.5, 0.999  # of the trust in the rule; of what it lacks
+
+
+class FallbackState(NamedTuple):
+    step: Array  # int32, updates whose loss and gradient were finite
+    mean: Array  # of the loss; not yet divided by the weights it has so far
+    deviation: Array  # of the loss from its mean; likewise
+    best: Array  # the lowest that the mean has been
+    trust: Array  # share of the update that is the rule's, in [0, 1]
+    rule: PyTree
+    other: PyTree
+
+
+def with_fallback(
+    tx: optax.GradientTransformation,
+    other: optax.GradientTransformation | None = None,
+) -> optax.GradientTransformationExtraArgs:
+    r"""Blend a rule's updates with another optimizer's where its loss rises.
+
+    .. math:: \Delta = w \, \Delta_{rule} + (1 - w) \, \Delta_{other}
+
+    The trust w starts at 1. It is halved at each update at which the running mean of
+    the loss (decay 0.9) is above the lowest it has been by more than three times the
+    loss's mean deviation from it; otherwise what it lacks to 1 shrinks by a thousandth.
+    A loss or gradient that is not finite changes nothing but the trust, which it
+    halves: no parameter moves, and it reaches no state. An update of the rule that is
+    not finite is replaced by the other's.
+
+    Args:
+      tx: the rule.
+      other: None: `optax.adamw` at 1e-3.
+
+    Raises:
+      ValueError: from ``update``, without ``value=``, the loss before the update.
+    """
+    rule = optax.with_extra_args_support(tx)
+    safe = optax.with_extra_args_support(optax.adamw(1e-3) if other is None else other)
+
+    def init_fn(params):
+        zero, one = jnp.float32(0), jnp.float32(1)
+        best = jnp.float32(jnp.finfo(jnp.float32).max)
+        states = rule.init(params), safe.init(params)
+        return FallbackState(jnp.int32(0), zero, zero, best, one, *states)
+
+    def update_fn(updates, state, params=None, *, value=None, **extra):
+        if value is None:
+            raise ValueError(
+                "the fallback reads the loss: tx.update(grads, state, params, "
+                "value=loss)"
+            )
+        value = jnp.asarray(value, jnp.float32)
+        finite = jnp.isfinite(value) & _all_finite(updates)
+        updates = jax.tree.map(
+            lambda g: jnp.where(finite, g, jnp.zeros_like(g)), updates
+        )
+        ours, rule_state = rule.update(
+            updates, state.rule, params, value=value, **extra
+        )
+        theirs, other_state = safe.update(
+            updates, state.other, params, value=value, **extra
+        )
+        new = _watch(state, value, finite)
+        sound = _all_finite(ours)
+        trust = jnp.where(sound, new.trust, 0.0)
+
+        def blend(a: Array, b: Array) -> Array:
+            a = jnp.where(sound, a, jnp.zeros_like(a))
+            mixed = trust * a + (1 - trust) * b
+            return jnp.where(finite, mixed, 0).astype(a.dtype)
+
+        blended = jax.tree.map(blend, ours, theirs)
+        states = (rule_state, other_state), (state.rule, state.other)
+        kept = finite & jnp.stack([sound & _all_finite(rule_state), jnp.bool_(True)])
+        rule_state, other_state = (
+            jax.tree.map(lambda a, b: jnp.where(keep, a, b), after, before)  # noqa: B023
+            for keep, after, before in zip(kept, *states, strict=True)
+        )
+        return blended, new._replace(rule=rule_state, other=other_state)
+
+    return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+
+
+def _watch(state: FallbackState, value: Array, finite: Array) -> FallbackState:
+    """Take one loss into the averages, and the trust that follows from them."""
+    before = jnp.maximum(state.step, 1)  # the weights of no loss are 0
+    level = state.mean / (1 - jnp.float32(_FAST) ** before)
+    usual = state.deviation / (1 - jnp.float32(_SLOW) ** before)
+    mean = _FAST * state.mean + (1 - _FAST) * value
+    now = mean / (1 - jnp.float32(_FAST) ** (state.step + 1))
+    fails = (now - state.best > 3 * usual) & (state.step >= _WARM_UP)
+    error = jnp.where(state.step > 0, jnp.abs(value - level), 0)
+    deviation = _SLOW * state.deviation + (1 - _SLOW) * error
+    lacking = _RECOVER * (1 - state.trust)
+    new = state._replace(
+        step=state.step + 1,
+        mean=mean,
+        # a loss that explodes must not make itself usual
+        deviation=jnp.where(
+            fails, _SLOW * state.deviation + (1 - _SLOW) * usual, deviation
+        ),
+        best=jnp.minimum(now, state.best + _FORGET * (now - state.best)),
+        trust=jnp.where(fails, _HALVE * state.trust, 1 - lacking),
+    )
+    kept = state._replace(trust=_HALVE * state.trust)
+    return jax.tree.map(lambda a, b: jnp.where(finite, a, b), new, kept)
+
+
+def _all_finite(tree: PyTree) -> Array:
+    checks = [
+        jnp.isfinite(leaf).all()
+        for leaf in jax.tree.leaves(tree)
+        if jnp.issubdtype(jnp.result_type(leaf), jnp.inexact)
+    ]
+    return jnp.stack(checks).all() if checks else jnp.bool_(True)

@@ -1,0 +1,284 @@
+"""Fallback, comparison with a notice of divergence, and the export to plain Python."""
+
+from __future__ import annotations
+
+import importlib.util
+import operator
+import sys
+import types
+import warnings
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+import tiny
+
+import metalstm
+from metalstm import rules
+
+PARAMS = {"w": jnp.linspace(-1, 2, 12).reshape(4, 3), "b": jnp.array([0.3, -0.1, 0.2])}
+SPEC = {"rule": "moment_gates", "hidden_size": 3}
+
+
+def loss_fn(params, batch=None):
+    inputs = jnp.linspace(-1, 1, 20).reshape(5, 4) if batch is None else batch
+    return jnp.square(inputs @ params["w"] + params["b"] - inputs[:, :1]).mean()
+
+
+def random_weights(seed: int = 0):
+    rule = rules.build_rule(SPEC)
+    weights = rule.init(jax.random.key(seed), PARAMS)
+    leaves, treedef = jax.tree.flatten(weights)
+    keys = jax.random.split(jax.random.key(seed + 1), len(leaves))
+    noise = [0.3 * jax.random.normal(k, w.shape) for k, w in zip(keys, leaves)]  # noqa: B905
+    return jax.tree.unflatten(treedef, [w + e for w, e in zip(leaves, noise)])  # noqa: B905
+
+
+# -- fallback --------------------------------------------------------------------------
+
+
+def train(tx, num_steps: int, loss=loss_fn):
+    params, state, losses = PARAMS, tx.init(PARAMS), []
+
+    @jax.jit
+    def step(params, state):
+        value, grads = jax.value_and_grad(loss)(params)
+        updates, state = tx.update(grads, state, params, value=value)
+        return optax.apply_updates(params, updates), state, value
+
+    for _ in range(num_steps):
+        params, state, value = step(params, state)
+        losses.append(float(value))
+    return params, state, losses
+
+
+def test_a_rule_that_makes_the_loss_rise_gives_way_to_adamw():
+    wrong = optax.sgd(-0.1)  # uphill
+    _, state, losses = train(rules.with_fallback(wrong, optax.adamw(0.1)), 120)
+    assert max(losses) < 100
+    assert losses[-1] < losses[0]
+    assert state.trust < 0.1
+    _, _, alone = train(optax.with_extra_args_support(wrong), 120)
+    assert not alone[-1] < 1e6
+
+
+def test_a_rule_whose_loss_falls_is_left_alone():
+    right = optax.sgd(0.3, momentum=0.9)
+    params, state, _ = train(rules.with_fallback(right), 60)
+    wanted, _, _ = train(optax.with_extra_args_support(right), 60)
+    tiny.assert_close(params, wanted, rtol=1e-6)
+    assert state.trust == 1
+
+
+def test_noise_alone_costs_no_trust():
+    """400 losses of one distribution: four of its standard deviations are rare."""
+    tx = rules.with_fallback(optax.sgd(0.1))
+    values = 1 + 0.3 * jax.random.normal(jax.random.key(0), (400,))
+
+    def step(state, value):
+        _, state = tx.update(PARAMS, state, PARAMS, value=value)
+        return state, state.trust
+
+    _, trust = jax.lax.scan(step, tx.init(PARAMS), values)
+    assert trust[50:].mean() > 0.95
+
+
+@pytest.mark.parametrize("where", ["loss", "gradient"])
+def test_what_is_not_finite_moves_nothing_and_reaches_no_state(where):
+    tx = rules.with_fallback(optax.adam(0.1))
+    grads = jax.grad(loss_fn)(PARAMS)
+    _, before = tx.update(grads, tx.init(PARAMS), PARAMS, value=1.0)
+    bad = grads | {"b": grads["b"].at[1].set(jnp.nan)} if where == "gradient" else grads
+    value = jnp.inf if where == "loss" else 1.0
+    updates, after = tx.update(bad, before, PARAMS, value=value)
+    tiny.assert_equal(updates, jax.tree.map(jnp.zeros_like, PARAMS))
+    assert after.trust == before.trust / 2
+    tiny.assert_equal(after._replace(trust=0), before._replace(trust=0))
+
+
+def test_an_update_of_the_rule_that_is_not_finite_is_the_others():
+    broken = optax.stateless(lambda g, params: jax.tree.map(lambda x: x / 0, g))
+    tx, other = rules.with_fallback(broken), optax.adamw(1e-3)
+    grads = jax.grad(loss_fn)(PARAMS)
+    updates, _ = tx.update(grads, tx.init(PARAMS), PARAMS, value=1.0)
+    wanted, _ = other.update(grads, other.init(PARAMS), PARAMS)
+    tiny.assert_close(updates, wanted, rtol=1e-6)
+
+
+def test_the_fallback_is_one_word_and_asks_for_the_loss():
+    tx = metalstm.pretrained_optimizer("l2l-mnist", fallback=True)
+    with pytest.raises(ValueError, match=r"the fallback reads the loss: tx\.update\("):
+        tx.update(PARAMS, tx.init(PARAMS), PARAMS)
+    _, _, losses = train(tx, 5)
+    assert np.isfinite(losses).all()
+
+
+# -- one call --------------------------------------------------------------------------
+
+
+INPUTS = np.random.default_rng(0).standard_normal((64, 4)).astype(np.float32)
+
+
+def compare(**optimizers):
+    return metalstm.compare_optimizers(
+        loss_fn, PARAMS, INPUTS, 20, optimizers=optimizers, batch_size=8, seeds=2,
+        records=5, eval_batch=64,
+    )  # fmt: skip
+
+
+def test_a_comparison_trains_every_optimizer_on_the_same_minibatches():
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        found = compare(adamw=optax.adamw(0.1), same=optax.adamw(0.1), l2l="l2l-mnist")
+    assert found.steps.tolist() == [0, 4, 8, 12, 16, 20]
+    assert {losses.shape for losses in found.losses.values()} == {(2, 6)}
+    np.testing.assert_array_equal(found.losses["adamw"], found.losses["same"])
+    assert (found.final["adamw"] < found.losses["adamw"][:, 0]).all()
+    lines = str(found).split("\n")
+    assert lines[0].split() == [
+        "optimizer",
+        "median",
+        "loss",
+        "lowest",
+        "highest",
+        "seconds",
+    ]
+    assert [line.split()[0] for line in lines[1:]] == ["adamw", "same", "l2l"]
+    assert float(lines[1].split()[1]) == pytest.approx(
+        np.median(found.final["adamw"]), rel=1e-3
+    )
+    assert {line.get_label() for line in found.plot().axes[0].lines} >= {"adamw", "l2l"}
+
+
+def test_divergence_is_said_once_and_stands_in_the_table():
+    with pytest.warns(
+        RuntimeWarning, match=r"^wild diverged in 2 of 2 runs: .* from update 4 or"
+    ) as said:
+        found = compare(wild=optax.sgd(50.0), calm=optax.sgd(0.1))
+    assert len(said) == 1
+    assert "2 of 2 diverged" in str(found)
+    assert found.diverged["wild"].all()
+    assert not found.diverged["calm"].any()
+
+
+def test_each_run_may_have_a_start_of_its_own():
+    found = metalstm.compare_optimizers(
+        loss_fn,
+        lambda key: jax.tree.map(lambda p: jax.random.normal(key, p.shape), PARAMS),
+        INPUTS, 10, optimizers={"sgd": optax.sgd(0.05)}, batch_size=4, eval_batch=64,
+    )  # fmt: skip
+    assert len(set(found.losses["sgd"][:, 0].tolist())) == 3
+
+
+def test_wrong_use_of_the_comparison_is_refused():
+    with pytest.raises(ValueError, match=r"optimizers=\{\}: name at least one"):
+        compare()
+    with pytest.raises(ValueError, match="there is no trained rule 'nosuch'"):
+        compare(a="nosuch")
+    with pytest.raises(ValueError, match="seeds=0: choose 1 or more"):
+        metalstm.compare_optimizers(
+            loss_fn, PARAMS, INPUTS, 2, optimizers={"a": optax.sgd(1.0)}, seeds=0
+        )
+    with pytest.raises(ValueError, match=r"data has leading axes .*: give arrays of"):
+        metalstm.compare_optimizers(
+            loss_fn, PARAMS, (INPUTS, INPUTS[:5]), 2, optimizers={"a": optax.sgd(1.0)}
+        )
+
+
+# -- export ----------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def exported(tmp_path_factory):
+    """The weights, and the module that was written of them."""
+    folder = tmp_path_factory.mktemp("export")
+    weights = random_weights()
+    rules.save_rule(folder / "mine.npz", SPEC, weights, info={"trained_on": "nothing"})
+    path = rules.export_numpy(rules.load_rule(folder / "mine.npz"), folder / "mine.py")
+    assert len(path.read_text().split("\n")) < 150
+    assert "jax" not in path.read_text().replace("no JAX", "")
+    spec = importlib.util.spec_from_file_location("mine", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return weights, module
+
+
+def twenty_updates(weights, num_steps):
+    """The library's parameters after each update, and the gradients it had."""
+    tx = rules.with_progress(rules.build_rule(SPEC).bind(weights), num_steps)
+    params, state, trail = PARAMS, tx.init(PARAMS), []
+    update = tiny.quick_jit(tx.update)
+    for _ in range(20):
+        grads = jax.grad(loss_fn)(params)
+        updates, state = update(grads, state, params)
+        trail.append((params, grads, updates))
+        params = optax.apply_updates(params, updates)
+    return trail
+
+
+class Tensor:
+    """What torch's tensors and numpy's arrays have in common."""
+
+    __module__ = "tensors"
+
+    def __init__(self, array):
+        self.array = np.asarray(array)
+        self.shape, self.ndim = self.array.shape, self.array.ndim
+
+    def sum(self):
+        return self.array.sum()
+
+    def __array__(self, dtype=None, copy=None):
+        return self.array
+
+
+def _on_arrays(fn):
+    bare = lambda x: x.array if isinstance(x, Tensor) else x  # noqa: E731
+    return lambda *args: Tensor(fn(*map(bare, args)))
+
+
+for _name in "abs add mul neg radd rmul rsub sub truediv".split():
+    setattr(Tensor, f"__{_name}__", _on_arrays(lambda *xs, n=_name: _operator(n)(*xs)))
+
+
+def _operator(name):
+    if name.startswith("r"):
+        return lambda a, b: getattr(operator, name[1:])(b, a)
+    return getattr(operator, name)
+
+
+@pytest.mark.parametrize("make", [np.asarray, Tensor], ids=["numpy", "torch"])
+@pytest.mark.parametrize("num_steps", [None, 20])
+def test_the_exported_file_makes_the_same_updates(
+    exported, make, num_steps, monkeypatch
+):
+    functions = {n: _on_arrays(getattr(np, n)) for n in ("clip", "log", "sqrt", "tanh")}
+    monkeypatch.setitem(sys.modules, "tensors", types.SimpleNamespace(**functions))
+    weights, module = exported
+    lists = lambda tree: [make(np.asarray(leaf)) for leaf in jax.tree.leaves(tree)]  # noqa: E731
+    state = module.init(lists(PARAMS))
+    for step, (params, grads, wanted) in enumerate(twenty_updates(weights, num_steps)):
+        progress = None if num_steps is None else step / num_steps
+        updates, state = module.update(
+            lists(grads), state, lists(params), progress, num_steps
+        )
+        for a, b in zip(updates, jax.tree.leaves(wanted), strict=True):
+            scale = np.abs(b).max()
+            np.testing.assert_allclose(np.asarray(a), b, rtol=0, atol=1e-5 * scale)
+
+
+def test_the_exported_file_ignores_gradients_that_are_not_finite(exported):
+    _, module = exported
+    params = [np.ones(3, np.float32)]
+    state = module.init(params)
+    updates, after = module.update([np.array([1.0, np.nan, 0.0])], state, params)
+    assert after is state
+    np.testing.assert_array_equal(updates[0], 0)
+
+
+def test_only_moment_gates_are_exported(tmp_path):
+    saved = rules.SavedRule(None, {}, {"rule": "l2l"}, {})
+    with pytest.raises(ValueError, match="rule='l2l': only moment_gates can be"):
+        rules.export_numpy(saved, tmp_path / "x.py")
