@@ -93,7 +93,8 @@ def build(row: dict, num_classes: int = 20, per_class: int = 40) -> Recipe:
     filters, steps = row.get("filters", 32), row["steps"]
     differentiation = second_order() if row.get("second_order") else first_order()
     if row.get("rule") == "compare":
-        algorithm = algorithms.prototypical(nn.conv4(None, filters))
+        learner = nn.conv4(None, filters, downsample=row.get("downsample", "max_pool"))
+        algorithm = algorithms.prototypical(learner)
     else:
         learner = nn.conv4(
             5, filters, downsample=row.get("downsample", "max_pool"), momentum=0.1

@@ -241,7 +241,7 @@ def episode_parts(machine: Machine, row: dict) -> list[Part]:
     times = row["steps"] * (3 if row.get("second_order") else 1)
     parts = learner_parts(machine, row, 5 * row["shot"], times)
     parts += learner_parts(machine, row, 75, 1)
-    if row.get("rule") != "sgd":
+    if row.get("rule") not in ("sgd", "compare"):
         parts += rule_parts(machine, 32_901, row["steps"], 2)
     return parts
 

@@ -26,6 +26,7 @@ __all__ = [
     "compile_program",
     "exchange_ms",
     "figures",
+    "gflop",
     "start_compiler",
 ]
 
@@ -33,23 +34,31 @@ __all__ = [
 class Chip(NamedTuple):
     """A generation of TPUs."""
 
-    flops: int  # of the matrix units in a cycle, bfloat16
-    hertz: float  # flops * hertz is the published peak
+    side: int  # of its matrix units
+    hertz: float
+    bandwidth: float  # of its memory (HBM), bytes a second, published
     topologies: dict[int, str]  # by number of chips, a square of them
     link: Link  # to each of four neighbours: published bandwidth, ASSUMED latency
+
+    @property
+    def flops(self) -> int:
+        """Of four matrix units in a cycle, bfloat16; times hertz the published peak."""
+        return 4 * 2 * self.side**2
 
 
 _GRIDS = {1: "1x1", 16: "4x4", 256: "16x16"}
 CHIPS = {
     "v5e": Chip(
-        4 * 2 * 128**2,
+        128,
         1.5e9,
+        819e9,
         {n: f"v5e:{g}" for n, g in _GRIDS.items()},
         Link(50e9, 1e-6),
     ),
     "v6e": Chip(
-        4 * 2 * 256**2,
+        256,
         1.75e9,
+        1640e9,
         {n: f"v6e:{g}" for n, g in _GRIDS.items()},
         Link(100e9, 1e-6),
     ),
@@ -167,7 +176,7 @@ def figures(name: str, chip: str, text: str) -> dict[str, Any]:
     program = PROGRAMS[name]
     found = hlo.operations(text)
     cycles = sum(op.cycles for op in found) / program.tasks
-    flops = 1e9 * _gflop(program)
+    flops = 1e9 * gflop(program)
     ranked = sorted(found, key=lambda op: (-op.cycles, op.name))
     # of images: a rule's states and stacked 3x3 kernels may have as many axes
     cells = [op for op in found if hlo.rank(op.shape) > 5 and ",3,3," not in op.shape]
@@ -238,7 +247,8 @@ def _arguments(recipe: Recipe, devices: Any, mesh: Any) -> tuple[Any, Any]:
     return put(state._replace(carry=()), P())._replace(carry=carry), put(data, P())
 
 
-def _gflop(program: Program) -> float:
+def gflop(program: Program) -> float:
+    """Arithmetic of an episode, or of a task's meta-step."""
     if "problem" in program.row:
         return learned_optimizers.gflop(program.row)
     import jax

@@ -52,6 +52,7 @@ from metalstm.meta.mixture import (
     init_mixture_state,
     make_mixture_loop,
 )
+from metalstm.meta.prefetching import make_prefetching_train_loop
 from metalstm.meta.seeds import init_seeds, map_seeds
 from metalstm.meta.step import (
     TrainState,
@@ -116,6 +117,7 @@ __all__ = [
     "make_algorithm",
     "make_evaluate",
     "make_mixture_loop",
+    "make_prefetching_train_loop",
     "make_train_loop",
     "make_train_step",
     "map_seeds",

@@ -33,7 +33,7 @@ LAYERS = (
         "runtime.processes",
         "runtime.sharding",
     },
-    {"tasks"},
+    {"runtime.products", "tasks"},
     {"base"},
     {"runtime.checkpoint_format"},
     {"rules", "nn", "data", "plots", "runtime.checkpoints"},

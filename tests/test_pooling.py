@@ -17,7 +17,7 @@ from metalstm import algorithms, nn, second_order, unroll
 from metalstm.base import Batch, Episode
 from metalstm.inner.differentiation import Keep
 from metalstm.nn.general_convolution import say_once
-from metalstm.nn.pooling import max_pool, pool_extremes
+from metalstm.nn.pooling import max_pool, scaled_max_pool
 from metalstm.runtime.compilation import traced_for
 
 ONES = jnp.ones((1, 4, 4, 1))
@@ -72,18 +72,18 @@ def test_the_first_of_equal_maxima_takes_the_gradient(platform):
 
 @pytest.mark.parametrize("platform", ["cpu", "tpu"])
 @pytest.mark.parametrize("shape", [(2, 4, 6, 3), (2, 5, 7, 3)])
-def test_extremes_are_maxima_of_either_sign(shape, platform):
-    def reference(x, sign):
-        return sign * flax_pool(sign * x)
+def test_what_scales_after_the_pool_is_a_pool_of_what_is_scaled(shape, platform):
+    def reference(x, slope):
+        return flax_pool(slope * x)
 
-    pools, rng = (pool_extremes, reference), np.random.default_rng(0)
+    pools, rng = (scaled_max_pool, reference), np.random.default_rng(0)
     with jax.enable_x64(True), traced_for(platform):
         x, v = rng.normal(size=(2, *shape))
-        for sign_shape in ((3,), (2, 1, 1, 3)):
-            sign = jnp.where(jnp.asarray(rng.normal(size=sign_shape)) < 0, -1.0, 1.0)
+        for slope_shape in ((3,), (2, 1, 1, 3)):
+            slope = jnp.asarray(rng.normal(size=slope_shape))
 
-            def value(pool, x, sign=sign):
-                return jnp.sum(jnp.sin(pool(x, sign) * x.mean()))
+            def value(pool, x, slope=slope):
+                return jnp.sum(jnp.sin(pool(x, slope) * x.mean()))
 
             def curvature(pool, x, value=value):
                 """Forward over reverse, for several tangents."""
@@ -98,10 +98,17 @@ def test_extremes_are_maxima_of_either_sign(shape, platform):
             for fn in (value, curvature, third):
                 ours, theirs = (jax.jit(functools.partial(fn, p))(x) for p in pools)
                 np.testing.assert_allclose(ours, theirs, rtol=1e-10, atol=1e-12)
-        signs = jnp.stack([sign, -sign])
-        together = jax.vmap(lambda s: jax.grad(lambda x: value(pool_extremes, x, s))(x))
-        alone = jax.grad(lambda x: value(pool_extremes, x, -sign))(x)
-        np.testing.assert_allclose(together(signs)[1], alone, rtol=1e-12)
+            ours, theirs = (
+                jax.grad(lambda s, p=p, value=value: value(p, x, s))(slope)
+                for p in pools
+            )
+            np.testing.assert_allclose(ours, theirs, rtol=1e-10)
+        slopes = jnp.stack([slope, -slope])
+        together = jax.vmap(
+            lambda s: jax.grad(lambda x: value(scaled_max_pool, x, s))(x)
+        )
+        alone = jax.grad(lambda x: value(scaled_max_pool, x, -slope))(x)
+        np.testing.assert_allclose(together(slopes)[1], alone, rtol=1e-12)
 
 
 @pytest.mark.parametrize("platform", ["cpu", "tpu"])

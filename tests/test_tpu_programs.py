@@ -16,10 +16,10 @@ import pytest
 from jax import export
 
 import metalstm
-from benchmarks import hlo, tpu, tpu_programs
+from benchmarks import hlo, tpu, tpu_limits, tpu_programs
 from metalstm import algorithms, data, nn, second_order
 from metalstm.nn.convolution import conv2d
-from metalstm.nn.pooling import max_pool, pool_extremes
+from metalstm.nn.pooling import max_pool, scaled_max_pool
 from metalstm.runtime.compilation import platform, traced_for
 from metalstm.tasks import default_task_mapping
 
@@ -135,8 +135,8 @@ def most_axes(text: str) -> int:
 @pytest.mark.parametrize("size", [6, 7])
 def test_no_pool_of_a_tpu_has_an_axis_for_the_rows_of_a_cell(size):
     """Its compiler writes such an array to memory, for each comparison of each use."""
-    x, sign = jnp.ones((2, size, size, 3)), jnp.array([1.0, -1.0, 1.0])
-    for pool in (max_pool, lambda x: pool_extremes(x, sign)):
+    x, slope = jnp.ones((2, size, size, 3)), jnp.array([1.0, -1.0, 1.0])
+    for pool in (max_pool, lambda x: scaled_max_pool(x, slope)):
         gradient = jax.grad(lambda x, pool=pool: (pool(x) ** 3).sum())
         curvature = lambda x, gradient=gradient: jax.jvp(gradient, (x,), (x,))[1]  # noqa: E731
         fourth = lambda x, c=curvature: jax.grad(lambda x: c(x).sum())(x)  # noqa: E731
@@ -204,3 +204,30 @@ def test_an_exchange_is_a_ring_along_each_axis_of_the_chips():
     found = tpu_programs.exchange_ms({"all-reduce": (1, 4 * 50_000)}, "v5e", 256)
     each = 2 * 15 / 16 * 200_000 / 50e9 + 2 * 15 * 1e-6
     assert found == pytest.approx(2e3 * each)
+
+
+def test_the_least_time_of_a_product_is_that_of_whole_tiles():
+    limits = tpu_limits.ChipLimits(tpu_programs.CHIPS["v5e"])
+    assert limits.probe == pytest.approx(196_608)  # GFLOP/s, the published peak
+    assert limits.product(4096, 256, 128) == pytest.approx(limits.probe)
+    assert limits.product(4096, 27, 32) == pytest.approx(
+        limits.probe * 27 * 32 / 128**2
+    )
+    # either operand may stand still: the 80 rows do here
+    assert limits.product(80, 128, 4096) == pytest.approx(limits.probe * 80 / 128)
+    # four pixels of 32 filters in one product read six columns by three rows: of 640 x
+    # 128 numbers in the unit they use 4 x 288 x 32
+    assert limits.convolution(8, 48, 32, 32, 1) == pytest.approx(limits.probe * 0.45)
+    assert limits.convolution(8, 48, 128, 128, 1) == pytest.approx(limits.probe)
+
+
+@pytest.mark.parametrize("name", tpu_programs.PROGRAMS)
+def test_no_program_can_be_faster_than_its_arithmetic_and_its_traffic(name):
+    for chip, of_chip in tpu_programs.CHIPS.items():
+        found = tpu_limits.bound(name, chip)
+        assert found.at_least >= max(found.arithmetic, found.memory)
+        assert found.at_least <= found.arithmetic + found.memory
+        flops = 1e9 * tpu_programs.gflop(tpu_programs.PROGRAMS[name])
+        peak_ms = 1e3 * flops / (of_chip.flops * of_chip.hertz)
+        assert found.matrix_share == pytest.approx(peak_ms / found.at_least)
+        assert 0 < found.matrix_share < 1

@@ -9,7 +9,7 @@ import os
 import sys
 import traceback
 from collections.abc import Callable
-from typing import Any, NoReturn
+from typing import Any, Literal, NoReturn
 
 from experiments.common import cli
 
@@ -28,6 +28,10 @@ class Devices(cli.Options, frozen=True):
     """Devices that share one task, where there are fewer tasks than devices: each has
     the rule's part of the work for its share of the parameters. For learned optimizers
     and the Meta-LSTM in first order; other methods gain nothing."""
+    matmul_precision: Literal["bfloat16", "tensorfloat32", "float32"] | None = None
+    """Of the network's convolutions and matrix products; default: JAX's choice for the
+    device (TPU: inputs rounded to bfloat16, GPU: to TensorFloat-32). What is sensitive
+    to rounding (gates, distances, statistics, scores) is in float32 always."""
     distributed: bool = False
     """This is one of several processes that run the same command. A TPU pod, Slurm or
     Open MPI say which; else the next three flags do."""
@@ -62,7 +66,9 @@ def check(devices: Devices) -> None:
 
 
 def join(devices: Devices, num_seeds: int = 1) -> None:
-    """Find the other processes, if there are to be any; process 0 alone prints.
+    """Tell JAX how to compute, and find the other processes, if there are to be any.
+
+    Process 0 alone prints.
 
     Args:
       num_seeds: which may be computed at the same time.
@@ -70,6 +76,10 @@ def join(devices: Devices, num_seeds: int = 1) -> None:
     Raises:
       ValueError: ``cpu_devices`` comes too late, for JAX has started already.
     """
+    if devices.matmul_precision is not None:
+        import jax
+
+        jax.config.update("jax_default_matmul_precision", devices.matmul_precision)
     cpu_devices = devices.cpu_devices
     if cpu_devices is None and num_seeds > 1 and not devices.distributed:
         cpu_devices = min(num_seeds, os.cpu_count() or 1)
@@ -128,7 +138,8 @@ def describe(mesh: Any) -> str:
         text = f"{used} of {text}"
     if jax.process_count() > 1:
         text += f" in {jax.process_count()} processes"
-    return text
+    asked = jax.config.jax_default_matmul_precision
+    return text if asked is None else f"{text}, products in {asked}"
 
 
 def exit_with(main: Callable[[], int]) -> NoReturn:

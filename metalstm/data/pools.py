@@ -29,6 +29,7 @@ __all__ = [
     "checksum",
     "checksum_of_classes",
     "evenly_spaced",
+    "in_tiles",
     "join_classes",
     "make_pool",
     "pool_of",
@@ -101,10 +102,14 @@ class ClassPool:
 
     def take(self, rows: Array | slice) -> Array:
         """Return the examples [n, ...] with these places in [0, N)."""
-        if isinstance(rows, slice):
-            x = self.stored[rows]
+        stored: Any = self.stored
+        if isinstance(stored, np.ndarray):  # in the host's memory
+            chosen = rows if isinstance(rows, slice) else np.asarray(rows)
+            x = jnp.asarray(stored[chosen])
+        elif isinstance(rows, slice):
+            x = stored[rows]
         else:
-            x = self.stored.at[rows].get(mode="promise_in_bounds")
+            x = stored.at[rows].get(mode="promise_in_bounds")
         if x.shape[1:] == self.shape:
             return x
         flat = x.reshape(len(x), math.prod(x.shape[1:]))
@@ -147,6 +152,8 @@ def make_pool(
     images: np.ndarray | Sequence[np.ndarray],
     counts: np.ndarray | None = None,
     groups: np.ndarray | None = None,
+    *,
+    in_host_memory: bool = False,
 ) -> ClassPool:
     """Build a pool from C arrays [M_c, ...], or from one [C, M, ...].
 
@@ -160,6 +167,9 @@ def make_pool(
       counts: [C], for [C, M, ...]: examples of each class, of which the others are
         padding.
       groups: ids [C, M] in [0, M), see `ClassPool`.
+      in_host_memory: keep the examples there, where they are too many for the device,
+        or where they are, if they are memory-mapped; for
+        `metalstm.make_prefetching_train_loop`.
 
     Raises:
       ValueError: if there is no class, an image is no number or a byte of another
@@ -189,11 +199,15 @@ def make_pool(
             RuntimeWarning,
             stacklevel=2,
         )
-    return pool_of(images, counts, groups)
+    return pool_of(images, counts, groups, in_host_memory=in_host_memory)
 
 
 def pool_of(
-    images: np.ndarray, counts: np.ndarray, groups: np.ndarray | None = None
+    images: np.ndarray,
+    counts: np.ndarray,
+    groups: np.ndarray | None = None,
+    *,
+    in_host_memory: bool = False,
 ) -> ClassPool:
     """Build a pool from examples [N, ...], one class behind the other."""
     images, counts = np.asarray(images), np.asarray(counts)
@@ -216,8 +230,9 @@ def pool_of(
         raise ValueError(f"class {counts.argmin()} has no example: omit it")
     if groups is not None:
         _check_groups(groups, counts, (len(counts), int(counts.max())))
+    stored: Any = images if in_host_memory else jnp.asarray(in_tiles(images))
     return ClassPool(
-        jnp.asarray(_in_tiles(images)),
+        stored,
         jnp.asarray(counts, jnp.int32),
         None if groups is None else jnp.asarray(groups, jnp.int32),
         int(counts.min()),
@@ -225,7 +240,7 @@ def pool_of(
     )
 
 
-def _in_tiles(images: np.ndarray) -> np.ndarray:
+def in_tiles(images: np.ndarray) -> np.ndarray:
     """[N, ...] -> [N, 8 t, 128], if the padding takes at most a third more memory."""
     size = math.prod(images.shape[1:])
     tiles = -(-size // math.prod(_TILE))

@@ -9,6 +9,7 @@ from metalstm.base import Array, Learner, LearnerState, PyTree
 from metalstm.batches import to_rank_of
 from metalstm.checks import check_features, check_positive
 from metalstm.records import recorded
+from metalstm.runtime.products import precise_matmul
 
 __all__ = ["output_shape", "tied_head"]
 
@@ -68,7 +69,7 @@ def tied_head(body: Learner, feature_length: float | None = None) -> Learner:
             squares = jnp.sum(features * features, -1, keepdims=True) + 1e-12
             features = feature_length * features / jnp.sqrt(squares)
         head = state.params["head"]
-        outputs = features @ head["kernel"]
+        outputs = precise_matmul(features, head["kernel"])
         outputs = outputs + to_rank_of(head["bias"], outputs)
         return outputs, after._replace(params=state.params)
 

@@ -5,18 +5,21 @@ Shapes: N images, H rows, W columns, C channels.
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable
-from typing import Literal
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
+from jax import lax
 
 from metalstm.base import Array
 from metalstm.batches import to_rank_of
 from metalstm.nn.convolution import Method, conv2d
-from metalstm.nn.pooling import max_pool, pool_extremes
+from metalstm.nn.pooling import max_pool, scaled_max_pool
+from metalstm.runtime.products import full_precision, layer_product
 
 __all__ = [
     "BatchNorm",
@@ -51,7 +54,8 @@ class Conv(nn.Module):
         shape = (self.size, self.size, x.shape[-1], self.filters)
         kernel_init, bias_init = initializers_of(self.initializer, math.prod(shape[:3]))
         kernel = self.param("kernel", kernel_init, shape)
-        x = conv2d(x, kernel, strides=self.strides, method=self.method)
+        convolve = functools.partial(conv2d, strides=self.strides, method=self.method)
+        x = layer_product(convolve, x, kernel)
         if not self.use_bias:
             return x, jnp.zeros(self.filters, x.dtype)
         return x, self.param("bias", bias_init, (self.filters,))
@@ -98,11 +102,7 @@ def normalise(
     if module.norm == "batch":
         norm = BatchNorm(module.momentum, module.epsilon, scale_init, name=name)
         slope, offset = (to_rank_of(part, x) for part in norm(x, bias, train))
-        if pool:
-            # The maximum of slope * x is slope times one of x's extremes: a quarter of
-            # the pixels remains to normalise, in both passes.
-            x = pool_extremes(x, jnp.where(slope < 0, -1.0, 1.0))
-        return slope * x + offset
+        return (scaled_max_pool(x, slope) if pool else slope * x) + offset
     x = x + to_rank_of(bias, x)
     if module.norm != "none":
         num_groups = 1 if module.norm == "layer" else math.gcd(8, x.shape[-1])
@@ -119,14 +119,34 @@ def linear_head(module: nn.Module, x: Array) -> Array:
     """Return the scores of ``module``'s head, or x where it has none."""
     if module.num_classes is None:
         return x
-    initializer = "zeros" if module.zero_head else module.initializer
-    return dense_layer(module.num_classes, x.shape[-1], initializer, name="head")(x)
+    kernel_init, bias_init = initializers_of(
+        "zeros" if module.zero_head else module.initializer, x.shape[-1]
+    )
+    head = nn.Dense(
+        module.num_classes,
+        kernel_init=kernel_init,
+        bias_init=bias_init,
+        precision=full_precision(),
+        name="head",
+    )
+    return head(x)
 
 
 def dense_layer(width: int, fan_in: int, initializer: str, *, name: str) -> nn.Dense:
     """Make a dense layer of ``fan_in`` inputs."""
     kernel_init, bias_init = initializers_of(initializer, fan_in)
-    return nn.Dense(width, kernel_init=kernel_init, bias_init=bias_init, name=name)
+    return nn.Dense(
+        width,
+        kernel_init=kernel_init,
+        bias_init=bias_init,
+        dot_general=_dot_general,
+        name=name,
+    )
+
+
+def _dot_general(x: Array, kernel: Array, dimensions: Any, **options: Any) -> Array:
+    product = functools.partial(lax.dot_general, dimension_numbers=dimensions)
+    return layer_product(functools.partial(product, **options), x, kernel)
 
 
 def initializers_of(kind: str, fan_in: int) -> tuple[Callable, Callable]:

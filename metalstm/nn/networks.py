@@ -7,11 +7,13 @@ moving averages (False).
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Sequence
 from typing import Any, Literal, get_args
 
 import jax
+import jax.numpy as jnp
 from flax import linen as nn
 
 from metalstm.base import Array, Learner
@@ -32,6 +34,7 @@ from metalstm.nn.layers import (
 )
 from metalstm.nn.pooling import max_pool
 from metalstm.records import recorded
+from metalstm.runtime.products import layer_product
 
 __all__ = [
     "MLP",
@@ -190,7 +193,8 @@ class _PairLayer(nn.Module):
         bias = self.param("bias", bias_init, (self.filters,))
 
         def layer(x: Array, kernel: Array) -> Array:
-            return conv2d(x, kernel, method=self.method) if window else x @ kernel
+            convolve = functools.partial(conv2d, method=self.method)
+            return layer_product(convolve if window else jnp.matmul, x, kernel)
 
         of_classes = layer(classes, kernel[..., :channels, :])
         of_queries = layer(queries, kernel[..., channels:, :])

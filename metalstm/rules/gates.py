@@ -21,6 +21,7 @@ from metalstm.records import recorded
 from metalstm.rules.features import log_sign
 from metalstm.rules.flat import coordinate_dtype, flatten, leaf_sizes, unflatten
 from metalstm.rules.lstm_cell import lstm_step, tanh_sigmoid
+from metalstm.runtime.products import precise_matmul
 
 __all__ = ["GatesState", "find_gates", "gate_update", "lstm_gates"]
 
@@ -280,7 +281,7 @@ def _update(
             bias = _per_coordinate(row, leaf_sizes(params))
         if "features" not in gate:
             return jnp.broadcast_to(bias, theta.shape)
-        out = gate["features"] @ features + bias
+        out = precise_matmul(gate["features"], features) + bias
         if options.theta_input:
             out = out + gate["theta"] * theta
         if options.carry_input:
@@ -329,7 +330,7 @@ def _features(rule, state: GatesState, g: Array, loss: Array | None, p: float):
     bias = lstm["bias"]
     if loss is not None:  # the same for all coordinates, so part of the bias
         shared = jnp.stack(log_sign(jnp.asarray(loss), p)).astype(g.dtype)
-        bias = bias + lstm["loss_kernel"] @ shared
+        bias = bias + precise_matmul(lstm["loss_kernel"], shared)
     hidden, cell = lstm_step(lstm["kernel"], bias, gradient, state.hidden, state.cell)
     return hidden, hidden, cell
 

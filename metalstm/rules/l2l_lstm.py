@@ -18,6 +18,7 @@ from metalstm.records import recorded
 from metalstm.rules.features import log_sign
 from metalstm.rules.flat import coordinate_dtype, flatten, leaf_sizes, unflatten
 from metalstm.rules.lstm_cell import init_lstm, lstm_step
+from metalstm.runtime.products import precise_matmul
 
 __all__ = ["L2LState", "l2l"]
 
@@ -152,9 +153,10 @@ def l2l(
                 hidden.append(x)
                 cell.append(c)
             output = weights["output"]
-            delta = output["kernel"] @ x + output["bias"]
+            delta = precise_matmul(output["kernel"], x) + output["bias"]
             if shortcut is not None:
-                delta = delta + weights["shortcut"]["kernel"] @ averages
+                kernel = weights["shortcut"]["kernel"]
+                delta = delta + precise_matmul(kernel, averages)
             delta = output_scale * (unit if relative else 1.0) * delta
             new = L2LState(tuple(hidden), tuple(cell), moments)
             return unflatten(delta, updates), new

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 
 from metalstm.base import Array
 from metalstm.runtime.compilation import platform
+from metalstm.runtime.products import precise_matmul
 
 __all__ = ["init_lstm", "lstm_step", "tanh_sigmoid"]
 
@@ -64,14 +65,15 @@ def _lstm_step_jvp(primals, tangents):
     kernel, _, x, hidden, cell = primals
     d_kernel, d_bias, d_x, d_hidden, d_cell = tangents
     new_hidden, new_cell, (i, f, o, g, tanh_cell) = _forward(*primals)
-    dz = kernel @ jnp.concatenate([d_x, d_hidden])
+    dz = precise_matmul(kernel, jnp.concatenate([d_x, d_hidden]))
     if platform() == "cpu":
-        dz = dz + d_bias[:, None] + d_kernel @ jnp.concatenate([x, hidden])
+        dz = dz + d_bias[:, None]
+        dz = dz + precise_matmul(d_kernel, jnp.concatenate([x, hidden]))
     else:
         # the bias's gradient, a sum along vector lanes, becomes a row of the kernel's
         ones = jnp.ones((1, x.shape[1]), x.dtype)
         d_both = jnp.concatenate([d_kernel, d_bias[:, None]], 1)
-        dz = dz + d_both @ jnp.concatenate([x, hidden, ones])
+        dz = dz + precise_matmul(d_both, jnp.concatenate([x, hidden, ones]))
     dz_i, dz_f, dz_o, dz_g = jnp.split(dz, 4)
     # one product of known factors before each tangent: they are what is kept
     d_cell = f * d_cell + (g * i * (1 - i)) * dz_i
@@ -89,10 +91,11 @@ def _forward(kernel: Array, bias: Array, x: Array, hidden: Array, cell: Array):
     scale = jnp.where(jnp.arange(4 * size) < 3 * size, 0.5, 1.0).astype(kernel.dtype)
     bias = scale * bias
     if num_coordinates > _FEW:
-        z = (scale[:, None] * kernel) @ jnp.concatenate([x, hidden])
+        z = precise_matmul(scale[:, None] * kernel, jnp.concatenate([x, hidden]))
         return _gates(z + bias[:, None], cell, 0)
     # within this step the hidden units are last
-    z = jnp.concatenate([x.T, hidden.T], axis=1) @ (scale[None] * kernel.T)
+    inputs = jnp.concatenate([x.T, hidden.T], axis=1)
+    z = precise_matmul(inputs, scale[None] * kernel.T)
     hidden, cell, kept = _gates(z + bias[None], cell.T, 1)
     return hidden.T, cell.T, tuple(array.T for array in kept)
 

@@ -21,6 +21,7 @@ from metalstm.rules.features import log_sign
 from metalstm.rules.flat import coordinate_dtype, flatten, leaf_sizes, unflatten
 from metalstm.rules.gates import lstm_gates
 from metalstm.rules.lstm_cell import init_lstm, lstm_step
+from metalstm.runtime.products import precise_matmul
 
 __all__ = ["MemoryState", "gradient_memory", "two_layer"]
 
@@ -113,7 +114,8 @@ def gradient_memory(
             heads = [weights[name] for name in _START]
             kernel = jnp.stack([head["kernel"] for head in heads])  # [5, H]
             bias = jnp.stack([head["bias"] for head in heads])
-            forget, inp, decay, exponent, scale = kernel @ hidden + bias[:, None]
+            logits = precise_matmul(kernel, hidden) + bias[:, None]
+            forget, inp, decay, exponent, scale = logits
 
             c = jax.nn.sigmoid(forget) * state.momentum + jax.nn.sigmoid(inp) * g
             # 1 - f_v = sigmoid(-logit) keeps its digits where f_v is near 1

@@ -16,6 +16,7 @@ from jax import lax
 
 from metalstm.base import Array, PyTree
 from metalstm.checks import check_choice
+from metalstm.runtime.products import full_precision, precise_matmul
 
 __all__ = [
     "Distance",
@@ -49,7 +50,7 @@ def squared_distances(a: Array, b: Array) -> Array:
     """
     origin = lax.stop_gradient(b.mean(0, keepdims=True))  # no distance depends on it
     a, b = a - origin, b - origin
-    cross = jnp.matmul(a, b.T, precision=lax.Precision.HIGHEST)
+    cross = precise_matmul(a, b.T)
     squares = jnp.square(a).sum(-1)[:, None] + jnp.square(b).sum(-1)[None]
     return jnp.maximum(squares - 2 * cross, 0)
 
@@ -74,7 +75,7 @@ def similarities(a: Array, b: Array, distance: Distance) -> Array:
             "vector an image: flatten the learner's outputs to [N, d]"
         )
     if distance == "cosine":
-        return unit(a) @ unit(b).T
+        return precise_matmul(unit(a), unit(b).T)
     return -squared_distances(a, b)
 
 
@@ -86,7 +87,7 @@ def class_means(embedded: Array, labels: Array, way: int) -> Array:
            [7.]], dtype=float32)
     """
     onehot = jax.nn.one_hot(labels, way, dtype=embedded.dtype)
-    sums = jnp.tensordot(onehot.T, embedded, 1)
+    sums = jnp.tensordot(onehot.T, embedded, 1, precision=full_precision())
     counts = jnp.maximum(onehot.sum(0), 1)
     return sums / counts.reshape(-1, *[1] * (embedded.ndim - 1))
 

@@ -26,6 +26,7 @@ from metalstm.batches import as_vectors, labels_of, only_present
 from metalstm.checks import check_at_least, check_positive
 from metalstm.data.pools import ClassPool
 from metalstm.records import recorded
+from metalstm.runtime.products import precise_matmul
 
 __all__ = [
     "HEADS",
@@ -195,7 +196,7 @@ def ridge_scores(
     """
     kernel, of_query, onehot = _kernels(support, labels, query, way)
     regular = kernel + penalty * jnp.eye(kernel.shape[0], dtype=kernel.dtype)
-    return of_query @ jnp.linalg.solve(regular, onehot)
+    return precise_matmul(of_query, jnp.linalg.solve(regular, onehot))
 
 
 def logistic_scores(
@@ -231,8 +232,9 @@ def logistic_scores(
     def advance(state):
         dual, before, _, step = state
         ahead = dual + momentum * (dual - before)
-        residual = onehot - jax.nn.softmax(kernel @ ahead) - penalty * ahead
-        new = ahead + step_matrix @ residual
+        chances = jax.nn.softmax(precise_matmul(kernel, ahead))
+        residual = onehot - chances - penalty * ahead
+        new = ahead + precise_matmul(step_matrix, residual)
         return new, dual, jnp.abs(residual).max(), step + 1
 
     start = jnp.zeros_like(onehot)
@@ -240,7 +242,8 @@ def logistic_scores(
     dual, _, error, _ = lax.while_loop(
         unfinished, advance, (start, start, infinite, jnp.int32(0))
     )
-    return jnp.where(error <= _TOLERANCE, of_query @ dual, jnp.nan)
+    scores = precise_matmul(of_query, dual)
+    return jnp.where(error <= _TOLERANCE, scores, jnp.nan)
 
 
 def _kernels(
@@ -248,7 +251,8 @@ def _kernels(
 ) -> tuple[Array, Array, Array]:
     """Return X X^T [N, N], Q X^T [M, N] and one-hot labels [N, way]."""
     onehot = jax.nn.one_hot(labels, way, dtype=support.dtype)
-    return support @ support.T, query @ support.T, onehot
+    kernel, of_query = (precise_matmul(x, support.T) for x in (support, query))
+    return kernel, of_query, onehot
 
 
 def _at_unit_length(head: Head) -> Head:

@@ -37,6 +37,7 @@ from metalstm.batches import first_example, to_rank_of
 from metalstm.checks import check_at_least, check_choice, check_features
 from metalstm.data.classification import ClassificationSpec
 from metalstm.nn.heads import output_shape
+from metalstm.runtime.products import precise_matmul
 
 __all__ = [
     "Classifier",
@@ -161,9 +162,9 @@ def centroid_loss(features: Array, labels: Array, num_classes: int) -> Array:
     """
     u = unit(features)
     of_class = jax.nn.one_hot(labels, num_classes, dtype=u.dtype)
-    sums = of_class.T @ u
+    sums = precise_matmul(of_class.T, u)
     others = jnp.sum(u * unit(sums[labels] - u), -1, keepdims=True)
-    cosines = jnp.where(of_class > 0, others, u @ unit(sums).T)
+    cosines = jnp.where(of_class > 0, others, precise_matmul(u, unit(sums).T))
     counts = of_class.sum(0)
     logits = jnp.where(counts > 0, _COSINE_SCALE * cosines, -jnp.inf)
     losses = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
