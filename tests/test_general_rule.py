@@ -103,7 +103,7 @@ def test_the_hidden_units_stay_while_the_linear_part_is_trained():
 
 
 def test_evolution_learns_the_step_on_its_own_family(few_tasks):
-    """A start whose steps are e^3 too short: they grow, and runs end lower."""
+    """A start whose steps are e^4 shorter: they grow, and runs end lower."""
     config = general.Config(
         meta_steps=30, linear_steps=30, learning_rate=1.0, num_pairs=4,
         horizon=(20, 20), hidden_size=2, families=("noisy",),
@@ -112,13 +112,13 @@ def test_evolution_learns_the_step_on_its_own_family(few_tasks):
     (task,) = general_training._chosen(config)
     optimizer = optax.adam(config.learning_rate, b2=0.99)
     state = general_training.init_state(config, rule, optimizer)
-    state.params["output"]["bias"] = state.params["output"]["bias"].at[0].add(-3.0)
+    state.params["output"]["bias"] = state.params["output"]["bias"].at[0].add(-4.0)
     step = general_training.make_meta_step(config, rule, [task], optimizer)
     losses = []
     before = float(state.params["output"]["bias"][0])
     for _ in range(30):
         state, metrics = step(state, [task.data])
         losses.append(float(metrics["loss"][0]))
-    assert state.params["output"]["bias"][0] > before + 1
+    assert state.params["output"]["bias"][0] > before + 0.5
     assert np.mean(losses[-5:]) < np.mean(losses[:5]) - 0.2
     assert int(state.step) == 30
