@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import json
 import os
@@ -100,16 +101,14 @@ def test_of_two_processes_one_gets_the_folder(tmp_path):
         stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
         cwd=Path(__file__).parents[1],
     )  # fmt: skip
-    try:
+    with first, contextlib.ExitStack() as at_end:  # `first` closes its pipes
+        at_end.callback(first.kill)
         assert first.stdout.readline() == "mine\n"
         owner = rf"process {first.pid} is running in "
         with pytest.raises(ValueError, match=owner), run_folder.locked(tmp_path):
             pytest.fail("two processes hold one folder")
         with pytest.raises(ValueError, match=owner):
             run_folder.refuse_other_runs(tmp_path, Common(), ())
-    finally:
-        first.kill()
-        first.wait()
     with run_folder.locked(tmp_path):
         assert (tmp_path / "lock").read_text() == str(os.getpid())
 

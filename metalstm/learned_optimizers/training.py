@@ -268,12 +268,14 @@ def _after(
     diverged = (losses >= DIVERGED).any(-1)  # [T]
     step = runs.inner_step + settings.unroll_steps
     restarts = diverged.all() if lockstep else diverged
+    # not one finite loss from theta_0 on: it is the problem, and `fit` shall say so
+    is_broken = jnp.all(runs.inner_step == 0) & (losses >= DIVERGED).all()
     runs = runs._replace(
         inner_step=jnp.where(restarts, -1, step),
         meta_step=runs.meta_step + 1,
     )
     metrics = {
-        "loss": value.mean(),
+        "loss": jnp.where(is_broken, jnp.nan, value.mean()),
         "inner_loss": losses[:, 1:].mean(),
         "diverged": diverged.mean(),
         "above_start": (losses[:, -1] > runs.first_loss).mean(),
