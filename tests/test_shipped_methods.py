@@ -14,21 +14,24 @@ from metalstm import data
 RESULTS = Path(__file__).parents[1] / "docs" / "results" / "mini_imagenet"
 NAMES = [f"mini-imagenet-{shot}shot-{seed}" for shot in (1, 5) for seed in range(3)]
 CLASSIFIER = "mini-imagenet-classifier-0"
+OMNIGLOT = "omniglot-prototypical-0"
 
 
 def test_each_has_a_card_and_the_command_knows_how_to_test_it():
     cards = metalstm.pretrained_learner()
-    assert [card.name for card in cards] == [*NAMES, CLASSIFIER]
+    assert [card.name for card in cards] == [*NAMES, CLASSIFIER, OMNIGLOT]
     for card in cards:
         assert "not stated" not in card
         (run,) = read_runs([Path(card.name)])
-        assert run.options.test.test_episodes == 2_000
+        episodes = 600 if card.name == OMNIGLOT else 2_000
+        assert run.options.test.test_episodes == episodes
 
 
-@pytest.mark.parametrize("name", [*NAMES[::3], CLASSIFIER])
+@pytest.mark.parametrize("name", [*NAMES[::3], CLASSIFIER, OMNIGLOT])
 def test_one_predicts_names(name):
     trained = metalstm.pretrained_learner(name)
-    images = np.random.default_rng(0).integers(0, 256, (6, 84, 84, 3), np.uint8)
+    shape = (6, 28, 28, 1) if name == OMNIGLOT else (6, 84, 84, 3)
+    images = np.random.default_rng(0).integers(0, 256, shape, np.uint8)
     labels = ["ant", "bee", "cat", "dog", "elk"]
     assert set(trained(images[:5], labels, images)) <= set(labels)
 
@@ -42,19 +45,35 @@ def test_the_first_episodes_of_a_published_number(real_data_dir):
         (1, 40, CLASSIFIER, "feature-cosine", "baselines-1shot"),
     ):
         trained = metalstm.pretrained_learner(name)
-        found = metalstm.evaluate(
-            trained.algorithm,
-            trained.params,
-            pool,
-            data.EpisodeSpec(5, shot, 15),
-            num_episodes=episodes,
-            seed=0,
-            split="test",
-            batch_size=4,
-        )
         with np.load(RESULTS / f"{file}.npz") as arrays:
             published = arrays[method]
         assert len(published) == 2_000
-        # a query near the boundary may flip on another CPU
-        difference = np.asarray(found.accuracies) - published[:episodes]
-        assert np.abs(difference).mean() < 0.002
+        assert_same_episodes(
+            trained, pool, data.EpisodeSpec(5, shot, 15), published[:episodes]
+        )
+
+
+@pytest.mark.real_data
+def test_the_first_episodes_on_omniglot(real_data_dir):
+    pool = data.load_omniglot(real_data_dir / "tensorflow_datasets").test
+    trained = metalstm.pretrained_learner(OMNIGLOT)
+    with np.load(RESULTS.parent / "omniglot" / "prototypical.npz") as arrays:
+        published = arrays["prototypical 20w1s"]
+    assert len(published) == 600
+    assert_same_episodes(trained, pool, data.EpisodeSpec(20, 1, 5), published[:40])
+
+
+def assert_same_episodes(trained, pool, spec, published):
+    found = metalstm.evaluate(
+        trained.algorithm,
+        trained.params,
+        pool,
+        spec,
+        num_episodes=len(published),
+        seed=0,
+        split="test",
+        batch_size=4,
+    )
+    # a query near the boundary may flip on another CPU
+    difference = np.asarray(found.accuracies) - published
+    assert np.abs(difference).mean() < 0.002
