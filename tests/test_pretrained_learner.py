@@ -80,3 +80,20 @@ def test_a_file_that_does_not_say_how_to_test_it_is_refused(shipped, tmp_path, c
     path = metalstm.save(tmp_path / "a.npz", plain.algorithm, plain.params, pool, spec)
     assert few_shot.main(["--evaluate", str(path)]) == 2
     assert "does not say how to test it" in capsys.readouterr().err
+
+
+def test_a_file_with_the_options_of_several_methods_is_refused(
+    finished, shipped, tmp_path, capsys
+):
+    saved, trained = read(finished / "config.json"), metalstm.load(shipped)
+    path = metalstm.save(
+        tmp_path / "several.npz",
+        trained.algorithm,
+        trained.params,
+        tiny_dataset().train,
+        data.EpisodeSpec(3, 1, 2),
+        info={"config": saved["config"], "data": saved["data"]},
+    )
+    assert len(saved["config"]["methods"]) > 1
+    assert few_shot.main(["--evaluate", str(path)]) == 2
+    assert "holds one method, and its config has" in capsys.readouterr().err

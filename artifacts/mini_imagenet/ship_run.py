@@ -10,7 +10,8 @@ run, method, out, info = Path(sys.argv[1]), sys.argv[2], sys.argv[3], json.loads
 saved = json.load(open(run/'config.json'))
 p = metalstm.load_run(run, method)
 small = p.params
-config = saved['config']; config['data']['data_dir'] = None
+config = saved['config']; config['run']['algorithms'] = [method]; config['methods'] = {method: config['methods'][method]}  # one method alone
+config['data']['data_dir'] = None
 (r,) = read_runs([run])
 source = load_source(r.options.data, {})
 info |= {'config': config, 'data': saved['data'], 'versions': saved['versions']}

@@ -59,6 +59,11 @@ def read_runs(folders: Sequence[Path]) -> list[SavedRun]:
                 f"{folder / 'config.json'} is damaged ({type(error).__name__}: {error} "
                 "of its data): put a copy of it back"
             ) from None
+        if folder.suffix == ".npz" and len(specs) != 1:
+            raise ValueError(
+                f"{folder} holds one method, and its config has {', '.join(specs)}: "
+                "save it with the options of the one"
+            )
         runs.append(SavedRun(folder, options, specs, saved["data"]))
     return runs
 
