@@ -17,6 +17,11 @@ import tiny
 
 import metalstm
 from metalstm import rules
+from metalstm.learned_optimizers import (
+    ProblemFamily,
+    ProblemSampler,
+    learned_optimizer,
+)
 
 PARAMS = {"w": jnp.linspace(-1, 2, 12).reshape(4, 3), "b": jnp.array([0.3, -0.1, 0.2])}
 SPEC = {"rule": "moment_gates", "hidden_size": 3}
@@ -282,3 +287,31 @@ def test_only_moment_gates_are_exported(tmp_path):
     saved = rules.SavedRule(None, {}, {"rule": "l2l"}, {})
     with pytest.raises(ValueError, match="rule='l2l': only moment_gates can be"):
         rules.export_numpy(saved, tmp_path / "x.py")
+
+
+@pytest.mark.parametrize("estimator", ["backprop", "pes"])
+@pytest.mark.parametrize("task_mapping", [None, "vmap"])
+def test_a_problem_without_one_finite_loss_is_told_in_every_layout(
+    estimator, task_mapping
+):
+    family = ProblemFamily(
+        sample=lambda key, data: (),
+        init=lambda key, task: jnp.ones(3),
+        batch=lambda key, data, size=None: jax.random.normal(key, (4,)),
+        loss=lambda params, task, batch: jnp.nan * params.sum(),
+    )
+    algorithm = learned_optimizer(
+        family,
+        rules.l2l(hidden_size=4),
+        num_tasks=2,
+        unroll_steps=3,
+        horizon=6,
+        estimator=estimator,
+        task_mapping=task_mapping,
+    )
+    sampler, pool, optimizer = ProblemSampler(family, 4), jnp.zeros(1), optax.adam(1e-3)
+    episode = sampler.sample(jax.random.key(0), pool)
+    state = metalstm.init_train_state(algorithm, optimizer, 0, episode)
+    train = metalstm.make_train_loop(algorithm, optimizer, sampler, num_tasks=2)
+    _, metrics = train(state, pool)
+    assert np.isnan(metrics["loss"]).all()
