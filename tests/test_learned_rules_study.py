@@ -103,18 +103,16 @@ def test_a_stopped_study_resumes(tmp_path, capsys, monkeypatch):
 
 
 def test_a_trained_start_stays_as_it_is(tmp_path):
-    """With --start and no --init-rate only the rule learns, on the left-out classes."""
+    """With --start and no --init-rate "start" learns nothing: one seed will do."""
     spec, pool = data.EpisodeSpec(5, 1, 2), data.load_glyphs().train
     trained = metalstm.algorithms.maml(learned_rules.learner_of("glyphs"), train_way=5)
     params = trained.init(jax.random.key(3), spec.sample(jax.random.key(0), pool))
     file = metalstm.save(tmp_path / "trained.npz", trained, params, pool, spec)
     line = [*QUICK, "--start", str(file), "--left-out", "9", "--rules", "start"]
     assert learned_rules.main([*line, "--workdir", str(tmp_path / "run")]) == 0
-    found = [
-        np.load(tmp_path / "run" / f"start first-order 1-shot {seed}.npz")["accuracies"]
-        for seed in (0, 1)
+    assert [path.name for path in (tmp_path / "run").glob("*.npz")] == [
+        "start first-order 1-shot 0.npz"
     ]
-    np.testing.assert_array_equal(*found)  # no seed draws anything
 
 
 def test_the_last_classes_are_those_of_the_pool():

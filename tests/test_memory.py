@@ -92,6 +92,18 @@ def test_it_starts_as_momentum_over_rms():
     assert all(np.all(fixed[head]["kernel"] == 0) for head in HEADS)
 
 
+def test_the_gradients_start_is_nearly_the_gradient():
+    rule = rules.gradient_memory(start="gradient")
+    tx = rule.bind(rule.init(jax.random.key(0), ()))
+    g = jnp.array([1e-4, -0.01, 1.0])
+    state = tx.init(g)
+    for _ in range(10):
+        m, state = tx.update(g, state)
+        np.testing.assert_allclose(m, g, rtol=0.05)
+    with pytest.raises(ValueError, match="start='sgd': choose one of adam, gradient"):
+        rules.gradient_memory(start="sgd")
+
+
 def test_no_second_derivative_flows_through_its_features():
     """With gamma = 0, m = e^s i_c g: the slope is m / g unless s and i_c move too."""
     rule = rules.gradient_memory(hidden_size=2, init_scale=3.0)

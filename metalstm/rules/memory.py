@@ -6,7 +6,7 @@ Notation: N coordinates (all the parameters, flattened), H hidden units.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -14,7 +14,7 @@ import optax
 from jax import lax
 
 from metalstm.base import Array, PyTree, RuleTraits, UpdateRule
-from metalstm.checks import check_at_least, check_positive
+from metalstm.checks import check_at_least, check_choice, check_positive
 from metalstm.records import recorded
 from metalstm.rules.classic import chain
 from metalstm.rules.features import log_sign
@@ -25,15 +25,24 @@ from metalstm.runtime.products import precise_matmul
 
 __all__ = ["MemoryState", "gradient_memory", "two_layer"]
 
-# Where each bias starts: a momentum of 0.9, averaged (0.9 + 0.1), over an RMS of 0.99,
-# which is Adam without its bias correction, but for an exponent of 0.95 instead of 1
-# that still has a slope.
-_START = {
-    "forget": 2.1972246,  # f_c = 0.9
-    "input": -2.1972246,  # i_c = 0.1
-    "decay": 4.5951199,  # f_v = 0.99
-    "exponent": 3.0,  # gamma = 0.953
-    "scale": 0.0,  # e^s = 1
+# Where each bias starts. "adam": a momentum of 0.9, averaged (0.9 + 0.1), over an RMS
+# of 0.99, which is Adam without its bias correction. "gradient": nearly the gradient
+# itself. A sigmoid at 0 or 1 would have no slope, so that both are approximate.
+_STARTS = {
+    "adam": {
+        "forget": 2.1972246,  # f_c = 0.9
+        "input": -2.1972246,  # i_c = 0.1
+        "decay": 4.5951199,  # f_v = 0.99
+        "exponent": 3.0,  # gamma = 0.953
+        "scale": 0.0,  # e^s = 1
+    },
+    "gradient": {
+        "forget": -4.0,  # f_c = 0.018
+        "input": 4.0,  # i_c = 0.982
+        "decay": 0.0,  # f_v = 0.5
+        "exponent": -6.0,  # gamma = 0.0025
+        "scale": 0.0,
+    },
 }
 
 
@@ -51,6 +60,7 @@ def gradient_memory(
     p: float = 10.0,
     eps: float = 1e-8,
     init_scale: float = 0.01,
+    start: Literal["adam", "gradient"] = "adam",
 ) -> UpdateRule:
     r"""Turn each gradient into a memory of past ones, as momentum and RMSprop do.
 
@@ -75,19 +85,24 @@ def gradient_memory(
       p: of `log_sign`.
       eps: epsilon.
       init_scale: the five kernels are drawn from U(-scale, scale). The LSTM starts as
-        `l2l`'s does, the biases as a momentum of 0.9 over an RMS of 0.99.
+        `l2l`'s does.
+      start: what the biases make of m before they are meta-trained: ``"adam"``, a
+        momentum of 0.9 over an RMS of 0.99, or ``"gradient"``, nearly the gradient,
+        so that what comes after the memory starts as it would without one.
 
     Raises:
-      ValueError: an argument that is not positive.
+      ValueError: an argument that is not positive, or another start.
     """
     check_at_least("hidden_size", hidden_size, 1)
     check_positive("eps", eps)
+    check_choice("start", start, _STARTS)
+    biases = _STARTS[start]
 
     def init(key: Array, params: PyTree) -> PyTree:
         del params
-        lstm_key, *keys = jax.random.split(key, 1 + len(_START))
+        lstm_key, *keys = jax.random.split(key, 1 + len(biases))
         rule: dict[str, Any] = {"lstm": init_lstm(lstm_key, 2, hidden_size)}
-        for (name, bias), name_key in zip(_START.items(), keys, strict=True):
+        for (name, bias), name_key in zip(biases.items(), keys, strict=True):
             kernel = jax.random.uniform(
                 name_key, (hidden_size,), jnp.float32, -init_scale, init_scale
             )
@@ -111,7 +126,7 @@ def gradient_memory(
             hidden, cell = lstm_step(
                 lstm["kernel"], lstm["bias"], x, state.hidden, state.cell
             )
-            heads = [weights[name] for name in _START]
+            heads = [weights[name] for name in biases]
             kernel = jnp.stack([head["kernel"] for head in heads])  # [5, H]
             bias = jnp.stack([head["bias"] for head in heads])
             logits = precise_matmul(kernel, hidden) + bias[:, None]
