@@ -9,7 +9,8 @@ import tiny
 from reference import sigmoid
 from test_algorithms import EPISODE, FEATURES, KEY, compiled_predict, meta_params
 
-from metalstm import algorithms
+import metalstm
+from metalstm import algorithms, data, nn
 from metalstm.base import Batch, Learner
 
 SUPPORT, QUERY = EPISODE
@@ -99,23 +100,24 @@ def memory_scores(net, sequence, late, *, num_slots, slot_size, num_reads):
         c = sigmoid(f + 1) * c + sigmoid(i) * np.tanh(g)
         h = sigmoid(o) * np.tanh(c)
         gates = sigmoid(linear("interpolation", h))
-        contents = keys = np.split(np.tanh(linear("keys", h)), num_reads)
-        if "contents" in net:
-            contents = np.split(np.tanh(linear("contents", h)), num_reads)
+        keys = np.split(np.tanh(linear("keys", h)), num_reads)
+        strengths = np.ones(num_reads)
+        if "strength" in net:
+            strengths = np.log1p(np.exp(linear("strength", h) + 5))
         free = np.argsort(usage, kind="stable")[:num_reads]
         memory = memory.copy()
         memory[free] = 0
         usage = 0.95 * usage
-        for head, content in enumerate(contents):
+        for head, key in enumerate(keys):
             least = np.eye(num_slots)[free[head]]
             write = gates[head] * previous[head] + (1 - gates[head]) * least
-            memory += np.outer(write, content)
+            memory += np.outer(write, key)
             usage = usage + write
         lengths = np.sqrt(np.sum(memory**2, 1) + 1e-6)
         previous, parts = [], []
-        for key in keys:
+        for key, beta in zip(keys, strengths, strict=True):
             cosine = memory @ key / (lengths * np.sqrt(np.sum(key**2) + 1e-6))
-            read = np.exp(cosine) / np.exp(cosine).sum()
+            read = np.exp(beta * cosine) / np.exp(beta * cosine).sum()
             usage = usage + read
             parts.append(read @ memory)
             previous.append(read)
@@ -123,12 +125,12 @@ def memory_scores(net, sequence, late, *, num_slots, slot_size, num_reads):
     return linear("outputs", np.concatenate([h, reads]))
 
 
-@pytest.mark.parametrize("contents", ["own", "keys"])
-def test_a_query_reads_the_memory_of_the_support_sequence(contents):
+@pytest.mark.parametrize("strength", ["learned", "one"])
+def test_a_query_reads_the_memory_of_the_support_sequence(strength):
     params = meta_params("mann")
-    if contents == "keys":
+    if strength == "one":
         sizes = {"hidden_size": 4, "num_slots": 5, "slot_size": 3, "num_reads": 2}
-        algorithm = algorithms.mann(FEATURES, 3, **sizes, contents="keys")
+        algorithm = algorithms.mann(FEATURES, 3, **sizes, strength="one")
         drawn = algorithm.init(jax.random.key(0), EPISODE).params["memory_net"]
         parts = params.params | {"memory_net": drawn}
         params = params._replace(params=parts)
@@ -157,11 +159,34 @@ def test_labels_come_one_step_late_and_order_matters():
     assert np.abs(fn(params, reverse, QUERY.x) - before).max() > 1e-4
 
 
+def test_the_memory_network_learns_to_bind_images_to_labels():
+    """Two Gaussian classes, new ones in each task: chance is a half."""
+    rng = np.random.default_rng(0)
+    means = rng.normal(size=(250, 1, 8))
+    classes = (means + 0.2 * rng.normal(size=(250, 10, 8))).astype(np.float32)
+    train, test = data.make_pool(classes[:200]), data.make_pool(classes[200:])
+    algorithm = algorithms.mann(
+        nn.mlp(None, widths=(16,)), 2, num_slots=8, slot_size=8, num_reads=1,
+        hidden_size=64,
+    )  # fmt: skip
+    spec, optimizer = data.EpisodeSpec(2, 1, 2), metalstm.adam_clipped(1e-2, 10.0)
+    loop = metalstm.make_train_loop(
+        algorithm, optimizer, spec, num_tasks=16, steps_per_call=100
+    )
+    episode = spec.sample(data.episode_key(0, "train", 0), train)
+    state = metalstm.init_train_state(algorithm, optimizer, 0, episode)
+    for _ in range(3):
+        state, _ = loop(state, train)
+    evaluate = metalstm.make_evaluate(algorithm, spec, batch_size=16)
+    found = evaluate(state.params, test, num_episodes=160, split="test")
+    assert np.mean(found.accuracies) > 0.8
+
+
 def test_what_the_memory_network_refuses():
     with pytest.raises(ValueError, match=r"num_reads=9: choose at least 1 and at most"):
         algorithms.mann(FEATURES, 3, num_slots=8, num_reads=9)
-    with pytest.raises(ValueError, match=r"contents='labels': choose one of own, k"):
-        algorithms.mann(FEATURES, 3, contents="labels")
+    with pytest.raises(ValueError, match=r"strength=2: choose one of learned, one"):
+        algorithms.mann(FEATURES, 3, strength=2)
     with pytest.raises(ValueError, match=r"controller needs features \[N, d\]"):
         algorithms.mann(maps(), 3).init(KEY, EPISODE)
     three, five = algorithms.mann(FEATURES, 3), tiny.episode(way=5)

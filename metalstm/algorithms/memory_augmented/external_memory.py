@@ -21,6 +21,7 @@ from metalstm.records import recorded
 __all__ = ["MemoryNetState", "MemorySizes", "mann", "memory_step"]
 
 _USAGE_DECAY = 0.95  # gamma of equation 6
+_STRENGTH = 5.0  # where beta starts
 
 
 class MemorySizes(NamedTuple):
@@ -50,7 +51,7 @@ def mann(
     num_slots: int = 128,
     slot_size: int = 40,
     num_reads: int = 4,
-    contents: Literal["own", "keys"] = "own",
+    strength: Literal["learned", "one"] = "learned",
     train_queries: int | None = None,
 ) -> MetaAlgorithm:
     """Memory-augmented network with least-recently-used access (Santoro et al., 2016).
@@ -61,12 +62,11 @@ def mann(
     the last support label; no query sees another. The objective is the queries'
     cross-entropy.
 
-    With keys k_t = tanh(W_k h_t) and contents a_t = tanh(W_a h_t), one of each for a
-    head (equations 2 to 8):
+    With keys k_t = tanh(W_k h_t), one for a head (equations 2 to 8):
 
         w^w_t = sigmoid(alpha_t) w^r_{t-1} + (1 - sigmoid(alpha_t)) w^lu_{t-1}
-        M_t = M_{t-1} + w^w_t^T a_t, the least used slots zeroed before,
-        w^r_t = softmax of cos(k_t, M_t),    r_t = w^r_t M_t
+        M_t = M_{t-1} + w^w_t^T k_t, the least used slots zeroed before,
+        w^r_t = softmax of beta_t cos(k_t, M_t),    r_t = w^r_t M_t
         w^u_t = gamma w^u_{t-1} + w^r_t + w^w_t.
 
     Head i's w^lu is the i-th least used slot. A head finds what it has just written, so
@@ -77,13 +77,14 @@ def mann(
       learner: its outputs [N, d] are what the controller sees.
       way: classes of every task; labels are inputs and outputs of fixed size.
       hidden_size, num_slots, slot_size, num_reads: H, S, W, R; the paper's by default.
-      contents: what is written: ``"own"``, a_t, as in public re-implementations;
-        ``"keys"``, k_t in its place, as the paper has it: a head then looks for the
-        very vector that it writes.
+      strength: beta. ``"learned"``: softplus of a linear function of h_t that starts at
+        5, as in Neural Turing Machines (Graves et al., 2014, equation 5); ``"one"``, as
+        the paper has it: a read is then a mean of nearly all slots, from which
+        little is learned unless they are few.
       train_queries: queries a class in meta-training.
 
     Raises:
-      ValueError: more heads than slots, or other ``contents``; from ``predict``,
+      ValueError: more heads than slots, or another ``strength``; from ``predict``,
         another way; from ``init``, features that are not vectors.
     """
     if not 1 <= num_reads <= num_slots:
@@ -91,24 +92,24 @@ def mann(
             f"num_reads={num_reads}: choose at least 1 and at most the {num_slots} "
             "slots, since no two heads may write to one slot"
         )
-    check_choice("contents", contents, ("own", "keys"))
+    check_choice("strength", strength, ("learned", "one"))
     sizes = MemorySizes(hidden_size, num_slots, slot_size, num_reads)
     return compare_embeddings(
         learner,
-        _memory_comparison(way, sizes, contents),
+        _memory_comparison(way, sizes, strength),
         train_way=way,
         train_queries=train_queries,
     )
 
 
-def _memory_comparison(way: int, sizes: MemorySizes, contents: str) -> Comparison:
+def _memory_comparison(way: int, sizes: MemorySizes, strength: str) -> Comparison:
     """Score queries by a network that read the support set into its memory."""
 
     def init(key: Array, embedded: Array) -> LearnerState:
         check_features(embedded.shape, "the controller")
         net = _init_memory_net(key, embedded.shape[-1], way, sizes)
-        if contents == "keys":
-            del net["contents"]
+        if strength == "one":
+            del net["strength"]
         return LearnerState(net, {}, {})
 
     def apply(state, key, support, labels, query, *, way: int, norm: Norm):
@@ -141,7 +142,7 @@ def _init_memory_net(key: Array, width: int, way: int, sizes: MemorySizes) -> Py
         "interpolation": (hidden, sizes.num_reads),
         "keys": (hidden, reads),
         "outputs": (hidden + reads, way),
-        "contents": (hidden, reads),
+        "strength": (hidden, sizes.num_reads),
     }
     return {
         name: _init_layer(jax.random.fold_in(key, k), *shape)
@@ -171,18 +172,18 @@ def memory_step(
     c = jax.nn.sigmoid(f + 1) * state.c + jax.nn.sigmoid(i) * jnp.tanh(g)
     h = jax.nn.sigmoid(o) * jnp.tanh(c)
     keys = jnp.tanh(_linear(net["keys"], h)).reshape(num_reads, -1)
-    contents = keys
-    if "contents" in net:
-        contents = jnp.tanh(_linear(net["contents"], h)).reshape(num_reads, -1)
     gate = jax.nn.sigmoid(_linear(net["interpolation"], h))[:, None]
 
     oldest = jnp.argsort(state.usage)[:num_reads]
     least_used = jax.nn.one_hot(oldest, state.usage.size, dtype=x.dtype)
     write_weights = gate * state.read_weights + (1 - gate) * least_used
     emptied = state.memory * (1 - least_used.sum(0))[:, None]
-    memory = emptied + write_weights.T @ contents
+    memory = emptied + write_weights.T @ keys
 
-    read_weights = jax.nn.softmax(unit(keys) @ unit(memory).T)
+    logits = unit(keys) @ unit(memory).T
+    if "strength" in net:
+        logits *= jax.nn.softplus(_linear(net["strength"], h) + _STRENGTH)[:, None]
+    read_weights = jax.nn.softmax(logits)
     reads = (read_weights @ memory).ravel()
     usage = _USAGE_DECAY * state.usage + read_weights.sum(0) + write_weights.sum(0)
 
