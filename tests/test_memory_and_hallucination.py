@@ -130,7 +130,7 @@ def test_a_query_reads_the_memory_of_the_support_sequence(strength):
     params = meta_params("mann")
     if strength == "one":
         sizes = {"hidden_size": 4, "num_slots": 5, "slot_size": 3, "num_reads": 2}
-        algorithm = algorithms.mann(FEATURES, 3, **sizes, strength="one")
+        algorithm = algorithms.mann(FEATURES, 3, **sizes, key_strength="one")
         drawn = algorithm.init(jax.random.key(0), EPISODE).params["memory_net"]
         parts = params.params | {"memory_net": drawn}
         params = params._replace(params=parts)
@@ -185,8 +185,8 @@ def test_the_memory_network_learns_to_bind_images_to_labels():
 def test_what_the_memory_network_refuses():
     with pytest.raises(ValueError, match=r"num_reads=9: choose at least 1 and at most"):
         algorithms.mann(FEATURES, 3, num_slots=8, num_reads=9)
-    with pytest.raises(ValueError, match=r"strength=2: choose one of learned, one"):
-        algorithms.mann(FEATURES, 3, strength=2)
+    with pytest.raises(ValueError, match=r"key_strength=2: choose one of learned, one"):
+        algorithms.mann(FEATURES, 3, key_strength=2)
     with pytest.raises(ValueError, match=r"controller needs features \[N, d\]"):
         algorithms.mann(maps(), 3).init(KEY, EPISODE)
     three, five = algorithms.mann(FEATURES, 3), tiny.episode(way=5)

@@ -51,7 +51,7 @@ def mann(
     num_slots: int = 128,
     slot_size: int = 40,
     num_reads: int = 4,
-    strength: Literal["learned", "one"] = "learned",
+    key_strength: Literal["learned", "one"] = "learned",
     train_queries: int | None = None,
 ) -> MetaAlgorithm:
     """Memory-augmented network with least-recently-used access (Santoro et al., 2016).
@@ -77,14 +77,14 @@ def mann(
       learner: its outputs [N, d] are what the controller sees.
       way: classes of every task; labels are inputs and outputs of fixed size.
       hidden_size, num_slots, slot_size, num_reads: H, S, W, R; the paper's by default.
-      strength: beta. ``"learned"``: softplus of a linear function of h_t that starts at
-        5, as in Neural Turing Machines (Graves et al., 2014, equation 5); ``"one"``, as
-        the paper has it: a read is then a mean of nearly all slots, from which
-        little is learned unless they are few.
+      key_strength: beta. ``"learned"``: softplus of a linear function of h_t that
+        starts at 5, as in Neural Turing Machines (Graves et al., 2014, equation 5);
+        ``"one"``, as the paper has it: a read is then a mean of nearly all slots, from
+        which little is learned unless they are few.
       train_queries: queries a class in meta-training.
 
     Raises:
-      ValueError: more heads than slots, or another ``strength``; from ``predict``,
+      ValueError: more heads than slots, or another ``key_strength``; from ``predict``,
         another way; from ``init``, features that are not vectors.
     """
     if not 1 <= num_reads <= num_slots:
@@ -92,23 +92,23 @@ def mann(
             f"num_reads={num_reads}: choose at least 1 and at most the {num_slots} "
             "slots, since no two heads may write to one slot"
         )
-    check_choice("strength", strength, ("learned", "one"))
+    check_choice("key_strength", key_strength, ("learned", "one"))
     sizes = MemorySizes(hidden_size, num_slots, slot_size, num_reads)
     return compare_embeddings(
         learner,
-        _memory_comparison(way, sizes, strength),
+        _memory_comparison(way, sizes, key_strength),
         train_way=way,
         train_queries=train_queries,
     )
 
 
-def _memory_comparison(way: int, sizes: MemorySizes, strength: str) -> Comparison:
+def _memory_comparison(way: int, sizes: MemorySizes, key_strength: str) -> Comparison:
     """Score queries by a network that read the support set into its memory."""
 
     def init(key: Array, embedded: Array) -> LearnerState:
         check_features(embedded.shape, "the controller")
         net = _init_memory_net(key, embedded.shape[-1], way, sizes)
-        if strength == "one":
+        if key_strength == "one":
             del net["strength"]
         return LearnerState(net, {}, {})
 
