@@ -209,4 +209,4 @@ def share_until(curves: np.ndarray, loss: float) -> float:
     0.5
     """
     at = np.flatnonzero(np.median(curves, 0) <= loss)
-    return at[0] / (curves.shape[1] - 1) if len(at) else float("inf")
+    return float(at[0]) / (curves.shape[1] - 1) if len(at) else float("inf")
