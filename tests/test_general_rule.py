@@ -108,6 +108,16 @@ def test_an_ablation_is_a_flag(tmp_path, capsys):
 ABLATIONS = ["--no-tell-length", "--no-noisy-data", "--no-antithetic"]
 
 
+@pytest.mark.parametrize("estimator", ["pes", "backprop"])
+def test_segments_are_an_estimator(estimator, tmp_path):
+    words = ["--estimator", estimator, "--segment", "2", "--learning-rate", "1"]
+    assert general.main(["--folder", str(tmp_path), *WORDS, *words]) == 0
+    saved = rules.load_rule(tmp_path / "gates.npz")
+    fresh = rules.moment_gates(hidden_size=2).init(jax.random.key(0), {})
+    moved = saved.params["step"]["kernel"] - fresh["step"]["kernel"]
+    assert 0.01 < abs(moved).max() <= 0.1 * saved.info["best_step"]
+
+
 def test_rules_are_compared_on_the_same_instances(tmp_path, capsys):
     """By hand: means of pairs, their standard error, each rule told what it was."""
     for name, flags in (("a", []), ("b", ABLATIONS)):

@@ -71,6 +71,11 @@ class Config(Options, frozen=True):
     """Of the perturbations."""
     num_pairs: Count = 4
     """Pairs of runs of a family and meta-step; of costly families half as many."""
+    estimator: Literal["runs", "pes", "backprop"] = "runs"
+    """Evolution over whole runs; or, a family a meta-step, persistent evolution
+    strategies or back-propagation in segments of --segment updates."""
+    segment: Count = 200
+    """pes and backprop: updates of a meta-step."""
     horizon: tuple[int, int] = (200, 2500)
     """Between which the length of a run is drawn."""
     scaling: tuple[float, float] = (0.5, 2.0)

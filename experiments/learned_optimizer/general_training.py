@@ -17,6 +17,7 @@ from experiments.common.loop import Loop, Setup
 from experiments.common.run_folder import Metrics, write_json
 from experiments.common.saved_options import to_json
 from experiments.learned_optimizer.general import Config
+from experiments.learned_optimizer.general_segments import make_parts
 from experiments.learned_optimizer.general_validation import (
     NAME,
     built,
@@ -148,8 +149,20 @@ def run(config: Config) -> None:
       Interrupted: after Ctrl-C; the state is saved.
     """
     rule, tasks = built(config), _chosen(config)
+    data = [task.data for task in tasks]
     schedule = optax.cosine_decay_schedule(config.learning_rate, config.meta_steps)
     optimizer = optax.adam(schedule, b2=0.99)
+    if config.estimator == "runs":
+        step = make_meta_step(config, rule, tasks, optimizer)
+        make_state = lambda: init_state(config, rule, optimizer)  # noqa: E731
+    else:
+        clip, scale = optax.clip_by_global_norm(1.0), optax.scale(config.std)
+        optimizer = optax.chain(clip, optimizer, scale)
+        parts = make_parts(config, rule, tasks)
+        step = metalstm.make_mixture_loop(parts, optimizer)
+        make_state = lambda: metalstm.init_mixture_state(  # noqa: E731
+            parts, optimizer, config.seed, data
+        )
     setup = Setup(
         name=NAME,
         config=config,
@@ -164,20 +177,13 @@ def run(config: Config) -> None:
         describe=lambda means: f"loss {means['loss']:.4g}",
     )
     metrics = Metrics(config.folder, counter="step")
-    loop = Loop(
-        setup,
-        config.folder,
-        metrics,
-        None,
-        lambda: init_state(config, rule, optimizer),
-    )
+    loop = Loop(setup, config.folder, metrics, None, make_state)
     write_json(config.folder / "config.json", {"config": to_json(config)})
     with loop.running():
         if int(loop.state.train.step) == 0:  # of a fresh rule
             _, row = setup.score(loop.state.train.params)
             metrics.write(NAME, "validation", 0, **row)
-        step = make_meta_step(config, rule, tasks, optimizer)
-        loop.fit(step, [task.data for task in tasks])
+        loop.fit(step, data)
     export(config.folder, config.folder / f"{NAME}.npz")
 
 
