@@ -225,16 +225,19 @@ def test_the_six_panels(finished, tmp_path, monkeypatch, capsys):
     # not the LSTM of `finished`, which would compile for each panel
     line += ["--rules", "learned-sgd", "--study", "panels", "--eval-batch", "8"]
     line += ["--batch-size", "5", "--instances", "3", "--workdir", str(folder)]
+    line += ["--long-steps", "8", "--long-instances", "2"]
     assert learned_optimizer.main([*line, "--quadratics-run", str(finished)]) == 0
     rows = json.loads((folder / "panels.json").read_text())
     assert list(dict.fromkeys(row["problem"] for row in rows)) == [
         "quadratics", "glyphs, 2 sigmoid units",
         "glyphs, 2 sigmoid units, updates 4 to 8", "ReLU",
+        "glyphs, 2 sigmoid units, 8 updates", "ReLU, 8 updates",
     ]  # fmt: skip
-    assert [r["updates"] for r in rows if r["optimizer"] == "sgd"] == [4, 4, 8, 4]
-    assert [r["instances"] for r in rows if r["optimizer"] == "sgd"] == [6, 3, 3, 3]
+    sgd = [row for row in rows if row["optimizer"] == "sgd"]
+    assert [row["updates"] for row in sgd] == [4, 4, 8, 4, 8, 8]
+    assert [row["instances"] for row in sgd] == [6, 3, 3, 3, 2, 2]
     learned = [r["optimizer"] for r in rows if r["optimizer"] != "sgd"]
-    assert learned == ["l2l", "gates", *["learned-sgd"] * 3]
+    assert learned == ["l2l", "gates", *["learned-sgd"] * 5]
     assert (folder / "panels.png").read_bytes()[:4] == b"\x89PNG"
     table = (folder / "panels.md").read_text()
     assert f"--study panels --quadratics-run {finished}" in table
