@@ -201,6 +201,24 @@ def test_a_trained_rule_is_compared_as_it_is(finished, capsys):
     assert not Path("other/checkpoints").exists()
 
 
+@pytest.mark.usefixtures("grids_as_they_are")
+def test_a_rule_that_was_told_its_progress_is_told_it_in_tests(tmp_path):
+    folder = tmp_path / "run"
+    line = [*TINY, *DIM, "--rules", "moment-gates", "--tell-progress", "1"]
+    line += ["--moment-gates.hidden-size", "2", "--estimator", "pes"]
+    line += ["--study", "comparison", "--baselines", "none", "--workdir", str(folder)]
+    assert learned_optimizer.main(line) == 0
+    (row,) = json.loads((folder / "comparison.json").read_text())
+    tx = rules.load_rule(folder / "rules" / "moment-gates.npz").transform()
+    family = problems.build_family(parse(line).problem, ())
+    losses = [
+        curves.loss_curves(family, one, (), num_instances=6, num_steps=4)[:, -1].mean()
+        for one in (rules.with_progress(tx, 4), tx)
+    ]
+    assert row["mean"] == pytest.approx(losses[0], rel=1e-5)
+    assert row["mean"] != pytest.approx(losses[1], rel=1e-3)
+
+
 def tiny_images(name, data_dir=None, *, image_size=None) -> data.LabelledImages:
     """Noisy copies of a random picture a class."""
     size, rng = image_size or 4, np.random.default_rng(0)
