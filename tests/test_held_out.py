@@ -12,6 +12,8 @@ import pytest
 from experiments.learned_optimizer import (
     held_out,
     held_out_cells,
+    held_out_report,
+    held_out_rows,
     held_out_tasks,
     meta_tasks,
 )
@@ -22,7 +24,7 @@ from metalstm.learned_optimizers import problems
 
 def search(optimizer, score) -> dict[Trial, float]:
     scores: dict[Trial, float] = {}
-    while (trial := next_trial(optimizer, scores)) is not None:
+    while (trial := next_trial(optimizer.schedules, scores)) is not None:
         assert trial not in scores
         scores[trial] = score(trial)
     return scores
@@ -50,14 +52,6 @@ def test_the_search_survives_rates_that_diverge():
     assert held_out_cells.best_trial(scores).step == -1
 
 
-def test_the_interquartile_mean_ignores_the_ends():
-    assert held_out_cells.iqm([1, 2, 3, 4, 5, 6, 7, float("inf")]) == 4.5
-    np.testing.assert_allclose(
-        held_out_cells.iqm([1, 2, 3]), (0.25 + 2 + 0.75) / 1.5 + 0.0
-    )
-    assert held_out_cells.iqm([5.0]) == 5.0
-
-
 def tiny_task() -> held_out_tasks.HeldOut:
     load = lambda folder: held_out_tasks.Loaded(problems.quadratics(2), ())  # noqa: E731
     return held_out_tasks.HeldOut("quadratics", load, 20)
@@ -69,7 +63,8 @@ def test_cells_are_files_that_are_not_run_again(tmp_path, monkeypatch, capsys):
     params = rule.init(jax.random.key(0), ())
     spec = {"rule": "moment_gates", "hidden_size": 2}
     rules.save_rule(file, spec, params, info={})
-    monkeypatch.setattr(held_out_cells, "TASKS", {"quadratics": tiny_task()})
+    for module in (held_out_cells, held_out_rows, held_out_report):
+        monkeypatch.setattr(module, "TASKS", {"quadratics": tiny_task()})
     words = ["--folder", str(tmp_path / "cells"), "--tasks", "quadratics"]
     words += ["--optimizers", "adamw,schedule-free", "--rule", str(file)]
     assert held_out.main(words) == 0
@@ -84,12 +79,21 @@ def test_cells_are_files_that_are_not_run_again(tmp_path, monkeypatch, capsys):
     before = {path: path.stat().st_mtime_ns for path in files}
     said = capsys.readouterr().out
     assert "mine, tuned" in said
-    assert "adamw: interquartile mean of ratios 1.000" in said
+    assert "quadratics: momentum, lion, muon not begun" in said
     files[3].unlink()
     assert held_out.main(words) == 0
     assert files[3].exists()
     same = [p for p in files if p.stat().st_mtime_ns == before[p]]
     assert len(same) == len(files) - 1
+    assert held_out.main([*words, "--sensitivity"]) == 0
+    # seven rates of seed 0, of which the middle one is there
+    found = {*(tmp_path / "cells").rglob("*.json")}
+    assert {path.stem.partition("-seed")[2] for path in found - {*files}} == {"0"}
+    rates = {path.stem for path in found if path.parent.name == "mine"}
+    assert rates >= {f"constant{by:+d}-seed0" for by in range(-3, 4)}
+    _, summary, by_rate = capsys.readouterr().out.split("\n\n")[-3:]
+    assert "1.000 [1.000, 1.000]" in summary
+    assert by_rate.splitlines()[-1].split()[0] == "mine"
 
 
 def test_the_test_has_ten_tasks_three_of_them_long():

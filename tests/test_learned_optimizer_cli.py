@@ -201,6 +201,24 @@ def test_a_trained_rule_is_compared_as_it_is(finished, capsys):
     assert not Path("other/checkpoints").exists()
 
 
+@pytest.mark.usefixtures("grids_as_they_are")
+def test_a_rule_that_was_told_its_progress_is_told_it_in_tests(tmp_path):
+    folder = tmp_path / "run"
+    line = [*TINY, *DIM, "--rules", "moment-gates", "--tell-progress", "1"]
+    line += ["--moment-gates.hidden-size", "2", "--estimator", "pes"]
+    line += ["--study", "comparison", "--baselines", "none", "--workdir", str(folder)]
+    assert learned_optimizer.main(line) == 0
+    (row,) = json.loads((folder / "comparison.json").read_text())
+    tx = rules.load_rule(folder / "rules" / "moment-gates.npz").transform()
+    family = problems.build_family(parse(line).problem, ())
+    losses = [
+        curves.loss_curves(family, one, (), num_instances=6, num_steps=4)[:, -1].mean()
+        for one in (rules.with_progress(tx, 4), tx)
+    ]
+    assert row["mean"] == pytest.approx(losses[0], rel=1e-5)
+    assert row["mean"] != pytest.approx(losses[1], rel=1e-3)
+
+
 def tiny_images(name, data_dir=None, *, image_size=None) -> data.LabelledImages:
     """Noisy copies of a random picture a class."""
     size, rng = image_size or 4, np.random.default_rng(0)
@@ -225,16 +243,19 @@ def test_the_six_panels(finished, tmp_path, monkeypatch, capsys):
     # not the LSTM of `finished`, which would compile for each panel
     line += ["--rules", "learned-sgd", "--study", "panels", "--eval-batch", "8"]
     line += ["--batch-size", "5", "--instances", "3", "--workdir", str(folder)]
+    line += ["--long-steps", "8", "--long-instances", "2"]
     assert learned_optimizer.main([*line, "--quadratics-run", str(finished)]) == 0
     rows = json.loads((folder / "panels.json").read_text())
     assert list(dict.fromkeys(row["problem"] for row in rows)) == [
         "quadratics", "glyphs, 2 sigmoid units",
         "glyphs, 2 sigmoid units, updates 4 to 8", "ReLU",
+        "glyphs, 2 sigmoid units, 8 updates", "ReLU, 8 updates",
     ]  # fmt: skip
-    assert [r["updates"] for r in rows if r["optimizer"] == "sgd"] == [4, 4, 8, 4]
-    assert [r["instances"] for r in rows if r["optimizer"] == "sgd"] == [6, 3, 3, 3]
+    sgd = [row for row in rows if row["optimizer"] == "sgd"]
+    assert [row["updates"] for row in sgd] == [4, 4, 8, 4, 8, 8]
+    assert [row["instances"] for row in sgd] == [6, 3, 3, 3, 2, 2]
     learned = [r["optimizer"] for r in rows if r["optimizer"] != "sgd"]
-    assert learned == ["l2l", "gates", *["learned-sgd"] * 3]
+    assert learned == ["l2l", "gates", *["learned-sgd"] * 5]
     assert (folder / "panels.png").read_bytes()[:4] == b"\x89PNG"
     table = (folder / "panels.md").read_text()
     assert f"--study panels --quadratics-run {finished}" in table

@@ -35,9 +35,10 @@ def runs(rule=RULE, std=0.01, num_pairs=64, num_steps=STEPS, params=0.05, **opti
     return run(jnp.float32(params), std, None, jax.random.key(0), num_steps)
 
 
-def test_the_estimate_is_the_slope_of_the_score():
+@pytest.mark.parametrize("antithetic", [True, False])
+def test_the_estimate_is_the_slope_of_the_score(antithetic):
     """Against central differences of the score on the very same runs."""
-    found = runs()
+    found = runs(antithetic=antithetic, num_pairs=64 if antithetic else 256)
     slope = found.noises * found.differences / (2 * 0.01)
     by = 1e-2
     higher, lower = (runs(params=0.05 + sign * by, std=0.0).score for sign in (1, -1))

@@ -3,8 +3,10 @@
 Aim, not shown yet (docs/results/learned_optimizers.md): gates that read normalised
 moments, meta-trained on small networks, train networks of other kinds (`held_out`).
 
-    python -m experiments.learned_optimizer.general --folder RUN           # or resume
-    python -m experiments.learned_optimizer.general --folder RUN --export  # its best
+    python -m experiments.learned_optimizer.general --folder RUN    # or resume
+    python -m experiments.learned_optimizer.general --folder RUN --export gates-v1.npz
+    python -m experiments.learned_optimizer.general --evaluate fresh,gates-v1.npz \
+      --validation-instances 8
 
 A meta-step is one of evolution strategies on all families (`meta_tasks`): antithetic
 pairs of perturbed rules each train a network from start to end, in runs of log-uniform
@@ -25,7 +27,15 @@ from typing import Annotated, Literal
 
 import msgspec
 
-from experiments.common.cli import Count, Names, Natural, Options, Positive, parse
+from experiments.common.cli import (
+    Count,
+    Names,
+    Natural,
+    Options,
+    Pair,
+    Positive,
+    parse,
+)
 from experiments.common.compiled_programs import keep_compiled_programs
 from experiments.common.run_folder import locked
 from experiments.common.script_end import Interrupted, exit_status
@@ -37,8 +47,12 @@ _RESUME = "stopped; the same command resumes the run"
 class Config(Options, frozen=True):
     folder: Path = Path("runs") / "general"
     """The run's; it is resumed if there is one."""
-    export: bool = False
-    """Write the best rule of the run so far, and train no further."""
+    export: Path | None = None
+    """Train no further: write the best rule of the run so far to this file. The run may
+    be under way."""
+    evaluate: Names = ()
+    """Train nothing: compare these files of rules on the validation families, each with
+    the first. fresh: a rule that is not trained."""
     seed: Natural = 0
     """Of everything that is drawn."""
     rule: Literal["moment_gates", "moment_network"] = "moment_gates"
@@ -57,15 +71,26 @@ class Config(Options, frozen=True):
     """Of the perturbations."""
     num_pairs: Count = 4
     """Pairs of runs of a family and meta-step; of costly families half as many."""
+    estimator: Literal["runs", "pes", "backprop"] = "runs"
+    """Evolution over whole runs; or, a family a meta-step, persistent evolution
+    strategies or back-propagation in segments of --segment updates."""
+    segment: Count = 200
+    """pes and backprop: updates of a meta-step."""
     horizon: tuple[int, int] = (200, 2500)
     """Between which the length of a run is drawn."""
     scaling: tuple[float, float] = (0.5, 2.0)
     """Between which the scale of a run's parameters is drawn."""
     tell_progress: Annotated[float, msgspec.Meta(ge=0, le=1)] = 0.85
     """Share of the runs that know their progress; 0: nor do those of validation."""
+    tell_length: bool = True
+    """Whether these know their length too, in validation as well."""
+    noisy_data: bool = True
+    """Whether images and tables are noisy copies, some labels drawn again."""
+    antithetic: bool = True
+    """Whether the two rules of a pair are shifted in opposite directions."""
     validation_steps: Count = 2_000
     """Updates of a validation run."""
-    validation_instances: Count = 2
+    validation_instances: Pair = 2
     """Runs of each family of validation."""
     validate_every: Count = 20
     """Meta-steps between validations."""
@@ -81,8 +106,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _run(arguments: list[str]) -> int:
     config = parse(Config(), arguments, module=MODULE, description=__doc__)
     keep_compiled_programs()
-    from experiments.learned_optimizer import general_training
+    from experiments.learned_optimizer import general_training, general_validation
 
+    if config.export is not None:
+        general_validation.export(config.folder, config.export)
+        return 0
+    if config.evaluate:
+        print(general_validation.evaluate(config))
+        return 0
     with locked(config.folder):
         try:
             general_training.run(config)

@@ -4,7 +4,7 @@ Claim: with its default a gate rule ends lower than AdamW with a tuned rate and 
 on most of ten tasks whose data and architectures it was not trained on.
 
     python -m experiments.learned_optimizer.held_out --data-dir DIR --rule FILE.npz
-    python -m experiments.learned_optimizer.held_out --report    # what is there so far
+    python -m experiments.learned_optimizer.held_out --report FOLDER
 
 Every optimizer has the same nine trials for each task, on another seed than is
 reported: the rate moves by factors of sqrt(10) from its default, with a cosine, until
@@ -12,7 +12,8 @@ the best has a worse neighbour on both sides (seven trials at most); the last on
 the best rate at other schedules. A gate rule has one trial, its default (row "NAME"),
 and nine, in which its updates are multiplied (row "NAME, tuned"). Then three seeds are
 trained with the best trial. A cell is one training run, a JSON file in the folder;
-cells that are there are not run again, so the command may be stopped at any time.
+cells that are there are not run again, so the command may be stopped at any time. The
+report says what is missing, and compares what is complete.
 
 About seven hours of one core for all tasks, the five optimizers and one rule, by the
 milliseconds of a step; `--tasks` and `--optimizers` choose.
@@ -43,8 +44,12 @@ class Config(Options, frozen=True):
     """Which tasks; none named: all."""
     optimizers: Names = ()
     """Which optimizers to compare with, likewise."""
-    report: bool = False
-    """Print what is there, and run nothing."""
+    sensitivity: bool = False
+    """Run also other rates: the tuned one (a rule's default) times 10^-1.5 to 10^1.5,
+    one seed each."""
+    report: Path | None = None
+    """Run nothing; write the tables of what is there, the figures and held_out.json, of
+    which they can be made again, into this folder."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -56,12 +61,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _run(arguments: list[str]) -> None:
     config = parse(Config(), arguments, module=MODULE, description=__doc__)
     keep_compiled_programs()
-    from experiments.learned_optimizer import held_out_cells
+    from experiments.learned_optimizer import held_out_cells, held_out_report
 
-    config, optimizers = held_out_cells.resolved(config)
-    if not config.report:
-        held_out_cells.run(config, optimizers)
-    print(held_out_cells.report(config, optimizers))
+    if config.report is None:
+        held_out_cells.run(*held_out_cells.resolved(config))
+    print(held_out_report.report(config.folder, config.report))
 
 
 if __name__ == "__main__":

@@ -1,17 +1,16 @@
-"""The cells of `held_out`: optimizers, the search of their rates, runs and report."""
+"""The cells of `held_out`: optimizers, the search of their rates, runs."""
 
 from __future__ import annotations
 
 import json
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 from optax import contrib
 
@@ -53,6 +52,9 @@ OPTIMIZERS: dict[str, Optimizer] = {
 }
 
 
+RULE_SCHEDULES = ("constant", "cosine", "warmup")
+
+
 def gate_rule(path: Path) -> Optimizer:
     """A trained rule, told its progress; its rate multiplies its updates."""
     learned = rules.load_rule(path).transform()
@@ -61,7 +63,7 @@ def gate_rule(path: Path) -> Optimizer:
         by = optax.scale_by_schedule(rate) if callable(rate) else optax.scale(rate)
         return optax.chain(rules.with_progress(learned, num_steps), by)
 
-    return Optimizer(make, 1.0, ("constant", "cosine", "warmup"))
+    return Optimizer(make, 1.0, RULE_SCHEDULES)
 
 
 class Trial(NamedTuple):
@@ -85,7 +87,7 @@ def scheduled(name: str, peak: Any, num_steps: int) -> Any:
     return lambda step: peak * shape(step)
 
 
-def next_trial(optimizer: Optimizer, scores: dict[Trial, float]) -> Trial | None:
+def next_trial(schedules: tuple[str, ...], scores: dict[Trial, float]) -> Trial | None:
     """The trial that the search makes after ``scores``, None at its end.
 
     A function of the scores alone, so that a stopped search resumes. Losses that are
@@ -93,7 +95,7 @@ def next_trial(optimizer: Optimizer, scores: dict[Trial, float]) -> Trial | None
     """
     if len(scores) >= TRIALS:
         return None
-    first, *others = optimizer.schedules
+    first, *others = schedules
     of_rates = {t.step: score for t, score in scores.items() if t.schedule == first}
     if not of_rates:
         return Trial(0, first)
@@ -109,6 +111,11 @@ def next_trial(optimizer: Optimizer, scores: dict[Trial, float]) -> Trial | None
 
 def best_trial(scores: dict[Trial, float]) -> Trial:
     return min(sorted(scores), key=lambda trial: scores[trial])
+
+
+def around(trial: Trial) -> list[Trial]:
+    """The same at rates over three decades."""
+    return [trial._replace(step=trial.step + by) for by in range(-3, 4)]
 
 
 # -- cells -----------------------------------------------------------------------------
@@ -160,10 +167,6 @@ class Cells:
     def path(self, trial: Trial, seed: int) -> Path:
         return self.folder / f"{trial.schedule}{trial.step:+d}-seed{seed}.json"
 
-    def read(self, trial: Trial, seed: int) -> dict[str, Any] | None:
-        path = self.path(trial, seed)
-        return json.loads(path.read_text()) if path.exists() else None
-
     def scores(self) -> dict[Trial, float]:
         """Of the tuning's trials so far."""
         found = {}
@@ -173,15 +176,21 @@ class Cells:
         return found
 
 
-def missing(cells: Cells, optimizer: Optimizer, is_rule: bool) -> Iterator:
+def missing(
+    cells: Cells, optimizer: Optimizer, *, is_rule: bool, sensitivity: bool
+) -> Iterator[tuple[Trial, int]]:
     """The (trial, seed) that are to be run, in order; each is run before the next."""
+    default = Trial(0, optimizer.schedules[0])
     if is_rule:  # one trial: the default, nothing tuned
-        default = Trial(0, optimizer.schedules[0])
-        yield from ((default, s) for s in SEEDS if cells.read(default, s) is None)
-    while (trial := next_trial(optimizer, cells.scores())) is not None:
+        yield from ((default, s) for s in SEEDS if not cells.path(default, s).exists())
+    while (trial := next_trial(optimizer.schedules, cells.scores())) is not None:
         yield trial, TUNE_SEED
     best = best_trial(cells.scores())
-    yield from ((best, s) for s in SEEDS if cells.read(best, s) is None)
+    yield from ((best, s) for s in SEEDS if not cells.path(best, s).exists())
+    if sensitivity:
+        for trial in around(default if is_rule else best):
+            if not cells.path(trial, SEEDS[0]).exists():
+                yield trial, SEEDS[0]
 
 
 def resolved(config: Config) -> tuple[Config, dict[str, Optimizer]]:
@@ -205,7 +214,13 @@ def run(config: Config, optimizers: dict[str, Optimizer]) -> None:
         for name, optimizer in optimizers.items():
             cells = Cells(config.folder, task_name, name)
             programs: dict[str, Callable] = {}  # by their schedule
-            for trial, seed in missing(cells, optimizer, name not in OPTIMIZERS):
+            left = missing(
+                cells,
+                optimizer,
+                is_rule=name not in OPTIMIZERS,
+                sensitivity=config.sensitivity,
+            )
+            for trial, seed in left:
                 loaded = loaded or task.load(config.data_dir)
                 if (how := trial.schedule) not in programs:
                     programs[how] = compiled(task, loaded, optimizer, how)
@@ -218,59 +233,3 @@ def run(config: Config, optimizers: dict[str, Optimizer]) -> None:
                     f"{task_name} {path.stem} of {name}: {_score(cell):.4g}", flush=True
                 )
         jax.clear_caches()
-
-
-# -- report ----------------------------------------------------------------------------
-
-
-def final_losses(cells: Cells, trial: Trial) -> np.ndarray | None:
-    """Of the seeds, float64 [3]; None while one is missing."""
-    found = [cell for seed in SEEDS if (cell := cells.read(trial, seed)) is not None]
-    return np.array(list(map(_score, found))) if len(found) == len(SEEDS) else None
-
-
-def report(config: Config, optimizers: dict[str, Optimizer]) -> str:
-    """Median final losses, and their ratios to tuned AdamW's, of what is complete."""
-    lines = [
-        f"held-out test {VERSION}: median final loss of {len(SEEDS)} seeds (ratio)"
-    ]
-    ratios: dict[str, list[float]] = {}
-    for task in config.tasks:
-        row = [f"{task:12s}"]
-        reference = None
-        for name, optimizer in optimizers.items():
-            cells = Cells(config.folder, task, name)
-            scores = cells.scores()
-            rows = {}
-            if name not in OPTIMIZERS:
-                rows[name] = Trial(0, optimizer.schedules[0])
-            if next_trial(optimizer, scores) is None:
-                rows[name if name in OPTIMIZERS else f"{name}, tuned"] = best_trial(
-                    scores
-                )
-            for label, trial in rows.items():
-                losses = final_losses(cells, trial)
-                if losses is None:
-                    continue
-                median = float(np.median(losses))
-                reference = median if name == "adamw" else reference
-                ratio = median / reference if reference else float("nan")
-                ratios.setdefault(label, []).append(ratio)
-                row.append(f"{label} {median:.4g} ({ratio:.2f})")
-        lines.append("  ".join(row))
-    for label, values in ratios.items():
-        lines.append(f"{label}: interquartile mean of ratios {iqm(values):.3f}")
-    return "\n".join(lines)
-
-
-def iqm(values: Sequence[float]) -> float:
-    """The mean of the middle half, the ends of it weighted by the share inside.
-
-    >>> iqm([1.0, 2.0, 3.0, 100.0])
-    2.5
-    """
-    ordered = np.sort(np.asarray(values, np.float64))
-    edges = np.linspace(0, 1, len(ordered) + 1)
-    inside = np.clip(np.minimum(edges[1:], 0.75) - np.maximum(edges[:-1], 0.25), 0, 1)
-    used = inside > 0  # an infinite loss outside the middle half does not count
-    return float((inside[used] * ordered[used]).sum() / inside.sum())

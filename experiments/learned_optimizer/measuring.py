@@ -44,6 +44,7 @@ class Optimizer(NamedTuple):
     tx: optax.GradientTransformationExtraArgs
     identity: dict[str, Any]  # JSON that two different optimizers never share
     tuned: Tuned | None = None  # of a baseline
+    told: bool = False  # of a rule: the progress and length of training
 
     @property
     def beta(self) -> float | None:
@@ -112,10 +113,10 @@ class Bench:
 
         def measure() -> dict[str, np.ndarray]:
             print(f"  measuring {optimizer.name}", file=sys.stderr, flush=True)
-            source = self.source
+            source, tx = self.source, optimizer.tx
             values = curves.loss_curves(
                 source.test,
-                optimizer.tx,
+                rules.with_progress(tx, steps) if optimizer.told else tx,
                 source.data,
                 eval_batch=self.test.eval_batch,
                 task_mapping=source.task_mapping,
@@ -196,9 +197,13 @@ def saved_rules(config: Config, folder: Path) -> list[Optimizer]:
                 f"{folder} has no trained {name} yet ({path}): resume with --resume "
                 f"{folder}, or omit it with --rules"
             )
-        tx = rules.load_rule(path).transform()
+        saved = rules.load_rule(path)
         digest = hashlib.sha256(path.read_bytes()).hexdigest()
-        found.append(Optimizer(name, tx, {"rule": digest}))
+        # of this script, or of `general`
+        trained = saved.info.get("training") or saved.info.get("config") or {}
+        told = trained.get("tell_progress", 0) > 0
+        tx = saved.transform()
+        found.append(Optimizer(name, tx, {"rule": digest}, told=told))
     return found
 
 

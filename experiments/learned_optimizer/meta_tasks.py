@@ -321,21 +321,30 @@ def _inputs(data: ImageData) -> ImageData:
     return ImageData(data.x, data.x)
 
 
-def _noisy_table(name: str) -> ImageData:
-    return noisy(table(name), 20, inputs=0.3, labels=0.05)
-
-
 def _mlp(outputs: int, hidden: Sequence[int], activation: Callable, batch_size: int):
     module = MLP(outputs, tuple(hidden), activation)
     return problems.supervised(module, batch_size=batch_size)
 
 
-def training_tasks() -> tuple[Task, ...]:
-    """Families of small networks; theta_0 and minibatches differ from run to run."""
+def training_tasks(with_noise: bool = True) -> tuple[Task, ...]:
+    """Families of small networks; theta_0 and minibatches differ from run to run.
+
+    Args:
+      with_noise: that images and tables are noisy copies.
+    """
     numbers, glyphs = digits(), letters()
-    squares = ImageData(numbers.x.reshape(-1, 8, 8, 1), numbers.y)
-    moved = noisy(squares, 12, inputs=0.2, labels=0.05, shift=1)
-    blurred = noisy(glyphs, 40, inputs=0.3, labels=0.02, shift=2)
+    moved = ImageData(numbers.x.reshape(-1, 8, 8, 1), numbers.y)
+    blurred, cancer, wine, diabetes = (
+        glyphs,
+        *map(table, ("breast_cancer", "wine", "diabetes")),
+    )
+    if with_noise:
+        moved = noisy(moved, 12, inputs=0.2, labels=0.05, shift=1)
+        blurred = noisy(glyphs, 40, inputs=0.3, labels=0.02, shift=2)
+        cancer, wine, diabetes = (
+            noisy(plain, 20, inputs=0.3, labels=0.05)
+            for plain in (cancer, wine, diabetes)
+        )
     flat = _inputs(glyphs._replace(x=glyphs.x.reshape(-1, 196)))
     tokens, kinds = grammar_text(60_000)
     text = windows(tokens, 16)
@@ -353,9 +362,9 @@ def training_tasks() -> tuple[Task, ...]:
         Task("letters-sigmoid", _mlp(10, (20,), jax.nn.sigmoid, 32), blurred, True),
         Task("letters-elu", _mlp(10, (32, 16), jax.nn.elu, 16), blurred, True),
         Task("letters-cnn", supervised(SmallCNN(10), batch_size=16), blurred, True),
-        Task("cancer", _mlp(2, (16,), jax.nn.relu, 32), _noisy_table("breast_cancer")),
-        Task("wine", _mlp(3, (16, 16), jax.nn.silu, 16), _noisy_table("wine")),
-        Task("diabetes", _mlp(1, (32,), jnp.tanh, 64), _noisy_table("diabetes")),
+        Task("cancer", _mlp(2, (16,), jax.nn.relu, 32), cancer),
+        Task("wine", _mlp(3, (16, 16), jax.nn.silu, 16), wine),
+        Task("diabetes", _mlp(1, (32,), jnp.tanh, 64), diabetes),
         Task("text-gru", supervised(gru, next_character, batch_size=8), text, True),
         Task("text-mlp", supervised(window, next_character, batch_size=16), text),
         Task("noisy-quadratics", noisy_quadratics(), ()),

@@ -239,10 +239,14 @@ def _make_score(
     rule: UpdateRule, config: Config, source: Source
 ) -> Callable[[PyTree], tuple[float, dict[str, float]]]:
     """Minus the mean log of the last loss, a divergence at its cap."""
-    test = config.test
+    test, told = config.test, rule
+    if config.training.tell_progress:
+        told = UpdateRule(
+            rule.init, lambda params: rules.with_progress(rule.bind(params), test.steps)
+        )
     loss_curves = curves.make_loss_curves(
         source.test,
-        rule,
+        told,
         num_instances=config.budget.validation_instances,
         num_steps=test.steps,
         record_every=test.steps,

@@ -162,7 +162,8 @@ def _comparison(context: Context) -> Made:
     rows, caption = panel.rows(), f"{title}. {context.protocol()}"
     table = measuring.table(rows, reference=context.reference, caption=caption)
     figures, sweeps = {"comparison.png": _figure([panel])}, {}
-    for name, _, _, tuned in (one.optimizer for one in panel.measured):
+    for optimizer in (one.optimizer for one in panel.measured):
+        name, tuned = optimizer.name, optimizer.tuned
         if tuned is not None:
             scores, beta = tuned.scores, tuned.best.get("momentum")
             if beta is not None:
@@ -204,27 +205,41 @@ def _generalisation(context: Context) -> Made:
 
 
 def _panels(context: Context) -> Made:
-    """Quadratics; 100 updates; the next 100; 40 units; two layers; ReLU."""
+    """Quadratics; 100 updates; 100 more; 40 units; two layers; ReLU; 1,000 updates."""
     config, test = context.config, context.config.test
     panels = []
     if config.run.quadratics_run is not None:
         other = _other_run(config.run.quadratics_run, context)
         panels.append(other.compete("quadratics"))
-    steps, cut = test.steps, test.steps // test.record_every
+    steps, long = test.steps, test.long_steps
     family: Any = config.problem.family
     base = f"{config.problem.dataset}, {family.hidden[0]} {family.activation} units"
     later = f"{base}, updates {steps} to {2 * steps}"
+    panels.append(context.compete(base))
+    # a run of its own, for rules that are told its length
     twice = context.compete(later, steps=2 * steps, tune_steps=steps)
-    panels.append(twice.part(base, slice(cut + 1)))
-    panels.append(twice._replace(drawn=twice.part(later, slice(cut, None)).drawn))
+    second = slice(steps // test.record_every, None)
+    panels.append(twice._replace(drawn=twice.part(later, second).drawn))
     named = variants(config.problem)
     for name in (f"{2 * family.hidden[0]} units", "2 layers", "ReLU"):
         if name in named:
-            panels.append(context.compete(name, named[name], tune_steps=steps))
+            panels.append(context.compete(name, named[name]))
+    if long:
+        for name, problem in ({base: None} | named).items():
+            if name not in (base, "ReLU"):
+                continue
+            panel = context.compete(
+                f"{name}, {long:,} updates",
+                problem,
+                steps=long,
+                instances=test.long_instances,
+                every=_divisor(steps, long),
+            )
+            panels.append(panel)
     caption = (
         "As figures 4 and 5 of Andrychowicz et al. (2016). Rules trained on: "
         f"{describe(config.problem)}. {context.protocol()} Baselines are tuned on "
-        f"every problem for {steps} updates."
+        f"every problem, those of updates {steps} to {2 * steps} for {steps}."
     )
     return _side_by_side("panels", caption, panels, context.reference)
 

@@ -27,7 +27,7 @@ class PairedRuns(NamedTuple):
     """What P pairs of runs say of a rule."""
 
     noises: PyTree  # z, leading [P]; 0 where a parameter is not perturbed
-    differences: Array  # [P] score of the rule shifted by +std z minus that by -std z
+    differences: Array  # [P] score of the first rule minus that of the second
     score: Array  # mean over all runs
     diverged: Array  # share of the runs
 
@@ -39,6 +39,7 @@ def make_paired_runs(
     num_pairs: int,
     eval_batch: int = 512,
     tell_progress: float = 1.0,
+    antithetic: bool = True,
 ) -> Callable[[PyTree, PyTree, Any, Array, Array], PairedRuns]:
     r"""Compile ``(rule params, std, data, key, num_steps) -> PairedRuns``.
 
@@ -50,13 +51,16 @@ def make_paired_runs(
 
     .. math:: \hat g = z \, (\phi^+ - \phi^-) / (2 \sigma),
 
-    is unbiased for the score smoothed by the noise.
+    is unbiased for the score smoothed by the noise. Without ``antithetic`` the shifts
+    are :math:`\sigma z_1, \sigma z_2`, independent, and z is their difference, over
+    sigma: unbiased too, with more variance.
 
     Args:
       num_pairs: P.
       eval_batch: examples that a first or last loss is the mean over.
       tell_progress: share of the pairs whose rule is told its progress, as by
         `metalstm.rules.with_progress`.
+      antithetic: shift the two rules of a pair in opposite directions.
 
     Raises:
       ValueError: an argument outside these choices.
@@ -73,10 +77,13 @@ def make_paired_runs(
         first = family.loss(start, task, held)
         told = jax.random.bernoulli(keys["told"], tell_progress)
         noise = _noise(keys["noise"], rule_params, std)
-        shift = jax.tree.map(jnp.multiply, noise, std)
+        other = jax.tree.map(jnp.negative, noise)
+        if not antithetic:
+            other = _noise(jax.random.fold_in(keys["noise"], 1), rule_params, std)
+        both = jax.tree.map(lambda *z: jnp.stack(z), noise, other)
 
-        def one(sign: Array) -> Array:
-            shifted = jax.tree.map(lambda w, e: w + sign * e, rule_params, shift)
+        def one(noise: PyTree) -> Array:
+            shifted = jax.tree.map(lambda w, z, s: w + s * z, rule_params, noise, std)
             tx = with_progress(rule.bind(shifted), None)
             state = tx.init(start)._replace(num_steps=jnp.where(told, num_steps, 0.0))
 
@@ -90,10 +97,12 @@ def make_paired_runs(
             params, _ = lax.fori_loop(0, num_steps, step, (start, state))
             return family.loss(params, task, held)
 
-        last = jax.vmap(one)(jnp.array([1.0, -1.0]))
+        last = jax.vmap(one)(both)
         relative = last / first
         bad = ~(relative < _WORST)  # NaN is not below
         scores = jnp.log(jnp.where(bad, _WORST, relative) + _FLOOR)
+        if not antithetic:
+            noise = jax.tree.map(jnp.subtract, noise, other)
         return noise, scores[0] - scores[1], scores.mean(), bad.mean()
 
     @jax.jit

@@ -49,8 +49,8 @@ def loss_panels(
 ) -> Figure:
     """Draw losses against updates on a log scale, a panel a problem, a line a rule.
 
-    The band is the 95% CI ``over`` problems or tasks. Where any of them has diverged
-    there is no mean, and the line ends.
+    The band is the 95% CI ``over`` problems or tasks, if there are several. Where any
+    of them has diverged there is no mean, and the line ends.
 
     Args:
       panels: per title, per optimizer its losses.
@@ -79,7 +79,8 @@ def loss_panels(
         axes.set(xlabel=xlabel, ylabel=ylabel + kind, yscale="log")
         axes.set_title(title, fontsize=10)
         add_grid_and_legend(axes)
-    add_note(figure, f"band: 95% CI over {over}")
+    if any(len(one.values) > 1 for drawn in panels.values() for one in drawn.values()):
+        add_note(figure, f"band: 95% CI over {over}")
     return figure
 
 

@@ -1,0 +1,287 @@
+"""Validation of `general`, next to tuned AdamW; the export of a run's best rule.
+
+Notation: I instances of a family.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+import optax
+
+from experiments.common import report
+from experiments.common.run_folder import Metrics, write_json
+from experiments.common.saved_options import flag, from_json, read_config, to_json
+from experiments.common.tables import Table
+from experiments.learned_optimizer.general import MODULE, Config
+from experiments.learned_optimizer.meta_tasks import Task, validation_tasks
+from metalstm import rules
+from metalstm.base import PyTree, UpdateRule
+from metalstm.learned_optimizers import make_loss_curves, sweep
+from metalstm.runtime import checkpoints
+
+NAME = "gates"
+FRESH = "fresh"  # a rule that is not trained
+_SEED = 1_000_003
+_FLOOR = 0.02  # share of the first loss below which a last loss hardly counts
+_RATES = tuple(10 ** (k / 2) for k in range(-8, 0))  # of AdamW: 1e-4 to 0.3
+
+Logs = dict[str, np.ndarray]  # of each family [I]: logs of last over first losses
+
+
+def spec_of(config: Config) -> dict[str, Any]:
+    return {"rule": config.rule, "hidden_size": config.hidden_size}
+
+
+def without_length(rule: UpdateRule) -> UpdateRule:
+    """Hide the length of training from the rule, not its progress."""
+
+    def bind(params: PyTree) -> optax.GradientTransformationExtraArgs:
+        tx = rule.bind(params)
+
+        def update(grads, state, params=None, **extra):
+            return tx.update(grads, state, params, **extra | {"num_steps": 0.0})
+
+        return optax.GradientTransformationExtraArgs(tx.init, update)
+
+    return rule._replace(bind=bind)
+
+
+def built(config: Config) -> UpdateRule:
+    """The rule as it is meta-trained."""
+    rule = rules.build_rule(spec_of(config))
+    return rule if config.tell_length else without_length(rule)
+
+
+# -- scores ----------------------------------------------------------------------------
+
+
+class Mean(NamedTuple):
+    """Over families, with the standard error over instances: the families are fixed."""
+
+    mean: float
+    error: float
+
+    def __str__(self) -> str:
+        return f"{self.mean:+.3f} ± {self.error:.3f}"
+
+
+def mean_difference(mine: Logs, others: Logs) -> Mean:
+    """Of the same instances, pair by pair."""
+    pairs = [mine[name] - others[name] for name in others]
+    of_means = [np.var(pair, ddof=1) / len(pair) for pair in pairs]
+    mean = np.mean([pair.mean() for pair in pairs])
+    return Mean(float(mean), math.sqrt(sum(of_means)) / len(pairs))
+
+
+def make_score(
+    config: Config, rule: UpdateRule, tasks: Sequence[Task]
+) -> Callable[[PyTree], tuple[float, dict[str, float]]]:
+    """Minus the mean log ratio of final losses to tuned AdamW's, and a row of it."""
+    measure = make_measure(config, rule, tasks)
+    reference = _kept(config, "adamw", lambda: _adamw(config, tasks))
+
+    def score(params: PyTree) -> tuple[float, dict[str, float]]:
+        logs = measure(params)
+        found = mean_difference(logs, reference)
+        each = {k: float((v - reference[k]).mean()) for k, v in logs.items()}
+        row = {"log_ratio": found.mean, "standard_error": found.error, **each}
+        return -found.mean, row | {"cpu_seconds": time.process_time()}
+
+    return score
+
+
+def make_measure(
+    config: Config, rule: UpdateRule, tasks: Sequence[Task]
+) -> Callable[[PyTree], Logs]:
+    """Compile ``rule's parameters -> Logs``."""
+    length = config.validation_steps if config.tell_progress else None
+    told = UpdateRule(
+        rule.init, lambda params: rules.with_progress(rule.bind(params), length)
+    )
+    runs = {
+        task.name: make_loss_curves(task.family, told, **_options(config))
+        for task in tasks
+    }
+
+    def measure(params: PyTree) -> Logs:
+        return {
+            task.name: _logs(runs[task.name](params, task.data, _SEED))
+            for task in tasks
+        }
+
+    return measure
+
+
+def _options(config: Config) -> dict[str, Any]:
+    return {
+        "num_instances": config.validation_instances,
+        "num_steps": config.validation_steps,
+        "record_every": config.validation_steps,
+        "eval_batch": 1_024,
+        "task_mapping": "vmap",
+    }
+
+
+def _logs(losses: np.ndarray) -> np.ndarray:
+    """Of last over first losses [I, 2], at most 10, plus the floor."""
+    first, last = np.asarray(losses, np.float64).T
+    relative = np.where(last < 10 * first, last / first, 10)  # NaN is not below
+    return np.log(relative + _FLOOR)
+
+
+def _adamw(config: Config, tasks: Sequence[Task]) -> Logs:
+    """AdamW with a cosine at the best rate for these very runs."""
+
+    def adamw(learning_rate):
+        steps = config.validation_steps
+        return optax.adamw(optax.cosine_decay_schedule(learning_rate, steps))
+
+    found = {}
+    for task in tasks:
+        tried = sweep(
+            task.family,
+            rules.tunable(adamw, learning_rate=1e-3),
+            {"learning_rate": _RATES},
+            task.data,
+            seed=_SEED,
+            score="mean_log",
+            **_options(config),
+        )
+        found[task.name] = _logs(tried.best_curves)
+        where = "" if tried.inside["learning_rate"] else ", at the end of its grid"
+        rate, score = tried.best["learning_rate"], found[task.name].mean()
+        print(f"{task.name}: AdamW at {rate:.2g}{where}, {score:.3f}", flush=True)
+    return found
+
+
+def _kept(config: Config, name: str, make: Callable[[], Logs]) -> Logs:
+    """What the folder has under this name, else ``make()``, which it has then."""
+    size = f"{config.validation_instances}x{config.validation_steps}"
+    path = config.folder / f"validation-{size}.json"
+    known = json.loads(path.read_text()) if path.exists() else {}
+    if name not in known:
+        known[name] = {task: logs.tolist() for task, logs in make().items()}
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_json(path, known)
+    return {task: np.array(logs) for task, logs in known[name].items()}
+
+
+# -- commands --------------------------------------------------------------------------
+
+
+def evaluate(config: Config) -> Table:
+    """Rules next to AdamW and the first of them, on the validation families.
+
+    A rule is told what it was told in meta-training. Results are kept in the folder.
+
+    Raises:
+      OSError, ValueError: a file that is none of a rule.
+    """
+    tasks = validation_tasks()
+    reference = _kept(config, "adamw", lambda: _adamw(config, tasks))
+    found = {name: _logs_of(config, name, tasks) for name in config.evaluate}
+    first = next(iter(found.values()))
+    rows = [
+        [
+            "/".join(Path(name).with_suffix("").parts[-2:]),
+            str(mean_difference(logs, reference)),
+            "" if logs is first else str(mean_difference(logs, first)),
+            *(f"{(logs[task] - reference[task]).mean():+.3f}" for task in reference),
+        ]
+        for name, logs in found.items()
+    ]
+    headings = ["rule", "log ratio to AdamW", f"- {rows[0][0]}", *reference]
+    caption = (
+        f"Mean log ratios of last losses, {config.validation_steps:,} updates, "
+        f"{config.validation_instances} instances a family, ± standard error over them"
+    )
+    return Table(caption, headings, rows)
+
+
+def _logs_of(config: Config, name: str, tasks: Sequence[Task]) -> Logs:
+    if name == FRESH:
+        rule = built(config)
+        params, key, told = rule.init(jax.random.key(config.seed), {}), FRESH, config
+    else:
+        saved = rules.load_rule(name)
+        digest = hashlib.sha256(Path(name).read_bytes()).hexdigest()[:8]
+        params, key = saved.params, f"{Path(name).stem} {digest}"
+        told = _config_of(saved.info["config"])
+        rule = saved.rule if told.tell_length else without_length(saved.rule)
+    told = told.__replace__(
+        validation_steps=config.validation_steps,
+        validation_instances=config.validation_instances,
+    )
+    return _kept(config, key, lambda: make_measure(told, rule, tasks)(params))
+
+
+def _config_of(saved: dict[str, Any]) -> Config:
+    return from_json(Config, saved | {"export": None, "evaluate": []})
+
+
+def export(folder: Path, path: Path) -> None:
+    """Write the best rule of a run so far, with what is known about it.
+
+    Raises:
+      FileNotFoundError, ValueError: there is no run, or it has no validated rule yet.
+    """
+    config = _config_of(read_config(folder)["config"])
+    where = folder / "checkpoints" / NAME / "best"
+    if checkpoints.latest(where) is None:
+        raise ValueError(f"{folder} has no validated rule yet: train it first")
+    target = jax.eval_shape(lambda: built(config).init(jax.random.key(0), {}))
+    best = checkpoints.restore(where, target)
+    rows = Metrics(folder, counter="step").read()
+    tested = [row for row in rows if row["kind"] == "validation"]
+    hours = core_hours([row["cpu_seconds"] for row in tested])
+    row = next(row for row in tested[::-1] if row["step"] == best.step)
+    about = ("method", "kind", "step", "cpu_seconds")
+    validation = {k: v for k, v in row.items() if k not in about}
+    info = {
+        "command": command(config),
+        "best_step": best.step,
+        "meta_steps": max(row["step"] for row in rows),
+        "core_hours": round(hours, 2),
+        "validation": validation,
+        "versions": report.versions(),
+        "config": to_json(config),
+    }
+    rules.save_rule(path, spec_of(config), best.state, info=info)
+    said = f"meta-step {best.step:,}, {hours:.1f} core-hours"
+    ratio = math.exp(validation["log_ratio"])
+    print(f"{path}: {said}, final losses {ratio:.3f} of tuned AdamW's")
+
+
+def core_hours(cpu_seconds: Sequence[float]) -> float:
+    """Of all sessions: the counter begins again in each.
+
+    >>> core_hours([1800.0, 3600.0, 900.0, 7200.0])
+    3.0
+    """
+    after = [*cpu_seconds[1:], 0.0]
+    ends = (now for now, then in zip(cpu_seconds, after, strict=True) if then < now)
+    return sum(ends) / 3_600
+
+
+def command(config: Config) -> str:
+    """What meta-trains this rule: the flags that are not the default."""
+    default = to_json(Config())
+    words = ["python -m", MODULE]
+    for name, value in to_json(config).items():
+        if value == default[name] or name in ("folder", "export", "evaluate"):
+            continue
+        if isinstance(value, bool):
+            words.append(flag(name if value else f"no_{name}"))
+        else:
+            values = value if isinstance(value, list) else [value]
+            words += [flag(name), *map(str, values)]
+    return " ".join(words)
