@@ -285,7 +285,9 @@ def test_the_exported_file_ignores_gradients_that_are_not_finite(exported):
 
 def test_only_moment_gates_are_exported(tmp_path):
     saved = rules.SavedRule(None, {}, {"rule": "l2l"}, {})
-    with pytest.raises(ValueError, match="rule='l2l': only moment_gates can be"):
+    with pytest.raises(
+        ValueError, match=r"spec=\{'rule': 'l2l'\}: only moment_gates can be"
+    ):
         rules.export_numpy(saved, tmp_path / "x.py")
 
 
