@@ -140,28 +140,28 @@ def bounded_step(
 ) -> tuple[Array, Array]:
     """The step s, at most e^-1, and move / rms(move), at most 10 in a coordinate.
 
-    With ``orthogonal``, of the nearest matrix with orthonormal rows or columns.
+    With ``orthogonal``, a matrix becomes one with orthogonal rows or columns instead.
     """
     step = jnp.exp(jnp.clip(log_step, *_LOG_STEPS))
-    if orthogonal and move.ndim > 1 and move.size:
-        move = _orthogonalized(move)
-    return step, jnp.clip(move * (1 / rms(move)), -_LARGEST, _LARGEST)
+    matrix = orthogonal and move.ndim > 1 and move.size
+    move = _orthogonalized(move) if matrix else move * (1 / rms(move))
+    return step, jnp.clip(move, -_LARGEST, _LARGEST)
 
 
 def _orthogonalized(x: Array) -> Array:
     """Newton and Schulz's iteration with Muon's coefficients (Jordan et al., 2024).
 
-    Singular values become about 1; axes but the last are one. Unlike optax's, it has a
-    derivative at 0.
+    All axes but the last are one. The singular values become about equal, and the rms
+    about 1, but for matrices of low rank. Unlike optax's, it has a derivative at 0.
     """
     matrix = x.reshape(-1, x.shape[-1])
     wide = matrix.shape[0] <= matrix.shape[1]
     y = matrix if wide else matrix.T
-    y = y / (rms(y) * max(y.size, 1) ** 0.5)
+    y = y * (1 / (rms(y) * y.size**0.5))
     for _ in range(5):
         a = y @ y.T
         y = 3.4445 * y + (2.0315 * a @ a - 4.7750 * a) @ y
-    return (y if wide else y.T).reshape(x.shape)
+    return y.shape[1] ** 0.5 * (y if wide else y.T).reshape(x.shape)
 
 
 def rms(x: Array) -> Array:

@@ -254,6 +254,8 @@ def _lstm_move(
 ) -> tuple[Array, tuple[Array, Array]]:
     hidden, cell = tensor.memory
     over_u, relative, log_u = _without_units(tensor)
+    # 1 / rms and the derivative of log u overflow together where no gradient has been
+    log_u = jax.lax.stop_gradient(log_u)
     inputs = jnp.concatenate([jnp.stack([*over_u, relative, log_u]), hidden])
     bias = rule["lstm"]["bias"] + rule["tensor"]["kernel"] @ tensor.features
     gates = _apply({"kernel": rule["lstm"]["kernel"], "bias": bias}, inputs)
