@@ -135,24 +135,30 @@ class Moments(NamedTuple):
     square: Array
 
 
-def moment_gates_step(
-    rule: MomentGates,
+class Read(NamedTuple):
+    """What the rules for ordinary training know of a tensor, and its new averages."""
+
+    moments: Moments
+    averages: Array  # [4, ...], the gradient first
+    u: Array
+    relative: Array
+    z: Array  # [16]
+
+
+def read_tensor(
     theta: Array,
     g: Array,
     old: Moments,
     progress: float | None,
     num_steps: int | None,
-) -> tuple[Array, Moments]:
-    """One tensor's next theta, from the equations of `rules.moment_gates`."""
+) -> Read:
     count = old.count + 1
     betas = (0.9, 0.99, 0.999)
     means = tuple(b * m + (1 - b) * g for b, m in zip(betas, old.means, strict=True))
     square = 0.99 * old.square + 0.01 * g**2
     fast, middle, slow = (m / (1 - b**count) for b, m in zip(betas, means, strict=True))
     u = np.sqrt(square / (1 - 0.99**count))
-    rms = lambda x: np.sqrt(np.mean(x**2))  # noqa: E731
     angle = lambda a, b: np.mean(a * b) / (rms(a) * rms(b))  # noqa: E731
-    squash = lambda x: np.clip(x, -2, 2)  # noqa: E731
     fan_in = np.prod(theta.shape[:-1]) if theta.ndim > 1 else 1.0
     done = 0.0 if progress is None else progress
     z = np.array(
@@ -172,10 +178,29 @@ def moment_gates_step(
             np.log((num_steps or 1000) / 1000) / 3,
         ]
     )
+    averages = np.stack([g, fast, middle, slow])
+    return Read(Moments(count, means, square), averages, u, theta / rms(theta), z)
+
+
+def rms(x: Array) -> Array:
+    return np.sqrt(np.mean(x**2))
+
+
+def moment_gates_step(
+    rule: MomentGates,
+    theta: Array,
+    g: Array,
+    old: Moments,
+    progress: float | None,
+    num_steps: int | None,
+) -> tuple[Array, Moments]:
+    """One tensor's next theta, from the equations of `rules.moment_gates`."""
+    moments, averages, u, relative, z = read_tensor(theta, g, old, progress, num_steps)
+    _, fast, middle, slow = averages
+    squash = lambda x: np.clip(x, -2, 2)  # noqa: E731
     hidden = np.tanh(rule.hidden[0] @ z + rule.hidden[1])
     out = rule.output[0] @ hidden + rule.output[1]
     step = np.exp(np.clip(out[0] + rule.step @ z, -15, -1))
-    relative = theta / rms(theta)
     x = np.stack(
         [
             np.log(u / rms(u)),
@@ -188,7 +213,37 @@ def moment_gates_step(
     )
     input_gate = sigmoid(np.tensordot(out[5:11], x, 1) + out[11])
     forget_gate = 1 - step * sigmoid(np.tensordot(out[12:18], x, 1) + out[18])
-    mixed = out[1] * g + out[2] * fast + out[3] * middle + out[4] * slow
-    move = input_gate * mixed
+    move = input_gate * np.tensordot(out[1:5], averages, 1)
     move = np.clip(move / rms(move), -10, 10)
-    return forget_gate * theta - step * move, Moments(count, means, square)
+    return forget_gate * theta - step * move, moments
+
+
+class MomentLstm(NamedTuple):
+    lstm: Lstm
+    tensor: Array  # [4 H, 16]
+    output: Array  # [H]
+    shortcut: Array  # [4]
+    step: tuple[Array, float]  # [16], bias
+
+
+def moment_lstm_step(
+    rule: MomentLstm,
+    theta: Array,
+    g: Array,
+    old: tuple[Moments, Array, Array],
+    progress: float | None,
+    num_steps: int | None,
+) -> tuple[Array, tuple[Moments, Array, Array]]:
+    """One tensor's next theta, from the equations of `rules.moment_lstm`."""
+    moments, h, cell = old
+    moments, averages, u, relative, z = read_tensor(
+        theta, g, moments, progress, num_steps
+    )
+    y = np.stack([*(averages / u), relative, np.log(u / rms(u))])
+    lstm = rule.lstm._replace(bias=rule.lstm.bias + rule.tensor @ z)
+    h, cell = lstm.step(y.reshape(6, -1).T, h, cell)
+    direction = np.tensordot(rule.shortcut, averages / u, 1)
+    direction = direction + (h @ rule.output).reshape(theta.shape)
+    step = np.exp(np.clip(rule.step[0] @ z + rule.step[1], -15, -1))
+    move = np.clip(direction / rms(direction), -10, 10)
+    return theta - step * move, (moments, h, cell)

@@ -259,32 +259,38 @@ def test_wrong_use_is_refused():
 
 
 SHARDED = """
-import jax, jax.numpy as jnp
+import jax, jax.numpy as jnp, optax
 from jax.sharding import NamedSharding, PartitionSpec as P
 from metalstm import rules
-mesh = jax.make_mesh((4,), ("model",))
-place = lambda x: jax.device_put(x, NamedSharding(mesh, P("model")))
-params = {"w": place(jnp.linspace(-1, 1, 64).reshape(8, 8)), "b": place(jnp.ones(8))}
-rule = rules.moment_gates()
-tx = rule.bind(rule.init(jax.random.key(0), params))
+mesh = jax.make_mesh((2, 2), ("data", "model"))
+place = lambda x, *axes: jax.device_put(x, NamedSharding(mesh, P(*axes)))
+w = jnp.linspace(-1, 1, 64).reshape(8, 8)
+params = {"both": place(w, "data", "model"), "last": place(w, None, "model"),
+          "vector": place(jnp.ones(8), "model")}
+rule = getattr(rules, RULE)()
+tx = rules.with_progress(rule.bind(rule.init(jax.random.key(0), params)), 9)
+tx = optax.chain(tx, optax.add_decayed_weights(-1e-2), optax.scale(0.5))
 state = tx.init(params)
 grads = jax.tree.map(jnp.sin, params)
-lowered = jax.jit(tx.update).lower(grads, jax.tree.map(
-    lambda x: place(x) if x.ndim else x, state), params)
-text = lowered.compile().as_text()
+step = jax.jit(tx.update, donate_argnums=1)
+text = step.lower(grads, state, params).compile().as_text()
 assert "all-reduce" in text
 for word in ("all-gather", "all-to-all", "collective-permute"):
     assert word not in text, word
-updates, new = jax.jit(tx.update)(grads, state, params)
 host = jax.device_get
 alone, _ = tx.update(host(grads), host(state), host(params))
+updates, new = step(grads, state, params)
 assert all(jax.tree.leaves(jax.tree.map(
     lambda a, b: bool(abs(host(a) - host(b)).max() < 1e-6), updates, alone)))
-assert updates["w"].sharding.is_equivalent_to(params["w"].sharding, 2)
+for name, p in params.items():
+    for leaf in (updates[name], new[0].inner.square[name]):
+        assert leaf.sharding.is_equivalent_to(p.sharding, p.ndim), name
 """
 
 
-def test_sharded_parameters_need_no_gather():
+@pytest.mark.parametrize("rule", ["moment_gates", "moment_lstm"])
+def test_sharded_parameters_need_no_gather(rule):
     """Over four devices the tensors' norms are reduced, and nothing else travels."""
-    code = "import jax; jax.config.update('jax_num_cpu_devices', 4)\n" + SHARDED
+    code = "import jax; jax.config.update('jax_num_cpu_devices', 4)\n"
+    code += f"RULE = {rule!r}\n{SHARDED}"
     subprocess.run([sys.executable, "-c", code], check=True)

@@ -31,6 +31,8 @@ SPECS = {
     },
     "lstm_gates": {"rule": "lstm_gates", "hidden_size": 2, "input_bias": [-3, -2]},
     "learned_sgd": {"rule": "learned_sgd", "rate": [0.1, 0.2], "num_steps": 3},
+    "moment_gates": {"rule": "moment_gates", "hidden_size": 2, "orthogonal": True},
+    "moment_lstm": {"rule": "moment_lstm", "hidden_size": 2},
     "chain": {
         "rule": "chain",
         "parts": [

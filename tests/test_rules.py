@@ -41,7 +41,9 @@ RULES: dict[str, UpdateRule] = {
     "l2l_moments": rules.l2l(hidden_size=2, features="moments", shortcut=0.2),
     "memory": rules.gradient_memory(hidden_size=2),
     "moment_gates": rules.moment_gates(hidden_size=2),
+    "moment_lstm": rules.moment_lstm(hidden_size=2),
     "moment_network": rules.moment_network(hidden_size=2),
+    "moment_orthogonal": rules.moment_gates(hidden_size=2, orthogonal=True),
     "two_layer": rules.two_layer(memory={"hidden_size": 2}),
     "by_group": rules.by_group(
         {"matrix": rules.l2l(hidden_size=2), "vector": rules.gradient_memory()},
@@ -57,7 +59,7 @@ RULES: dict[str, UpdateRule] = {
 }
 PER_TENSOR = {"gates_per_step", "sgd_tensor", "sgd_parameter"}
 BLIND = {"by_group", "gates_ablated", "l2l", "l2l_raw", "l2l_moments", "memory"}
-BLIND |= {"moment_gates", "moment_network"}
+BLIND |= {"moment_gates", "moment_lstm", "moment_network", "moment_orthogonal"}
 BLIND |= {"sgd_rule", "sgd_tensor", "sgd_parameter"}
 
 

@@ -25,6 +25,7 @@ RULES = {  # those that do without the loss, which TrainState does not pass on
     ),
     "gates": rules.lstm_gates(**GATES),
     "moment_gates": rules.moment_gates(hidden_size=2),
+    "moment_lstm": rules.moment_lstm(hidden_size=2, orthogonal=True),
     "by_group": rules.by_group(
         {"matrix": rules.l2l(hidden_size=2), "vector": rules.lstm_gates(**GATES)},
         rules.matrix_or_vector,

@@ -284,9 +284,10 @@ def test_the_exported_file_ignores_gradients_that_are_not_finite(exported):
 
 
 def test_only_moment_gates_are_exported(tmp_path):
-    saved = rules.SavedRule(None, {}, {"rule": "l2l"}, {})
-    with pytest.raises(ValueError, match="rule='l2l': only moment_gates can be"):
-        rules.export_numpy(saved, tmp_path / "x.py")
+    for spec in ({"rule": "moment_lstm"}, SPEC | {"orthogonal": True}):
+        saved = rules.SavedRule(None, {}, spec, {})
+        with pytest.raises(ValueError, match=r"spec=\{.*\}: only moment_gates can be"):
+            rules.export_numpy(saved, tmp_path / "x.py")
 
 
 @pytest.mark.parametrize("estimator", ["backprop", "pes"])

@@ -19,7 +19,7 @@ from metalstm.rules.numpy_export import export_numpy
 from metalstm.rules.precision import FloatCopyState, with_float_copy
 from metalstm.rules.progress import ProgressState, with_progress
 from metalstm.rules.spec import build_rule
-from metalstm.rules.tensor_rules import moment_gates, moment_network
+from metalstm.rules.tensor_rules import moment_gates, moment_lstm, moment_network
 
 __all__ = [
     "FEATURES_VERSION",
@@ -48,6 +48,7 @@ __all__ = [
     "lstm_gates",
     "matrix_or_vector",
     "moment_gates",
+    "moment_lstm",
     "moment_network",
     "only",
     "save_rule",

@@ -48,6 +48,7 @@ class MomentsState(NamedTuple):
     step: Array  # int32, updates done
     means: tuple[PyTree, PyTree, PyTree]  # with the decays 0.9, 0.99, 0.999
     square: PyTree
+    memory: tuple[PyTree, ...]  # of each tensor; () but for a recurrent rule
 
 
 class Tensor(NamedTuple):
@@ -55,15 +56,19 @@ class Tensor(NamedTuple):
 
     averages: list[Array]  # the gradient, then its three averages
     scales: list[Array]  # 1 / the weights that each has so far
+    lengths: list[Array]  # rms of each
     square: Array  # the average square, corrected, and above 0
     unit: Array  # the rms over the tensor of its root u
     theta: Array
     size: Array  # rms of theta
     features: Array  # [Z], of the tensor
+    memory: PyTree  # what `tensor_rule`'s move returned
 
 
 def tensor_rule(
-    init: Callable[[Array], PyTree], move: Callable[[PyTree, Tensor], Array]
+    init: Callable[[Array], PyTree],
+    move: Callable[[PyTree, Tensor], tuple[Array, PyTree]],
+    memory: Callable[[Array], PyTree] = lambda theta: (),
 ) -> UpdateRule:
     """Make a rule of the change of one tensor.
 
@@ -72,7 +77,8 @@ def tensor_rule(
 
     Args:
       init: key -> the rule's parameters, of any model.
-      move: (rule's parameters, tensor) -> what is added to theta.
+      move: (rule's parameters, tensor) -> what is added to theta; the new memory.
+      memory: theta -> the tensor's memory at first.
 
     Raises:
       ValueError: from ``update``, when no parameters are given.
@@ -81,7 +87,8 @@ def tensor_rule(
     def bind(rule: PyTree) -> optax.GradientTransformationExtraArgs:
         def init_fn(params):
             zeros = jax.tree.map(lambda p: jnp.zeros(jnp.shape(p), _wide(p)), params)
-            return MomentsState(jnp.int32(0), (zeros,) * 3, zeros)
+            memories = tuple(memory(z) for z in jax.tree.leaves(zeros))
+            return MomentsState(jnp.int32(0), (zeros,) * 3, zeros, memories)
 
         def update_fn(
             updates, state, params=None, *, progress=-1.0, num_steps=0.0, **extra
@@ -93,26 +100,33 @@ def tensor_rule(
                 )
             leaves, treedef = jax.tree.flatten(updates)
             grads = [jnp.asarray(g, _wide(g)) for g in leaves]
-            finite = jnp.isfinite(sum(jnp.square(g).sum() for g in grads))
+            norms = [jnp.square(g).sum() for g in grads]
+            finite = jnp.isfinite(sum(norms))
             step = state.step + finite
             # numbers that leave all as it was, where a select would copy every array
             decays = [jnp.where(finite, b, 1) for b in (*_DECAYS, _SQUARE_DECAY)]
             columns = (*state.means, state.square, params)
-            moves, moments = [], []
             rows = zip(*map(jax.tree.leaves, columns), strict=True)
-            for g, (*old, theta) in zip(grads, rows, strict=True):
+            moves, moments, memories = [], [], []
+            for g, norm, (*old, theta), past in zip(
+                grads, norms, rows, state.memory, strict=True
+            ):
                 g = jnp.where(finite, g, 0)
                 new = _moments(g, old, decays)
+                length = jnp.sqrt(jnp.where(finite, norm, 0) / max(g.size, 1) + _TINY)
                 time = step, progress, num_steps
-                tensor = _tensor(g, new, theta.astype(g.dtype), *time)
+                tensor = _tensor(g, length, new, theta.astype(g.dtype), *time)
                 weights = jax.tree.map(lambda w: jnp.asarray(w, g.dtype), rule)  # noqa: B023
-                moves.append(finite * move(weights, tensor))
+                delta, present = move(weights, tensor._replace(memory=past))
+                moves.append(finite * delta)
                 moments.append(new)
+                keep = lambda a, b: jnp.where(finite, a, b)  # noqa: E731
+                memories.append(jax.tree.map(keep, present, past))
             moves = [d.astype(g.dtype) for d, g in zip(moves, leaves, strict=True)]
             *means, square = (
                 jax.tree.unflatten(treedef, [m[k] for m in moments]) for k in range(4)
             )
-            new_state = MomentsState(step, tuple(means), square)
+            new_state = MomentsState(step, tuple(means), square, tuple(memories))
             return jax.tree.unflatten(treedef, moves), new_state
 
         return optax.GradientTransformationExtraArgs(init_fn, update_fn)
@@ -121,10 +135,33 @@ def tensor_rule(
     return UpdateRule(lambda key, params: init(key), bind, traits)
 
 
-def bounded_step(move: Array, log_step: Array) -> tuple[Array, Array]:
-    """The step s, at most e^-1, and move / rms(move), at most 10 in a coordinate."""
+def bounded_step(
+    move: Array, log_step: Array, orthogonal: bool = False
+) -> tuple[Array, Array]:
+    """The step s, at most e^-1, and move / rms(move), at most 10 in a coordinate.
+
+    With ``orthogonal``, a matrix becomes one with orthogonal rows or columns instead.
+    """
     step = jnp.exp(jnp.clip(log_step, *_LOG_STEPS))
-    return step, jnp.clip(move * (1 / rms(move)), -_LARGEST, _LARGEST)
+    matrix = orthogonal and move.ndim > 1 and move.size
+    move = _orthogonalized(move) if matrix else move * (1 / rms(move))
+    return step, jnp.clip(move, -_LARGEST, _LARGEST)
+
+
+def _orthogonalized(x: Array) -> Array:
+    """Newton and Schulz's iteration with Muon's coefficients (Jordan et al., 2024).
+
+    All axes but the last are one. The singular values become about equal, and the rms
+    about 1, but for matrices of low rank. Unlike optax's, it has a derivative at 0.
+    """
+    matrix = x.reshape(-1, x.shape[-1])
+    wide = matrix.shape[0] <= matrix.shape[1]
+    y = matrix if wide else matrix.T
+    y = y * (1 / (rms(y) * y.size**0.5))
+    for _ in range(5):
+        a = y @ y.T
+        y = 3.4445 * y + (2.0315 * a @ a - 4.7750 * a) @ y
+    return y.shape[1] ** 0.5 * (y if wide else y.T).reshape(x.shape)
 
 
 def rms(x: Array) -> Array:
@@ -146,8 +183,9 @@ def _moments(g: Array, old: list[Array], decays: list[Array]) -> list[Array]:
 
 
 def _tensor(
-    g: Array, moments: list[Array], theta: Array, step: Array, progress, num_steps
-) -> Tensor:
+    g: Array, length: Array, moments: list[Array], theta: Array,
+    step: Array, progress, num_steps,
+) -> Tensor:  # fmt: skip
     steps = jnp.maximum(step, 1).astype(g.dtype)
     *means, square = moments
     *scales, square_scale = (
@@ -157,8 +195,11 @@ def _tensor(
     # coordinates that have never had a gradient: 1e-6 of the others' u, not 0
     square = square_scale * square + (1e-12 * mean_square + _TINY)
     scales = [jnp.ones((), g.dtype), *scales]
+    lengths = [length, *map(rms, means)]
     unit, size = jnp.sqrt(mean_square + _TINY), rms(theta)
-    tensor = Tensor([g, *means], scales, square, unit, theta, size, scales[0])
+    tensor = Tensor(
+        [g, *means], scales, lengths, square, unit, theta, size, scales[0], ()
+    )
     return tensor._replace(features=_features(tensor, steps, progress, num_steps))
 
 
@@ -169,7 +210,7 @@ def _features(tensor: Tensor, steps: Array, progress, num_steps) -> Array:
     known = progress >= 0
     done = jnp.where(known, progress, 0)
     g, fast, _, slow = tensor.averages
-    lengths = [rms(m) for m in tensor.averages]
+    lengths = tensor.lengths
     # one root after the other: their product may underflow, and its derivative
     cosine = lambda a, b, *sizes: _mean(a * b) / sizes[0] / sizes[1]  # noqa: E731
     corrected = zip(lengths, tensor.scales, strict=True)

@@ -22,11 +22,11 @@ def export_numpy(saved: SavedRule, path: str | Path) -> Path:
         rules.export_numpy(metalstm.load_rule("RULE.npz"), "my_rule.py")
 
     Raises:
-      ValueError: it is another kind of rule.
+      ValueError: it is another kind of rule, or orthogonalises.
     """
-    if saved.spec.get("rule") != "moment_gates":
+    if saved.spec.get("rule") != "moment_gates" or saved.spec.get("orthogonal"):
         raise ValueError(
-            f"rule={saved.spec.get('rule')!r}: only moment_gates can be exported"
+            f"spec={saved.spec}: only moment_gates can be exported, without orthogonal"
         )
     path = Path(path)
     layers = (

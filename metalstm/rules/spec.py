@@ -15,7 +15,7 @@ from metalstm.rules.gates import lstm_gates
 from metalstm.rules.groups import by_group, conv_or_dense, matrix_or_vector
 from metalstm.rules.l2l_lstm import l2l
 from metalstm.rules.memory import gradient_memory, two_layer
-from metalstm.rules.tensor_rules import moment_gates, moment_network
+from metalstm.rules.tensor_rules import moment_gates, moment_lstm, moment_network
 from metalstm.user_objects import object_at
 
 __all__ = ["FACTORIES", "build_rule"]
@@ -29,6 +29,7 @@ FACTORIES: dict[str, Callable[..., UpdateRule]] = {
     "learned_sgd": learned_sgd,
     "lstm_gates": lstm_gates,
     "moment_gates": moment_gates,
+    "moment_lstm": moment_lstm,
     "moment_network": moment_network,
     "two_layer": two_layer,
 }

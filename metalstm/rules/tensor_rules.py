@@ -1,4 +1,4 @@
-"""Rules for ordinary training: gates, and a small network, over normalised moments.
+"""Rules for ordinary training: gates, a small network, an LSTM; normalised moments.
 
 Notation: a tensor of n coordinates; Z features of the tensor, F of a coordinate; H
 hidden units.
@@ -6,12 +6,15 @@ hidden units.
 
 from __future__ import annotations
 
+import functools
+
 import jax
 import jax.numpy as jnp
 
 from metalstm.base import Array, PyTree, UpdateRule
 from metalstm.checks import check_at_least
 from metalstm.records import recorded
+from metalstm.rules.lstm_cell import init_lstm
 from metalstm.rules.moments import (
     LEFT,
     LENGTH,
@@ -20,15 +23,14 @@ from metalstm.rules.moments import (
     SIZE,
     Tensor,
     bounded_step,
-    rms,
     tensor_rule,
 )
 
-__all__ = ["moment_gates", "moment_network"]
+__all__ = ["moment_gates", "moment_lstm", "moment_network"]
 
 
 @recorded("rule")
-def moment_gates(*, hidden_size: int = 8) -> UpdateRule:
+def moment_gates(*, hidden_size: int = 8, orthogonal: bool = False) -> UpdateRule:
     r"""Gate a mixture of momenta, by features without units.
 
     .. math::
@@ -55,6 +57,9 @@ def moment_gates(*, hidden_size: int = 8) -> UpdateRule:
 
     Args:
       hidden_size: H.
+      orthogonal: of tensors of two axes or more, as matrices of all axes but the last
+        by the last, orthogonalise i m before it is divided by its rms, as Muon does
+        (Jordan et al., 2024). Sharded matrices are then gathered.
 
     Raises:
       ValueError: ``hidden_size`` is below 1; from ``update``, no parameters are given.
@@ -69,7 +74,7 @@ def moment_gates(*, hidden_size: int = 8) -> UpdateRule:
             "step": {"kernel": _start_of_step()},
         }
 
-    return tensor_rule(init, _gated_move)
+    return tensor_rule(init, functools.partial(_gated_move, orthogonal))
 
 
 _LOG_STEP = -5.85  # of a fresh rule
@@ -92,7 +97,9 @@ def _dense(key: Array, inputs: int, outputs: int) -> dict[str, Array]:
     return {"kernel": kernel, "bias": jnp.zeros(outputs)}
 
 
-def _gated_move(rule: PyTree, tensor: Tensor) -> Array:
+def _gated_move(
+    orthogonal: bool, rule: PyTree, tensor: Tensor
+) -> tuple[Array, tuple[()]]:
     hidden = jnp.tanh(
         rule["hidden"]["kernel"] @ tensor.features + rule["hidden"]["bias"]
     )
@@ -107,22 +114,16 @@ def _gated_move(rule: PyTree, tensor: Tensor) -> Array:
 
     of_input, of_forget = jnp.split(out[5:], 2)
     log_step = out[0] + rule["step"]["kernel"] @ tensor.features
-    step, move = bounded_step(gate(of_input) * mixed, log_step)
-    return -step * (move + gate(of_forget) * tensor.theta)
+    step, move = bounded_step(gate(of_input) * mixed, log_step, orthogonal)
+    return -step * (move + gate(of_forget) * tensor.theta), ()
 
 
 def _coordinate_features(tensor: Tensor) -> list[Array]:
     """What the gates read: F arrays, the same when g and theta change their signs."""
-    # no division of arrays but this: they cost as much as all the rest
-    inverse = 1 / jnp.sqrt(tensor.square)  # rsqrt's derivative overflows at 1e-30
     bounded = lambda a: jnp.clip(a, -2, 2)  # noqa: E731
-    relative = tensor.theta * (1 / tensor.size)
-    current, fast, middle, slow = (
-        m * (scale * inverse)
-        for m, scale in zip(tensor.averages, tensor.scales, strict=True)
-    )
+    (current, fast, middle, slow), relative, log_u = _without_units(tensor)
     return [
-        -jnp.log(inverse * tensor.unit),
+        log_u,
         bounded(jnp.abs(middle)),
         bounded(current * fast),
         bounded(fast * slow),
@@ -131,8 +132,20 @@ def _coordinate_features(tensor: Tensor) -> list[Array]:
     ]
 
 
+def _without_units(tensor: Tensor) -> tuple[list[Array], Array, Array]:
+    """The averages over u, theta over its rms, and log u relative to the tensor's."""
+    # no division of arrays but this: they cost as much as all the rest
+    inverse = 1 / jnp.sqrt(tensor.square)  # rsqrt's derivative overflows at 1e-30
+    over_u = [
+        m * (scale * inverse)
+        for m, scale in zip(tensor.averages, tensor.scales, strict=True)
+    ]
+    relative = tensor.theta * (1 / tensor.size)
+    return over_u, relative, -jnp.log(inverse * tensor.unit)
+
+
 @recorded("rule")
-def moment_network(*, hidden_size: int = 8) -> UpdateRule:
+def moment_network(*, hidden_size: int = 8, orthogonal: bool = False) -> UpdateRule:
     r"""Compute each update by a small network: what the gates are compared with.
 
     .. math::
@@ -141,12 +154,15 @@ def moment_network(*, hidden_size: int = 8) -> UpdateRule:
 
     after Celo2 (Moudgil et al., 2026, arXiv 2602.19142): two layers of H relu units
     read a coordinate's gradient, averages, parameter and average square, each divided
-    by its rms over the tensor, and the former over u. There it has a rate of the
-    user's; here log s is linear in the tensor's features, as for `moment_gates`, whose
-    state, bounds and safety it shares. It has no forget gate.
+    by its rms over the tensor, and the former over u. Celo2 reads 30 inputs, which have
+    Adafactor's row and column averages too, its published d has no factor e^(a / 10),
+    biases are Adam's, and matrices are orthogonalised (``orthogonal``). There it has a
+    rate of the user's; here log s is linear in the tensor's features, as for
+    `moment_gates`, whose state, bounds and safety it shares. It has no forget gate.
 
     Args:
       hidden_size: H.
+      orthogonal: as for `moment_gates`, of the fraction's numerator.
 
     Raises:
       ValueError: ``hidden_size`` is below 1; from ``update``, no parameters are given.
@@ -164,27 +180,90 @@ def moment_network(*, hidden_size: int = 8) -> UpdateRule:
             "step": {"kernel": _start_of_step(), "bias": jnp.float32(_LOG_STEP)},
         }
 
-    return tensor_rule(init, _network_move)
+    return tensor_rule(init, functools.partial(_network_move, orthogonal))
 
 
-def _network_move(rule: PyTree, tensor: Tensor) -> Array:
-    inverse = 1 / jnp.sqrt(tensor.square)
-    over_u = [
-        m * (scale * inverse)
-        for m, scale in zip(tensor.averages, tensor.scales, strict=True)
-    ]
-    lengths = [m * (1 / rms(m)) for m in tensor.averages]
-    relative = tensor.theta * (1 / tensor.size)
-    y = jnp.stack([*lengths, *over_u, relative, -jnp.log(inverse * tensor.unit)])
-
-    def dense(layer: PyTree, x: Array) -> Array:
-        bias = layer["bias"].reshape(-1, *(1,) * tensor.theta.ndim)
-        return jnp.tensordot(layer["kernel"], x, 1) + bias
-
-    hidden = jax.nn.relu(dense(rule["hidden"], y))
-    hidden = jax.nn.relu(dense(rule["second"], hidden))
-    direction, magnitude = 0.1 * dense(rule["output"], hidden)
+def _network_move(
+    orthogonal: bool, rule: PyTree, tensor: Tensor
+) -> tuple[Array, tuple[()]]:
+    over_u, relative, log_u = _without_units(tensor)
+    pairs = zip(tensor.averages, tensor.lengths, strict=True)
+    lengths = [m * (1 / length) for m, length in pairs]
+    y = jnp.stack([*lengths, *over_u, relative, log_u])
+    hidden = jax.nn.relu(_apply(rule["hidden"], y))
+    hidden = jax.nn.relu(_apply(rule["second"], hidden))
+    direction, magnitude = 0.1 * _apply(rule["output"], hidden)
     direction = direction + jnp.tensordot(rule["shortcut"]["kernel"], y, 1)
     log_step = rule["step"]["bias"] + rule["step"]["kernel"] @ tensor.features
-    step, move = bounded_step(direction * jnp.exp(jnp.minimum(magnitude, 5)), log_step)
-    return -step * move
+    move = direction * jnp.exp(jnp.minimum(magnitude, 5))
+    step, move = bounded_step(move, log_step, orthogonal)
+    return -step * move, ()
+
+
+def _apply(layer: PyTree, x: Array) -> Array:
+    """A layer of every coordinate: from [inputs, ...] to [outputs, ...]."""
+    bias = layer["bias"].reshape(-1, *(1,) * (x.ndim - 1))
+    return jnp.tensordot(layer["kernel"], x, 1) + bias
+
+
+@recorded("rule")
+def moment_lstm(*, hidden_size: int = 8, orthogonal: bool = False) -> UpdateRule:
+    r"""Compute each update by an LSTM: `l2l` with what `moment_gates` reads.
+
+    .. math::
+        h_t &= \mathrm{LSTM}(y_t, z_t, h_{t-1}), \qquad
+        d = v \cdot \hat m / u + w \cdot h_t \\
+        \theta_t &= \theta_{t-1} - s \, d / \mathrm{rms}(d)
+
+    after Andrychowicz et al. (2016), the inputs after Lv et al. (2017): y has a
+    coordinate's gradient and averages over u, its parameter over the tensor's rms, and
+    log u relative to the tensor's; z the tensor's features, in which log s is linear.
+    Bounds and safety are those of `moment_gates`; a fresh rule goes along the fast
+    average, as Adam does. Its state has 4 + 2 H floats a parameter. It has no other
+    forget gate than the cell's.
+
+    Args:
+      hidden_size: H.
+      orthogonal: as for `moment_gates`, of d.
+
+    Raises:
+      ValueError: ``hidden_size`` is below 1; from ``update``, no parameters are given.
+    """
+    check_at_least("hidden_size", hidden_size, 1)
+
+    def init(key: Array) -> PyTree:
+        keys = jax.random.split(key)
+        kernel = jax.random.normal(keys[1], (hidden_size,), jnp.float32)
+        return {
+            "lstm": init_lstm(keys[0], 6, hidden_size),
+            "tensor": {"kernel": jnp.zeros((4 * hidden_size, NUM_TENSOR))},
+            "output": {"kernel": 0.1 * kernel / hidden_size**0.5},
+            "shortcut": {"kernel": jnp.zeros(4).at[1].set(1.0)},
+            "step": {"kernel": _start_of_step(), "bias": jnp.float32(_LOG_STEP)},
+        }
+
+    def memory(theta: Array) -> tuple[Array, Array]:
+        zeros = jnp.zeros((hidden_size, *theta.shape), theta.dtype)
+        return zeros, zeros
+
+    return tensor_rule(init, functools.partial(_lstm_move, orthogonal), memory)
+
+
+def _lstm_move(
+    orthogonal: bool, rule: PyTree, tensor: Tensor
+) -> tuple[Array, tuple[Array, Array]]:
+    hidden, cell = tensor.memory
+    over_u, relative, log_u = _without_units(tensor)
+    # 1 / rms and the derivative of log u overflow together where no gradient has been
+    log_u = jax.lax.stop_gradient(log_u)
+    inputs = jnp.concatenate([jnp.stack([*over_u, relative, log_u]), hidden])
+    bias = rule["lstm"]["bias"] + rule["tensor"]["kernel"] @ tensor.features
+    gates = _apply({"kernel": rule["lstm"]["kernel"], "bias": bias}, inputs)
+    i, f, o, candidate = jnp.split(gates, 4)
+    cell = jax.nn.sigmoid(f) * cell + jax.nn.sigmoid(i) * jnp.tanh(candidate)
+    hidden = jax.nn.sigmoid(o) * jnp.tanh(cell)
+    move = jnp.tensordot(rule["output"]["kernel"], hidden, 1)
+    move = move + jnp.tensordot(rule["shortcut"]["kernel"], jnp.stack(over_u), 1)
+    log_step = rule["step"]["bias"] + rule["step"]["kernel"] @ tensor.features
+    step, move = bounded_step(move, log_step, orthogonal)
+    return -step * move, (hidden, cell)
