@@ -138,16 +138,24 @@ def _init_memory_net(key: Array, width: int, way: int, sizes: MemorySizes) -> Py
     """Draw the layers of a controller that reads features [width]."""
     hidden, reads = sizes.hidden_size, sizes.num_reads * sizes.slot_size
     shapes = {
-        "controller": (width + way + reads + hidden, 4 * hidden),
         "interpolation": (hidden, sizes.num_reads),
         "keys": (hidden, reads),
         "outputs": (hidden + reads, way),
         "strength": (hidden, sizes.num_reads),
     }
-    return {
+    net = {
         name: _init_layer(jax.random.fold_in(key, k), *shape)
         for k, (name, shape) in enumerate(shapes.items())
     }
+    # as if each input were the only one: a label is one number among hundreds
+    parts = [
+        _init_layer(jax.random.fold_in(key, len(net) + k), rows, 4 * hidden, inputs)
+        for k, (rows, inputs) in enumerate(
+            [(width, width), (way, 1), (reads, reads), (hidden, hidden)]
+        )
+    ]
+    kernel = 0.5 * jnp.concatenate([part["kernel"] for part in parts])
+    return net | {"controller": {"kernel": kernel, "bias": parts[0]["bias"]}}
 
 
 def _empty_memory(sizes: MemorySizes, dtype) -> MemoryNetState:
@@ -195,6 +203,10 @@ def _linear(layer: PyTree, x: Array) -> Array:
     return x @ layer["kernel"] + layer["bias"]
 
 
-def _init_layer(key: Array, rows: int, columns: int) -> PyTree:
-    kernel = jax.random.normal(key, (rows, columns), jnp.float32) * rows**-0.5
+def _init_layer(
+    key: Array, rows: int, columns: int, inputs: int | None = None
+) -> PyTree:
+    """``inputs``: how many of the rows are not zero; default: all."""
+    scale = (rows if inputs is None else inputs) ** -0.5
+    kernel = jax.random.normal(key, (rows, columns), jnp.float32) * scale
     return {"kernel": kernel, "bias": jnp.zeros(columns, jnp.float32)}
