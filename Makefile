@@ -63,6 +63,7 @@ bench: $(VENV)/.installed-experiments
 	$(BIN)/python -m benchmarks.own_network
 	$(BIN)/python -m benchmarks.roofline
 	$(BIN)/python -m benchmarks.speed $(ARGS)
+	$(BIN)/python -m benchmarks.updates --rounds 2
 
 faults: $(VENV)/.installed-dev
 	$(BIN)/python -m tests.faults $(ARGS)

@@ -54,7 +54,8 @@ def pretrained_optimizer(
     Args:
       name: one of the names that the list has.
       num_steps: updates of the whole training, for a rule that anneals its steps by
-        `metalstm.rules.with_progress`; the others ignore it.
+        `metalstm.rules.with_progress`; the others ignore it. None: such a rule does not
+        anneal, and a schedule of one's own goes around it.
       fallback: blend its updates with AdamW's while they make the loss rise, by
         `metalstm.rules.with_fallback`; then ``update`` needs ``value=loss``.
       directory: other rule files (see `metalstm.save_rule`) to choose from; their
