@@ -38,7 +38,8 @@ Logs = dict[str, np.ndarray]  # of each family [I]: logs of last over first loss
 
 
 def spec_of(config: Config) -> dict[str, Any]:
-    return {"rule": config.rule, "hidden_size": config.hidden_size}
+    spec = {"rule": config.rule, "hidden_size": config.hidden_size}
+    return spec | ({"orthogonal": True} if config.orthogonal else {})
 
 
 def without_length(rule: UpdateRule) -> UpdateRule:
