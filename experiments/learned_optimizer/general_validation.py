@@ -39,8 +39,8 @@ _LIMITS = (
     "with neither its steps do not become smaller"
 )
 _COST = {  # python -m benchmarks.updates
-    "moment_gates": "on one core an update takes 9 times AdamW's, a training step of an "
-    "MLP of 1.07M parameters at batch 128 1.9 times; 16 bytes of state a parameter",
+    "moment_gates": "on one core an update takes 9 times AdamW's, a training step of "
+    "an MLP of 1.07M parameters at batch 128 1.9 times; 16 bytes of state a parameter",
 }
 
 Logs = dict[str, np.ndarray]  # of each family [I]: logs of last over first losses
