@@ -100,6 +100,7 @@ def test_an_ablation_is_a_flag(tmp_path, capsys):
     saved = rules.load_rule(tmp_path / "gates.npz")
     assert saved.spec == {"rule": "moment_network", "hidden_size": 2}
     assert "--families noisy --" in saved.info["command"]
+    assert saved.info["trained_on"] == "small networks of 2 to 6 updates: noisy"
     other = ["--folder", str(tmp_path / "x"), *WORDS, "--families", "nosuch"]
     assert general.main(other) == 2
     assert "--families nosuch: not known" in capsys.readouterr().err

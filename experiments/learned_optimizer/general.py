@@ -55,8 +55,10 @@ class Config(Options, frozen=True):
     the first. fresh: a rule that is not trained."""
     seed: Natural = 0
     """Of everything that is drawn."""
-    rule: Literal["moment_gates", "moment_network"] = "moment_gates"
+    rule: Literal["moment_gates", "moment_lstm", "moment_network"] = "moment_gates"
     """What is meta-trained."""
+    orthogonal: bool = False
+    """Whether it orthogonalises the updates of matrices."""
     hidden_size: Count = 8
     """Hidden units of the rule."""
     families: Names = ()

@@ -52,6 +52,7 @@ L2L = _rule("l2l_lstm", "l2l")
 LstmGates = _rule("gates", "lstm_gates", **_GATES)
 LearnedSgd = _rule("classic", "learned_sgd", omit=["per"])
 MomentGates = _rule("tensor_rules", "moment_gates")
+MomentLstm = _rule("tensor_rules", "moment_lstm")
 TwoLayer = _rule(
     "memory",
     "two_layer",
@@ -64,7 +65,7 @@ TwoLayer = _rule(
 if TYPE_CHECKING:
     Rule = Any
 else:
-    Rule = L2L | LstmGates | TwoLayer | LearnedSgd | MomentGates
+    Rule = L2L | LstmGates | TwoLayer | LearnedSgd | MomentGates | MomentLstm
 
 _GATES_F1 = Gates(hidden_size=0, feature_gradient="full", forget="one")
 RULES: dict[str, tuple[str, Rule]] = {
@@ -77,7 +78,8 @@ RULES: dict[str, tuple[str, Rule]] = {
     "gates-f1": ("gates, likewise", LstmGates(hidden_size=0, forget="one")),
     "v2-f1": ("v2, likewise", TwoLayer(gates=_GATES_F1)),
     "learned-sgd": ("one learned rate", LearnedSgd()),
-    "moment-gates": ("gates of normalised moments, --tell-progress 1", MomentGates()),
+    "moment-gates": ("v2 with normalised moments, --tell-progress 1", MomentGates()),
+    "moment-lstm": ("l2l with the same, --tell-progress 1", MomentLstm()),
 }
 
 
