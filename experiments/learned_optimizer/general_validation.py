@@ -257,7 +257,7 @@ def export(folder: Path, path: Path) -> None:
     about = ("method", "kind", "step", "cpu_seconds")
     validation = {k: v for k, v in row.items() if k not in about}
     low, high = config.horizon
-    which = ", ".join(config.families) or "all families of meta_tasks"
+    which = ", ".join(config.families) or "the families of meta_tasks.py"
     info = {
         "trained_on": f"small networks of {low:,} to {high:,} updates: {which}",
         "limits": _LIMITS,
