@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import subprocess
 import sys
 
@@ -229,6 +230,30 @@ def test_progress_is_the_share_of_updates_done():
     assert seen == [0, 0.25, 0.5, 0.75, 1.0] + [-1.0] * 5
     with pytest.raises(ValueError, match=r"num_steps=0: choose 1 or more or None"):
         rules.with_progress(probe, 0)
+
+
+def test_the_rule_of_the_package_trains_without_a_rate():
+    """Ill-conditioned least squares, 200 updates: to 0.1% of the first loss."""
+    x = jax.random.normal(jax.random.key(0), (64, 8)) * jnp.logspace(-1, 0, 8)
+    y = x @ jax.random.normal(jax.random.key(1), (8,))
+
+    def loss(w):
+        return jnp.mean((x @ w - y) ** 2)
+
+    @functools.partial(jax.jit, static_argnums=0)
+    def trained(tx):
+        def step(carry, _):
+            w, state = carry
+            updates, state = tx.update(jax.grad(loss)(w), state, w)
+            return (optax.apply_updates(w, updates), state), ()
+
+        start = jnp.zeros(8)
+        (w, _), _ = jax.lax.scan(step, (start, tx.init(start)), length=200)
+        return loss(w)
+
+    ours = trained(pretrained_optimizer("gates-v1", num_steps=200))
+    assert ours < 1e-3 * loss(jnp.zeros(8))
+    assert ours < trained(optax.adam(1e-2))
 
 
 def test_a_saved_rule_is_told_the_length_of_training_in_one_line(tmp_path):
