@@ -87,6 +87,7 @@ def test_a_run_that_is_cut_resumes_to_the_bit_and_exports_its_best(
     assert a.info["validation"]["log_ratio"] == scores[0][a.info["best_step"]]
     file = tmp_path / "v1.npz"
     assert general.main(["--folder", str(whole), "--export", str(file)]) == 0
+    assert (whole / "validation.png").exists()
     assert file.stat().st_size < 100_000
     again = rules.load_rule(file)
     assert {**again.info, "core_hours": 0} == {**a.info, "core_hours": 0}

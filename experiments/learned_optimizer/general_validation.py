@@ -23,7 +23,7 @@ from experiments.common.saved_options import flag, from_json, read_config, to_js
 from experiments.common.tables import Table
 from experiments.learned_optimizer.general import MODULE, Config
 from experiments.learned_optimizer.meta_tasks import Task, validation_tasks
-from metalstm import rules
+from metalstm import plots, rules
 from metalstm.base import PyTree, UpdateRule
 from metalstm.learned_optimizers import make_loss_curves, sweep
 from metalstm.runtime import checkpoints
@@ -42,6 +42,8 @@ _COST = {  # python -m benchmarks.updates
     "moment_gates": "on one core an update takes 9 times AdamW's, a training step of "
     "an MLP of 1.07M parameters at batch 128 1.9 times; 16 bytes of state a parameter",
 }
+
+_ABOUT = ("method", "kind", "step", "cpu_seconds")  # of a row, not of the rule
 
 Logs = dict[str, np.ndarray]  # of each family [I]: logs of last over first losses
 
@@ -241,6 +243,8 @@ def _config_of(saved: dict[str, Any]) -> Config:
 def export(folder: Path, path: Path) -> None:
     """Write the best rule of a run so far, with what is known about it.
 
+    The run gets validation.png, of all rules that were validated.
+
     Raises:
       FileNotFoundError, ValueError: there is no run, or it has no validated rule yet.
     """
@@ -254,8 +258,7 @@ def export(folder: Path, path: Path) -> None:
     tested = [row for row in rows if row["kind"] == "validation"]
     hours = core_hours([row["cpu_seconds"] for row in tested])
     row = next(row for row in tested[::-1] if row["step"] == best.step)
-    about = ("method", "kind", "step", "cpu_seconds")
-    validation = {k: v for k, v in row.items() if k not in about}
+    validation = {k: v for k, v in row.items() if k not in _ABOUT}
     low, high = config.horizon
     which = ", ".join(config.families) or "the families of meta_tasks.py"
     info = {
@@ -271,9 +274,28 @@ def export(folder: Path, path: Path) -> None:
         "config": to_json(config),
     }
     rules.save_rule(path, spec_of(config), best.state, info=info)
+    report.save_figure(_figure(tested), folder / "validation.png")
     said = f"meta-step {best.step:,}, {hours:.1f} core-hours"
     ratio = math.exp(validation["log_ratio"])
     print(f"{path}: {said}, final losses {ratio:.3f} of tuned AdamW's")
+
+
+def _figure(tested: Sequence[dict[str, Any]]) -> Any:
+    """Draw last losses over tuned AdamW's against meta-steps, a line a family."""
+    steps = np.array([row["step"] for row in tested])
+    lines = {
+        "mean of the logs" if name == "log_ratio" else name: plots.Losses(
+            steps, np.exp([[row[name] for row in tested]])
+        )
+        for name in tested[0]
+        if name not in (*_ABOUT, "standard_error")
+    }
+    return plots.loss_panels(
+        {"validation": lines},
+        learned=["mean of the logs"],
+        xlabel="meta-steps",
+        ylabel="last loss / tuned AdamW's",
+    )
 
 
 def core_hours(cpu_seconds: Sequence[float]) -> float:

@@ -51,6 +51,7 @@ _STYLES = {
     "sphereface",
     "X": "meta-lstm-f1 l2l-published matching-euclidean matching-fce relation-softmax "
     "siamese-triplet pixels",
+    "p": "gates-v1 moment-lstm lion muon schedule-free moment-gates moment-network",
     "*": "gates-f1 v2-f1 nearest-centroid base-mean ridge logistic-regression lda",
 }
 _KNOWN = {
