@@ -183,7 +183,7 @@ def executed() -> dict[str, str]:
     ("name", "expected"),
     [
         ("quickstart", ["nearest neighbour", "mean over parameters"]),
-        ("learned_optimizer", ["learned rule   loss", "adam, 0.01  "]),
+        ("learned_optimizer", ["gates-v1   loss", "adam, 0.01  "]),
         ("which_method", ["clearly above Meta-LSTM", "points to meta-lstm, paired"]),
     ],
 )
