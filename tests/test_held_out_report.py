@@ -151,7 +151,7 @@ def test_the_report_is_made_again_from_its_own_file(tmp_path, capsys):
     assert held_out.main(words) == 0
     said = capsys.readouterr().out
     assert "muon has 2 of 3 seeds" in said
-    assert "adamw has 8 of 9 trials" in said
+    assert "adamw has 8 trials, more are to come" in said
     assert "missing: resnet, vit, transformer, gru, autoencoder, policy" in said
     names = [
         "held_out.json",

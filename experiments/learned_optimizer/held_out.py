@@ -9,11 +9,12 @@ on most of ten tasks whose data and architectures it was not trained on.
 Every optimizer has the same nine trials for each task, on another seed than is
 reported: the rate moves by factors of sqrt(10) from its default, with a cosine, until
 the best has a worse neighbour on both sides (seven trials at most); the last ones try
-the best rate at other schedules. A gate rule has one trial, its default (row "NAME"),
-and nine, in which its updates are multiplied (row "NAME, tuned"). Then three seeds are
-trained with the best trial. A cell is one training run, a JSON file in the folder;
-cells that are there are not run again, so the command may be stopped at any time. The
-report says what is missing, and compares what is complete.
+the best rate at other schedules. Where the best of the nine is at an edge of the rates
+tried, more follow beyond it (15 trials at most). A gate rule has one trial, its default
+(row "NAME"), and nine, in which its updates are multiplied (row "NAME, tuned"). Then
+three seeds are trained with the best trial. A cell is one training run, a JSON file in
+the folder; cells that are there are not run again, so the command may be stopped at any
+time. The report says what is missing, and compares what is complete.
 
 About seven hours of one core for all tasks, the five optimizers and one rule, by the
 milliseconds of a step; `--tasks` and `--optimizers` choose.

@@ -21,7 +21,7 @@ from experiments.learned_optimizer.held_out_tasks import TASKS, VERSION, HeldOut
 from metalstm import rules
 from metalstm.learned_optimizers import make_loss_curves
 
-TRIALS, RATE_TRIALS = 9, 7
+TRIALS, RATE_TRIALS, MOST_TRIALS = 9, 7, 15
 TUNE_SEED, SEEDS = 1_000, (0, 1, 2)
 EVAL_BATCH, RECORDS = 1_024, 20
 _FACTOR = 10**0.5
@@ -94,7 +94,7 @@ def next_trial(schedules: tuple[str, ...], scores: dict[Trial, float]) -> Trial 
     not finite count as infinite, and among equal scores the smaller rate is the best.
     """
     if len(scores) >= TRIALS:
-        return None
+        return _beyond_the_edge(scores)
     first, *others = schedules
     of_rates = {t.step: score for t, score in scores.items() if t.schedule == first}
     if not of_rates:
@@ -107,6 +107,15 @@ def next_trial(schedules: tuple[str, ...], scores: dict[Trial, float]) -> Trial 
         return Trial(next(step for step in outwards if step not in of_rates), first)
     left = [Trial(best + by, name) for by in (0, 1, -1, 2, -2) for name in others]
     return next((trial for trial in left if trial not in scores), None)
+
+
+def _beyond_the_edge(scores: dict[Trial, float]) -> Trial | None:
+    """Where no lower or no higher rate than the best was tried, the next one there."""
+    best, steps = best_trial(scores), {trial.step for trial in scores}
+    for edge, outwards in ((min(steps), -1), (max(steps), 1)):
+        if best.step == edge and len(scores) < MOST_TRIALS:
+            return best._replace(step=edge + outwards)
+    return None
 
 
 def best_trial(scores: dict[Trial, float]) -> Trial:

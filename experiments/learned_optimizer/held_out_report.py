@@ -16,7 +16,6 @@ from experiments.learned_optimizer.held_out_cells import (
     OPTIMIZERS,
     RECORDS,
     SEEDS,
-    TRIALS,
 )
 from experiments.learned_optimizer.held_out_rows import (
     Row,
@@ -109,8 +108,10 @@ def _against(pairs: Sequence[tuple[Row, Row]]) -> dict[str, str]:
     until = [share_until(row.curves, other.median) for row, other in pairs]
     low, high = iqm_interval(mine, base)
     inside = [row.inside for row, _ in pairs if row.inside is not None]
+    fewest, most = (f(row.trials for row, _ in pairs) for f in (min, max))
+    trials = f"{fewest}" if fewest == most else f"{fewest} to {most}"
     return {
-        "trials": f"{TRIALS if inside else 1}",
+        "trials": trials,
         "below": f"{(ratios < 1).sum()} of {len(pairs)}",
         "iqm": f"{float(iqm(ratios)):.3f} [{low:.3f}, {high:.3f}]",
         "until": "never" if np.median(until) > 1 else f"{np.median(until):.0%}",

@@ -17,7 +17,6 @@ from experiments.learned_optimizer.held_out_cells import (
     OPTIMIZERS,
     RULE_SCHEDULES,
     SEEDS,
-    TRIALS,
     TUNE_SEED,
     Trial,
     around,
@@ -38,6 +37,7 @@ class Row(NamedTuple):
 
     trial: Trial
     curves: np.ndarray  # [R, 21], infinite where not finite
+    trials: int
     inside: bool | None  # lower and higher rates were tried; None: nothing was tuned
     by_rate: np.ndarray  # [7] last losses at other rates; [0]: not run
 
@@ -129,7 +129,7 @@ def rows_of(found: Cells) -> tuple[Rows, list[str]]:
             if next_trial(schedules, scores) is None:
                 wanted[name if optimizer else f"{name}, tuned"] = best_trial(scores)
             else:
-                said.append(f"{name} has {len(scores)} of {TRIALS} trials")
+                said.append(f"{name} has {len(scores)} trials, more are to come")
             for label, trial in wanted.items():
                 have = sum((trial, seed) in runs for seed in SEEDS)
                 if have < len(SEEDS):
@@ -139,7 +139,8 @@ def rows_of(found: Cells) -> tuple[Rows, list[str]]:
                 rows.setdefault(label, {})[task] = _row(trial, runs, tuned)
         if said:
             missing.append(f"{task}: {'; '.join(said)}")
-    return rows, missing
+    labels = [label for name in names for label in (name, f"{name}, tuned")]
+    return {label: rows[label] for label in labels if label in rows}, missing
 
 
 def _row(trial: Trial, runs: Runs, tuned: bool) -> Row:
@@ -149,6 +150,7 @@ def _row(trial: Trial, runs: Runs, tuned: bool) -> Row:
     return Row(
         trial,
         curves=np.stack([runs[trial, seed] for seed in SEEDS]),
+        trials=len(tried) if tuned else 1,
         inside=min(tried) < trial.step < max(tried) if tuned else None,
         by_rate=np.array([runs[one][-1] for one in rates if complete]),
     )
