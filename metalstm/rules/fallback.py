@@ -13,7 +13,7 @@ from metalstm.base import Array, PyTree
 __all__ = ["FallbackState", "with_fallback"]
 
 _FAST, _SLOW = 0.9, 0.99  # decays of the averages of the loss and of its deviation
-_FORGET = 1e-3  # share by which the best level nears the present one
+_FORGET = 1e-4  # share by which the best level and its noise near the present ones
 _WARM_UP = 5  # losses before the first test
 _HALVE, _RECOVER = 0.5, 0.999  # of the trust in the rule; of what it lacks
 
@@ -23,6 +23,7 @@ class FallbackState(NamedTuple):
     mean: Array  # of the loss; not yet divided by the weights it has so far
     deviation: Array  # of the loss from its mean; likewise
     best: Array  # the lowest that the mean has been
+    noise: Array  # the deviation at that time
     trust: Array  # share of the update that is the rule's, in [0, 1]
     rule: PyTree
     other: PyTree
@@ -38,10 +39,10 @@ def with_fallback(
 
     The trust w starts at 1. It is halved at each update at which the running mean of
     the loss (decay 0.9) is above the lowest it has been by more than three times the
-    loss's mean deviation from it; otherwise what it lacks to 1 shrinks by a thousandth.
-    A loss or gradient that is not finite changes nothing but the trust, which it
-    halves: no parameter moves, and it reaches no state. An update of the rule that is
-    not finite is replaced by the other's.
+    loss's mean deviation from it at that time; otherwise what it lacks to 1 shrinks by
+    a thousandth. A loss or gradient that is not finite changes nothing but the trust,
+    which it halves: no parameter moves, and it reaches no state. An update of the rule
+    that is not finite is replaced by the other's.
 
     Args:
       tx: the rule.
@@ -57,7 +58,7 @@ def with_fallback(
         zero, one = jnp.float32(0), jnp.float32(1)
         best = jnp.float32(jnp.finfo(jnp.float32).max)
         states = rule.init(params), safe.init(params)
-        return FallbackState(jnp.int32(0), zero, zero, best, one, *states)
+        return FallbackState(jnp.int32(0), zero, zero, best, zero, one, *states)
 
     def update_fn(updates, state, params=None, *, value=None, **extra):
         if value is None:
@@ -104,18 +105,20 @@ def _watch(state: FallbackState, value: Array, finite: Array) -> FallbackState:
     usual = state.deviation / (1 - jnp.float32(_SLOW) ** before)
     mean = _FAST * state.mean + (1 - _FAST) * value
     now = mean / (1 - jnp.float32(_FAST) ** (state.step + 1))
-    fails = (now - state.best > 3 * usual) & (state.step >= _WARM_UP)
+    # the noise of the best time: however slowly a loss explodes, it must not make
+    # itself usual
+    tests = state.step >= _WARM_UP
+    fails = (now - state.best > 3 * state.noise) & tests
     error = jnp.where(state.step > 0, jnp.abs(value - level), 0)
-    deviation = _SLOW * state.deviation + (1 - _SLOW) * error
     lacking = _RECOVER * (1 - state.trust)
+    drift = lambda old, new: old + _FORGET * (new - old)  # noqa: E731
+    better = now <= state.best
     new = state._replace(
         step=state.step + 1,
         mean=mean,
-        # a loss that explodes must not make itself usual
-        deviation=jnp.where(
-            fails, _SLOW * state.deviation + (1 - _SLOW) * usual, deviation
-        ),
-        best=jnp.minimum(now, state.best + _FORGET * (now - state.best)),
+        deviation=_SLOW * state.deviation + (1 - _SLOW) * error,
+        best=jnp.where(better, now, drift(state.best, now)),
+        noise=jnp.where(better | ~tests, usual, drift(state.noise, usual)),
         trust=jnp.where(fails, _HALVE * state.trust, 1 - lacking),
     )
     kept = state._replace(trust=_HALVE * state.trust)
