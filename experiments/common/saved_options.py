@@ -21,6 +21,7 @@ __all__ = [
     "from_json",
     "located",
     "read_config",
+    "read_json",
     "split_commas",
     "to_json",
     "value_of",
@@ -94,6 +95,18 @@ def flags_of(kind: type[msgspec.Struct]) -> set[str]:
         )
         found |= flags_of(hints[name]) if nested else {name}
     return found
+
+
+def read_json(path: Path, kind: Any, remedy: str) -> Any:
+    """Decode a file as a type that msgspec knows.
+
+    Raises:
+      ValueError: it is no such JSON; names the file and the remedy.
+    """
+    try:
+        return msgspec.json.decode(path.read_bytes(), type=kind)
+    except (msgspec.MsgspecError, UnicodeError) as error:
+        raise ValueError(f"{path} is damaged ({error}): {remedy}") from None
 
 
 def read_config(folder: Path) -> dict[str, Any]:
