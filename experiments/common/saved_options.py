@@ -123,20 +123,16 @@ def read_config(folder: Path) -> dict[str, Any]:
     if folder.suffix == ".npz":
         return _of_file(folder)
     path = folder / "config.json"
+    remedy = "put a copy of it back, or start again in another --workdir"
     try:
-        document = json.loads(path.read_bytes())
-        if not isinstance(document["config"], dict):
-            raise TypeError("config is no mapping")
+        document = read_json(path, dict[str, Any], remedy)
     except (FileNotFoundError, NotADirectoryError):
         raise FileNotFoundError(
             f"{folder} is not a run folder: it has no config.json; give the folder "
             "that a run printed"
         ) from None
-    except (KeyError, TypeError, ValueError) as error:
-        raise ValueError(
-            f"{path} is damaged ({type(error).__name__}: {error}): put a copy of it "
-            "back, or start again in another --workdir"
-        ) from None
+    if not isinstance(document.get("config"), dict):
+        raise ValueError(f"{path} is damaged (config is no mapping): {remedy}")
     return document
 
 

@@ -265,7 +265,7 @@ def _logs_of(config: Config, named: _Named, tasks: Sequence[Task]) -> Logs:
     return _kept(config, tasks, named.key, make)
 
 
-def _config_of(saved: dict[str, Any], source: str = "config.json") -> Config:
+def _config_of(saved: dict[str, Any], source: str) -> Config:
     return from_json(Config, saved | {"export": None, "evaluate": []}, source)
 
 
@@ -277,7 +277,7 @@ def export(folder: Path, path: Path) -> None:
     Raises:
       FileNotFoundError, ValueError: there is no run, or it has no validated rule yet.
     """
-    config = _config_of(read_config(folder)["config"])
+    config = _config_of(read_config(folder)["config"], f"{folder / 'config.json'}")
     where = folder / "checkpoints" / NAME / "best"
     if checkpoints.latest(where) is None:
         raise ValueError(f"{folder} has no validated rule yet: train it first")
