@@ -10,6 +10,8 @@ import optax
 import pytest
 
 from experiments.common.cli import parse
+from experiments.common.run_folder import write_json
+from experiments.common.saved_options import to_json
 from experiments.learned_optimizer import (
     general,
     general_training,
@@ -18,6 +20,7 @@ from experiments.learned_optimizer import (
 )
 from metalstm import rules
 from metalstm.learned_optimizers import problems
+from metalstm.runtime import checkpoints
 
 WORDS = [
     "--meta-steps", "6", "--linear-steps", "2", "--horizon", "2", "6",
@@ -195,3 +198,114 @@ def test_evolution_learns_the_step_on_its_own_family(few_tasks):
     assert state.params["output"]["bias"][0] > before + 0.5
     assert np.mean(losses[-5:]) < np.mean(losses[:5]) - 0.2
     assert int(state.step) == 30
+
+
+# -- mistakes --------------------------------------------------------------------------
+
+
+@pytest.fixture
+def no_training(monkeypatch):
+    monkeypatch.setattr(general_training, "run", lambda config: None)
+
+
+def test_a_folder_of_another_run_is_left_as_it_is(tmp_path, no_training, capsys):
+    files = {
+        "config.json": '{"config": {"algorithms": ["maml"], "seed": 3}}',
+        "metrics.jsonl": '{"method": "maml", "kind": "train", "episode": 1}\n',
+    }
+    for name, text in files.items():
+        (tmp_path / name).write_text(text)
+    assert general.main(["--folder", str(tmp_path), *WORDS]) == 2
+    said = capsys.readouterr().err
+    assert "holds another run" in said
+    assert "or another --folder" in said
+    assert all((tmp_path / name).read_text() == text for name, text in files.items())
+    (tmp_path / "config.json").unlink()
+    assert general.main(["--folder", str(tmp_path), *WORDS]) == 2
+    assert "holds no run: choose another --folder" in capsys.readouterr().err
+
+
+def test_a_run_starts_where_rules_were_evaluated(tmp_path, no_training):
+    (tmp_path / "validation-2x4.json").write_text("{}")
+    assert general.main(["--folder", str(tmp_path), *WORDS]) == 0
+
+
+def test_the_config_is_there_before_anything_is_measured(tmp_path, monkeypatch):
+    def cut(*args):
+        raise PowerCutError
+
+    monkeypatch.setattr(general_training, "make_score", cut)
+    with pytest.raises(PowerCutError):
+        general.main(["--folder", str(tmp_path), *WORDS])
+    assert (tmp_path / "config.json").exists()
+
+
+@pytest.mark.parametrize(
+    "words", ["--horizon 10 5", "--horizon 0 5", "--scaling 2.0 0.5"]
+)
+def test_a_range_is_refused_at_once(words, tmp_path, no_training, capsys):
+    assert general.main(["--folder", str(tmp_path / "run"), *words.split()]) == 2
+    assert f"{words}: choose 0 < low <= high" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.fixture
+def measured(monkeypatch):
+    """The rules that were measured, AdamW's among them."""
+    found = []
+
+    def measure(name):
+        found.append(name)
+        return {task: np.full(2, float(len(found))) for task in ("quadratics", "noisy")}
+
+    make = lambda told, rule, tasks: lambda params: measure(told.rule)  # noqa: E731
+    monkeypatch.setattr(general_validation, "make_measure", make)
+    monkeypatch.setattr(general_validation, "_adamw", lambda *_: measure("adamw"))
+    return found
+
+
+def test_a_kept_result_is_of_the_very_rule(tmp_path, measured):
+    words = ["--folder", str(tmp_path), "--evaluate", "fresh"]
+    flags = ([], ["--rule", "moment_lstm"], ["--hidden-size", "2"], ["--seed", "1"],
+             ["--no-tell-length"], ["--tell-progress", "0"])  # fmt: skip
+    for _ in range(2):
+        for more in flags:
+            assert general.main([*words, *more]) == 0
+    rest = ["moment_gates"] * 4
+    assert measured == ["adamw", "moment_gates", "moment_lstm", *rest]
+
+
+def test_what_cannot_be_evaluated_is_named_before_adamw_is_tuned(
+    tmp_path, measured, capsys
+):
+    file = tmp_path / "l2l.npz"
+    params = rules.l2l().init(jax.random.key(0), {})
+    rules.save_rule(file, {"rule": "l2l"}, params, info={})
+    words = ["--folder", str(tmp_path), "--evaluate"]
+    assert general.main([*words, str(file)]) == 2
+    assert "l2l.npz: the file does not say what" in capsys.readouterr().err
+    kept = tmp_path / "validation-2x2000.json"
+    for text, message in (
+        (
+            '{"adamw": {"noisy": [0.1',
+            "is damaged (Input data was truncated): delete it",
+        ),
+        ('{"adamw": {"noisy": [0.1]}}', "is of other families: delete it"),
+    ):
+        kept.write_text(text)
+        assert general.main([*words, "fresh"]) == 2
+        assert f"{kept} {message}" in capsys.readouterr().err
+    assert measured == []
+
+
+@pytest.mark.parametrize("text", ["", '{"method": "gates", "kind": "validation", '])
+def test_an_export_without_its_validation_is_named(tmp_path, capsys, text):
+    config = general.Config(hidden_size=2)
+    write_json(tmp_path / "config.json", {"config": to_json(config)})
+    params = general_validation.built(config).init(jax.random.key(0), {})
+    checkpoints.save(tmp_path / "checkpoints/gates/best", params, step=3)
+    (tmp_path / "metrics.jsonl").write_text(text)
+    words = ["--folder", str(tmp_path), "--export", str(tmp_path / "x.npz")]
+    assert general.main(words) == 2
+    said = "metrics.jsonl has no validation of meta-step 3, the best: put a copy"
+    assert said in capsys.readouterr().err

@@ -4,11 +4,17 @@ from __future__ import annotations
 
 import json
 
+import jax
 import numpy as np
 import pytest
 from scipy import stats
 
-from experiments.learned_optimizer import held_out, held_out_report, held_out_rows
+from experiments.learned_optimizer import (
+    held_out,
+    held_out_cells,
+    held_out_report,
+    held_out_rows,
+)
 from experiments.learned_optimizer.held_out_cells import (
     OPTIMIZERS,
     RULE_SCHEDULES,
@@ -18,6 +24,7 @@ from experiments.learned_optimizer.held_out_cells import (
     best_trial,
     next_trial,
 )
+from metalstm import rules
 
 TASKS = ("tabular", "heat", "maml")
 LAST = {  # of the seeds, on each task
@@ -167,3 +174,103 @@ def test_the_report_is_made_again_from_its_own_file(tmp_path, capsys):
     nothing = ["--folder", str(tmp_path / "none"), "--report", str(tmp_path / "other")]
     assert held_out.main(nothing) == 2
     assert "has no cells" in capsys.readouterr().err
+
+
+def rule_file(path, seed):
+    path.parent.mkdir(exist_ok=True)
+    params = rules.moment_gates(hidden_size=2).init(jax.random.key(seed), ())
+    rules.save_rule(path, {"rule": "moment_gates", "hidden_size": 2}, params, info={})
+    return path
+
+
+def test_a_row_is_of_one_rule(tmp_path, capsys):
+    cells = tmp_path / "cells"
+    write_cells(cells)
+    a, b = (rule_file(tmp_path / name / "mine.npz", k) for k, name in enumerate("ab"))
+    adamw = rule_file(tmp_path / "adamw.npz", 2)
+    words = ["--folder", str(cells), "--tasks", "heat", "--optimizers", "adamw"]
+    run = lambda *files: held_out.main([*words, "--rule", *map(str, files)])  # noqa: E731
+    assert run(a) == 0  # cells of earlier versions do not say of which rule they are
+    assert run(a) == 0
+    for files, message in (
+        ([b], "has cells of another rule called mine; rename the file"),
+        ([a, b], "b/mine.npz: another row is called mine; rename the file"),
+        ([adamw], "adamw.npz: another row is called adamw; rename the file"),
+    ):
+        assert run(*files) == 2
+        assert message in capsys.readouterr().err
+    fresh = tmp_path / "fresh"
+    for path in (a, b):  # nothing was run
+        digest = held_out_cells.gate_rule(path).digest
+        held_out_cells.claim_name(fresh, "mine", digest)
+
+
+SHORT = json.dumps({"losses": [1.0] * 7})
+
+
+@pytest.mark.parametrize(
+    "text", ["", '{"losses": [1.0', "[]", "{}", SHORT, SHORT.replace("1.0", '"x"')]
+)
+def test_a_damaged_cell_is_named(tmp_path, capsys, text):
+    write_cells(tmp_path, {"adamw": LAST["adamw"]})
+    path = tmp_path / f"v2/heat/adamw/cosine+0-seed{TUNE_SEED}.json"
+    path.write_text(text)
+    run = ["--tasks", "heat", "--optimizers", "adamw"]
+    for words in (run, ["--report", str(tmp_path / "page")]):
+        assert held_out.main(["--folder", str(tmp_path), *words]) == 2
+        said = capsys.readouterr().err
+        assert f"{path} is damaged (" in said
+        assert "): delete it, and run the test again" in said
+
+
+def test_other_files_are_no_cells(tmp_path):
+    write_cells(tmp_path)
+    cells = held_out_cells.Cells(tmp_path, "heat", "adamw")
+    before, scores = held_out_rows.read_cells(tmp_path), cells.scores()
+    for name in (f".part-0a1b2c3d-cosine+0-seed{TUNE_SEED}.json", "notes.json"):
+        (cells.folder / name).write_text("{")
+    assert cells.scores() == scores
+    after = held_out_rows.read_cells(tmp_path)
+    assert held_out_rows.to_json(after) == held_out_rows.to_json(before)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("{", "is damaged ("),
+        ("{}", "is damaged ("),
+        ('{"version": 1, "losses": {}}', "is of version 1 of the test, and this is 2"),
+        ('{"version": 2, "losses": {"heat": {"lion": {"x": [1]}}}}', "(heat lion x)"),
+        ('{"version": 2, "losses": {"heat": {"lion": {"cosine+0-seed0": [1]}}}}',
+         "is damaged (heat lion cosine+0-seed0)"),
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize("has_cells", [False, True])
+def test_a_held_out_json_that_cannot_be_read_is_named(
+    tmp_path, capsys, text, message, has_cells
+):
+    cells, path = tmp_path / "cells", tmp_path / "held_out.json"
+    if has_cells:
+        write_cells(cells, {"adamw": LAST["adamw"]})
+    path.write_text(text)
+    words = ["--folder", str(cells), "--report", str(tmp_path)]
+    assert held_out.main(words) == 2
+    said = capsys.readouterr().err
+    assert str(path) in said
+    assert message in said
+    assert "choose another --report" in said
+    assert path.read_text() == text
+
+
+def test_a_report_does_not_replace_one_of_more_cells(tmp_path, capsys):
+    cells, into = tmp_path / "cells", tmp_path / "page"
+    write_cells(cells, {"adamw": LAST["adamw"]})
+    words = ["--folder", str(cells), "--report", str(into)]
+    assert held_out.main(words) == 0
+    before = (into / "held_out.json").read_bytes()
+    (cells / f"v2/heat/adamw/cosine+0-seed{TUNE_SEED}.json").unlink()
+    assert held_out.main(words) == 2
+    said = capsys.readouterr().err
+    assert "held_out.json has 1 cells that" in said
+    assert "such as heat/adamw/cosine+0-seed1000: choose another --report" in said
+    assert (into / "held_out.json").read_bytes() == before

@@ -33,6 +33,7 @@ __all__ = [
     "check",
     "check_multiple",
     "check_names",
+    "check_range",
     "parse",
     "replace",
     "said",
@@ -203,6 +204,12 @@ def check_names(flag: str, names: Sequence[str], known: Iterable[str]) -> None:
             raise ValueError(f"{flag} {name}: {did_you_mean(name, known)}")
         if names.count(name) > 1:
             raise ValueError(f"{flag} names {name} twice: drop one")
+
+
+def check_range(flag: str, low: float, high: float) -> None:
+    """Refuse two values of ``flag`` unless 0 < low <= high."""
+    if not 0 < low <= high:
+        raise ValueError(f"{flag} {low} {high}: choose 0 < low <= high")
 
 
 def replace(options: Config, **changes: Any) -> Config:

@@ -57,7 +57,13 @@ def refuse_other_runs(folder: Path, config: Any, may_change: Iterable[str]) -> N
     processes.on_main(check)
 
 
-def _check_contents(folder: Path, config: Any, may_change: Iterable[str]) -> None:
+def _check_contents(
+    folder: Path,
+    config: Any,
+    may_change: Iterable[str],
+    flag: str = "--workdir",
+    known: str = "lock",
+) -> None:
     from metalstm.runtime.saved_config import check_config
 
     if (folder / "config.json").exists():
@@ -66,13 +72,15 @@ def _check_contents(folder: Path, config: Any, may_change: Iterable[str]) -> Non
             to_json(config),
             ignore=may_change,
             what=f"{folder} holds another run",
-            remedy="give the same options, or another --workdir",
+            remedy=f"give the same options, or another {flag}",
         )
     elif folder.exists() and not folder.is_dir():
-        raise ValueError(f"{folder} is a file: choose another --workdir")
-    elif folder.exists() and not all(map(_before_config, folder.iterdir())):
+        raise ValueError(f"{folder} is a file: choose another {flag}")
+    elif folder.exists() and not all(
+        path.match(known) or _before_config(path) for path in folder.iterdir()
+    ):
         raise ValueError(
-            f"{folder} is not empty and holds no run: choose another --workdir"
+            f"{folder} is not empty and holds no run: choose another {flag}"
         )
 
 
@@ -109,7 +117,12 @@ def refuse_other_data(folder: Path, about: Mapping[str, Any]) -> None:
 
 @contextlib.contextmanager
 def locked(
-    folder: Path, config: Any = None, may_change: Iterable[str] = ()
+    folder: Path,
+    config: Any = None,
+    may_change: Iterable[str] = (),
+    *,
+    flag: str = "--workdir",
+    known: str = "lock",
 ) -> Iterator[None]:
     """Hold the folder for this process; the kernel lets go when the process ends.
 
@@ -118,6 +131,8 @@ def locked(
     Args:
       config, may_change: as for `refuse_other_runs`, checked before anything is written
         there, and again once the folder is held: another run may have come and gone.
+      flag: which names the folder.
+      known: a pattern of files that may be there before config.json.
 
     Raises:
       ValueError: another process holds it, or another run has been there.
@@ -127,22 +142,24 @@ def locked(
 
     with contextlib.ExitStack() as stack:
 
-        def hold() -> None:
+        def check() -> None:
             if config is not None:
-                _check_contents(folder, config, may_change)
+                _check_contents(folder, config, may_change, flag, known)
+
+        def hold() -> None:
+            check()
             try:
                 folder.mkdir(parents=True, exist_ok=True)
             except OSError as error:
-                raise _cannot_be_written(folder, error) from error
-            stack.callback(_lock(folder, held=True).release)
-            if config is not None:
-                _check_contents(folder, config, may_change)
+                raise _cannot_be_written(folder, error, flag) from error
+            stack.callback(_lock(folder, flag, held=True).release)
+            check()
 
         processes.on_main(hold)
         yield
 
 
-def _lock(folder: Path, *, held: bool = False) -> Any:
+def _lock(folder: Path, flag: str = "--workdir", *, held: bool = False) -> Any:
     """Take the folder's lock; where it is ``held`` on, it says by which process."""
     from filelock import FileLock, Timeout
 
@@ -157,17 +174,17 @@ def _lock(folder: Path, *, held: bool = False) -> Any:
     except Timeout:
         raise ValueError(
             f"process {path.read_text() or 'unknown'} is running in {folder}: wait for "
-            "it, stop it, or choose another --workdir"
+            f"it, stop it, or choose another {flag}"
         ) from None
     except OSError as error:
-        raise _cannot_be_written(path, error) from error
+        raise _cannot_be_written(path, error, flag) from error
     return lock
 
 
-def _cannot_be_written(path: Path, error: OSError) -> OSError:
+def _cannot_be_written(path: Path, error: OSError, flag: str) -> OSError:
     return OSError(
         f"{path} cannot be written ({error.strerror}): free space on its disk, or "
-        "choose another --workdir"
+        f"choose another {flag}"
     )
 
 

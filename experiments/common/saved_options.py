@@ -21,6 +21,7 @@ __all__ = [
     "from_json",
     "located",
     "read_config",
+    "read_json",
     "split_commas",
     "to_json",
     "value_of",
@@ -96,6 +97,18 @@ def flags_of(kind: type[msgspec.Struct]) -> set[str]:
     return found
 
 
+def read_json(path: Path, kind: Any, remedy: str) -> Any:
+    """Decode a file as a type that msgspec knows.
+
+    Raises:
+      ValueError: it is no such JSON; names the file and the remedy.
+    """
+    try:
+        return msgspec.json.decode(path.read_bytes(), type=kind)
+    except (msgspec.MsgspecError, UnicodeError) as error:
+        raise ValueError(f"{path} is damaged ({error}): {remedy}") from None
+
+
 def read_config(folder: Path) -> dict[str, Any]:
     """What a run wrote of its options, methods and data.
 
@@ -110,20 +123,16 @@ def read_config(folder: Path) -> dict[str, Any]:
     if folder.suffix == ".npz":
         return _of_file(folder)
     path = folder / "config.json"
+    remedy = "put a copy of it back, or start again in another --workdir"
     try:
-        document = json.loads(path.read_bytes())
-        if not isinstance(document["config"], dict):
-            raise TypeError("config is no mapping")
+        document = read_json(path, dict[str, Any], remedy)
     except (FileNotFoundError, NotADirectoryError):
         raise FileNotFoundError(
             f"{folder} is not a run folder: it has no config.json; give the folder "
             "that a run printed"
         ) from None
-    except (KeyError, TypeError, ValueError) as error:
-        raise ValueError(
-            f"{path} is damaged ({type(error).__name__}: {error}): put a copy of it "
-            "back, or start again in another --workdir"
-        ) from None
+    if not isinstance(document.get("config"), dict):
+        raise ValueError(f"{path} is damaged (config is no mapping): {remedy}")
     return document
 
 

@@ -172,9 +172,8 @@ def check(config: Config) -> None:
             f"config.json: --problem {problem.name} has options of another problem: "
             "put a copy of the file back, or start again"
         )
-    if problem.scaling is not None and problem.scaling[0] > problem.scaling[1]:
-        low, high = problem.scaling
-        raise ValueError(f"--scaling {low} {high}: choose 0 < low <= high")
+    if problem.scaling is not None:
+        cli.check_range("--scaling", *problem.scaling)
     first, horizon = budget.first_horizon, config.training.horizon
     if first is not None and first > horizon:
         raise ValueError(f"--first-horizon {first}: choose up to {horizon}")

@@ -34,6 +34,7 @@ from experiments.common.cli import (
     Options,
     Pair,
     Positive,
+    check_range,
     parse,
 )
 from experiments.common.compiled_programs import keep_compiled_programs
@@ -107,6 +108,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _run(arguments: list[str]) -> int:
     config = parse(Config(), arguments, module=MODULE, description=__doc__)
+    check_range("--horizon", *config.horizon)
+    check_range("--scaling", *config.scaling)
     keep_compiled_programs()
     from experiments.learned_optimizer import general_training, general_validation
 
@@ -116,7 +119,8 @@ def _run(arguments: list[str]) -> int:
     if config.evaluate:
         print(general_validation.evaluate(config))
         return 0
-    with locked(config.folder):
+    changeable, measured = general_training.MAY_CHANGE, "*validation-*.json"
+    with locked(config.folder, config, changeable, flag="--folder", known=measured):
         try:
             general_training.run(config)
         except Interrupted:

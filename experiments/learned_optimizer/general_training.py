@@ -36,7 +36,7 @@ from metalstm.learned_optimizers import (
     with_random_scaling,
 )
 
-_MAY_CHANGE = ("folder", "export", "evaluate", "save_every")
+MAY_CHANGE = ("folder", "export", "evaluate", "save_every")
 _LARGEST = 1.0  # of a difference of two scores: a factor of e in the last loss
 
 
@@ -163,10 +163,11 @@ def run(config: Config) -> None:
         make_state = lambda: metalstm.init_mixture_state(  # noqa: E731
             parts, optimizer, config.seed, data
         )
+    write_json(config.folder / "config.json", {"config": to_json(config)})
     setup = Setup(
         name=NAME,
         config=config,
-        may_change=_MAY_CHANGE,
+        may_change=MAY_CHANGE,
         num_steps=config.meta_steps,
         minutes=None,
         steps_per_call=1,
@@ -178,7 +179,6 @@ def run(config: Config) -> None:
     )
     metrics = Metrics(config.folder, counter="step")
     loop = Loop(setup, config.folder, metrics, None, make_state)
-    write_json(config.folder / "config.json", {"config": to_json(config)})
     with loop.running():
         if int(loop.state.train.step) == 0:  # of a fresh rule
             _, row = setup.score(loop.state.train.params)

@@ -5,8 +5,6 @@ Notation: I instances of a family.
 
 from __future__ import annotations
 
-import hashlib
-import json
 import math
 import time
 from collections.abc import Callable, Sequence
@@ -19,7 +17,13 @@ import optax
 
 from experiments.common import report
 from experiments.common.run_folder import Metrics, write_json
-from experiments.common.saved_options import flag, from_json, read_config, to_json
+from experiments.common.saved_options import (
+    flag,
+    from_json,
+    read_config,
+    read_json,
+    to_json,
+)
 from experiments.common.tables import Table
 from experiments.learned_optimizer.general import MODULE, Config
 from experiments.learned_optimizer.meta_tasks import Task, validation_tasks
@@ -27,6 +31,7 @@ from metalstm import plots, rules
 from metalstm.base import PyTree, UpdateRule
 from metalstm.learned_optimizers import make_loss_curves, sweep
 from metalstm.runtime import checkpoints
+from metalstm.runtime.array_files import digest_of, named_leaves
 
 NAME = "gates"
 FRESH = "fresh"  # a rule that is not trained
@@ -99,7 +104,7 @@ def make_score(
 ) -> Callable[[PyTree], tuple[float, dict[str, float]]]:
     """Minus the mean log ratio of final losses to tuned AdamW's, and a row of it."""
     measure = make_measure(config, rule, tasks)
-    reference = _kept(config, "adamw", lambda: _adamw(config, tasks))
+    reference = _kept(config, tasks, "adamw", lambda: _adamw(config, tasks))
 
     def score(params: PyTree) -> tuple[float, dict[str, float]]:
         logs = measure(params)
@@ -175,11 +180,16 @@ def _adamw(config: Config, tasks: Sequence[Task]) -> Logs:
     return found
 
 
-def _kept(config: Config, name: str, make: Callable[[], Logs]) -> Logs:
+def _kept(
+    config: Config, tasks: Sequence[Task], name: str, make: Callable[[], Logs]
+) -> Logs:
     """What the folder has under this name, else ``make()``, which it has then."""
     size = f"{config.validation_instances}x{config.validation_steps}"
     path = config.folder / f"validation-{size}.json"
-    known = json.loads(path.read_text()) if path.exists() else {}
+    kind, again = dict[str, dict[str, list[float]]], "delete it, and run this again"
+    known = read_json(path, kind, again) if path.exists() else {}
+    if any({*logs} != {task.name for task in tasks} for logs in known.values()):
+        raise ValueError(f"{path} is of other families: {again}")
     if name not in known:
         known[name] = {task: logs.tolist() for task, logs in make().items()}
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -196,11 +206,11 @@ def evaluate(config: Config) -> Table:
     A rule is told what it was told in meta-training. Results are kept in the folder.
 
     Raises:
-      OSError, ValueError: a file that is none of a rule.
+      OSError, ValueError: a file that is none of a rule, or was not made by `export`.
     """
-    tasks = validation_tasks()
-    reference = _kept(config, "adamw", lambda: _adamw(config, tasks))
-    found = {name: _logs_of(config, name, tasks) for name in config.evaluate}
+    tasks, named = validation_tasks(), {n: _named(config, n) for n in config.evaluate}
+    reference = _kept(config, tasks, "adamw", lambda: _adamw(config, tasks))
+    found = {name: _logs_of(config, one, tasks) for name, one in named.items()}
     first = next(iter(found.values()))
     rows = [
         [
@@ -219,25 +229,44 @@ def evaluate(config: Config) -> Table:
     return Table(caption, headings, rows)
 
 
-def _logs_of(config: Config, name: str, tasks: Sequence[Task]) -> Logs:
+class _Named(NamedTuple):
+    """What an evaluation measures, and ``key``, the name of all of it."""
+
+    rule: UpdateRule
+    params: PyTree
+    told: Config
+    key: str
+
+
+def _named(config: Config, name: str) -> _Named:
     if name == FRESH:
-        rule = built(config)
-        params, key, told = rule.init(jax.random.key(config.seed), {}), FRESH, config
+        rule, spec, told = built(config), spec_of(config), config
+        params = rule.init(jax.random.key(config.seed), {})
     else:
-        saved = rules.load_rule(name)
-        digest = hashlib.sha256(Path(name).read_bytes()).hexdigest()[:8]
-        params, key = saved.params, f"{Path(name).stem} {digest}"
-        told = _config_of(saved.info["config"])
-        rule = saved.rule if told.tell_length else without_length(saved.rule)
-    told = told.__replace__(
+        rule, params, spec, info = rules.load_rule(name)
+        if not isinstance(info.get("config"), dict):
+            raise ValueError(
+                f"--evaluate {name}: the file does not say what its rule was told in "
+                "meta-training; give one that this command wrote"
+            )
+        told = _config_of(info["config"], name)
+        rule = rule if told.tell_length else without_length(rule)
+    arrays = named_leaves(jax.tree.map(np.asarray, params))
+    digest = digest_of([spec, told.tell_progress > 0, told.tell_length], arrays)
+    return _Named(rule, params, told, f"{Path(name).stem} {digest[:8]}")
+
+
+def _logs_of(config: Config, named: _Named, tasks: Sequence[Task]) -> Logs:
+    told = named.told.__replace__(
         validation_steps=config.validation_steps,
         validation_instances=config.validation_instances,
     )
-    return _kept(config, key, lambda: make_measure(told, rule, tasks)(params))
+    make = lambda: make_measure(told, named.rule, tasks)(named.params)  # noqa: E731
+    return _kept(config, tasks, named.key, make)
 
 
-def _config_of(saved: dict[str, Any]) -> Config:
-    return from_json(Config, saved | {"export": None, "evaluate": []})
+def _config_of(saved: dict[str, Any], source: str) -> Config:
+    return from_json(Config, saved | {"export": None, "evaluate": []}, source)
 
 
 def export(folder: Path, path: Path) -> None:
@@ -248,14 +277,20 @@ def export(folder: Path, path: Path) -> None:
     Raises:
       FileNotFoundError, ValueError: there is no run, or it has no validated rule yet.
     """
-    config = _config_of(read_config(folder)["config"])
+    config = _config_of(read_config(folder)["config"], f"{folder / 'config.json'}")
     where = folder / "checkpoints" / NAME / "best"
     if checkpoints.latest(where) is None:
         raise ValueError(f"{folder} has no validated rule yet: train it first")
     target = jax.eval_shape(lambda: built(config).init(jax.random.key(0), {}))
     best = checkpoints.restore(where, target)
-    rows = Metrics(folder, counter="step").read()
+    metrics = Metrics(folder, counter="step")
+    rows = metrics.read()
     tested = [row for row in rows if row["kind"] == "validation"]
+    if best.step not in (row["step"] for row in tested):
+        raise ValueError(
+            f"{metrics.path} has no validation of meta-step {best.step}, the best: put "
+            "a copy of it back"
+        )
     hours = core_hours([row["cpu_seconds"] for row in tested])
     row = next(row for row in tested[::-1] if row["step"] == best.step)
     validation = {k: v for k, v in row.items() if k not in _ABOUT}

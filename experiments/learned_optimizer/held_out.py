@@ -14,7 +14,8 @@ tried, more follow beyond it (15 trials at most). A gate rule has one trial, its
 (row "NAME"), and nine, in which its updates are multiplied (row "NAME, tuned"). Then
 three seeds are trained with the best trial. A cell is one training run, a JSON file in
 the folder; cells that are there are not run again, so the command may be stopped at any
-time. The report says what is missing, and compares what is complete.
+time. A rule's cells go by its file's name, and a rule that is not the one they were run
+with is refused. The report says what is missing, and compares what is complete.
 
 About seven hours of one core for all tasks, the five optimizers and one rule, by the
 milliseconds of a step; `--tasks` and `--optimizers` choose.

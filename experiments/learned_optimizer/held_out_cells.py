@@ -2,24 +2,30 @@
 
 from __future__ import annotations
 
-import json
+import glob
 import math
+import re
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import msgspec
+import numpy as np
 import optax
 from optax import contrib
 
 from experiments.common.cli import check_names, replace
 from experiments.common.run_folder import write_json
+from experiments.common.saved_options import read_json
 from experiments.learned_optimizer.held_out import Config
 from experiments.learned_optimizer.held_out_tasks import TASKS, VERSION, HeldOut, Loaded
 from metalstm import rules
 from metalstm.learned_optimizers import make_loss_curves
+from metalstm.runtime.array_files import digest_of, named_leaves
+from metalstm.runtime.files import atomic_write
 
 TRIALS, RATE_TRIALS, MOST_TRIALS = 9, 7, 15
 TUNE_SEED, SEEDS = 1_000, (0, 1, 2)
@@ -35,6 +41,7 @@ class Optimizer(NamedTuple):
     schedules: tuple[str, ...] = ("cosine", "constant", "warmup")  # the first for rates
     # (state, params) -> the parameters that are measured
     averaged: Callable[[Any, Any], Any] | None = None
+    digest: str | None = None  # of a trained rule
 
 
 def _schedule_free(rate: Any, num_steps: int) -> optax.GradientTransformation:
@@ -57,13 +64,15 @@ RULE_SCHEDULES = ("constant", "cosine", "warmup")
 
 def gate_rule(path: Path) -> Optimizer:
     """A trained rule, told its progress; its rate multiplies its updates."""
-    learned = rules.load_rule(path).transform()
+    saved = rules.load_rule(path)
+    learned, arrays = saved.transform(), jax.tree.map(np.asarray, saved.params)
 
     def make(rate: Any, num_steps: int) -> optax.GradientTransformation:
         by = optax.scale_by_schedule(rate) if callable(rate) else optax.scale(rate)
         return optax.chain(rules.with_progress(learned, num_steps), by)
 
-    return Optimizer(make, 1.0, RULE_SCHEDULES)
+    digest = digest_of(saved.spec, named_leaves(arrays))
+    return Optimizer(make, 1.0, RULE_SCHEDULES, digest=digest)
 
 
 class Trial(NamedTuple):
@@ -162,9 +171,26 @@ def compiled(
     return cell
 
 
-def _score(cell: dict[str, Any]) -> float:
-    last = cell["losses"][-1]
-    return float("inf") if last is None else last
+class Cell(msgspec.Struct):
+    """What is read of a cell."""
+
+    losses: Annotated[
+        list[float | None], msgspec.Meta(min_length=RECORDS + 1, max_length=RECORDS + 1)
+    ]
+
+
+Runs = dict[tuple[Trial, int], np.ndarray]  # (trial, seed) -> losses [21]
+
+
+def name_of(trial: Trial, seed: int) -> str:
+    return f"{trial.schedule}{trial.step:+d}-seed{seed}"
+
+
+def from_name(name: str) -> tuple[Trial, int] | None:
+    """The inverse of `name_of`, None for other names."""
+    if (found := re.fullmatch(r"([a-z]+)([+-]\d+)-seed(\d+)", name)) is None:
+        return None
+    return Trial(int(found[2]), found[1]), int(found[3])
 
 
 class Cells:
@@ -174,22 +200,37 @@ class Cells:
         self.folder = folder / f"v{VERSION}" / task / optimizer
 
     def path(self, trial: Trial, seed: int) -> Path:
-        return self.folder / f"{trial.schedule}{trial.step:+d}-seed{seed}.json"
+        return self.folder / f"{name_of(trial, seed)}.json"
+
+    def read(self) -> Runs:
+        """The losses, infinite where not finite.
+
+        Raises:
+          ValueError: a cell is damaged.
+        """
+        found = {}
+        for path in sorted(self.folder.glob("*.json")):
+            if (which := from_name(path.stem)) is not None:
+                cell = read_json(path, Cell, "delete it, and run the test again")
+                found[which] = finite(cell.losses)
+        return found
 
     def scores(self) -> dict[Trial, float]:
         """Of the tuning's trials so far."""
-        found = {}
-        for path in sorted(self.folder.glob(f"*-seed{TUNE_SEED}.json")):
-            cell = json.loads(path.read_text())
-            found[Trial(cell["step"], cell["schedule"])] = _score(cell)
-        return found
+        runs = self.read().items()
+        return {t: float(run[-1]) for (t, seed), run in runs if seed == TUNE_SEED}
+
+
+def finite(losses: Iterable[float | None]) -> np.ndarray:
+    """JSON's null is an infinite loss."""
+    return np.array([np.inf if x is None else x for x in losses], np.float64)
 
 
 def missing(
-    cells: Cells, optimizer: Optimizer, *, is_rule: bool, sensitivity: bool
+    cells: Cells, optimizer: Optimizer, *, sensitivity: bool
 ) -> Iterator[tuple[Trial, int]]:
     """The (trial, seed) that are to be run, in order; each is run before the next."""
-    default = Trial(0, optimizer.schedules[0])
+    default, is_rule = Trial(0, optimizer.schedules[0]), optimizer.digest is not None
     if is_rule:  # one trial: the default, nothing tuned
         yield from ((default, s) for s in SEEDS if not cells.path(default, s).exists())
     while (trial := next_trial(optimizer.schedules, cells.scores())) is not None:
@@ -206,29 +247,56 @@ def resolved(config: Config) -> tuple[Config, dict[str, Optimizer]]:
     """Name all tasks where none is; and the optimizers with the rules' rows.
 
     Raises:
-      ValueError: there is no such task or optimizer.
+      ValueError: there is no such task or optimizer, or a rule's name is taken.
     """
     check_names("--tasks", config.tasks, TASKS)
     check_names("--optimizers", config.optimizers, OPTIMIZERS)
     chosen = config.optimizers or tuple(OPTIMIZERS)
     optimizers = {name: OPTIMIZERS[name] for name in chosen}
-    optimizers |= {path.stem: gate_rule(path) for path in config.rule}
+    for path in config.rule:
+        if path.stem in {**OPTIMIZERS, **optimizers}:
+            raise ValueError(
+                f"--rule {path}: another row is called {path.stem}; rename the file"
+            )
+        optimizers[path.stem] = gate_rule(path)
     return replace(config, tasks=config.tasks or tuple(TASKS)), optimizers
 
 
+def claim_name(folder: Path, name: str, digest: str) -> None:
+    """Note of which rule the cells of this name are.
+
+    Raises:
+      ValueError: they are of another one.
+    """
+    cells = folder / f"v{VERSION}"
+    path = cells / f"{name}.sha256"
+    begun = any(cells.glob(f"*/{glob.escape(name)}/*.json"))
+    # cells of earlier versions have no such note
+    if begun and path.exists() and path.read_text() != digest:
+        raise ValueError(
+            f"--rule: {folder} has cells of another rule called {name}; rename the "
+            "file, or choose another --folder"
+        )
+    cells.mkdir(parents=True, exist_ok=True)
+    with atomic_write(path) as part:
+        part.write_text(digest)
+
+
 def run(config: Config, optimizers: dict[str, Optimizer]) -> None:
-    """Run every missing cell, one task after another."""
+    """Run every missing cell, one task after another.
+
+    Raises:
+      ValueError: a cell is damaged, or of another rule of the same name.
+    """
+    for name, optimizer in optimizers.items():
+        if optimizer.digest is not None:
+            claim_name(config.folder, name, optimizer.digest)
     for task_name in config.tasks:
         task, loaded = TASKS[task_name], None
         for name, optimizer in optimizers.items():
             cells = Cells(config.folder, task_name, name)
             programs: dict[str, Callable] = {}  # by their schedule
-            left = missing(
-                cells,
-                optimizer,
-                is_rule=name not in OPTIMIZERS,
-                sensitivity=config.sensitivity,
-            )
+            left = missing(cells, optimizer, sensitivity=config.sensitivity)
             for trial, seed in left:
                 loaded = loaded or task.load(config.data_dir)
                 if (how := trial.schedule) not in programs:
@@ -238,7 +306,6 @@ def run(config: Config, optimizers: dict[str, Optimizer]) -> None:
                 path = cells.path(trial, seed)
                 path.parent.mkdir(parents=True, exist_ok=True)
                 write_json(path, cell)
-                print(
-                    f"{task_name} {path.stem} of {name}: {_score(cell):.4g}", flush=True
-                )
+                last = finite(cell["losses"])[-1]
+                print(f"{task_name} {path.stem} of {name}: {last:.4g}", flush=True)
         jax.clear_caches()

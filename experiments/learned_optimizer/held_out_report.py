@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -20,11 +19,12 @@ from experiments.learned_optimizer.held_out_cells import (
 from experiments.learned_optimizer.held_out_rows import (
     Row,
     Rows,
-    from_json,
     iqm,
     iqm_interval,
+    names_of,
     ratio,
     read_cells,
+    read_document,
     rows_of,
     share_until,
     to_json,
@@ -202,12 +202,18 @@ def report(folder: Path, into: Path | None) -> str:
 
     Raises:
       FileNotFoundError: there is neither.
+      ValueError: one is damaged, or held_out.json has cells that ``folder`` lacks.
     """
-    found = read_cells(folder)
-    if not found:
-        if into is None or not (into / "held_out.json").exists():
-            raise FileNotFoundError(f"{folder} has no cells: run the test first")
-        found = from_json(json.loads((into / "held_out.json").read_text()))
+    found, path = read_cells(folder), into and into / "held_out.json"
+    written = read_document(path) if path and path.exists() else {}
+    if not (found or written):
+        raise FileNotFoundError(f"{folder} has no cells: run the test first")
+    found = found or written
+    if lost := names_of(written) - names_of(found):
+        raise ValueError(
+            f"{path} has {len(lost)} cells that {folder} lacks, such as {min(lost)}: "
+            "choose another --report, or delete the file"
+        )
     rows, missing = rows_of(found)
     made = tables(rows, missing)
     if into is not None:

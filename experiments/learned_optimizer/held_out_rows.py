@@ -5,31 +5,34 @@ Notation: T tasks, R seeds, 21 recorded losses of a run.
 
 from __future__ import annotations
 
-import json
-import re
-from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
+import msgspec
 import numpy as np
 
+from experiments.common.saved_options import read_json
 from experiments.learned_optimizer.held_out_cells import (
     OPTIMIZERS,
+    RECORDS,
     RULE_SCHEDULES,
     SEEDS,
     TUNE_SEED,
+    Cells,
+    Runs,
     Trial,
     around,
     best_trial,
+    finite,
+    from_name,
+    name_of,
     next_trial,
 )
 from experiments.learned_optimizer.held_out_tasks import TASKS, VERSION
 
 _RESAMPLES = 10_000
-_STEM = re.compile(r"([a-z]+)([+-]\d+)-seed(\d+)")
 
-Runs = dict[tuple[Trial, int], np.ndarray]  # (trial, seed) -> losses [21]
-Cells = dict[str, dict[str, Runs]]  # of each task, of each optimizer
+Found = dict[str, dict[str, Runs]]  # of each task, of each optimizer
 
 
 class Row(NamedTuple):
@@ -57,34 +60,67 @@ Rows = dict[str, dict[str, Row]]  # of each label, of each task
 # -- cells -----------------------------------------------------------------------------
 
 
-def read_cells(folder: Path) -> Cells:
-    """The losses of all cells in the folder of `held_out`."""
-    found: Cells = {}
-    for path in sorted((folder / f"v{VERSION}").glob("*/*/*.json")):
-        task, optimizer = path.parts[-3:-1]
-        losses = json.loads(path.read_text())["losses"]
-        _add(found, task, optimizer, path.stem, losses)
+def read_cells(folder: Path) -> Found:
+    """The losses of all cells in the folder of `held_out`.
+
+    Raises:
+      ValueError: a cell is damaged.
+    """
+    found: Found = {}
+    for path in sorted((folder / f"v{VERSION}").glob("*/*")):
+        task, optimizer = path.parts[-2:]
+        if runs := Cells(folder, task, optimizer).read():
+            found.setdefault(task, {})[optimizer] = runs
     return found
 
 
-def _add(found: Cells, task: str, optimizer: str, stem: str, losses: Sequence) -> None:
-    schedule, step, seed = _STEM.fullmatch(stem).groups()  # type: ignore[union-attr]
-    finite = [np.inf if loss is None else loss for loss in losses]
-    runs = found.setdefault(task, {}).setdefault(optimizer, {})
-    runs[Trial(int(step), schedule), int(seed)] = np.array(finite, np.float64)
+_Losses = Annotated[list[float | None], msgspec.Meta(min_length=1)]
 
 
-def from_json(document: Mapping[str, Any]) -> Cells:
-    """The cells of a ``held_out.json`` that `write` made."""
-    found: Cells = {}
-    for task, optimizers in document["losses"].items():
+class _Document(msgspec.Struct):
+    version: int
+    losses: dict[str, dict[str, dict[str, _Losses]]]  # of each task, optimizer, cell
+
+
+def read_document(path: Path) -> Found:
+    """The cells of a ``held_out.json`` that the report wrote.
+
+    Raises:
+      ValueError: it is damaged, or of another version of the test.
+    """
+    remedy = "put a copy of it back, or choose another --report"
+    document = read_json(path, _Document, remedy)
+    if document.version != VERSION:
+        raise ValueError(
+            f"{path} is of version {document.version} of the test, and this is "
+            f"{VERSION}: choose another --report"
+        )
+    found: Found = {}
+    for task, optimizers in document.losses.items():
         for optimizer, runs in optimizers.items():
-            for stem, losses in runs.items():
-                _add(found, task, optimizer, stem, losses)
+            of = found.setdefault(task, {})[optimizer] = {}
+            for name, losses in runs.items():
+                which = from_name(name)
+                tuning = which is not None and which[1] == TUNE_SEED
+                if which is None or len(losses) != (1 if tuning else RECORDS + 1):
+                    raise ValueError(
+                        f"{path} is damaged ({task} {optimizer} {name}): {remedy}"
+                    )
+                of[which] = finite(losses)
     return found
 
 
-def to_json(found: Cells) -> dict[str, Any]:
+def names_of(found: Found) -> set[str]:
+    """Task, optimizer and name of each cell."""
+    return {
+        f"{task}/{optimizer}/{name_of(*which)}"
+        for task, optimizers in found.items()
+        for optimizer, runs in optimizers.items()
+        for which in runs
+    }
+
+
+def to_json(found: Found) -> dict[str, Any]:
     """All that the report needs: of tuning's trials only their last losses."""
 
     def rounded(losses: np.ndarray, seed: int) -> list[float | None]:
@@ -94,7 +130,7 @@ def to_json(found: Cells) -> dict[str, Any]:
     losses = {
         task: {
             optimizer: {
-                f"{trial.schedule}{trial.step:+d}-seed{seed}": rounded(run, seed)
+                name_of(trial, seed): rounded(run, seed)
                 for (trial, seed), run in runs.items()
             }
             for optimizer, runs in optimizers.items()
@@ -107,7 +143,7 @@ def to_json(found: Cells) -> dict[str, Any]:
 # -- rows ------------------------------------------------------------------------------
 
 
-def rows_of(found: Cells) -> tuple[Rows, list[str]]:
+def rows_of(found: Found) -> tuple[Rows, list[str]]:
     """The rows that are complete, and what is missing, a line a task."""
     names = dict.fromkeys([*OPTIMIZERS, *(n for one in found.values() for n in one)])
     rows: Rows = {}
