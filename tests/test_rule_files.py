@@ -230,7 +230,7 @@ def test_what_cannot_be_saved_is_refused_and_leaves_the_old_file(file):
     with pytest.raises(ValueError, match=r"spec= must be JSON"):
         rules.save_rule(file, {"rule": "l2l", "p": np.float64}, good)
     with pytest.raises(ValueError, match="the spec makes no rule that runs"):
-        rules.save_rule(file, {**SPECS["l2l"], "p": "ten"}, good)
+        rules.save_rule(file, {**SPECS["l2l"], "output_scale": "ten"}, good)
     assert file.read_bytes() == before
     missing = file.parent / "missing" / "rule.npz"
     with pytest.raises(
@@ -294,7 +294,7 @@ def test_a_changed_header_is_noticed(file, change, message):
     [
         ({"rule": "l2l", "hidden_size": 10**6}, r"holds no usable rule: the file and"),
         ({"rule": "l2l", "hidden_size": 2, "num_layers": 10**9}, r"choose 1 to 16"),
-        ({"rule": "l2l", "hidden_size": 2, "p": "os"}, r"makes no rule that runs"),
+        ({"rule": "l2l", "hidden_size": 2, "output_scale": "os"}, r"makes no rule"),
         ({"rule": "eval"}, r"holds no usable rule: there is no rule 'eval'"),
     ],
 )
@@ -418,6 +418,10 @@ def test_pretrained_lists_and_loads_what_is_there(tmp_path):
     tiny.assert_equal(
         one_update(metalstm.pretrained_optimizer("b", directory=tmp_path)), expected
     )
+    shipped = metalstm.load_rule("gates-v1")
+    assert shipped.spec == {"rule": "moment_gates", "hidden_size": 8}
+    with pytest.raises(FileNotFoundError, match="of the package are gates-v1, l2l-mni"):
+        metalstm.load_rule("gates-v2")
     with pytest.raises(ValueError, match=r"rule 'c' in .*: choose from a, b"):
         metalstm.pretrained_optimizer("c", directory=tmp_path)
 

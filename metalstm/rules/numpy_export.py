@@ -66,17 +66,15 @@ Written by metalstm.rules.export_numpy; TRAINED_ON says on what it was trained.
         updates, state = update(grads, state, params, step / num_steps, num_steps)
         params = [p + u for p, u in zip(params, updates)]
 
-``progress`` is the share of training that is done, held at 1 past its end, and
-``num_steps`` its length, or None where they are not known. State and arithmetic are in
-float32 for arrays of half precision. In torch, work under torch.no_grad() and add with
-p.add_(u).
+``progress`` is the share of training that is done, 1 past its end, ``num_steps`` its
+length; None where they are not known. Half precision is computed in float32. In torch,
+work under torch.no_grad() and add with p.add_(u).
 """
 
 import math
 import sys
 
 TRAINED_ON = ABOUT
-
 WEIGHTS
 
 DECAYS = (0.9, 0.99, 0.999)
