@@ -46,11 +46,11 @@ def maker_at(path: str, kind: str, types: tuple[type, ...]) -> Any:
     found = object_at(path, kind)
     if isinstance(found, types) or (callable(found) and _makes(found, types)):
         return found
-    name = types[0].__name__
+    name, *others = map(_full_name, types)
     raise ValueError(
-        f"{kind} {path!r} is {found!r:.200}, and does not say that it makes a {name}: "
-        f"annotate what it returns, such as `def {path.partition(':')[2]}(..) -> "
-        f"metalstm.{name}` (or {', '.join(_full_name(kind) for kind in types[1:])})"
+        f"{kind} {path!r} is {found!r:.200}: give a {name}, or a function that says by "
+        f"its return annotation that it makes one, `def {path.partition(':')[2]}(..) "
+        f"-> {name}` (or {', '.join(others)})"
     )
 
 

@@ -158,7 +158,7 @@ def test_what_a_name_may_be():
     assert outputs.shape == (2, 36)
     with pytest.raises(ValueError, match=r"returns \[2, 10\] for 2 .* of 3 classes"):
         learner_at("mymodule:ten", 3).init(key, x)
-    with pytest.raises(ValueError, match=r"mymodule:number' is 3, and does not say"):
+    with pytest.raises(ValueError, match=r"mymodule:number' is 3: give a metalstm\.L"):
         learner_at("mymodule:number", 3)
     with pytest.raises(
         ValueError, match=r"`def silent\(..\) -> metalstm.Learner` \(or "

@@ -173,9 +173,6 @@ class Tensor:
         self.shape, self.ndim = self.array.shape, self.array.ndim
         self.dtype = self.array.dtype
 
-    def to(self, dtype):
-        return Tensor(self.array.astype(dtype))
-
     def sum(self):
         return self.array.sum()
 

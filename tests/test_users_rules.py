@@ -75,12 +75,12 @@ def test_what_a_path_may_name():
     [
         ({"rule": "other:rule"}, r"rule 'other:rule': `import other` first"),
         ({"rule": "myrules:rule"}, r"myrules has no 'rule', but .*tanh_descent"),
-        ({"rule": "myrules:number"}, r"is 3, and does not say that it makes a Up"),
+        ({"rule": "myrules:number"}, r"is 3: give a metalstm\.UpdateRule, or a fun"),
         ({"rule": "myrules:nothing"}, r"cannot be built of \{\}: rule=None is neither"),
-        ({"rule": "myrules:silent", "text": "x"}, r"annotate what it returns, such as"),
+        ({"rule": "myrules:silent", "text": "x"}, r"by its return annotation that it"),
         (
             {"rule": "os:system", "command": "touch ran"},
-            r"does not say that it makes a",
+            r"is <built-in function system>: giv",
         ),
         ({"rule": "myrules:made", "rate": 1}, r"is a rule, which takes no rate"),
         ({"rule": "myrules:tanh_descent", "rats": 1}, r"cannot be built of .*'rats'"),

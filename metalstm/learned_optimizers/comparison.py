@@ -63,10 +63,9 @@ class Comparison:
         return "\n".join(rows)
 
     def plot(self) -> Any:
-        """Draw the losses as a matplotlib Figure; needs the extra ``experiments``."""
-        return loss_panels(
-            {"": {n: Losses(self.steps, x) for n, x in self.losses.items()}}
-        )
+        """Draw the means as a matplotlib Figure; needs the extra ``experiments``."""
+        drawn = {n: Losses(self.steps, x) for n, x in self.losses.items()}
+        return loss_panels({"": drawn}, ylabel="loss, mean over seeds", over="seeds")
 
 
 def compare_optimizers(

@@ -95,7 +95,7 @@ def update(grads, state, params, progress=None, num_steps=None):
         new = [b * m + (1 - b) * g for b, m in zip(DECAYS, old)]
         new.append(0.99 * old[3] + 0.01 * g * g)
         move = _move(g, new, _wide(theta), (step, progress, num_steps))
-        updates.append(_cast(move, theta.dtype))
+        updates.append(_as_narrow(move, theta))
         moments.append(new)
     return updates, {"step": step, "moments": moments}
 
@@ -167,8 +167,10 @@ def _wide(x):
     return x.float() if hasattr(x, "float") else x.astype("float32")
 
 
-def _cast(x, dtype):
-    return x.to(dtype) if hasattr(x, "to") else x.astype(dtype)
+def _as_narrow(x, like):
+    if like.dtype.itemsize > 2:
+        return x
+    return x.to(like.dtype) if hasattr(x, "to") else x.astype(like.dtype)
 
 
 def _mean(x):
