@@ -5,12 +5,14 @@ A message is ``name=value: choose ...``: the argument, its value and the remedy.
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Iterable
 from typing import Any
 
 __all__ = [
     "check_at_least",
     "check_choice",
+    "check_count",
     "check_features",
     "check_positive",
     "check_share",
@@ -39,6 +41,18 @@ def check_at_least(name: str, value: Any, minimum: float, or_else: str = "") -> 
     if not value >= minimum:
         remedy = f" {or_else}" if or_else else ""
         raise ValueError(f"{name}={value}: choose {minimum} or more{remedy}")
+
+
+def check_count(name: str, value: Any, minimum: int = 1, or_else: str = "") -> None:
+    """Raise ValueError unless ``value`` is an integer, and ``value >= minimum``."""
+    try:
+        operator.index(value)
+    except TypeError:
+        remedy = f" {or_else}" if or_else else ""
+        raise ValueError(
+            f"{name}={value!r}: choose an integer, {minimum} or more{remedy}"
+        ) from None
+    check_at_least(name, value, minimum, or_else)
 
 
 def check_positive(name: str, value: Any) -> None:

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import NamedTuple, overload
 
 from metalstm.predictor import Predictor
+from metalstm.runtime.files import finished_files
 from metalstm.saving import load, read_info
 
 __all__ = ["LearnerCard", "pretrained_learner"]
@@ -49,12 +50,16 @@ def pretrained_learner(name=None, *, directory=_SHIPPED):
     Raises:
       ValueError: there is no trained method of this name.
     """
-    files = {path.stem: path for path in sorted(Path(directory).glob("*.npz"))}
+    files = finished_files(Path(directory), "*.npz")
     if name is None:
         return tuple(_card(*item) for item in files.items())
     if name not in files:
-        choices = ", ".join(files) or "none is installed"
-        raise ValueError(f"there is no trained method {name!r}: choose from {choices}")
+        remedy = (
+            f"choose from {', '.join(files)}" if files else "give another directory"
+        )
+        raise ValueError(
+            f"there is no trained method {name!r} in {directory}: {remedy}"
+        )
     return load(files[name])
 
 

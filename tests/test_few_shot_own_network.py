@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -39,13 +40,15 @@ class Linen(nn.Module):
         return nn.Dense(self.num_classes or 4)(x.reshape(len(x), -1))
 
 three = Linen(3)
-def made(num_classes):
+def made(num_classes) -> nn.Module:
     return Linen(num_classes)
-def of_rngs(rngs):
+def of_rngs(rngs) -> nnx.Module:
     return CNN(3, rngs=rngs)
-def learner():
+def learner() -> metalstm.Learner:
     return metalstm.nn.mlp(3)
 ten = Linen(10)
+def silent():
+    open("ran", "w").write("x")
 number = 3
 """
 
@@ -155,5 +158,10 @@ def test_what_a_name_may_be():
     assert outputs.shape == (2, 36)
     with pytest.raises(ValueError, match=r"returns \[2, 10\] for 2 .* of 3 classes"):
         learner_at("mymodule:ten", 3).init(key, x)
-    with pytest.raises(ValueError, match=r"mymodule:number.*from_flax got 3"):
+    with pytest.raises(ValueError, match=r"mymodule:number' is 3: give a metalstm\.L"):
         learner_at("mymodule:number", 3)
+    with pytest.raises(
+        ValueError, match=r"`def silent\(..\) -> metalstm.Learner` \(or "
+    ):
+        build_learner({"learner": "mymodule:silent", "num_classes": 3})
+    assert not Path("ran").exists()

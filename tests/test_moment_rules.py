@@ -118,6 +118,35 @@ def test_a_gradient_that_is_not_finite_does_not_reach_the_lstm():
     tiny.assert_equal(updates, jax.tree.map(jnp.zeros_like, PARAMS))
 
 
+@pytest.mark.parametrize("name", ["lstm", "network"])
+def test_a_tensor_whose_gradient_is_zero_does_not_move(name):
+    """Nor does a mask so large that its rms is infinite make a number infinite."""
+    rule = MAKERS[name](hidden_size=2)
+    largest = jnp.array([0.0, jnp.finfo(jnp.float32).min])
+    params = PARAMS | {"frozen": jnp.ones((4, 3)), "mask": largest}
+    still = {"frozen": jnp.zeros((4, 3)), "mask": jnp.zeros(2)}
+    for weights in (rule.init(jax.random.key(0), params), random_weights(rule)):
+        tx = rule.bind(weights)
+        update, state = tiny.quick_jit(tx.update), tx.init(params)
+        for step in range(3):
+            updates, state = update(gradients(step) | still, state, params)
+        tiny.assert_equal({k: updates[k] for k in still}, still)
+        assert np.abs(updates["kernel"]).max() > 1e-4
+        assert all(np.isfinite(x).all() for x in jax.tree.leaves((updates, state)))
+
+
+@pytest.mark.parametrize("name", MAKERS)
+def test_a_parameter_may_be_a_number_and_must_have_a_gradient(name):
+    tx = MAKERS[name](hidden_size=2).bind(MAKERS[name](hidden_size=2).init(
+        jax.random.key(0), PARAMS
+    ))  # fmt: skip
+    number = {"w": 2.0}
+    updates, _ = tx.update({"w": 1.0}, tx.init(number), number)
+    assert updates["w"].dtype == jnp.float32
+    with pytest.raises(ValueError, match="1 gradients of 2 parameters: give each"):
+        tx.update(PARAMS | {"bias": None}, tx.init(PARAMS), PARAMS)
+
+
 LEAN = """
 import sys
 from importlib import metadata

@@ -126,6 +126,15 @@ def test_loss_panels(tmp_path):
     saves(figure, tmp_path)
 
 
+def test_losses_below_zero_have_a_linear_scale():
+    values = np.array([[1.0, -2.0], [1.5, -1.0]])
+    (axes,) = plots.loss_panels({"a": {"sgd": plots.Losses(np.arange(2), values)}}).axes
+    assert axes.get_yscale() == "linear"
+    half = 1.96 * values[:, 1].std(ddof=1) / 2**0.5
+    band = axes.collections[0].get_paths()[0].vertices[:, 1]
+    assert band.min() == pytest.approx(-1.5 - half)
+
+
 def test_loss_panels_by_geometric_mean():
     values = np.array([[1.0, 1e-4], [1.0, 1e-8]])
     losses = {"sgd": plots.Losses(np.array([0, 1]), values)}

@@ -230,8 +230,13 @@ def test_what_cannot_be_saved_is_refused_and_leaves_the_old_file(file):
     with pytest.raises(ValueError, match=r"spec= must be JSON"):
         rules.save_rule(file, {"rule": "l2l", "p": np.float64}, good)
     with pytest.raises(ValueError, match="the spec makes no rule that runs"):
-        rules.save_rule(file, {**SPECS["l2l"], "p": "ten"}, good)
+        rules.save_rule(file, {**SPECS["l2l"], "output_scale": "ten"}, good)
     assert file.read_bytes() == before
+    missing = file.parent / "missing" / "rule.npz"
+    with pytest.raises(
+        FileNotFoundError, match=r"rule\.npz cannot .*: make its folder"
+    ):
+        rules.save_rule(missing, SPECS["l2l"], good)
 
 
 def test_a_rule_tied_to_one_model_is_refused(tmp_path):
@@ -289,7 +294,7 @@ def test_a_changed_header_is_noticed(file, change, message):
     [
         ({"rule": "l2l", "hidden_size": 10**6}, r"holds no usable rule: the file and"),
         ({"rule": "l2l", "hidden_size": 2, "num_layers": 10**9}, r"choose 1 to 16"),
-        ({"rule": "l2l", "hidden_size": 2, "p": "os"}, r"makes no rule that runs"),
+        ({"rule": "l2l", "hidden_size": 2, "output_scale": "os"}, r"makes no rule"),
         ({"rule": "eval"}, r"holds no usable rule: there is no rule 'eval'"),
     ],
 )
@@ -398,11 +403,13 @@ def _pristine() -> bytes:
 
 def test_pretrained_lists_and_loads_what_is_there(tmp_path):
     assert metalstm.pretrained_optimizer(directory=tmp_path / "none") == ()
-    with pytest.raises(ValueError, match=r"no trained rule 'x': .*none is installed"):
+    with pytest.raises(ValueError, match=r"rule 'x' in .*: give another directory"):
         metalstm.pretrained_optimizer("x", directory=tmp_path)
     info = {"trained_on": "quadratics", "limits": "10 dimensions", "cost": "2 x Adam"}
     rules.save_rule(tmp_path / "b.npz", SPECS["l2l"], params_of("l2l"), info=info)
     rules.save_rule(tmp_path / "a.npz", SPECS["l2l"], params_of("l2l"))
+    # what a write leaves that is killed
+    (tmp_path / ".part-0a1b2c3d-a.npz").write_bytes(b"half")
     assert metalstm.pretrained_optimizer(directory=tmp_path) == (
         metalstm.RuleCard("a", "not stated", "not stated", "not stated"),
         metalstm.RuleCard("b", "quadratics", "10 dimensions", "2 x Adam"),
@@ -411,7 +418,11 @@ def test_pretrained_lists_and_loads_what_is_there(tmp_path):
     tiny.assert_equal(
         one_update(metalstm.pretrained_optimizer("b", directory=tmp_path)), expected
     )
-    with pytest.raises(ValueError, match=r"no trained rule 'c': choose from a, b"):
+    shipped = metalstm.load_rule("gates-v1")
+    assert shipped.spec == {"rule": "moment_gates", "hidden_size": 8}
+    with pytest.raises(FileNotFoundError, match="of the package are gates-v1, l2l-mni"):
+        metalstm.load_rule("gates-v2")
+    with pytest.raises(ValueError, match=r"rule 'c' in .*: choose from a, b"):
         metalstm.pretrained_optimizer("c", directory=tmp_path)
 
 

@@ -113,6 +113,13 @@ def test_state_is_a_scan_carry_of_float32_and_updates_look_like_gradients(name):
         assert np.any(np.asarray(leaf, np.float32) != 0)
 
 
+def test_parameters_and_state_share_no_array_so_that_both_can_be_donated(name):
+    tx = rules.with_fallback(rules.with_progress(bound(name).tx, 9))
+    tx = rules.with_float_copy(tx)
+    leaves = [x for x in jax.tree.leaves((PARAMS, tx.init(PARAMS))) if x.size]
+    assert len({x.unsafe_buffer_pointer() for x in leaves}) == len(leaves)
+
+
 def test_one_program_serves_every_step_and_every_rule_parameter(name):
     rule, update = bound(name), compiled(name)
     update.clear_cache()
@@ -121,6 +128,30 @@ def test_one_program_serves_every_step_and_every_rule_parameter(name):
         _, state = update(weights, GRADS, state, PARAMS)
         weights = jax.tree.map(lambda leaf: leaf * 1.1, weights)
     assert update._cache_size() == 1
+
+
+OWN = ("gates", "l2l", "memory", "two_layer")
+OWN += ("moment_gates", "moment_lstm", "moment_network")
+
+
+@pytest.mark.parametrize("name", OWN)
+def test_types_are_the_parameters_where_gradients_are_less_precise(name):
+    def types(of_params, of_grads, in_state=False):
+        params = {"w": jnp.ones((2, 3), of_params), "b": jnp.ones(2)}
+        tx = RULES[name].bind(RULES[name].init(jax.random.key(0), params))
+        grads = jax.tree.map(lambda p: p.astype(of_grads), params)
+        update = lambda *args: tx.update(*args, value=jnp.ones(()))  # noqa: E731
+        state = tx.init(params)
+        updates, after = jax.eval_shape(update, grads, state, params)
+        if in_state:  # it must be a scan's carry
+            assert shapes(after) == shapes(state)
+        return {leaf.dtype.name for leaf in jax.tree.leaves(updates)}
+
+    assert types("float32", "bfloat16", in_state=True) == {"float32"}
+    assert types("float32", "float16", in_state=True) == {"float32"}
+    with jax.enable_x64(True):
+        moments = name.startswith("moment_")
+        assert types("float64", "float32", in_state=moments) == {"float64"}
 
 
 def test_jit_is_eager(name):
@@ -479,6 +510,15 @@ def test_rules_say_whether_they_read_the_loss():
 def test_wrong_arguments_are_refused(make, message):
     with pytest.raises(ValueError, match=message):
         make()
+
+
+def test_counts_and_scales_are_checked():
+    for wrong in ("100", 2.5, float("inf")):
+        with pytest.raises(ValueError, match=r"num_steps=.*: choose an integer, 1 or"):
+            rules.with_progress(optax.sgd(1.0), wrong)
+    for make in (rules.l2l, rules.lstm_gates, rules.gradient_memory):
+        with pytest.raises(ValueError, match="p=0: choose a number above 0"):
+            make(p=0)
 
 
 def test_a_rule_that_misses_the_loss_or_the_parameters_says_what_to_pass():

@@ -1,4 +1,4 @@
-"""Fallback, comparison with a notice of divergence, and the export to plain Python."""
+"""The fallback, and the export to plain Python."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import importlib.util
 import operator
 import sys
 import types
-import warnings
 
 import jax
 import jax.numpy as jnp
@@ -124,84 +123,21 @@ def test_an_update_of_the_rule_that_is_not_finite_is_the_others():
     tiny.assert_close(updates, wanted, rtol=1e-6)
 
 
+def test_an_update_of_the_other_that_is_not_finite_does_not_reach_the_rules():
+    broken = optax.stateless(lambda g, params: jax.tree.map(lambda x: x / 0, g))
+    tx, rule = rules.with_fallback(optax.sgd(0.1), broken), optax.sgd(0.1)
+    updates, _ = tx.update(PARAMS, tx.init(PARAMS), PARAMS, value=1.0)
+    tiny.assert_equal(updates, rule.update(PARAMS, rule.init(PARAMS))[0])
+
+
 def test_the_fallback_is_one_word_and_asks_for_the_loss():
     tx = metalstm.pretrained_optimizer("l2l-mnist", fallback=True)
     with pytest.raises(ValueError, match=r"the fallback reads the loss: tx\.update\("):
         tx.update(PARAMS, tx.init(PARAMS), PARAMS)
+    with pytest.raises(ValueError, match=r"value= has the shape \[3\]: give .* scalar"):
+        tx.update(PARAMS, tx.init(PARAMS), PARAMS, value=jnp.ones(3))
     _, _, losses = train(tx, 5)
     assert np.isfinite(losses).all()
-
-
-# -- one call --------------------------------------------------------------------------
-
-
-INPUTS = np.random.default_rng(0).standard_normal((64, 4)).astype(np.float32)
-
-
-def compare(**optimizers):
-    return metalstm.compare_optimizers(
-        loss_fn, PARAMS, INPUTS, 20, optimizers=optimizers, batch_size=8, seeds=2,
-        records=5, eval_batch=64,
-    )  # fmt: skip
-
-
-def test_a_comparison_trains_every_optimizer_on_the_same_minibatches():
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        found = compare(adamw=optax.adamw(0.1), same=optax.adamw(0.1), l2l="l2l-mnist")
-    assert found.steps.tolist() == [0, 4, 8, 12, 16, 20]
-    assert {losses.shape for losses in found.losses.values()} == {(2, 6)}
-    np.testing.assert_array_equal(found.losses["adamw"], found.losses["same"])
-    assert (found.final["adamw"] < found.losses["adamw"][:, 0]).all()
-    lines = str(found).split("\n")
-    assert lines[0].split() == [
-        "optimizer",
-        "median",
-        "loss",
-        "lowest",
-        "highest",
-        "seconds",
-    ]
-    assert [line.split()[0] for line in lines[1:]] == ["adamw", "same", "l2l"]
-    assert float(lines[1].split()[1]) == pytest.approx(
-        np.median(found.final["adamw"]), rel=1e-3
-    )
-    assert {line.get_label() for line in found.plot().axes[0].lines} >= {"adamw", "l2l"}
-
-
-def test_divergence_is_said_once_and_stands_in_the_table():
-    with pytest.warns(
-        RuntimeWarning, match=r"^wild diverged in 2 of 2 runs: .* from update 4 or"
-    ) as said:
-        found = compare(wild=optax.sgd(50.0), calm=optax.sgd(0.1))
-    assert len(said) == 1
-    assert "2 of 2 diverged" in str(found)
-    assert found.diverged["wild"].all()
-    assert not found.diverged["calm"].any()
-
-
-def test_each_run_may_have_a_start_of_its_own():
-    found = metalstm.compare_optimizers(
-        loss_fn,
-        lambda key: jax.tree.map(lambda p: jax.random.normal(key, p.shape), PARAMS),
-        INPUTS, 10, optimizers={"sgd": optax.sgd(0.05)}, batch_size=4, eval_batch=64,
-    )  # fmt: skip
-    assert len(set(found.losses["sgd"][:, 0].tolist())) == 3
-
-
-def test_wrong_use_of_the_comparison_is_refused():
-    with pytest.raises(ValueError, match=r"optimizers=\{\}: name at least one"):
-        compare()
-    with pytest.raises(ValueError, match="there is no trained rule 'nosuch'"):
-        compare(a="nosuch")
-    with pytest.raises(ValueError, match="seeds=0: choose 1 or more"):
-        metalstm.compare_optimizers(
-            loss_fn, PARAMS, INPUTS, 2, optimizers={"a": optax.sgd(1.0)}, seeds=0
-        )
-    with pytest.raises(ValueError, match=r"data has leading axes .*: give arrays of"):
-        metalstm.compare_optimizers(
-            loss_fn, PARAMS, (INPUTS, INPUTS[:5]), 2, optimizers={"a": optax.sgd(1.0)}
-        )
 
 
 # -- export ----------------------------------------------------------------------------
@@ -216,10 +152,14 @@ def exported(tmp_path_factory):
     path = rules.export_numpy(rules.load_rule(folder / "mine.npz"), folder / "mine.py")
     assert len(path.read_text().split("\n")) < 150
     assert "jax" not in path.read_text().replace("no JAX", "")
-    spec = importlib.util.spec_from_file_location("mine", path)
+    return weights, imported(path)
+
+
+def imported(path):
+    spec = importlib.util.spec_from_file_location(path.stem, path)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    return weights, module
+    return module
 
 
 def twenty_updates(weights, num_steps):
@@ -243,6 +183,7 @@ class Tensor:
     def __init__(self, array):
         self.array = np.asarray(array)
         self.shape, self.ndim = self.array.shape, self.array.ndim
+        self.dtype = self.array.dtype
 
     def sum(self):
         return self.array.sum()
@@ -293,6 +234,40 @@ def test_the_exported_file_ignores_gradients_that_are_not_finite(exported):
     updates, after = module.update([np.array([1.0, np.nan, 0.0])], state, params)
     assert after is state
     np.testing.assert_array_equal(updates[0], 0)
+
+
+def test_the_exported_file_holds_its_progress_past_the_end(exported):
+    _, module = exported
+    ones = [np.ones(3, np.float32)]
+    at_end, past = (
+        module.update(ones, module.init(ones), ones, done, 20)[0] for done in (1.0, 1.5)
+    )
+    np.testing.assert_array_equal(at_end, past)
+
+
+def test_the_exported_file_computes_half_precision_in_float32(exported):
+    """Of 6,000 tens the sum of squares is no float16, of thousandths no square."""
+    _, module = exported
+    wide = np.linspace(1, 2, 6_000, dtype=np.float32).reshape(300, 20)
+    for scale in (1e-3, 10):
+        half = [np.asarray(wide, np.float16)], [np.asarray(scale * wide, np.float16)]
+        full = [x[0].astype(np.float32) for x in half]
+        (found,), _ = module.update(half[1], module.init(half[0]), half[0])
+        (wanted,), _ = module.update(full[1:], module.init(full[:1]), full[:1])
+        assert found.dtype == np.float16
+        np.testing.assert_allclose(found, wanted, rtol=1e-3, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "text", ['my """best""" data', "C:\\Users\\N{x}", '"""\nraise SystemExit\n"""', "é"]
+)
+def test_what_an_exported_file_says_of_itself_is_no_code(tmp_path, text):
+    path = rules.save_rule(
+        tmp_path / "mine.npz", SPEC, random_weights(), info={"trained_on": text}
+    )
+    path = rules.export_numpy(rules.load_rule(path), tmp_path / "mine.py")
+    module = imported(path)
+    assert text == module.TRAINED_ON
 
 
 def test_only_moment_gates_are_exported(tmp_path):

@@ -18,17 +18,20 @@ from experiments.few_shot.command_line import parse
 from experiments.learned_optimizer import __main__ as learned_optimizer
 from metalstm import algorithms, first_order, rules
 from metalstm.records import to_spec
+from metalstm.runtime.array_files import digest_of, write_members
 
 MODULE = (
     tiny.RULE_MODULE
     + """
 made = tanh_descent(0.2)
-def clipped(rate=0.1):
+def clipped(rate=0.1) -> optax.GradientTransformation:
     return optax.chain(optax.clip_by_global_norm(1.0), optax.sgd(rate))
 sgd = optax.sgd(0.3)
 number = 3
-def nothing():
+def nothing() -> metalstm.UpdateRule:
     return None
+def silent(text=''):
+    open('ran', 'w').write(text)
 """
 )
 PARAMS = {"w": jnp.array([1.0, -2.0])}
@@ -72,17 +75,30 @@ def test_what_a_path_may_name():
     [
         ({"rule": "other:rule"}, r"rule 'other:rule': `import other` first"),
         ({"rule": "myrules:rule"}, r"myrules has no 'rule', but .*tanh_descent"),
-        ({"rule": "myrules:number"}, r"is 3: give a function that returns an Update"),
+        ({"rule": "myrules:number"}, r"is 3: give a metalstm\.UpdateRule, or a fun"),
         ({"rule": "myrules:nothing"}, r"cannot be built of \{\}: rule=None is neither"),
+        ({"rule": "myrules:silent", "text": "x"}, r"by its return annotation that it"),
+        (
+            {"rule": "os:system", "command": "touch ran"},
+            r"is <built-in function system>: giv",
+        ),
         ({"rule": "myrules:made", "rate": 1}, r"is a rule, which takes no rate"),
         ({"rule": "myrules:tanh_descent", "rats": 1}, r"cannot be built of .*'rats'"),
     ],
 )
-def test_what_it_may_not(spec, message):
+def test_what_it_may_not(spec, message, tmp_path):
     import myrules  # noqa: F401
 
     with pytest.raises(ValueError, match=message):
         rules.build_rule(spec)
+    header = {"format": 1, "features": 1, "spec": spec, "info": {}}
+    header["sha256"] = digest_of([spec, {}], {})
+    write_members(tmp_path / "hostile.npz", header, {})
+    with pytest.raises(ValueError, match=message):
+        metalstm.load_rule(tmp_path / "hostile.npz")
+    with pytest.raises(ValueError, match=message):
+        metalstm.pretrained_optimizer(directory=tmp_path)
+    assert not (tmp_path / "ran").exists()
 
 
 def test_it_is_saved_and_loaded_where_its_module_is_imported(tmp_path):

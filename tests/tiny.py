@@ -109,7 +109,7 @@ import jax.numpy as jnp
 import metalstm
 import optax
 
-def tanh_descent(rate=0.1):
+def tanh_descent(rate=0.1) -> metalstm.UpdateRule:
     def bind(p):
         step = lambda grad, param: -p["alpha"] * jnp.tanh(p["beta"] * grad)
         return optax.with_extra_args_support(optax.stateless_with_tree_map(step))

@@ -76,7 +76,8 @@ def make_loss_curves(
 ) -> Callable[[PyTree, Any, int], np.ndarray]:
     """Compile once, evaluate often: ``(rule params, data, seed) -> losses [I, S + 1]``.
 
-    Column s is the loss after ``s * record_every`` updates.
+    Column s is the loss after ``s * record_every`` updates, the last after
+    ``num_steps``.
 
     Args:
       record_every: updates from one recorded loss to the next.
@@ -89,8 +90,7 @@ def make_loss_curves(
         as `optax.contrib.schedule_free_eval_params`. None: the parameters themselves.
 
     Raises:
-      ValueError: ``num_steps`` is no multiple of ``record_every``, or either or
-        ``num_instances`` is below 1.
+      ValueError: ``num_steps``, ``record_every`` or ``num_instances`` is below 1.
     """
     curves = jax.jit(
         _curves(
@@ -127,10 +127,7 @@ def _curves(
         ("record_every", record_every),
     ):
         check_at_least(name, value, 1)
-    if num_steps % record_every:
-        raise ValueError(
-            f"num_steps={num_steps} is not a multiple of record_every={record_every}"
-        )
+    rest = num_steps % record_every
 
     def one(rule_params: PyTree, data: Any, key: Array) -> Array:
         task_key, init_key = jax.random.split(jax.random.fold_in(key, _START))
@@ -154,7 +151,7 @@ def _curves(
                 batch = family.batch(eval_key, data, eval_batch)
             return family.loss(params, task, batch).astype(jnp.float32)
 
-        def record(carry, start: Array):
+        def record(carry, start: Array, length: int = record_every):
             params, rule_state = carry
             loss = measure(params, rule_state, start)
             end, _ = unroll(
@@ -162,8 +159,8 @@ def _curves(
                 rule,
                 rule_params,
                 params,
-                start + jnp.arange(record_every),
-                num_steps=record_every,
+                start + jnp.arange(length),
+                num_steps=length,
                 # nothing is differentiated: the plain loop, which keeps nothing
                 differentiation=second_order("all"),
                 rule_state=rule_state,
@@ -171,10 +168,13 @@ def _curves(
             return (end.params, end.rule_state), loss
 
         start = (params, rule.bind(rule_params).init(params))
-        (params, rule_state), losses = lax.scan(
-            record, start, jnp.arange(0, num_steps, record_every)
+        end, losses = lax.scan(
+            record, start, jnp.arange(0, num_steps - rest, record_every)
         )
-        last = measure(params, rule_state, jnp.int32(num_steps))
+        if rest:
+            end, loss = record(end, jnp.int32(num_steps - rest), rest)
+            losses = jnp.append(losses, loss)
+        last = measure(*end, jnp.int32(num_steps))
         return jnp.append(losses, last)
 
     def curves(rule_params: PyTree, data: Any, seed: Array) -> Array:

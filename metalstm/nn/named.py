@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import sys
 from typing import Any
 
 from flax import linen as nn
@@ -11,7 +12,7 @@ from metalstm.base import Array, Learner, LearnerState
 from metalstm.nn.flax_modules import from_flax
 from metalstm.nn.heads import output_shape
 from metalstm.nn.signatures import parameters_of
-from metalstm.user_objects import object_at
+from metalstm.user_objects import maker_at
 
 __all__ = ["learner_at"]
 
@@ -20,16 +21,19 @@ def learner_at(path: str, num_classes: int | None = None) -> Learner:
     """Make a learner of what ``path`` names, with this many outputs.
 
     Args:
-      path: of a flax module's class, NNX or Linen, a Linen module, a function that
-        makes one of them (of ``rngs``, for NNX), or a `metalstm.Learner`. Where it
-        takes ``num_classes``, it is given the number of outputs, or None for the
-        features without a head.
+      path: of a flax module's class, NNX or Linen, a Linen module, a
+        `metalstm.Learner`, or a function whose return annotation is one of them (and
+        which takes ``rngs``, for NNX). Where it takes ``num_classes``, it is given the
+        number of outputs, or None for the features without a head.
 
     Raises:
       ValueError: for what `from_flax` refuses; when initialised, for outputs that are
         not [N, num_classes].
     """
-    found = object_at(path, "learner")
+    nnx = sys.modules.get("flax.nnx")  # whoever has a module imported it
+    found = maker_at(
+        path, "learner", (Learner, nn.Module, *([nnx.Module] if nnx else []))
+    )
     try:
         learner = _learner_of(found, num_classes)
     except (TypeError, ValueError) as error:

@@ -47,7 +47,9 @@ def loss_panels(
     ylabel: str = "loss",
     over: str = "problems",
 ) -> Figure:
-    """Draw losses against updates on a log scale, a panel a problem, a line a rule.
+    """Draw losses against updates, a panel a problem, a line a rule.
+
+    The scale is logarithmic where no loss of the panel is negative.
 
     The band is the 95% CI ``over`` problems or tasks, if there are several. Where any
     of them has diverged there is no mean, and the line ends.
@@ -69,6 +71,7 @@ def loss_panels(
     for axes in grid.flat[len(panels) :]:
         axes.set_visible(False)
     for axes, (title, drawn) in zip(grid.flat, panels.items(), strict=False):
+        negative = any((one.values < 0).any() for one in drawn.values())
         # hand-designed optimizers first, so that a learned rule's line is above theirs
         for name in sorted(drawn, key=lambda name: name in learned):
             mean, low, high = _band(drawn[name].values, title in geometric)
@@ -76,7 +79,9 @@ def loss_panels(
             axes.plot(steps, mean, label=name, **style)
             axes.fill_between(steps, low, high, color=style["color"], alpha=0.2, lw=0)
         kind = " (geometric mean)" if title in geometric else ""
-        axes.set(xlabel=xlabel, ylabel=ylabel + kind, yscale="log")
+        axes.set(
+            xlabel=xlabel, ylabel=ylabel + kind, yscale="linear" if negative else "log"
+        )
         axes.set_title(title, fontsize=10)
         add_grid_and_legend(axes)
     if any(len(one.values) > 1 for drawn in panels.values() for one in drawn.values()):
@@ -158,4 +163,5 @@ def _band(
     if geometric:
         return np.exp(mean), np.exp(mean - half), np.exp(mean + half)
     # a log scale has no place for an interval that reaches zero
-    return mean, *interval(mean, half, lowest=1e-3 * np.abs(mean))
+    lowest = -np.inf if (mean < 0).any() else 1e-3 * np.abs(mean)
+    return mean, *interval(mean, half, lowest=lowest)

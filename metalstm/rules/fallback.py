@@ -42,29 +42,38 @@ def with_fallback(
     loss's mean deviation from it at that time; otherwise what it lacks to 1 shrinks by
     a thousandth. A loss or gradient that is not finite changes nothing but the trust,
     which it halves: no parameter moves, and it reaches no state. An update of the rule
-    that is not finite is replaced by the other's.
+    that is not finite is replaced by the other's, in whose updates what is not finite
+    counts as 0. A finite gradient whose square is not (1e22) still makes AdamW's second
+    moment infinite for good, as without the fallback: clip gradients before it.
 
     Args:
       tx: the rule.
       other: None: `optax.adamw` at 1e-3.
 
     Raises:
-      ValueError: from ``update``, without ``value=``, the loss before the update.
+      ValueError: from ``update``, without ``value=``, the loss before the update, or
+        where it is no scalar.
     """
     rule = optax.with_extra_args_support(tx)
     safe = optax.with_extra_args_support(optax.adamw(1e-3) if other is None else other)
 
     def init_fn(params):
-        zero, one = jnp.float32(0), jnp.float32(1)
-        best = jnp.float32(jnp.finfo(jnp.float32).max)
+        largest = jnp.finfo(jnp.float32).max
+        # arrays of their own, so that the state can be donated
+        scalars = map(jnp.float32, (0, 0, largest, 0, 1))
         states = rule.init(params), safe.init(params)
-        return FallbackState(jnp.int32(0), zero, zero, best, zero, one, *states)
+        return FallbackState(jnp.int32(0), *scalars, *states)
 
     def update_fn(updates, state, params=None, *, value=None, **extra):
         if value is None:
             raise ValueError(
                 "the fallback reads the loss: tx.update(grads, state, params, "
                 "value=loss)"
+            )
+        if jnp.shape(value):
+            raise ValueError(
+                f"value= has the shape {list(jnp.shape(value))}: give the fallback the "
+                "mean loss, a scalar"
             )
         value = jnp.asarray(value, jnp.float32)
         finite = jnp.isfinite(value) & _all_finite(updates)
@@ -83,6 +92,7 @@ def with_fallback(
 
         def blend(a: Array, b: Array) -> Array:
             a = jnp.where(sound, a, jnp.zeros_like(a))
+            b = jnp.where(jnp.isfinite(b), b, 0)  # 0 times infinity is no number
             mixed = trust * a + (1 - trust) * b
             return jnp.where(finite, mixed, 0).astype(a.dtype)
 

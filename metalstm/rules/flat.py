@@ -45,14 +45,18 @@ def flatten(tree: PyTree, dtype: jnp.dtype | None = None) -> Array:
     return jnp.concatenate([leaf.astype(dtype) for leaf in leaves])
 
 
-def unflatten(flat: Array, template: PyTree) -> PyTree:
-    """Invert `flatten`: [..., N] -> leaves [..., *shape] of ``template``'s dtypes."""
+def unflatten(flat: Array, template: PyTree, params: PyTree = None) -> PyTree:
+    """Invert `flatten`: [..., N] -> leaves [..., *shape] of ``template``'s dtypes.
+
+    Of gradients that are less precise than ``params``, updates have the type of these.
+    """
     leaves, treedef = jax.tree.flatten(template)
+    others = leaves if params is None else jax.tree.leaves(params)
     out, offset = [], 0
-    for leaf, size in zip(leaves, leaf_sizes(template), strict=True):
+    for leaf, other, size in zip(leaves, others, leaf_sizes(template), strict=True):
         part = flat[..., offset : offset + size]
         shape = (*flat.shape[:-1], *jnp.shape(leaf))
-        out.append(part.reshape(shape).astype(jnp.result_type(leaf)))
+        out.append(part.reshape(shape).astype(jnp.result_type(leaf, other)))
         offset += size
     return jax.tree.unflatten(treedef, out)
 

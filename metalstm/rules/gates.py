@@ -16,7 +16,7 @@ import optax
 from jax import lax
 
 from metalstm.base import Array, PyTree, RuleTraits, UpdateRule
-from metalstm.checks import check_at_least, check_choice
+from metalstm.checks import check_at_least, check_choice, check_positive
 from metalstm.records import recorded
 from metalstm.rules.features import log_sign
 from metalstm.rules.flat import coordinate_dtype, flatten, leaf_sizes, unflatten
@@ -129,6 +129,7 @@ def lstm_gates(
     check_choice("feature_gradient", feature_gradient, ("stopped", "full"))
     check_choice("bias_per", bias_per, ("rule", "tensor", "tensor_and_step"))
     check_at_least("num_bias_steps", num_bias_steps, 1)
+    check_positive("p", p)
     per_tensor = bias_per != "rule"
     if input_bias_of and not per_tensor:
         raise ValueError(
@@ -240,11 +241,11 @@ def _init_state(options: _Options, rule: PyTree, params: PyTree) -> GatesState:
     del rule
     total = sum(leaf_sizes(params))
     dtype = coordinate_dtype(params)
-    memory = jnp.zeros((options.hidden_size if options.has_lstm else 0, total), dtype)
-    zeros = jnp.zeros((total,), dtype)
+    shape = (options.hidden_size if options.has_lstm else 0, total)
+    hidden, cell = jnp.zeros(shape, dtype), jnp.zeros(shape, dtype)
     # without a gate f = 1 exactly, and so is sigmoid(40) in float32
-    forget = zeros if options.learns_forget else jnp.full((total,), 40.0, dtype)
-    return GatesState(jnp.int32(0), memory, memory, forget, zeros)
+    forget = jnp.full((total,), 0.0 if options.learns_forget else 40.0, dtype)
+    return GatesState(jnp.int32(0), hidden, cell, forget, jnp.zeros((total,), dtype))
 
 
 def _update(
@@ -297,7 +298,7 @@ def _update(
         forgotten = jax.nn.sigmoid(-forget_logit)
     delta = _gate_delta(theta, g, forgotten, jax.nn.sigmoid(input_logit))
     new = GatesState(state.step + 1, hidden, cell, forget_logit, input_logit)
-    return unflatten(delta, updates), new
+    return unflatten(delta, updates, params), new
 
 
 def find_gates(rule_state: PyTree) -> dict[str, Array]:

@@ -27,8 +27,11 @@ from metalstm.runtime.array_files import (
     read_members,
     write_members,
 )
+from metalstm.runtime.files import finished_files
 
-__all__ = ["SavedRule", "load_rule", "save_rule"]
+__all__ = ["SHIPPED", "SavedRule", "load_rule", "save_rule"]
+
+SHIPPED = Path(__file__).parent / "shipped"
 
 FORMAT_VERSION = 1
 _MAX_BYTES = 64 * 2**20
@@ -86,13 +89,23 @@ def save_rule(
 def load_rule(path: str | Path) -> SavedRule:
     """Read a rule that `save_rule` wrote.
 
+    Args:
+      path: the file; or, where there is none, the name of a rule of the package, such
+        as ``"gates-v1"``.
+
     Raises:
-      FileNotFoundError: there is no such file.
+      FileNotFoundError: there is no such file, and no such rule.
       ValueError: it is not a rule file, is damaged, or was written by a newer version.
     """
     path = Path(path)
     if not path.is_file():
-        raise FileNotFoundError(f"there is no rule file {path}: save_rule writes them")
+        shipped = finished_files(SHIPPED, "*.npz")
+        if str(path) not in shipped:
+            raise FileNotFoundError(
+                f"there is no rule file {path}: save_rule writes them; the rules of "
+                f"the package are {', '.join(shipped)}"
+            )
+        path = shipped[str(path)]
     header, members = read_members(
         path,
         "rule",

@@ -13,7 +13,7 @@ import optax
 from jax import lax
 
 from metalstm.base import Array, PyTree, RuleTraits, UpdateRule
-from metalstm.checks import check_at_least, check_choice
+from metalstm.checks import check_at_least, check_choice, check_positive
 from metalstm.records import recorded
 from metalstm.rules.features import log_sign
 from metalstm.rules.flat import coordinate_dtype, flatten, leaf_sizes, unflatten
@@ -96,6 +96,7 @@ def l2l(
     if not 1 <= num_layers <= 16:
         raise ValueError(f"num_layers={num_layers}: choose 1 to 16")
     check_choice("features", features, ("log_sign", "raw", "moments"))
+    check_positive("p", p)
     if features != "moments" and (relative or shortcut is not None):
         raise ValueError(
             f"shortcut={shortcut}, relative={relative} need features='moments', not "
@@ -125,14 +126,15 @@ def l2l(
         def init_fn(params):
             shape = (hidden_size, sum(leaf_sizes(params)))
             dtype = coordinate_dtype(params)
-            zeros = (jnp.zeros(shape, dtype),) * num_layers
+            zeros = lambda: tuple(jnp.zeros(shape, dtype) for _ in names)  # noqa: E731
             if features != "moments":
-                return L2LState(zeros, zeros, ())
+                return L2LState(zeros(), zeros(), ())
             mean = jnp.zeros((len(_DECAYS), shape[1]), dtype)
-            return L2LState(zeros, zeros, Moments(jnp.int32(0), mean, mean[0]))
+            square = jnp.zeros(shape[1:], dtype)
+            return L2LState(zeros(), zeros(), Moments(jnp.int32(0), mean, square))
 
         def update_fn(updates, state, params=None, **extra):
-            del params, extra
+            del extra
             g = flatten(updates)
             weights = jax.tree.map(lambda w: jnp.asarray(w, g.dtype), rule)
             moments, averages = state.moments, g[None]
@@ -159,7 +161,7 @@ def l2l(
                 delta = delta + precise_matmul(kernel, averages)
             delta = output_scale * (unit if relative else 1.0) * delta
             new = L2LState(tuple(hidden), tuple(cell), moments)
-            return unflatten(delta, updates), new
+            return unflatten(delta, updates, params), new
 
         return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 

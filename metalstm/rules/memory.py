@@ -94,6 +94,7 @@ def gradient_memory(
       ValueError: an argument that is not positive, or another start.
     """
     check_at_least("hidden_size", hidden_size, 1)
+    check_positive("p", p)
     check_positive("eps", eps)
     check_choice("start", start, _STARTS)
     biases = _STARTS[start]
@@ -113,12 +114,11 @@ def gradient_memory(
         def init_fn(params):
             total = sum(leaf_sizes(params))
             dtype = coordinate_dtype(params)
-            memory = jnp.zeros((hidden_size, total), dtype)
-            zeros = jnp.zeros((total,), dtype)
-            return MemoryState(memory, memory, zeros, zeros)
+            shapes = [(hidden_size, total)] * 2 + [(total,)] * 2
+            return MemoryState(*(jnp.zeros(shape, dtype) for shape in shapes))
 
         def update_fn(updates, state, params=None, **extra):
-            del params, extra
+            del extra
             g = flatten(updates)
             weights = jax.tree.map(lambda w: jnp.asarray(w, g.dtype), rule)
             lstm = weights["lstm"]
@@ -137,7 +137,8 @@ def gradient_memory(
             v = jax.nn.sigmoid(decay) * state.square + jax.nn.sigmoid(-decay) * g**2
             power = 0.5 * jax.nn.sigmoid(exponent)
             m = c * jnp.exp(scale - power * jnp.log(v + eps))
-            return unflatten(m, updates), MemoryState(hidden, cell, c, v)
+            updates = unflatten(m, updates, params)
+            return updates, MemoryState(hidden, cell, c, v)
 
         return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 

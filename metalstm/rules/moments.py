@@ -59,6 +59,7 @@ class Tensor(NamedTuple):
     lengths: list[Array]  # rms of each
     square: Array  # the average square, corrected, and above 0
     unit: Array  # the rms over the tensor of its root u
+    moved: Array  # 0 where the gradient has always been zero, else 1
     theta: Array
     size: Array  # rms of theta
     features: Array  # [Z], of the tensor
@@ -73,7 +74,8 @@ def tensor_rule(
     """Make a rule of the change of one tensor.
 
     It reads no loss. A gradient that is not finite anywhere changes nothing, neither
-    parameters nor state.
+    parameters nor state; nor does one whose sum of squares is above the largest number
+    of its type (3.4e38 in float32), which costs no other pass to find: clip before.
 
     Args:
       init: key -> the rule's parameters, of any model.
@@ -81,14 +83,19 @@ def tensor_rule(
       memory: theta -> the tensor's memory at first.
 
     Raises:
-      ValueError: from ``update``, when no parameters are given.
+      ValueError: from ``update``, when no parameters are given, or a parameter has no
+        gradient.
     """
 
     def bind(rule: PyTree) -> optax.GradientTransformationExtraArgs:
         def init_fn(params):
-            zeros = jax.tree.map(lambda p: jnp.zeros(jnp.shape(p), _wide(p)), params)
-            memories = tuple(memory(z) for z in jax.tree.leaves(zeros))
-            return MomentsState(jnp.int32(0), (zeros,) * 3, zeros, memories)
+            def zeros():  # new arrays, so that the state can be donated
+                return jax.tree.map(lambda p: jnp.zeros(jnp.shape(p), _wide(p)), params)
+
+            square = zeros()
+            memories = tuple(memory(z) for z in jax.tree.leaves(square))
+            means = zeros(), zeros(), zeros()
+            return MomentsState(jnp.int32(0), means, square, memories)
 
         def update_fn(
             updates, state, params=None, *, progress=-1.0, num_steps=0.0, **extra
@@ -99,30 +106,39 @@ def tensor_rule(
                     "the rule needs the parameters: tx.update(grads, state, params)"
                 )
             leaves, treedef = jax.tree.flatten(updates)
-            grads = [jnp.asarray(g, _wide(g)) for g in leaves]
+            columns = (*state.means, state.square, params)
+            *olds, thetas = map(jax.tree.leaves, columns)
+            if len(leaves) != len(thetas):
+                raise ValueError(
+                    f"there are {len(leaves)} gradients of {len(thetas)} parameters: "
+                    "give each parameter an array, zeros for None, or mask the others "
+                    "with optax.masked"
+                )
+            # of the state's type, whatever the gradients': it must be a scan's carry
+            kinds = [mean.dtype for mean in olds[0]]
+            grads = list(map(jnp.asarray, leaves, kinds))
             norms = [jnp.square(g).sum() for g in grads]
             finite = jnp.isfinite(sum(norms))
             step = state.step + finite
             # numbers that leave all as it was, where a select would copy every array
             decays = [jnp.where(finite, b, 1) for b in (*_DECAYS, _SQUARE_DECAY)]
-            columns = (*state.means, state.square, params)
-            rows = zip(*map(jax.tree.leaves, columns), strict=True)
             moves, moments, memories = [], [], []
-            for g, norm, (*old, theta), past in zip(
-                grads, norms, rows, state.memory, strict=True
+            for g, norm, theta, past, *old in zip(
+                grads, norms, thetas, state.memory, *olds, strict=True
             ):
                 g = jnp.where(finite, g, 0)
                 new = _moments(g, old, decays)
                 length = jnp.sqrt(jnp.where(finite, norm, 0) / max(g.size, 1) + _TINY)
                 time = step, progress, num_steps
-                tensor = _tensor(g, length, new, theta.astype(g.dtype), *time)
+                tensor = _tensor(g, length, new, jnp.asarray(theta, g.dtype), *time)
                 weights = jax.tree.map(lambda w: jnp.asarray(w, g.dtype), rule)  # noqa: B023
                 delta, present = move(weights, tensor._replace(memory=past))
                 moves.append(finite * delta)
                 moments.append(new)
                 keep = lambda a, b: jnp.where(finite, a, b)  # noqa: E731
                 memories.append(jax.tree.map(keep, present, past))
-            moves = [d.astype(g.dtype) for d, g in zip(moves, leaves, strict=True)]
+            types = map(jnp.result_type, leaves, thetas)
+            moves = [d.astype(kind) for d, kind in zip(moves, types, strict=True)]
             *means, square = (
                 jax.tree.unflatten(treedef, [m[k] for m in moments]) for k in range(4)
             )
@@ -196,9 +212,11 @@ def _tensor(
     square = square_scale * square + (1e-12 * mean_square + _TINY)
     scales = [jnp.ones((), g.dtype), *scales]
     lengths = [length, *map(rms, means)]
-    unit, size = jnp.sqrt(mean_square + _TINY), rms(theta)
+    moved = mean_square / (mean_square + _TINY)
+    unit = jnp.sqrt(mean_square + _TINY)
+    size = jnp.minimum(rms(theta), jnp.finfo(g.dtype).max)  # of a mask of finfo.min
     tensor = Tensor(
-        [g, *means], scales, lengths, square, unit, theta, size, scales[0], ()
+        [g, *means], scales, lengths, square, unit, moved, theta, size, scales[0], ()
     )
     return tensor._replace(features=_features(tensor, steps, progress, num_steps))
 

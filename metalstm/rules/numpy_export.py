@@ -19,7 +19,7 @@ def export_numpy(saved: SavedRule, path: str | Path) -> Path:
     The file has the weights and two functions, ``init(params)`` and ``update(grads,
     state, params, progress=None, num_steps=None)``, of lists of float arrays::
 
-        rules.export_numpy(metalstm.load_rule("RULE.npz"), "my_rule.py")
+        rules.export_numpy(metalstm.load_rule("gates-v1"), "my_rule.py")
 
     Raises:
       ValueError: it is another kind of rule, or orthogonalises.
@@ -41,9 +41,10 @@ def export_numpy(saved: SavedRule, path: str | Path) -> Path:
         for layer, part in layers
     )
     text = _FILE.replace("WEIGHTS", "\n".join(weights))
-    text = text.replace("TRAINED_ON", str(saved.info.get("trained_on", "not stated")))
+    # a literal: what a rule's file says of itself must not end up as code
+    trained_on = ascii(str(saved.info.get("trained_on", "not stated")))
     with atomic_write(path) as part:
-        part.write_text(text)
+        part.write_text(text.replace("ABOUT", trained_on))
     return path
 
 
@@ -58,39 +59,43 @@ def _literal(weights: PyTree) -> str:
 
 _FILE = '''"""A learned optimizer in plain Python: numpy or torch arrays, no JAX.
 
-Written by metalstm.rules.export_numpy; trained on: TRAINED_ON.
+Written by metalstm.rules.export_numpy; TRAINED_ON says on what it was trained.
 
     state = init(params)  # a list of float arrays, on any device
     for step in range(num_steps):
         updates, state = update(grads, state, params, step / num_steps, num_steps)
         params = [p + u for p, u in zip(params, updates)]
 
-``progress`` is the share of training that is done and ``num_steps`` its length, or None
-where they are not known. In torch, work under torch.no_grad() and add with p.add_(u).
+``progress`` is the share of training that is done, 1 past its end, ``num_steps`` its
+length; None where they are not known. Half precision is computed in float32. In torch,
+work under torch.no_grad() and add with p.add_(u).
 """
 
 import math
 import sys
 
+TRAINED_ON = ABOUT
 WEIGHTS
 
 DECAYS = (0.9, 0.99, 0.999)
 
 
 def init(params):
-    return {"step": 0, "moments": [[0 * p for _ in range(4)] for p in params]}
+    return {"step": 0, "moments": [[0 * _wide(p) for _ in range(4)] for p in params]}
 
 
 def update(grads, state, params, progress=None, num_steps=None):
     """Return what to add to each array, and the state; NaN does nothing."""
-    if not math.isfinite(sum(float((g * g).sum()) for g in grads)):
+    wide = [_wide(g) for g in grads]
+    if not math.isfinite(sum(float((g * g).sum()) for g in wide)):
         return [0 * p for p in params], state
     step = state["step"] + 1
     updates, moments = [], []
-    for g, old, theta in zip(grads, state["moments"], params):
+    for g, old, theta in zip(wide, state["moments"], params):
         new = [b * m + (1 - b) * g for b, m in zip(DECAYS, old)]
         new.append(0.99 * old[3] + 0.01 * g * g)
-        updates.append(_move(g, new, theta, (step, progress, num_steps)))
+        move = _move(g, new, _wide(theta), (step, progress, num_steps))
+        updates.append(_as_narrow(move, theta))
         moments.append(new)
     return updates, {"step": step, "moments": moments}
 
@@ -102,7 +107,7 @@ def _move(g, moments, theta, time):
     square = moments[3] / (1 - 0.99**step)
     mean_square = _mean(square)
     square = square + (1e-12 * mean_square + 1e-30)
-    unit, size = math.sqrt(mean_square + 1e-30), _rms(theta)
+    unit, size = math.sqrt(mean_square + 1e-30), min(_rms(theta), 3.4e38)
     z = _features(averages, theta, unit, size, *time)
     hidden = [math.tanh(x) for x in _dense(HIDDEN_KERNEL, HIDDEN_BIAS, z)]
     out = _dense(OUTPUT_KERNEL, OUTPUT_BIAS, hidden)
@@ -134,7 +139,7 @@ def _features(averages, theta, unit, size, step, progress, num_steps):
     g, fast, _, slow = averages
     lengths = [_rms(m) for m in averages]
     fan_in = math.prod(theta.shape[:-1]) if theta.ndim > 1 else 1
-    done = 0.0 if progress is None else progress
+    done = 0.0 if progress is None else min(progress, 1.0)
     return [
         *(math.log(length / unit) / 3 for length in lengths),
         _mean(g * fast) / lengths[0] / lengths[1],
@@ -154,6 +159,18 @@ def _features(averages, theta, unit, size, step, progress, num_steps):
 
 def _dense(kernel, bias, x):
     return [b + sum(w * a for w, a in zip(row, x)) for row, b in zip(kernel, bias)]
+
+
+def _wide(x):
+    if x.dtype.itemsize > 2:
+        return x
+    return x.float() if hasattr(x, "float") else x.astype("float32")
+
+
+def _as_narrow(x, like):
+    if like.dtype.itemsize > 2:
+        return x
+    return x.to(like.dtype) if hasattr(x, "to") else x.astype(like.dtype)
 
 
 def _mean(x):

@@ -33,7 +33,8 @@ def with_float_copy(
     tx = optax.with_extra_args_support(tx)
 
     def init_fn(params):
-        copy = jax.tree.map(lambda p: jnp.asarray(p, _wide(p)), params)
+        # copies of float32 too: parameters and state may both be donated
+        copy = jax.tree.map(lambda p: jnp.array(p, _wide(p)), params)
         return FloatCopyState(copy, tx.init(copy))
 
     def update_fn(updates, state, params=None, **extra):

@@ -8,12 +8,11 @@ from typing import NamedTuple, overload
 import optax
 
 from metalstm.rules.fallback import with_fallback
-from metalstm.rules.io import load_rule
+from metalstm.rules.io import SHIPPED, load_rule
 from metalstm.rules.progress import with_progress
+from metalstm.runtime.files import finished_files
 
 __all__ = ["RuleCard", "pretrained_optimizer"]
-
-_SHIPPED = Path(__file__).parent / "shipped"
 
 
 class RuleCard(NamedTuple):
@@ -42,7 +41,7 @@ def pretrained_optimizer(
 
 
 def pretrained_optimizer(
-    name=None, *, num_steps=None, fallback=False, directory=_SHIPPED
+    name=None, *, num_steps=None, fallback=False, directory=SHIPPED
 ):
     """Return a trained rule as an optax transform; without a name, list them all.
 
@@ -55,21 +54,24 @@ def pretrained_optimizer(
       name: one of the names that the list has.
       num_steps: updates of the whole training, for a rule that anneals its steps by
         `metalstm.rules.with_progress`; the others ignore it. None: such a rule does not
-        anneal, and a schedule of one's own goes around it.
+        anneal, and a schedule of one's own goes around it. The state holds it, so a
+        restored state keeps the number that it was made with.
       fallback: blend its updates with AdamW's while they make the loss rise, by
         `metalstm.rules.with_fallback`; then ``update`` needs ``value=loss``.
       directory: other rule files (see `metalstm.save_rule`) to choose from; their
         ``info`` has ``trained_on``, ``limits`` and ``cost``.
 
     Raises:
-      ValueError: there is no rule of this name, or ``num_steps`` is below 1.
+      ValueError: there is no rule of this name, or ``num_steps`` is no integer above 0.
     """
-    files = {path.stem: path for path in sorted(Path(directory).glob("*.npz"))}
+    files = finished_files(Path(directory), "*.npz")
     if name is None:
         return tuple(_card(*item) for item in files.items())
     if name not in files:
-        choices = ", ".join(files) or "none is installed"
-        raise ValueError(f"there is no trained rule {name!r}: choose from {choices}")
+        remedy = (
+            f"choose from {', '.join(files)}" if files else "give another directory"
+        )
+        raise ValueError(f"there is no trained rule {name!r} in {directory}: {remedy}")
     learned = load_rule(files[name]).transform()
     if num_steps is not None:
         learned = with_progress(learned, num_steps)

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import optax
 
 from metalstm.base import Array, PyTree
-from metalstm.checks import check_at_least
+from metalstm.checks import check_count
 
 __all__ = ["ProgressState", "with_progress"]
 
@@ -31,13 +31,14 @@ def with_progress(
     Args:
       num_steps: updates of the whole training; None: not known, which is progress -1
         and 0 updates.
-        The state holds it, so one program serves runs of every length.
+        The state holds it, so one program serves runs of every length. A restored
+        state keeps its own: ``state._replace(num_steps=jnp.float32(n))`` changes it.
 
     Raises:
-      ValueError: ``num_steps`` is below 1.
+      ValueError: ``num_steps`` is no integer, or below 1.
     """
     if num_steps is not None:
-        check_at_least("num_steps", num_steps, 1, "or None")
+        check_count("num_steps", num_steps, 1, "or None")
     tx = optax.with_extra_args_support(tx)
 
     def init_fn(params):

@@ -16,7 +16,7 @@ from metalstm.rules.groups import by_group, conv_or_dense, matrix_or_vector
 from metalstm.rules.l2l_lstm import l2l
 from metalstm.rules.memory import gradient_memory, two_layer
 from metalstm.rules.tensor_rules import moment_gates, moment_lstm, moment_network
-from metalstm.user_objects import object_at
+from metalstm.user_objects import maker_at
 
 __all__ = ["FACTORIES", "build_rule"]
 
@@ -46,9 +46,10 @@ def build_rule(spec: Mapping[str, Any]) -> UpdateRule:
     lstm_gates, gradient_memory, two_layer and learned_sgd. ``{"rule": "chain", "parts":
     [spec, ..]}`` is a chain; ``{"rule": "by_group", "labels": "conv_or_dense" or
     "matrix_or_vector", "groups": {label: spec}}`` gives each group a rule.
-    ``{"rule": "mymodule:my_rule", ..}`` is a rule of one's own: a function that returns
-    a rule or an optax transform (or one of these), in a module that must be imported
-    already, as nothing that was read from a file may run code.
+    ``{"rule": "mymodule:my_rule", ..}`` is a rule of one's own: an `UpdateRule` or an
+    optax transform, or a function whose return annotation is one of these, in a module
+    that is imported already. A spec may come from a file: it imports nothing, and calls
+    no other function.
 
     Raises:
       ValueError: no such rule, or arguments that it does not take.
@@ -94,17 +95,13 @@ def _build(spec: Any, depth: int) -> UpdateRule:
 
 
 def _build_users(path: str, options: dict[str, Any]) -> UpdateRule:
-    found = object_at(path, "rule")
-    is_rule = isinstance(found, UpdateRule | optax.GradientTransformation)
+    types = (UpdateRule, optax.GradientTransformation)
+    found = maker_at(path, "rule", types)
+    is_rule = isinstance(found, types)
     if is_rule and options:
         raise ValueError(
             f"rule {path!r} is a rule, which takes no {', '.join(options)}: name the "
             "function that makes it"
-        )
-    if not is_rule and not callable(found):
-        raise ValueError(
-            f"rule {path!r} is {_short(found)}: give a function that returns an "
-            "UpdateRule or an optax transform"
         )
     try:
         made = found if is_rule else found(**_tuples(options))

@@ -59,7 +59,8 @@ def moment_gates(*, hidden_size: int = 8, orthogonal: bool = False) -> UpdateRul
       hidden_size: H.
       orthogonal: of tensors of two axes or more, as matrices of all axes but the last
         by the last, orthogonalise i m before it is divided by its rms, as Muon does
-        (Jordan et al., 2024). Sharded matrices are then gathered.
+        (Jordan et al., 2024). Sharded matrices are then gathered, which needs a mesh
+        with automatic axes (``axis_types=(AxisType.Auto, ..)`` of `jax.make_mesh`).
 
     Raises:
       ValueError: ``hidden_size`` is below 1; from ``update``, no parameters are given.
@@ -197,7 +198,7 @@ def _network_move(
     log_step = rule["step"]["bias"] + rule["step"]["kernel"] @ tensor.features
     move = direction * jnp.exp(jnp.minimum(magnitude, 5))
     step, move = bounded_step(move, log_step, orthogonal)
-    return -step * move, ()
+    return -step * tensor.moved * move, ()
 
 
 def _apply(layer: PyTree, x: Array) -> Array:
@@ -243,8 +244,8 @@ def moment_lstm(*, hidden_size: int = 8, orthogonal: bool = False) -> UpdateRule
         }
 
     def memory(theta: Array) -> tuple[Array, Array]:
-        zeros = jnp.zeros((hidden_size, *theta.shape), theta.dtype)
-        return zeros, zeros
+        shape = (hidden_size, *theta.shape)
+        return jnp.zeros(shape, theta.dtype), jnp.zeros(shape, theta.dtype)
 
     return tensor_rule(init, functools.partial(_lstm_move, orthogonal), memory)
 
@@ -266,4 +267,4 @@ def _lstm_move(
     move = move + jnp.tensordot(rule["shortcut"]["kernel"], jnp.stack(over_u), 1)
     log_step = rule["step"]["bias"] + rule["step"]["kernel"] @ tensor.features
     step, move = bounded_step(move, log_step, orthogonal)
-    return -step * move, (hidden, cell)
+    return -step * tensor.moved * move, (hidden, cell)

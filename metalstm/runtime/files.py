@@ -9,7 +9,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-__all__ = ["atomic_write", "is_unfinished"]
+__all__ = ["atomic_write", "finished_files", "is_unfinished"]
 
 _PREFIX = ".part-"
 _ABANDONED_AFTER = 3600.0  # seconds without a write: no process is writing it any more
@@ -26,6 +26,8 @@ def atomic_write(path: Path) -> Iterator[Path]:
     Raises:
       OSError: it cannot be written; names ``path`` and the remedy.
     """
+    if not path.parent.is_dir():
+        raise FileNotFoundError(f"{path} cannot be written: make its folder first")
     _remove_abandoned(path)
     part = path.with_name(f"{_PREFIX}{secrets.token_hex(4)}-{path.name}")
     try:
@@ -41,6 +43,12 @@ def atomic_write(path: Path) -> Iterator[Path]:
     finally:
         with contextlib.suppress(OSError):  # gone, when all went well
             part.unlink()
+
+
+def finished_files(folder: Path, pattern: str) -> dict[str, Path]:
+    """Return the files of a pattern by their stems, sorted, without unfinished ones."""
+    found = sorted(folder.glob(pattern))
+    return {path.stem: path for path in found if not path.name.startswith(_PREFIX)}
 
 
 def is_unfinished(name: str, of: str) -> bool:
