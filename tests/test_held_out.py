@@ -94,6 +94,13 @@ def test_cells_are_files_that_are_not_run_again(tmp_path, monkeypatch, capsys):
     assert first.exists()
     same = [p for p in files if p.stat().st_mtime_ns == before[p]]
     assert len(same) == len(files) - 1
+    assert held_out.main([*words, "--fallback"]) == 0
+    assert "mine, fallback" in capsys.readouterr().out
+    ours = {*(tmp_path / "cells").rglob("*.json")} - {*files}
+    assert {(path.parent.name, path.stem) for path in ours} == {
+        ("mine, fallback", f"constant+0-seed{seed}") for seed in (0, 1, 2)
+    }
+    files += ours
     assert held_out.main([*words, "--sensitivity"]) == 0
     # seven rates of seed 0, of which the middle one is there
     found = {*(tmp_path / "cells").rglob("*.json")}

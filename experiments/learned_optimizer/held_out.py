@@ -42,6 +42,8 @@ class Config(Options, frozen=True):
     """Where the cells are."""
     rule: tuple[Path, ...] = ()
     """Files of trained rules, rows of their own by the files' names."""
+    fallback: bool = False
+    """Also a row "NAME, fallback" of each rule: its default, with the fallback."""
     tasks: Names = ()
     """Which tasks; none named: all."""
     optimizers: Names = ()

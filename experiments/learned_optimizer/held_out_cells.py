@@ -62,14 +62,18 @@ OPTIMIZERS: dict[str, Optimizer] = {
 RULE_SCHEDULES = ("constant", "cosine", "warmup")
 
 
-def gate_rule(path: Path) -> Optimizer:
+FALLBACK = ", fallback"  # ends the name of a row that has no other trials
+
+
+def gate_rule(path: Path, *, fallback: bool = False) -> Optimizer:
     """A trained rule, told its progress; its rate multiplies its updates."""
     saved = rules.load_rule(path)
     learned, arrays = saved.transform(), jax.tree.map(np.asarray, saved.params)
 
     def make(rate: Any, num_steps: int) -> optax.GradientTransformation:
         by = optax.scale_by_schedule(rate) if callable(rate) else optax.scale(rate)
-        return optax.chain(rules.with_progress(learned, num_steps), by)
+        tx = rules.with_progress(learned, num_steps)
+        return optax.chain(rules.with_fallback(tx) if fallback else tx, by)
 
     digest = digest_of(saved.spec, named_leaves(arrays))
     return Optimizer(make, 1.0, RULE_SCHEDULES, digest=digest)
@@ -233,6 +237,8 @@ def missing(
     default, is_rule = Trial(0, optimizer.schedules[0]), optimizer.digest is not None
     if is_rule:  # one trial: the default, nothing tuned
         yield from ((default, s) for s in SEEDS if not cells.path(default, s).exists())
+    if cells.folder.name.endswith(FALLBACK):
+        return
     while (trial := next_trial(optimizer.schedules, cells.scores())) is not None:
         yield trial, TUNE_SEED
     best = best_trial(cells.scores())
@@ -259,6 +265,8 @@ def resolved(config: Config) -> tuple[Config, dict[str, Optimizer]]:
                 f"--rule {path}: another row is called {path.stem}; rename the file"
             )
         optimizers[path.stem] = gate_rule(path)
+        if config.fallback:
+            optimizers[path.stem + FALLBACK] = gate_rule(path, fallback=True)
     return replace(config, tasks=config.tasks or tuple(TASKS)), optimizers
 
 

@@ -13,6 +13,7 @@ import numpy as np
 
 from experiments.common.saved_options import read_json
 from experiments.learned_optimizer.held_out_cells import (
+    FALLBACK,
     OPTIMIZERS,
     RECORDS,
     RULE_SCHEDULES,
@@ -162,10 +163,11 @@ def rows_of(found: Found) -> tuple[Rows, list[str]]:
             wanted = {}
             if optimizer is None:
                 wanted[name] = Trial(0, schedules[0])
-            if next_trial(schedules, scores) is None:
-                wanted[name if optimizer else f"{name}, tuned"] = best_trial(scores)
-            else:
-                said.append(f"{name} has {len(scores)} trials, more are to come")
+            if not name.endswith(FALLBACK):
+                if next_trial(schedules, scores) is None:
+                    wanted[name if optimizer else f"{name}, tuned"] = best_trial(scores)
+                else:
+                    said.append(f"{name} has {len(scores)} trials, more are to come")
             for label, trial in wanted.items():
                 have = sum((trial, seed) in runs for seed in SEEDS)
                 if have < len(SEEDS):
