@@ -96,6 +96,33 @@ def test_a_run_that_is_cut_resumes_to_the_bit_and_exports_its_best(
     assert {**again.info, "core_hours": 0} == {**a.info, "core_hours": 0}
 
 
+def make_score(ratios):
+    """Validation that finds these log ratios, one after the other."""
+
+    def score(params):
+        ratio = next(ratios)
+        row = {"log_ratio": ratio, "standard_error": 0.1, "cpu_seconds": 1.0}
+        return -float(ratio), row
+
+    return lambda *_: score
+
+
+def test_the_untrained_rule_may_remain_the_best(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(general_training, "make_score", make_score(iter(range(9))))
+    words = [*WORDS, "--families", "quadratics,noisy", "--meta-steps", "3"]
+    assert general.main(["--folder", str(tmp_path), *words]) == 0
+    assert "the untrained rule, the best" in capsys.readouterr().out
+    saved = rules.load_rule(tmp_path / "gates.npz")
+    assert saved.info["best_step"] == 0
+    assert saved.info["meta_steps"] == 3
+    fresh = rules.moment_gates(hidden_size=2).init(jax.random.key(0), {})
+    np.testing.assert_array_equal(
+        saved.params["output"]["bias"], fresh["output"]["bias"]
+    )
+    assert "--families quadratics,noisy " in saved.info["command"]
+    assert "folder" not in saved.info["config"]
+
+
 def test_an_ablation_is_a_flag(tmp_path, capsys):
     """Another rule, one family, no progress."""
     words = ["--rule", "moment_network", "--families", "noisy", "--tell-progress", "0"]
@@ -114,13 +141,16 @@ ABLATIONS = ["--no-tell-length", "--no-noisy-data", "--no-antithetic"]
 
 
 @pytest.mark.parametrize("estimator", ["pes", "backprop"])
-def test_segments_are_an_estimator(estimator, tmp_path):
+def test_segments_are_an_estimator(estimator, tmp_path, monkeypatch):
+    better = make_score(iter(range(9, 0, -1)))
+    monkeypatch.setattr(general_training, "make_score", better)
     words = ["--estimator", estimator, "--segment", "2", "--learning-rate", "1"]
     assert general.main(["--folder", str(tmp_path), *WORDS, *words]) == 0
     saved = rules.load_rule(tmp_path / "gates.npz")
     fresh = rules.moment_gates(hidden_size=2).init(jax.random.key(0), {})
     moved = saved.params["step"]["kernel"] - fresh["step"]["kernel"]
-    assert 0.01 < abs(moved).max() <= 0.1 * saved.info["best_step"]
+    assert saved.info["best_step"] == 6
+    assert 0.01 < abs(moved).max() <= 0.1 * 6
 
 
 def test_rules_are_compared_on_the_same_instances(tmp_path, capsys):

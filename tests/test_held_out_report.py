@@ -109,6 +109,13 @@ def test_tables_have_the_values_computed_by_hand(rows):
     assert row["inside"] == "3 of 3"
 
 
+def test_the_legend_has_the_tasks_of_every_row(rows):
+    del rows["muon"]["maml"]
+    figure = held_out_report.ratios_figure(rows)
+    legend = figure.axes[0].get_legend()
+    assert {text.get_text() for text in legend.get_texts()} == {*TASKS}
+
+
 def test_losses_that_have_no_ratio_are_omitted_and_said(tmp_path):
     last = LAST | {"muon": ([1.0] * 3, [-1.0] * 3, [0.5] * 3)}
     write_cells(tmp_path, last)

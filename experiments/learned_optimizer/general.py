@@ -47,7 +47,7 @@ _RESUME = "stopped; the same command resumes the run"
 
 class Config(Options, frozen=True):
     folder: Path = Path("runs") / "general"
-    """The run's; it is resumed if there is one."""
+    """The run's; it is resumed if there is one. --evaluate keeps its results there."""
     export: Path | None = None
     """Train no further: write the best rule of the run so far to this file. The run may
     be under way."""
@@ -92,7 +92,7 @@ class Config(Options, frozen=True):
     antithetic: bool = True
     """Whether the two rules of a pair are shifted in opposite directions."""
     validation_steps: Count = 2_000
-    """Updates of a validation run."""
+    """Updates of a validation run, whatever --horizon is."""
     validation_instances: Pair = 2
     """Runs of each family of validation."""
     validate_every: Count = 20

@@ -180,9 +180,10 @@ def run(config: Config) -> None:
     metrics = Metrics(config.folder, counter="step")
     loop = Loop(setup, config.folder, metrics, None, make_state)
     with loop.running():
-        if int(loop.state.train.step) == 0:  # of a fresh rule
-            _, row = setup.score(loop.state.train.params)
+        if int(loop.state.train.step) == 0:  # the fresh rule may remain the best
+            score, row = setup.score(loop.state.train.params)
             metrics.write(NAME, "validation", 0, **row)
+            loop.state = loop.state._replace(best_score=jnp.float32(score))
         loop.fit(step, data)
     export(config.folder, config.folder / f"{NAME}.npz")
 

@@ -306,11 +306,12 @@ def export(folder: Path, path: Path) -> None:
         "core_hours": round(hours, 2),
         "validation": validation,
         "versions": report.versions(),
-        "config": to_json(config),
+        "config": {k: v for k, v in to_json(config).items() if k != "folder"},
     }
     rules.save_rule(path, spec_of(config), best.state, info=info)
     report.save_figure(_figure(tested), folder / "validation.png")
-    said = f"meta-step {best.step:,}, {hours:.1f} core-hours"
+    chosen = f"meta-step {best.step:,}" if best.step else "the untrained rule, the best"
+    said = f"{chosen}, {hours:.1f} core-hours"
     ratio = math.exp(validation["log_ratio"])
     print(f"{path}: {said}, final losses {ratio:.3f} of tuned AdamW's")
 
@@ -355,5 +356,6 @@ def command(config: Config) -> str:
             words.append(flag(name if value else f"no_{name}"))
         else:
             values = value if isinstance(value, list) else [value]
+            values = [",".join(values)] if name == "families" else values
             words += [flag(name), *map(str, values)]
     return " ".join(words)

@@ -169,6 +169,7 @@ def ratios_figure(rows: Rows) -> Any:
     axes = figure.subplots()
     styles = plots.method_styles(TASKS)
     shown = lambda x: np.clip(x, *_SHOWN)  # noqa: E731
+    in_legend: set[str] = set()
     for y, label in enumerate(labels):
         tasks = [task for task in rows[label] if task in reference]
         mine, base = (
@@ -180,7 +181,8 @@ def ratios_figure(rows: Rows) -> Any:
             tasks, ratios, np.linspace(-0.3, 0.3, len(tasks)), strict=True
         ):
             style = styles[task] | {"linestyle": "", "markersize": 6}
-            named = task if y == 0 else None
+            named = None if task in in_legend else task
+            in_legend.add(task)
             axes.plot(shown(value), y + shift, label=named, **style)
         axes.plot(shown(iqm_interval(mine, base)), (y, y), color="black", linewidth=1.5)
         axes.plot(shown(iqm(ratios)), y, "|", color="black", markersize=16)

@@ -57,7 +57,7 @@ def _sklearn(loader: str) -> tuple[np.ndarray, np.ndarray]:
         from sklearn import datasets
     except ImportError as error:
         raise ImportError(
-            "meta-training reads the tables of scikit-learn: pip install "
+            f"meta-training reads the tables of scikit-learn ({error}): pip install "
             "'metalstm[learned-optimizers]'"
         ) from error
     return getattr(datasets, loader)(return_X_y=True)
