@@ -212,7 +212,8 @@ def _tensor(
     square = square_scale * square + (1e-12 * mean_square + _TINY)
     scales = [jnp.ones((), g.dtype), *scales]
     lengths = [length, *map(rms, means)]
-    moved = mean_square / (mean_square + _TINY)
+    # the derivative of a division by 1e-30 overflows
+    moved = jax.lax.stop_gradient(mean_square / (mean_square + _TINY))
     unit = jnp.sqrt(mean_square + _TINY)
     size = jnp.minimum(rms(theta), jnp.finfo(g.dtype).max)  # of a mask of finfo.min
     tensor = Tensor(

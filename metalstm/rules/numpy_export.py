@@ -89,15 +89,14 @@ def update(grads, state, params, progress=None, num_steps=None):
     wide = [_wide(g) for g in grads]
     if not math.isfinite(sum(float((g * g).sum()) for g in wide)):
         return [0 * p for p in params], state
-    step = state["step"] + 1
+    time = state["step"] + 1, progress, num_steps
     updates, moments = [], []
     for g, old, theta in zip(wide, state["moments"], params):
         new = [b * m + (1 - b) * g for b, m in zip(DECAYS, old)]
         new.append(0.99 * old[3] + 0.01 * g * g)
-        move = _move(g, new, _wide(theta), (step, progress, num_steps))
-        updates.append(_as_narrow(move, theta))
+        updates.append(_as_narrow(_move(g, new, _wide(theta), time), theta))
         moments.append(new)
-    return updates, {"step": step, "moments": moments}
+    return updates, {"step": time[0], "moments": moments}
 
 
 def _move(g, moments, theta, time):
@@ -168,9 +167,8 @@ def _wide(x):
 
 
 def _as_narrow(x, like):
-    if like.dtype.itemsize > 2:
-        return x
-    return x.to(like.dtype) if hasattr(x, "to") else x.astype(like.dtype)
+    cast = "to" if hasattr(x, "to") else "astype"
+    return x if like.dtype.itemsize > 2 else getattr(x, cast)(like.dtype)
 
 
 def _mean(x):
