@@ -116,6 +116,18 @@ def test_the_legend_has_the_tasks_of_every_row(rows):
     assert {text.get_text() for text in legend.get_texts()} == {*TASKS}
 
 
+def test_the_panels_have_one_legend_and_plain_ticks(rows):
+    figure = held_out_report.curves_figure(rows)
+    (legend,) = figure.legends
+    assert [text.get_text() for text in legend.get_texts()] == [*rows]
+    assert all(axes.get_legend() is None for axes in figure.axes)
+    figure.draw_without_rendering()
+    axis = figure.axes[0].yaxis
+    said = [t.get_text() for t in axis.get_ticklabels(which="both") if t.get_text()]
+    assert 2 <= len(said) < 12  # some are beyond the view
+    assert all(float(text) > 0 for text in said)
+
+
 def test_losses_that_have_no_ratio_are_omitted_and_said(tmp_path):
     last = LAST | {"muon": ([1.0] * 3, [-1.0] * 3, [0.5] * 3)}
     write_cells(tmp_path, last)

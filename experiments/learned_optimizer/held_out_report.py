@@ -156,7 +156,28 @@ def curves_figure(rows: Rows) -> Any:
             if task in of:
                 middle = np.median(of[task].curves, 0, keepdims=True)
                 panels.setdefault(task, {})[label] = plots.Losses(steps, middle)
-    return plots.loss_panels(panels, learned=learned, columns=5)
+    figure = plots.loss_panels(panels, learned=learned, columns=5)
+    lines: dict[Any, Any] = {}
+    for axes in figure.axes:
+        _plain_ticks(axes.yaxis)
+        lines |= {line.get_label(): line for line in axes.lines}
+        if (legend := axes.get_legend()) is not None:
+            legend.remove()
+    if lines:
+        places = {"loc": "outside right upper", "fontsize": 9}
+        figure.legend([lines[n] for n in rows], list(rows), **places)
+    return figure
+
+
+def _plain_ticks(axis: Any) -> None:
+    """Few numbers without exponents, of a log axis."""
+    from matplotlib import ticker
+
+    low, high = axis.get_view_interval()
+    subs = (1, 2, 5) if high < 100 * low else (1,)
+    axis.set_major_locator(ticker.LogLocator(subs=subs))
+    axis.set_major_formatter(ticker.StrMethodFormatter("{x:g}"))
+    axis.set_minor_formatter(ticker.NullFormatter())
 
 
 def ratios_figure(rows: Rows) -> Any:
@@ -189,6 +210,7 @@ def ratios_figure(rows: Rows) -> Any:
     axes.axvline(1, color="0.5", linewidth=1)
     axes.set(xscale="log", xlabel="last loss / tuned AdamW's", ylim=(len(labels), -1))
     axes.set_yticks(range(len(labels)), labels)
+    _plain_ticks(axes.xaxis)
     add_grid_and_legend(axes)
     said = "a dot a task; line: interquartile mean and its 95% interval"
     add_note(figure, f"{said}; what is outside {_SHOWN} is drawn at its ends")
