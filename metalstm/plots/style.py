@@ -66,10 +66,10 @@ def method_styles(
 ) -> dict[str, dict[str, Any]]:
     """Return the line style of each method: keyword arguments of ``axes.plot``.
 
-    Colour and marker follow from the name alone (up to a bracket, as in ``maml (run
-    2)``), so that a method has the same ones in every figure. Where lines of one figure
-    share a colour, the later ones are dashed; where they share the marker too, it is
-    hollow.
+    Colour and marker follow from the name alone (up to a bracket or comma, as in ``maml
+    (run 2)``), so that a method has the same ones in every figure. Where lines of one
+    figure share a colour, the later ones are dashed; where they share the marker too,
+    it is hollow.
 
     Args:
       learned: names to draw in thick lines.
@@ -78,7 +78,7 @@ def method_styles(
     both: Counter[tuple[str, str]] = Counter()
     styles = {}
     for name in names:
-        colour, marker = _colour_and_marker(name.partition(" (")[0])
+        colour, marker = _colour_and_marker(_plain(name))
         styles[name] = {
             "color": colour,
             "marker": marker,
@@ -94,7 +94,11 @@ def method_styles(
 
 def known_colour(name: str) -> str | None:
     """Return the colour of one of the library's methods, None for any other name."""
-    return _KNOWN.get(name.partition(" (")[0], (None,))[0]
+    return _KNOWN.get(_plain(name), (None,))[0]
+
+
+def _plain(name: str) -> str:
+    return name.partition(" (")[0].partition(", ")[0]
 
 
 def _colour_and_marker(name: str) -> tuple[str, str]:

@@ -58,11 +58,17 @@ def with_fallback(
     safe = optax.with_extra_args_support(optax.adamw(1e-3) if other is None else other)
 
     def init_fn(params):
-        largest = jnp.finfo(jnp.float32).max
         # arrays of their own, so that the state can be donated
-        scalars = map(jnp.float32, (0, 0, largest, 0, 1))
-        states = rule.init(params), safe.init(params)
-        return FallbackState(jnp.int32(0), *scalars, *states)
+        return FallbackState(
+            step=jnp.int32(0),
+            mean=jnp.float32(0),
+            deviation=jnp.float32(0),
+            best=jnp.float32(jnp.finfo(jnp.float32).max),
+            noise=jnp.float32(0),
+            trust=jnp.float32(1),
+            rule=rule.init(params),
+            other=safe.init(params),
+        )
 
     def update_fn(updates, state, params=None, *, value=None, **extra):
         if value is None:
