@@ -60,9 +60,10 @@ def with_fallback(
     def init_fn(params):
         largest = jnp.finfo(jnp.float32).max
         # arrays of their own, so that the state can be donated
-        scalars = map(jnp.float32, (0, 0, largest, 0, 1))
+        scalars = [jnp.float32(x) for x in (0, 0, largest, 0, 1)]
+        mean, deviation, best, noise, trust = scalars
         states = rule.init(params), safe.init(params)
-        return FallbackState(jnp.int32(0), *scalars, *states)
+        return FallbackState(jnp.int32(0), mean, deviation, best, noise, trust, *states)
 
     def update_fn(updates, state, params=None, *, value=None, **extra):
         if value is None:
