@@ -4,7 +4,8 @@
 5}}`` is ``algorithms.maml(nn.conv4(5), rate=0.1)``. A nested spec is known by its first
 word: ``algorithm`` of `metalstm.algorithms`, ``learner`` of `metalstm.nn`, ``rule`` of
 `metalstm.rules.build_rule` or an optimizer, ``order`` of `metalstm.inner`. Nothing in a
-spec is ever evaluated or unpickled.
+spec is ever evaluated or unpickled, and of a user's module it can call only what
+declares that it makes a learner or a rule (`metalstm.user_objects`).
 """
 
 from __future__ import annotations

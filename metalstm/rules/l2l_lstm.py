@@ -61,7 +61,9 @@ def l2l(
 
     (section 2.1 and appendix A), with a = ``output_scale`` and all states zero at
     first. It reads neither the loss nor the parameters, so it works wherever an optax
-    optimizer does. The defaults are the published rule.
+    optimizer does. The defaults are the published rule. It moves a parameter whose
+    gradient is zero too: mask what should stay (`optax.masked`). Parameters are joined
+    to one vector, which on a mesh with explicit axes raises a ShardingTypeError.
 
     ``features="moments"`` lets the LSTM read what Adam reads: the gradient and its
     averages (decays 0.5, 0.9, 0.99), each over the root u of the average square (after
