@@ -82,6 +82,26 @@ def test_the_lstms_update_is_the_equations_of_the_docstring(num_steps):
     assert sizes == 1 + (4 + 2 * 3) * 15
 
 
+def test_without_normalising_an_update_is_as_long_as_its_gradients_are_consistent():
+    """Noise of mean zero has shorter updates than a constant gradient; else equal."""
+    rms = {}
+    for normalise in (True, False):
+        rule = rules.moment_gates(hidden_size=2, normalise=normalise)
+        tx = rule.bind(rule.init(jax.random.key(0), ()))
+        params = {"a": jnp.zeros(500)}
+        for name, noise in (("constant", 0.0), ("noise", 1.0)):
+            state = tx.init(params)
+            for step in range(30):
+                drawn = jax.random.normal(jax.random.key(step), (500,))
+                grads = {"a": noise * drawn + (1 - noise)}
+                update, state = tx.update(grads, state, params)
+            rms[normalise, name] = reference.rms(np.asarray(update["a"]))
+    assert rms[False, "constant"] == pytest.approx(rms[True, "constant"], rel=0.1)
+    assert rms[False, "noise"] < 0.5 * rms[True, "noise"]
+    with pytest.raises(ValueError, match="orthogonal=True, normalise=False"):
+        rules.moment_gates(orthogonal=True, normalise=False)
+
+
 @pytest.mark.parametrize("name", MAKERS)
 def test_orthogonal_updates_have_the_singular_vectors_of_the_others(name):
     """And values as equal as Muon's five iterations make them."""

@@ -61,6 +61,8 @@ class Config(Options, frozen=True):
     """What is meta-trained."""
     orthogonal: bool = False
     """Whether it orthogonalises the updates of matrices."""
+    normalise: bool = True
+    """Whether the updates of a tensor have one length; of moment_gates."""
     hidden_size: Count = 8
     """Hidden units of the rule."""
     families: Names = ()

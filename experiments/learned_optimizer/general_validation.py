@@ -55,7 +55,8 @@ Logs = dict[str, np.ndarray]  # of each family [I]: logs of last over first loss
 
 def spec_of(config: Config) -> dict[str, Any]:
     spec = {"rule": config.rule, "hidden_size": config.hidden_size}
-    return spec | ({"orthogonal": True} if config.orthogonal else {})
+    spec |= {"orthogonal": True} if config.orthogonal else {}
+    return spec | ({} if config.normalise else {"normalise": False})
 
 
 def without_length(rule: UpdateRule) -> UpdateRule:

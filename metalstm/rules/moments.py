@@ -152,15 +152,20 @@ def tensor_rule(
 
 
 def bounded_step(
-    move: Array, log_step: Array, orthogonal: bool = False
+    move: Array,
+    log_step: Array,
+    orthogonal: bool = False,
+    length: Array | None = None,
 ) -> tuple[Array, Array]:
     """The step s, at most e^-1, and move / rms(move), at most 10 in a coordinate.
 
-    With ``orthogonal``, a matrix becomes one with orthogonal rows or columns instead.
+    With ``orthogonal``, a matrix becomes one with orthogonal rows or columns instead;
+    ``length`` takes the place of rms(move).
     """
     step = jnp.exp(jnp.clip(log_step, *_LOG_STEPS))
     matrix = orthogonal and move.ndim > 1 and move.size
-    move = _orthogonalized(move) if matrix else move * (1 / rms(move))
+    length = rms(move) if length is None else length
+    move = _orthogonalized(move) if matrix else move * (1 / length)
     return step, jnp.clip(move, -_LARGEST, _LARGEST)
 
 

@@ -22,11 +22,14 @@ def export_numpy(saved: SavedRule, path: str | Path) -> Path:
         rules.export_numpy(metalstm.load_rule("gates-v1"), "my_rule.py")
 
     Raises:
-      ValueError: it is another kind of rule, or orthogonalises.
+      ValueError: it is another kind of rule, or has options but its size.
     """
-    if saved.spec.get("rule") != "moment_gates" or saved.spec.get("orthogonal"):
+    spec = saved.spec
+    standard = not spec.get("orthogonal") and spec.get("normalise", True)
+    if spec.get("rule") != "moment_gates" or not standard:
         raise ValueError(
-            f"spec={saved.spec}: only moment_gates can be exported, without orthogonal"
+            f"spec={spec}: only moment_gates can be exported, of no option but "
+            "hidden_size"
         )
     path = Path(path)
     layers = (

@@ -30,7 +30,9 @@ __all__ = ["moment_gates", "moment_lstm", "moment_network"]
 
 
 @recorded("rule")
-def moment_gates(*, hidden_size: int = 8, orthogonal: bool = False) -> UpdateRule:
+def moment_gates(
+    *, hidden_size: int = 8, orthogonal: bool = False, normalise: bool = True
+) -> UpdateRule:
     r"""Gate a mixture of momenta, by features without units.
 
     .. math::
@@ -61,11 +63,20 @@ def moment_gates(*, hidden_size: int = 8, orthogonal: bool = False) -> UpdateRul
         by the last, orthogonalise i m before it is divided by its rms, as Muon does
         (Jordan et al., 2024). Sharded matrices are then gathered, which needs a mesh
         with automatic axes (``axis_types=(AxisType.Auto, ..)`` of `jax.make_mesh`).
+      normalise: False divides i m by what its rms would be were all gradients the same,
+        with the gates of a fresh rule, so that the length of an update changes with how
+        consistent gradients are, as Adam's does.
 
     Raises:
-      ValueError: ``hidden_size`` is below 1; from ``update``, no parameters are given.
+      ValueError: ``hidden_size`` is below 1, or ``orthogonal`` without ``normalise``;
+        from ``update``, no parameters are given.
     """
     check_at_least("hidden_size", hidden_size, 1)
+    if orthogonal and not normalise:
+        raise ValueError(
+            "orthogonal=True, normalise=False: an orthogonal update has one length; "
+            "choose one of the two"
+        )
 
     def init(key: Array) -> PyTree:
         bias = jnp.asarray(_start(), jnp.float32)
@@ -75,16 +86,16 @@ def moment_gates(*, hidden_size: int = 8, orthogonal: bool = False) -> UpdateRul
             "step": {"kernel": _start_of_step()},
         }
 
-    return tensor_rule(init, functools.partial(_gated_move, orthogonal))
+    return tensor_rule(init, functools.partial(_gated_move, orthogonal, normalise))
 
 
-_LOG_STEP = -5.85  # of a fresh rule
+_LOG_STEP, _INPUT_BIAS = -5.85, -4.0  # of a fresh rule
 
 
 def _start() -> list[float]:
     """The output's biases: log s; c; w_i, b_i; w_f, b_f."""
     rest = [0.0] * (NUM_COORDINATE - 1)
-    return [_LOG_STEP, 0.1, 0.9, 0.0, 0.0, -1.0, *rest, -4.0, 0.0, *rest, -6.0]
+    return [_LOG_STEP, 0.1, 0.9, 0.0, 0.0, -1.0, *rest, _INPUT_BIAS, 0.0, *rest, -6.0]
 
 
 def _start_of_step() -> Array:
@@ -99,7 +110,7 @@ def _dense(key: Array, inputs: int, outputs: int) -> dict[str, Array]:
 
 
 def _gated_move(
-    orthogonal: bool, rule: PyTree, tensor: Tensor
+    orthogonal: bool, normalise: bool, rule: PyTree, tensor: Tensor
 ) -> tuple[Array, tuple[()]]:
     hidden = jnp.tanh(
         rule["hidden"]["kernel"] @ tensor.features + rule["hidden"]["bias"]
@@ -115,7 +126,9 @@ def _gated_move(
 
     of_input, of_forget = jnp.split(out[5:], 2)
     log_step = out[0] + rule["step"]["kernel"] @ tensor.features
-    step, move = bounded_step(gate(of_input) * mixed, log_step, orthogonal)
+    usual = tensor.unit * jax.nn.sigmoid(_INPUT_BIAS)
+    length = None if normalise else usual
+    step, move = bounded_step(gate(of_input) * mixed, log_step, orthogonal, length)
     return -step * (move + gate(of_forget) * tensor.theta), ()
 
 
