@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -118,6 +118,7 @@ def compare_embeddings(
     train_way: int | None = None,
     train_queries: int | None = None,
     masked: bool = False,
+    train_statistics: Literal["batch", "stored"] = "batch",
 ) -> MetaAlgorithm:
     """Embed support and query by ``learner``, score by ``comparison``.
 
@@ -132,7 +133,10 @@ def compare_embeddings(
       train_queries: queries a class in meta-training.
       masked: the comparison reads nothing of support rows with the label -1, and the
         loss nothing of queries that its mask leaves out.
+      train_statistics: ``"stored"``: meta-training normalises by the averages too,
+        which stay as they are: for a learner that was trained before.
     """
+    train_norm: Norm = "gather" if train_statistics == "batch" else "stored"
 
     def init(key: Array, episode: Episode) -> LearnerState:
         learner_key, comparison_key = comparison.split_key(key)
@@ -151,7 +155,13 @@ def compare_embeddings(
         # no task has more classes than support images
         way = num_examples(support.x) if train_way is None else train_way
         scores, embedded, stats = scores_of(
-            stop_statistics(state), key, support, query.x, way=way, norm="gather"
+            stop_statistics(state),
+            key,
+            support,
+            query.x,
+            way=way,
+            norm=train_norm,
+            dropout_key=key,
         )
         if mask_of(support) is None:
             present = jnp.zeros(way, bool).at[support.y].set(True)[None]
@@ -194,6 +204,7 @@ def _scores_of(
     *,
     way: int,
     norm: Norm,
+    dropout_key: Array | None = None,
 ) -> tuple[Array, Array, PyTree]:
     """Return scores [M, way], embeddings [N + M, ...] and batch statistics."""
     embedding, learned = state, LearnerState((), {}, {})
@@ -209,7 +220,6 @@ def _scores_of(
             "examples: choose tasks of one size (EpisodeSpec), or a learner without it"
         )
     images = join_examples(support.x, query_x)
-    dropout_key = key if norm == "gather" else None
     embedded, embedding = learner.apply(embedding, images, norm=norm, key=dropout_key)
     of_support, of_query = jnp.split(embedded, [num_examples(support.x)])
     scores, learned = comparison.apply(
