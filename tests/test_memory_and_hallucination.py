@@ -182,23 +182,29 @@ def test_the_memory_network_learns_to_bind_images_to_labels():
     assert np.mean(found.accuracies) > 0.8
 
 
-def test_stored_statistics_make_meta_training_see_what_the_test_sees():
+def test_a_kept_learner_is_that_of_the_test_and_has_no_gradient():
     found = {}
-    for how in ("batch", "stored"):
+    for trained in (True, False):
         algorithm = algorithms.mann(
-            FEATURES, tiny.WAY, num_slots=8, hidden_size=8, train_statistics=how
+            FEATURES, tiny.WAY, num_slots=8, hidden_size=8, train_learner=trained
         )
         params = algorithm.init(KEY, EPISODE)
         params = params._replace(  # averages that are no batch's
             stats=jax.tree.map(lambda s: 1.5 * s + 0.5, params.stats)
         )
-        loss, aux = algorithm.loss(params, KEY, EPISODE)
+        (loss, aux), grads = jax.value_and_grad(
+            lambda p, s=params, a=algorithm: a.loss(s._replace(params=p), KEY, EPISODE),
+            has_aux=True,
+        )(params.params)
         scores = algorithm.predict(params, KEY, SUPPORT, QUERY.x, num_classes=tiny.WAY)
         logs = jax.nn.log_softmax(scores)[np.arange(len(QUERY.y)), QUERY.y]
-        found[how] = float(loss + logs.mean())
+        found[trained] = float(loss + logs.mean())
+        kept = jax.tree.map(lambda g: np.abs(g).max() == 0, grads["embedding"])
+        assert all(jax.tree.leaves(kept)) == (not trained)
+        assert np.abs(grads["memory_net"]["keys"]["kernel"]).max() > 0
         same = tiny.max_difference(aux.gathered, params.stats) == 0
-        assert same == (how == "stored")
-    assert abs(found["stored"]) < 1e-5 < abs(found["batch"])
+        assert same == (not trained)
+    assert abs(found[False]) < 1e-5 < abs(found[True])
 
 
 def test_what_the_memory_network_refuses():
@@ -206,8 +212,6 @@ def test_what_the_memory_network_refuses():
         algorithms.mann(FEATURES, 3, num_slots=8, num_reads=9)
     with pytest.raises(ValueError, match=r"key_strength=2: choose one of learned, one"):
         algorithms.mann(FEATURES, 3, key_strength=2)
-    with pytest.raises(ValueError, match=r"train_statistics=None: choose one of batch"):
-        algorithms.mann(FEATURES, 3, train_statistics=None)
     with pytest.raises(ValueError, match=r"controller needs features \[N, d\]"):
         algorithms.mann(maps(), 3).init(KEY, EPISODE)
     three, five = algorithms.mann(FEATURES, 3), tiny.episode(way=5)

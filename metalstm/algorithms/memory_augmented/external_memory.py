@@ -53,7 +53,7 @@ def mann(
     num_reads: int = 4,
     key_strength: Literal["learned", "one"] = "learned",
     train_queries: int | None = None,
-    train_statistics: Literal["batch", "stored"] = "batch",
+    train_learner: bool = True,
 ) -> MetaAlgorithm:
     """Memory-augmented network with least-recently-used access (Santoro et al., 2016).
 
@@ -83,15 +83,12 @@ def mann(
         ``"one"``, as the paper has it: a read is then a mean of nearly all slots, from
         which little is learned unless they are few.
       train_queries: queries a class in meta-training.
-      train_statistics: of the learner's batch norm in meta-training. ``"stored"``: the
-        averages that it has, as at meta-test, for a learner that was trained before.
-        With ``"batch"`` a controller learns to read what these change: the trained one
-        of Omniglot answers 61% with batch statistics, 48% with averages.
+      train_learner: False keeps a learner that was trained before as it is, the
+        averages of its batch norm included, and meta-trains the memory alone.
 
     Raises:
-      ValueError: more heads than slots, or another ``key_strength`` or
-        ``train_statistics``; from ``predict``, another way; from ``init``, features
-        that are not vectors.
+      ValueError: more heads than slots, or another ``key_strength``; from ``predict``,
+        another way; from ``init``, features that are not vectors.
     """
     if not 1 <= num_reads <= num_slots:
         raise ValueError(
@@ -99,14 +96,13 @@ def mann(
             "slots, since no two heads may write to one slot"
         )
     check_choice("key_strength", key_strength, ("learned", "one"))
-    check_choice("train_statistics", train_statistics, ("batch", "stored"))
     sizes = MemorySizes(hidden_size, num_slots, slot_size, num_reads)
     return compare_embeddings(
         learner,
         _memory_comparison(way, sizes, key_strength),
         train_way=way,
         train_queries=train_queries,
-        train_statistics=train_statistics,
+        train_learner=train_learner,
     )
 
 

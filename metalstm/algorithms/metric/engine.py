@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -118,7 +118,7 @@ def compare_embeddings(
     train_way: int | None = None,
     train_queries: int | None = None,
     masked: bool = False,
-    train_statistics: Literal["batch", "stored"] = "batch",
+    train_learner: bool = True,
 ) -> MetaAlgorithm:
     """Embed support and query by ``learner``, score by ``comparison``.
 
@@ -133,10 +133,10 @@ def compare_embeddings(
       train_queries: queries a class in meta-training.
       masked: the comparison reads nothing of support rows with the label -1, and the
         loss nothing of queries that its mask leaves out.
-      train_statistics: ``"stored"``: meta-training normalises by the averages too,
-        which stay as they are: for a learner that was trained before.
+      train_learner: False: only the comparison is meta-trained; the learner stays as it
+        is, the averages of its batch norm included.
     """
-    train_norm: Norm = "gather" if train_statistics == "batch" else "stored"
+    train_norm: Norm = "gather" if train_learner else "stored"
 
     def init(key: Array, episode: Episode) -> LearnerState:
         learner_key, comparison_key = comparison.split_key(key)
@@ -152,6 +152,8 @@ def compare_embeddings(
 
     def loss(state: LearnerState, key: Array, episode: Episode):
         support, query = episode
+        if not train_learner:
+            state = _with_fixed_embedding(state, comparison.name)
         # no task has more classes than support images
         way = num_examples(support.x) if train_way is None else train_way
         scores, embedded, stats = scores_of(
@@ -161,7 +163,7 @@ def compare_embeddings(
             query.x,
             way=way,
             norm=train_norm,
-            dropout_key=key,
+            dropout_key=key if train_learner else None,
         )
         if mask_of(support) is None:
             present = jnp.zeros(way, bool).at[support.y].set(True)[None]
@@ -229,6 +231,12 @@ def _scores_of(
     if comparison.init is not None:
         embedding = _join(embedding, learned, comparison.name)
     return scores, embedded, embedding.stats
+
+
+def _with_fixed_embedding(state: LearnerState, name: str) -> LearnerState:
+    """No gradient reaches what embeds."""
+    embedding, learned = _split(state, name)
+    return _join(lax.stop_gradient(embedding), learned, name)
 
 
 _LEARNED_PARTS = ("comparison", "generator", "memory_net")
