@@ -17,7 +17,7 @@ the folder; cells that are there are not run again, so the command may be stoppe
 time. A rule's cells go by its file's name, and a rule that is not the one they were run
 with is refused. The report says what is missing, and compares what is complete.
 
-About three hours of one core for all tasks, the five optimizers and one rule, by the
+About four hours of one core for all tasks, the five optimizers and one rule, by the
 milliseconds of a step; `--tasks` and `--optimizers` choose.
 docs/results/learned_optimizers.md has the results.
 """
