@@ -34,9 +34,9 @@ def few_tasks(monkeypatch):
     quadratics = meta_tasks.Task("quadratics", problems.quadratics(2), ())
     noisy = meta_tasks.Task("noisy", meta_tasks.noisy_quadratics(3), (), costly=True)
     training = lambda with_noise: (quadratics, noisy)  # noqa: E731
-    monkeypatch.setattr(general_training, "training_tasks", training)
-    for module in (general_training, general_validation):
-        monkeypatch.setattr(module, "validation_tasks", lambda: (quadratics, noisy))
+    validation = lambda: (quadratics, noisy)  # noqa: E731
+    monkeypatch.setattr(general_validation, "training_tasks", training)
+    monkeypatch.setattr(general_validation, "validation_tasks", validation)
 
 
 class PowerCutError(Exception):
@@ -208,6 +208,22 @@ def test_the_hidden_units_stay_while_the_linear_part_is_trained():
     assert late["hidden"] == {"kernel": 0.05, "bias": 0.05}
 
 
+def test_a_run_is_validated_on_the_families_that_are_named(tmp_path, capsys):
+    words = ["--folder", str(tmp_path), *WORDS, "--meta-steps", "3"]
+    assert general.main([*words, "--validation-families", "nosy"]) == 2
+    assert "--validation-families" in capsys.readouterr().err
+    assert general.main([*words, "--validation-families", "noisy"]) == 0
+    info = rules.load_rule(tmp_path / "gates.npz").info
+    assert set(info["validation"]) == {"log_ratio", "standard_error", "noisy"}
+    assert "--validation-families noisy" in info["command"]
+    asked = ["--folder", str(tmp_path), "--evaluate", "fresh", *WORDS[9:13]]
+    assert general.main([*asked, "--validation-families", "noisy"]) == 0
+    assert "noisy" in (said := capsys.readouterr().out)
+    assert "quadratics" not in said
+    assert general.main(asked) == 2  # AdamW's losses there are of one family
+    assert "other families" in capsys.readouterr().err
+
+
 def test_evolution_learns_the_step_on_its_own_family(few_tasks):
     """A start whose steps are e^4 shorter: they grow, and runs end lower."""
     config = general.Config(
@@ -215,7 +231,7 @@ def test_evolution_learns_the_step_on_its_own_family(few_tasks):
         horizon=(20, 20), hidden_size=2, families=("noisy",),
     )  # fmt: skip
     rule = rules.moment_gates(hidden_size=2)
-    (task,) = general_training._chosen(config)
+    (task,) = general_validation.chosen_training(config)
     optimizer = optax.adam(config.learning_rate, b2=0.99)
     state = general_training.init_state(config, rule, optimizer)
     state.params["output"]["bias"] = state.params["output"]["bias"].at[0].add(-4.0)
@@ -235,7 +251,7 @@ def test_evolution_learns_the_step_on_its_own_family(few_tasks):
 
 @pytest.fixture
 def no_training(monkeypatch):
-    monkeypatch.setattr(general_training, "run", lambda config: None)
+    monkeypatch.setattr(general_training, "run", lambda *_: None)
 
 
 def test_a_folder_of_another_run_is_left_as_it_is(tmp_path, no_training, capsys):

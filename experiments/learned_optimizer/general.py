@@ -67,6 +67,8 @@ class Config(Options, frozen=True):
     """Hidden units of the rule."""
     families: Names = ()
     """Which families to train on; none named: all."""
+    validation_families: Names = ()
+    """Which families to validate on, and --evaluate on; none named: all."""
     meta_steps: Count = 500
     """Meta-steps, over which the rate decays to 0 by a cosine."""
     linear_steps: Natural = 60
@@ -122,10 +124,12 @@ def _run(arguments: list[str]) -> int:
     if config.evaluate:
         print(general_validation.evaluate(config))
         return 0
+    tasks = general_validation.chosen_training(config)
+    validation = general_validation.chosen_validation(config)
     changeable, measured = general_training.MAY_CHANGE, "*validation-*.json"
     with locked(config.folder, config, changeable, flag="--folder", known=measured):
         try:
-            general_training.run(config)
+            general_training.run(config, tasks, validation)
         except Interrupted:
             print(_RESUME)
             return 130

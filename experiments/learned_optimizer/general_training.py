@@ -12,7 +12,6 @@ import numpy as np
 import optax
 
 import metalstm
-from experiments.common.cli import check_names
 from experiments.common.loop import Loop, Setup
 from experiments.common.run_folder import Metrics, write_json
 from experiments.common.saved_options import to_json
@@ -24,11 +23,7 @@ from experiments.learned_optimizer.general_validation import (
     export,
     make_score,
 )
-from experiments.learned_optimizer.meta_tasks import (
-    Task,
-    training_tasks,
-    validation_tasks,
-)
+from experiments.learned_optimizer.meta_tasks import Task
 from metalstm.base import Array, PyTree, UpdateRule
 from metalstm.learned_optimizers import (
     PairedRuns,
@@ -142,13 +137,13 @@ def init_state(
 # -- the run ---------------------------------------------------------------------------
 
 
-def run(config: Config) -> None:
-    """Meta-train, or resume; then export the best.
+def run(config: Config, tasks: Sequence[Task], validation: Sequence[Task]) -> None:
+    """Meta-train on the families of ``tasks``, or resume; then export the best.
 
     Raises:
       Interrupted: after Ctrl-C; the state is saved.
     """
-    rule, tasks = built(config), _chosen(config)
+    rule = built(config)
     data = [task.data for task in tasks]
     schedule = optax.cosine_decay_schedule(config.learning_rate, config.meta_steps)
     optimizer = optax.adam(schedule, b2=0.99)
@@ -174,7 +169,7 @@ def run(config: Config) -> None:
         validate_every=config.validate_every,
         report_every=5,
         save_every=config.save_every,
-        score=make_score(config, rule, validation_tasks()),
+        score=make_score(config, rule, validation),
         describe=lambda means: f"loss {means['loss']:.4g}",
     )
     metrics = Metrics(config.folder, counter="step")
@@ -186,9 +181,3 @@ def run(config: Config) -> None:
             loop.state = loop.state._replace(best_score=jnp.float32(score))
         loop.fit(step, data)
     export(config.folder, config.folder / f"{NAME}.npz")
-
-
-def _chosen(config: Config) -> list[Task]:
-    tasks = {task.name: task for task in training_tasks(config.noisy_data)}
-    check_names("--families", config.families, tasks)
-    return [tasks[name] for name in config.families or tasks]

@@ -16,6 +16,7 @@ import numpy as np
 import optax
 
 from experiments.common import report
+from experiments.common.cli import Names, check_names
 from experiments.common.run_folder import Metrics, write_json
 from experiments.common.saved_options import (
     flag,
@@ -26,7 +27,11 @@ from experiments.common.saved_options import (
 )
 from experiments.common.tables import Table
 from experiments.learned_optimizer.general import MODULE, Config
-from experiments.learned_optimizer.meta_tasks import Task, validation_tasks
+from experiments.learned_optimizer.meta_tasks import (
+    Task,
+    training_tasks,
+    validation_tasks,
+)
 from metalstm import plots, rules
 from metalstm.base import PyTree, UpdateRule
 from metalstm.learned_optimizers import make_loss_curves, sweep
@@ -77,6 +82,23 @@ def built(config: Config) -> UpdateRule:
     """The rule as it is meta-trained."""
     rule = rules.build_rule(spec_of(config))
     return rule if config.tell_length else without_length(rule)
+
+
+def chosen_training(config: Config) -> list[Task]:
+    return _named_tasks(
+        "--families", config.families, training_tasks(config.noisy_data)
+    )
+
+
+def chosen_validation(config: Config) -> list[Task]:
+    names = config.validation_families
+    return _named_tasks("--validation-families", names, validation_tasks())
+
+
+def _named_tasks(option: str, names: Names, tasks: Sequence[Task]) -> list[Task]:
+    known = {task.name: task for task in tasks}
+    check_names(option, names, known)
+    return [known[name] for name in names or known]
 
 
 # -- scores ----------------------------------------------------------------------------
@@ -209,7 +231,8 @@ def evaluate(config: Config) -> Table:
     Raises:
       OSError, ValueError: a file that is none of a rule, or was not made by `export`.
     """
-    tasks, named = validation_tasks(), {n: _named(config, n) for n in config.evaluate}
+    tasks = chosen_validation(config)
+    named = {name: _named(config, name) for name in config.evaluate}
     reference = _kept(config, tasks, "adamw", lambda: _adamw(config, tasks))
     found = {name: _logs_of(config, one, tasks) for name, one in named.items()}
     first = next(iter(found.values()))
@@ -357,6 +380,6 @@ def command(config: Config) -> str:
             words.append(flag(name if value else f"no_{name}"))
         else:
             values = value if isinstance(value, list) else [value]
-            values = [",".join(values)] if name == "families" else values
+            values = [",".join(values)] if name.endswith("families") else values
             words += [flag(name), *map(str, values)]
     return " ".join(words)
