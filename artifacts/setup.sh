@@ -12,6 +12,6 @@ cp $A/ablations.done ablations_a.txt.done; cp $A/ablations.done ablations_b.txt.
 cd $ML/mini; cp -r $REPO/artifacts/mini_imagenet/. .; rm -f *.md; tar xJf lr_cells.tar.xz
 grep "o-mann \|o-mlstm1 " queue2.txt >> queue2.txt.done
 sed -i 's#frozen\(2\|9\|10\|11\|12\)\b#frozen13#g; s#classifier-f4.npz#mini-imagenet-classifier-0#; s#o-proto:prototypical#omniglot-prototypical-0#' *.sh *.txt *.done
-sed -i "s#CACHE_DIR=CACHE_DIR#CACHE_DIR=$ML/cache JAX_COMPILATION_CACHE_DIR=$ML/jaxcache313#; s#CACHE=CACHE_DIR/mini-imagenet-84-ac7a1745c56b.npz#CACHE=$ML/cache/mini-imagenet-84-ac7a1745c56b-format2.npz#; s#\bHERE\b#$ML/mini#; s#DATA=DATA#DATA=$ML/data/mini_imagenet#; s#PYTHONPATH=LIB#PYTHONPATH=$ML/frozen13#; s#REPO/.venv#$REPO/.venv#; s#OMNI\b#$ML/data/tensorflow_datasets#; s#cd REPO#cd $REPO#; s#=REPO #=$REPO #" *.sh
 sed -i "s#\$ML#$ML#g; s#\$REPO#$REPO#g" $ML/opt/*.sh $ML/opt/*.txt $ML/opt/*.done *.sh *.txt *.done
+sed -i "s#CACHE_DIR=CACHE_DIR#CACHE_DIR=$ML/cache JAX_COMPILATION_CACHE_DIR=$ML/jaxcache313#g; s#CACHE=CACHE_DIR/mini-imagenet-84-ac7a1745c56b.npz#CACHE=$ML/cache/mini-imagenet-84-ac7a1745c56b-format2.npz#; s#\bHERE\b#$ML/mini#; s#DATA=DATA#DATA=$ML/data/mini_imagenet#; s#PYTHONPATH=LIB#PYTHONPATH=$ML/frozen13#; s#=REPO/.venv#=$REPO/.venv#; s#OMNI\b#$ML/data/tensorflow_datasets#; s#cd REPO#cd $REPO#; s#=REPO #=$REPO #" *.sh
 # then, once: . ./go.sh's exports; python ship_features.py --theta k0 --out classifier-k0.npz (one minute; it writes the decoded images too)
