@@ -15,7 +15,7 @@ length, and the log of the last loss counts. First only the step size's weights 
 biases move: some thirty numbers, by which most can be gained. Every run has a scale of
 its parameters, drawn once; most know their progress and length. Validation is on other
 families: the mean log ratio of final losses to AdamW's with a tuned rate and a cosine,
-below 0 where the rule ends lower. The best is kept, and written to RUN/NAME.npz at the
+below 0 where the rule ends lower. The best is kept, and written to RUN/gates.npz at the
 end.
 """
 

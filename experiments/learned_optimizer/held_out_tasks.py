@@ -1,9 +1,10 @@
 """The held-out test of rules for ordinary training: its tasks, fixed before training.
 
 Nothing here may change once a rule has been meta-trained for it; a change makes another
-test, under another ``VERSION``. No data and no architecture is among those of
-`meta_tasks`. A task's loss is measured on 1,024 training examples (fresh ones where
-they are generated), 10,000 updates instead of 2,000 where ``num_steps`` says so.
+test, under another ``VERSION``. No data is among those of `meta_tasks`, and no network,
+though some are larger relatives of networks there. A task's loss is measured on 1,024
+training examples (fresh ones where they are generated), 10,000 updates instead of 2,000
+where ``num_steps`` says so.
 """
 
 from __future__ import annotations

@@ -9,7 +9,7 @@ the best of several on the first episode, so that features of any length fit.
 Each cell is a data set, a network and a number of shots, kept in --workdir, so that a
 stopped study resumes. MAML's rate is the best on validation classes of --rates, for
 the first seed. Some two minutes a row of an MLP on a
-CPU core. docs/results/defaults.md has its table, and where the claim fails.
+CPU core. docs/results/defaults.md has its table.
 """
 
 from __future__ import annotations

@@ -15,7 +15,7 @@ the same tasks for every combination. Unlike there, every combination has its ou
 chosen on validation, from the same number of rates, which includes the averages (a sum
 at a smaller rate).
 
-Half an hour on a CPU core. Expected: g1 alone is worst, by some points; sums grow
+Four minutes on a CPU core. Expected: g1 alone is worst, by some points; sums grow
 better with the number of minibatches. docs/results/reptile_gradients.md has results,
 machine and time.
 """
