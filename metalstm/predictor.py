@@ -9,7 +9,7 @@ Shapes: N support examples, M queries, way classes, d target dimensions.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple, cast
@@ -76,6 +76,7 @@ class Predictor:
       normalise: as in training.
       regression: it predicts float targets.
       message: which checkpoints could not be read.
+      spec: the names of the constructors that made the method, with their arguments.
       source: a function and its arguments, which load this again.
     """
 
@@ -87,6 +88,7 @@ class Predictor:
     normalise: tuple[tuple[float, ...], tuple[float, ...]] | None = None
     regression: bool = False
     message: str | None = None
+    spec: Mapping[str, Any] | None = field(default=None, repr=False)
     source: tuple[Callable[..., Predictor], tuple] | None = field(
         default=None, repr=False
     )

@@ -109,6 +109,7 @@ def load_run(path: str | Path, method: str | None = None) -> Predictor:
         example=ExampleArray(tuple(shape)),
         normalise=document.get("normalise"),
         message=message,
+        spec=spec,
         source=(load_run, (path.absolute(), method)),
     )
 

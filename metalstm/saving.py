@@ -160,6 +160,7 @@ def load(path: str | Path, **given: Any) -> Predictor:
         example=inputs.from_json(header["example"]),
         normalise=header["normalise"],
         regression=header["regression"],
+        spec=method_spec,
         source=None if given else (load, (path.absolute(),)),
     )
 

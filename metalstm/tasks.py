@@ -135,8 +135,8 @@ def in_chunks(
 ) -> Callable:
     """Make a ``meta_gradient`` of `MetaAlgorithm` take few tasks at a time.
 
-    A carry for all tasks goes from chunk to chunk; one with a leading [T] is divided
-    among them.
+    A carry for all tasks is given to every chunk, and the mean of what they make of it
+    goes on, as over devices; one with a leading [T] is divided among them.
 
     Raises:
       ValueError: ``chunk_size`` is below 1 or, when called, does not divide T.
@@ -154,17 +154,29 @@ def in_chunks(
         common, per_task = ((), carry) if per_task_carry else (carry, ())
         chunks = jax.tree.map(fold, (keys, episodes, per_task))
 
-        def one_chunk(common, keys, episodes, per_task):
+        def one_chunk(_, keys, episodes, per_task):
             carry = per_task if per_task_carry else common
             grads, carry, metrics = meta_gradient(params, carry, keys, episodes)
-            common, per_task = ((), carry) if per_task_carry else (carry, ())
-            return common, (grads, metrics), per_task
+            last, per_task = ((), carry) if per_task_carry else (carry, ())
+            return last, (grads, metrics, last), per_task
 
-        common, (grads, metrics), per_task = _scan_mean(one_chunk, common, chunks)
-        per_task = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), per_task)
-        return grads, per_task if per_task_carry else common, metrics
+        last, (grads, metrics, mean), per_task = _scan_mean(one_chunk, common, chunks)
+        if per_task_carry:
+            carry = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), per_task)
+        else:
+            carry = jax.tree.map(
+                lambda mean, x: mean.astype(x.dtype) if _is_inexact(x) else x,
+                mean,
+                last,
+            )
+        return grads, carry, metrics
 
     return chunked
+
+
+def _is_inexact(x: jax.Array) -> bool:
+    """Whether it has a mean: counters are the same in all, and must stay integers."""
+    return jnp.issubdtype(x.dtype, jnp.inexact)
 
 
 def over_mesh(gradient: Callable, mesh: Mesh, per_task_carry: bool) -> Callable:
@@ -184,9 +196,7 @@ def over_mesh(gradient: Callable, mesh: Mesh, per_task_carry: bool) -> Callable:
     num_devices = mesh.shape["task"]
 
     def mean(x: jax.Array) -> jax.Array:
-        # counters are the same on every device, and must stay integers
-        inexact = jnp.issubdtype(x.dtype, jnp.inexact)
-        return lax.pmean(x, mesh.axis_names) if inexact else x
+        return lax.pmean(x, mesh.axis_names) if _is_inexact(x) else x
 
     def on_one_device(params, carry, keys, tasks, pool):
         grads, carry, metrics = gradient(params, carry, keys, tasks, pool)

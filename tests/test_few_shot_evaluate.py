@@ -28,7 +28,12 @@ def test_evaluate_again_at_another_shot(copy, capsys):
         assert row["mean"] == pytest.approx(results[row["name"]]["accuracy"])
     line = ["--evaluate", str(copy), "--shot", "2", "--query-norm", "support"]
     assert few_shot.main([*line, "--algorithms", "nearest-neighbour"]) == 0
-    assert (copy / "evaluation-3w2s-support-0.json").exists()
+    rows = read(copy / "evaluation-3w2s-support-0.json")
+    assert [(r["shot"], r["evaluated"]) for r in rows] == [(2, [copy.name])]
+    assert few_shot.main([*line, "--num-test-steps", "1"]) == 0
+    assert (
+        read(copy / "evaluation-3w2s-support-1steps-0.json")[0]["num_test_steps"] == 1
+    )
     capsys.readouterr()
     assert few_shot.main(["--evaluate", str(copy), "--way", "4"]) == 2
     assert "choose --way 3, or train with --tied-head" in capsys.readouterr().err

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -12,6 +13,7 @@ import tiny
 from few_shot_runs import META_LSTM, command, read, tiny_dataset
 
 import metalstm
+from experiments.common.run_folder import write_json
 from experiments.few_shot import __main__ as few_shot
 from experiments.few_shot.command_line import parse
 from experiments.few_shot.methods import kind_of
@@ -32,7 +34,8 @@ def test_theta_0_comes_from_the_named_run_and_stays(finished, tmp_path, capsys):
     )  # fmt: skip
     assert few_shot.main(line) == 0
     said = capsys.readouterr().out
-    assert f"meta-lstm starts from meta-lstm of {finished}: 4 arrays\n" in said
+    took = f"meta-lstm starts from meta-lstm of {finished}: 4 arrays"
+    assert f"{took}; as drawn: its rule\n" in said
     spent = read(folder / "results.json")["methods"]["meta-lstm"]["meta_training"]
     assert spent["init_from"] == f"{finished}:meta-lstm"
     before, after = (
@@ -59,14 +62,84 @@ def test_a_run_resumes_without_what_it_started_from(finished, tmp_path):
 
 def test_no_episodes_leave_the_trained_network_as_it_is(finished, tmp_path):
     line = command(
+        "--algorithms", "maml", "--rate", 0.1, "--init-from", f"{finished}:meta-lstm",
+        "--episodes", 0, "--schedule", "cosine", workdir=tmp_path / "run",
+    )  # fmt: skip
+    assert few_shot.main(line) == 0
+    before = metalstm.load_run(finished, "meta-lstm").params
+    tiny.assert_equal(
+        before.learner, metalstm.load_run(tmp_path / "run").params.learner
+    )
+
+
+def test_no_episodes_test_no_rule_that_is_not_trained(finished, tmp_path, capsys):
+    line = command(
         "--algorithms", "meta-lstm", *META_LSTM, "--init-from", f"{finished}:meta-lstm",
         "--episodes", 0, workdir=tmp_path / "run",
     )  # fmt: skip
-    assert few_shot.main(line) == 0
-    before, after = (
-        metalstm.load_run(f, "meta-lstm").params for f in (finished, tmp_path / "run")
+    assert few_shot.main(line) == 2
+    assert (
+        f"a rule that is not trained: --evaluate {finished}" in capsys.readouterr().err
     )
-    tiny.assert_equal(before.learner, after.learner)
+
+
+CONV = (
+    "--learner conv4 --filters 2 --num-blocks 1 --norm batch --downsample stride"
+).split()
+TIED = ["--tied-head", "--rate", "0.1"]
+
+
+def of_convolutions(method: str, *extra: object) -> list[str]:
+    small = command()[command().index("--way") :]  # its network is another
+    tied = TIED if method == "maml" else []
+    return [*small, *CONV, *tied, "--algorithms", method, *map(str, extra)]
+
+
+@pytest.fixture(scope="module")
+def convolutions(tmp_path_factory):
+    """A run with batch norm, which uses the support set's statistics."""
+    folder = tmp_path_factory.mktemp("convolutions") / "run"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(data, "load_glyphs", tiny_dataset)
+        line = of_convolutions("maml", "--episodes", 4, "--workdir", folder)
+        assert few_shot.main(line) == 0
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("maml --downsample max_pool", "--downsample stride"),
+        ("maml --no-final-relu", "give --final-relu"),
+        ("prototypical --episodes 0", "has no averages, which prototypical reads"),
+        ("mann --no-train-learner --num-slots 4", "averages, which mann reads"),
+    ],
+)
+def test_a_network_that_would_be_another_function_is_refused(
+    line, message, convolutions, tmp_path, capsys
+):
+    line = of_convolutions(
+        *line.split(), "--workdir", tmp_path / "run", "--init-from", convolutions
+    )
+    assert few_shot.main(line) == 2
+    error = capsys.readouterr().err
+    assert "error: --init-from" in error
+    assert message in error
+
+
+def test_images_normalised_in_another_way_are_refused(convolutions, capsys):
+    shutil.copytree(convolutions, "copy")
+    file = Path("copy") / "predictors.json"
+    write_json(file, read(file) | {"normalise": [[0.5], [0.2]]})
+    line = of_convolutions("maml", "--workdir", "run", "--init-from", "copy")
+    assert few_shot.main(line) == 2
+    assert "normalise=[[0.5], [0.2]], and these have None" in capsys.readouterr().err
+
+
+def test_averages_that_nobody_gathered_are_not_tested(convolutions, capsys):
+    again = ["--evaluate", str(convolutions), "--query-norm", "frozen"]
+    assert few_shot.main(again) == 2
+    assert "maml was meta-trained with the support" in capsys.readouterr().err
 
 
 def test_the_calibrated_step_is_of_the_training_images(tmp_path):
@@ -97,12 +170,32 @@ def test_no_episodes_of_nothing_are_refused(extra, message):
 
 
 @pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("scratch --init-from RUN", "RUN: scratch start from nothing"),
+        ("mann --no-train-learner", "--no-train-learner keeps what --init-from brings"),
+        (
+            "maml --frozen-stats kept --query-norm frozen --train-query-norm frozen",
+            "--frozen-stats kept keeps what --init-from brings",
+        ),
+    ],
+)
+def test_a_start_goes_with_what_starts(line, message):
+    with pytest.raises(ValueError, match=message):
+        parse(command("--algorithms", *line.split()))
+
+
+@pytest.mark.parametrize(
     ("extra", "message"),
     [
         (("--widths", "5"), r"is \[5\] in the new learner and \[6\] in the trained"),
         (("--init-from", "nowhere"), "nowhere is not a run folder"),
         (("--init-from", "{run}:maml"), "method='maml': choose one of"),
         (("--init-from", "{run}:nearest-neighbour"), "no network to start from"),
+        (
+            ("--init-from", "omniglot-prototypical-0:maml"),
+            "a file holds one method: drop :maml",
+        ),
     ],
 )  # fmt: skip
 def test_a_start_that_does_not_fit_is_refused(

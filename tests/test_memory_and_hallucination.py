@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import jax
 import numpy as np
+import optax
 import pytest
 import tiny
 from reference import sigmoid
@@ -205,6 +206,22 @@ def test_a_kept_learner_is_that_of_the_test_and_has_no_gradient():
         same = tiny.max_difference(aux.gathered, params.stats) == 0
         assert same == (not trained)
     assert abs(found[False]) < 1e-5 < abs(found[True])
+
+
+def test_a_kept_learner_stays_under_weight_decay():
+    algorithm = algorithms.mann(
+        FEATURES, tiny.WAY, num_slots=8, hidden_size=8, train_learner=False
+    )
+    optimizer = optax.adamw(0.01, weight_decay=0.5)
+    first = metalstm.init_train_state(algorithm, optimizer, 0, EPISODE)
+    step = metalstm.make_train_step(algorithm, optimizer)
+    after, _ = step(jax.tree.map(np.array, first), tiny.episodes(2))
+    for before, now in zip(first.params, after.params, strict=True):
+        tiny.assert_equal(before["embedding"], now["embedding"])
+    kernels = (
+        state.params.params["memory_net"]["keys"]["kernel"] for state in (first, after)
+    )
+    assert not np.array_equal(*kernels)
 
 
 def test_what_the_memory_network_refuses():

@@ -8,6 +8,7 @@ import numpy as np
 import optax
 import pytest
 import tiny
+from flax import nnx
 
 import metalstm
 from metalstm import algorithms, nn
@@ -44,6 +45,60 @@ def test_a_head_that_fits_is_taken_and_arrays_are_copies():
     assert not set(map(id, jax.tree.leaves(start.state))) & set(
         map(id, jax.tree.leaves(other))
     )
+
+
+class OwnNames(nnx.Module):
+    """Layers called as the library calls what it wraps."""
+
+    def __init__(self, rngs):
+        self.embedding = nnx.Linear(8, 8, rngs=rngs)
+        self.body = nnx.Linear(8, 8, rngs=rngs)
+        self.head = nnx.Linear(8, 3, rngs=rngs)
+
+    def __call__(self, x):
+        return self.head(self.body(self.embedding(x)))
+
+
+@pytest.mark.parametrize("wrap", [lambda net: net, nn.tied_head])
+def test_layers_that_are_called_like_wrappers_are_not_mixed_up(wrap):
+    x, net = jnp.zeros((1, 8)), metalstm.from_flax(OwnNames)
+    one, other = (wrap(net).init(jax.random.key(seed), x) for seed in (1, 2))
+    start = nn.init_from(one, other)
+    assert not start.left
+    tiny.assert_equal(start.state, other)
+    bare = net.init(jax.random.key(3), x)
+    inside = nn.init_from(one, bare).state.params
+    tiny.assert_equal(
+        inside.get("body", inside) if wrap is nn.tied_head else inside, bare.params
+    )
+
+
+def test_a_classifier_of_a_network_with_a_head_starts_from_itself():
+    """Both have a head: the one of the features, and that of the classes."""
+    algorithm = algorithms.pretrained_features(nn.mlp(16), 30)
+    states = [
+        algorithm.init(jax.random.key(seed), tiny.episode()).learner for seed in (1, 2)
+    ]
+    start = nn.init_from(*states)
+    assert not start.left
+    tiny.assert_equal(start.state, states[1])
+    alone = nn.init_from(nn.mlp(16).init(KEY, tiny.episode().support.x), states[1])
+    tiny.assert_equal(alone.state.params, states[1].params["body"])
+
+
+def test_a_start_is_a_learner_and_may_be_traced():
+    learner = nn.mlp(3)
+    one, other = (learner.init(jax.random.key(s), jnp.ones((1, 4))) for s in (1, 2))
+    taken = jax.jit(lambda trained: nn.init_from(one, trained).state)(other)
+    tiny.assert_equal(taken, other)
+    with pytest.raises(TypeError, match="trained is a dict, not the LearnerState"):
+        nn.init_from(one, other.params)
+    method = metalstm.pretrained_learner("mini-imagenet-classifier-0")
+    with pytest.raises(TypeError, match=r"start is a Predictor.*: give its .params"):
+        metalstm.init_train_state(
+            algorithms.prototypical(learner), optax.adam(0.1), 0, tiny.episode(),
+            start=method,
+        )  # fmt: skip
 
 
 def test_half_precision_becomes_the_type_of_the_new_learner():
@@ -135,26 +190,27 @@ def test_features_of_one_length():
 
 
 def test_meta_training_keeps_the_statistics_that_theta_0_brings():
-    """Or gathers its own, which leave no trace of them."""
-    trained = tiny.norm_net(4).init(KEY, tiny.episode().support.x)
-    trained = trained._replace(stats=jax.tree.map(lambda s: s + 0.5, trained.stats))
+    """Or goes on from them: its first meta-step counts as one of a hundred."""
+    first = tiny.norm_net(4).init(KEY, tiny.episode().support.x)
+    trained = first._replace(stats=jax.tree.map(lambda s: s + 0.5, first.stats))
     learner, optimizer = nn.tied_head(tiny.norm_net(4)), optax.adam(0.1)
-    after = {}
-    for frozen_stats in ("kept", "gathered"):
+
+    def after_a_step(start, frozen_stats: str):
         algorithm = algorithms.maml(
             learner, 0.1, train_way=tiny.WAY, num_steps=1, query_norm="frozen",
             train_query_norm="frozen", frozen_stats=frozen_stats,
         )  # fmt: skip
         state = metalstm.init_train_state(
-            algorithm, optimizer, 0, tiny.episode(), start=trained
+            algorithm, optimizer, 0, tiny.episode(), start=start
         )
-        state, _ = metalstm.make_train_step(algorithm, optimizer)(
-            state, tiny.episodes(2)
-        )
-        after[frozen_stats] = state.params.learner
-    tiny.assert_equal(after["kept"].stats, trained.stats)
-    for name, gathered in after["gathered"].stats.items():
-        assert not np.allclose(gathered["mean"], trained.stats[name]["mean"], atol=0.01)
+        step = metalstm.make_train_step(algorithm, optimizer)
+        return step(state, tiny.episodes(2))[0].params.learner.stats
+
+    tiny.assert_equal(after_a_step(trained, "kept"), trained.stats)
+    # averages that nobody gathered leave no trace
+    fresh = after_a_step(first, "gathered")
+    mixed = jax.tree.map(lambda s, f: s + 0.01 * (f - s), trained.stats, fresh)
+    tiny.assert_close(after_a_step(trained, "gathered"), mixed)
     with pytest.raises(
         ValueError, match="frozen_stats='fresh': choose one of gathered"
     ):

@@ -229,6 +229,27 @@ def test_chunks_get_the_carry_of_their_own_tasks(chunk):
     assert np.ptp(results[0][0].carry) > 2
 
 
+@pytest.mark.parametrize("chunk", [1, 2])
+@pytest.mark.parametrize(
+    "algorithm",
+    [
+        algorithms.prototypical(tiny.norm_net()),
+        algorithms.reptile(tiny.tanh_net(), rule_state="continued", num_steps=2),
+    ],
+    ids=["averages", "continued"],
+)
+def test_chunks_leave_the_carry_of_all_tasks_together(algorithm, chunk):
+    """Batch statistics, and the state of Reptile's rule."""
+    sgd, results = optax.sgd(0.1), []
+    for option in (None, chunk):
+        step = meta_step.make_train_step(algorithm, sgd, accumulate_tasks=option)
+        state = meta_step.init_train_state(algorithm, sgd, 0, EPISODE)
+        for _ in range(2):
+            state, _ = step(state, tiny.episodes(TASKS))
+        results.append(state)
+    tiny.assert_close(results[1], results[0], rtol=1e-4)
+
+
 def test_two_devices_give_the_gradient_of_one():
     tests = Path(__file__).parent
     env = os.environ | {

@@ -183,6 +183,16 @@ def test_heads_on_pretrained_features_are_those_of_frozen_ones(compare):
 # -- fine-tuning -----------------------------------------------------------------------
 
 
+def test_fine_tuning_takes_a_transform_for_a_rule():
+    ours, rule = (
+        algorithms.fine_tuning(body(), 4, r, tune="all", num_steps=2)
+        for r in (optax.sgd(0.3), SGD)
+    )
+    params = ours.init(jax.random.key(3), EPISODE)
+    same = rule.init(jax.random.key(3), EPISODE)
+    np.testing.assert_array_equal(predict(ours, params), predict(rule, same))
+
+
 @pytest.mark.parametrize("tune", ["head", "all"])
 def test_fine_tuning_is_gradient_descent_from_a_head_of_zeros(tune):
     """In float64: all of `reference.TanhNet`, or its w2 and b2 alone."""

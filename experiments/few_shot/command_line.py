@@ -22,13 +22,12 @@ from experiments.common.saved_options import (
     split_commas,
     with_settings,
 )
+from experiments.few_shot.checks import check
 from experiments.few_shot.methods import (
     HAND_MADE,
     LEARNERS,
-    LEARNS_INIT,
     METHODS,
     init_source,
-    is_inner_loop,
     kind_of,
     of_one_method,
     options_of,
@@ -255,90 +254,6 @@ def _refuse_unknown(flags: Sequence[Flag], methods: Mapping[str, Any]) -> None:
 
 def _dashed(names: set[str]) -> list[str]:
     return sorted(name.replace("_", "-") for name in names)
-
-
-# -- what cannot work ------------------------------------------------------------------
-
-
-def check(options: Options) -> None:
-    """Refuse what cannot work, whatever the data are.
-
-    Raises:
-      ValueError: names the flag, its value and what would do.
-    """
-    run, names = options.run, tuple(options.methods)
-    if run.resume is not None and run.workdir is not None:
-        raise ValueError("--resume RUN continues in that folder; drop --workdir")
-    devices.check(options.devices)
-    tuned = [name for name in names if METHODS[name].family == HAND_MADE]
-    source = init_source(names) or ""
-    if tuned and not source:
-        raise ValueError(
-            f"--algorithms {tuned[0]} starts from a learned theta_0: add one of "
-            f"{', '.join(LEARNS_INIT)}"
-        )
-    if tuned and not getattr(options.methods[source].method, "learn_init", True):
-        raise ValueError(
-            "--no-learn-init learns no theta_0 for the hand-made rules: drop "
-            f"{', '.join(tuned)}, or choose scratch"
-        )
-    for own in options.methods.values():
-        _check_no_episodes(own.training, run.seeds)
-        _check_method(own, options.data)
-
-
-def _check_no_episodes(training: Training, seeds: int) -> None:
-    if training.episodes:
-        return
-    if training.init_from is None:
-        raise ValueError(
-            "--episodes 0 tests a trained network as it is: add --init-from"
-        )
-    if training.minutes is not None or seeds > 1:
-        raise ValueError(
-            "--episodes 0 trains nothing, and all seeds are one: drop "
-            + ("--minutes" if training.minutes is not None else "--seeds")
-        )
-
-
-def _check_method(options: Any, data: Data) -> None:
-    training, own = options.training, options.method
-    if training.schedule != "constant" and training.minutes is not None:
-        raise ValueError(
-            f"--schedule {training.schedule} needs --episodes, not --minutes"
-        )
-    chunk = training.accumulate_tasks or 1
-    cli.check_multiple("--meta-batch", training.meta_batch, "--accumulate-tasks", chunk)
-    norms = getattr(own, "query_norm", None), getattr(own, "train_query_norm", None)
-    if norms[0] == "frozen" and norms[1] not in ("frozen", None):
-        raise ValueError(
-            "--query-norm frozen falls to chance unless meta-training uses the same "
-            "averages: add --train-query-norm frozen"
-        )
-    last = getattr(own, "last", None)
-    if last is not None and getattr(own, "order", "second") == "first":
-        raise ValueError(f"--last {last} needs --order second: add it")
-    if is_inner_loop(own):
-        _check_minibatches(own, training, data)
-
-
-def _check_minibatches(own: Any, training: Training, data: Data) -> None:
-    """Refuse minibatches that do not divide the support sets they are drawn from."""
-    in_test = data.way * data.shot
-    way, shots = getattr(own, "train_way", None), training.train_shots
-    if hasattr(own, "test_batch_size"):  # of reptile, which alone has other shots
-        in_training = (way or data.way) * (shots or data.shot)
-        drawn = [("batch_size", in_training), ("test_batch_size", in_test)]
-    else:
-        in_training = (way or data.way) * data.shot
-        drawn = [("batch_size", in_training), ("batch_size", in_test)]
-    for name, support in drawn:
-        batch = getattr(own, name, None)
-        if batch is not None and support % batch:
-            raise ValueError(
-                f"--{name.replace('_', '-')} {batch} does not divide the {support} "
-                "images of a support set: choose a divisor"
-            )
 
 
 # -- help ------------------------------------------------------------------------------

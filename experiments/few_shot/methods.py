@@ -22,7 +22,8 @@ from experiments.common.dotted import import_object
 from experiments.common.saved_options import from_json, read_config
 from experiments.few_shot.options import Common, Data, Options, Training, with_methods
 
-GRADIENT, HAND_MADE, METRIC = "gradient-based", "hand-made rule", "metric-based"
+GRADIENT, METRIC = "gradient-based", "metric-based"
+HAND_MADE, BASELINE = "hand-made rule", "baseline"
 Spec = dict[str, Any]
 
 _TABLE = tomllib.loads(Path(__file__).with_name("methods.toml").read_text())

@@ -29,10 +29,11 @@ def make_optimizer(method: Any, training: Training) -> optax.GradientTransformat
 
 
 def _schedule(first_rate: float, training: Training) -> optax.ScalarOrSchedule:
+    steps = max(1, num_steps(training))  # of no episodes it is never asked
     if training.schedule == "cosine":
-        return optax.cosine_decay_schedule(first_rate, num_steps(training))
+        return optax.cosine_decay_schedule(first_rate, steps)
     if training.schedule == "linear":
-        return optax.linear_schedule(first_rate, 0.0, num_steps(training))
+        return optax.linear_schedule(first_rate, 0.0, steps)
     return first_rate
 
 

@@ -87,8 +87,8 @@ class Training(cli.Options, frozen=True):
     """Meta-training."""
 
     episodes: Natural = 10_000
-    """Meta-training episodes of each method; 0: what --init-from names is tested as it
-    is."""
+    """Meta-training episodes of each method; 0: the network of --init-from is tested
+    as it is."""
     minutes: Positive | None = None
     """Stop each method's meta-training after this long (instead of --episodes)."""
     meta_batch: Count = 4
@@ -98,8 +98,9 @@ class Training(cli.Options, frozen=True):
     theta_learning_rate: Annotated[float, msgspec.Meta(ge=0)] | None = None
     """Adam's on theta_0, where the rule's is another; 0: theta_0 stays as it is."""
     init_from: str | None = None
-    """Start theta_0 and its batch statistics from a trained method: a run folder,
-    FOLDER:METHOD, a file of metalstm.save, or the name of one that is installed."""
+    """Start theta_0 and its batch statistics, not the rule, from a trained method: a
+    run folder, FOLDER:METHOD, a file of metalstm.save, or the name of one that is
+    installed. Its network must be of the same options."""
     schedule: Literal["constant", "cosine", "linear"] = "constant"
     """cosine, linear: to 0 over --episodes."""
     clip: Annotated[float, msgspec.Meta(ge=0)] = 0.25

@@ -140,12 +140,15 @@ def count_parameters(params: PyTree, spec: Spec) -> int:
     """How many numbers were learned: theta_0 and the rule's."""
     if spec["algorithm"] in ("from_scratch", "nearest_neighbour"):
         return 0
+    learned: PyTree
     if isinstance(params, MetaParams):
         learned = (params.learner.params, params.rule)
         if spec["algorithm"] == "fine_tuning" or not spec.get("trainable", True):
             learned = (params.learner.params, ())
     else:
         learned = params.params
+        if not spec.get("train_learner", True):
+            learned = {n: part for n, part in learned.items() if n != "embedding"}
     return sum(int(np.size(leaf)) for leaf in jax.tree.leaves(learned))
 
 
@@ -200,14 +203,33 @@ def evaluate_again(options: Options) -> Table:
         (path for path in folders if path.is_dir()), Path("runs") / "few_shot"
     )
     folder.mkdir(parents=True, exist_ok=True)
-    mode = "" if anew.query_norm is None else f"{anew.query_norm}-"
-    stem = f"evaluation-{data.way}w{data.shot}s-{mode}{test.test_seed}"
-    which = {"seed": test.test_seed, "episodes": test.test_episodes}
+    stem = _stem(folders, options)
+    which = {
+        "seed": test.test_seed,
+        "episodes": test.test_episodes,
+        "way": data.way,
+        "shot": data.shot,
+        "num_test_steps": anew.num_test_steps,
+        "evaluated": [path.name for path in folders],
+    }
     write_json(folder / f"{stem}.json", [row.record() | which for row in rows])
     _save_accuracies(folder / f"{stem}.npz", tested)
     files = [f"{stem}.json", *table.write(folder, stem)]
     print(f"{', '.join(files)} in {folder}", flush=True)
     return table
+
+
+def _stem(folders: Sequence[Path], options: Options) -> str:
+    """Another for each test: files that are tested alone are named in it."""
+    data, anew = options.data, options.retest
+    parts = [
+        *(path.stem for path in folders if not path.is_dir()),
+        f"{data.way}w{data.shot}s",
+        anew.query_norm,
+        anew.num_test_steps and f"{anew.num_test_steps}steps",
+        options.test.test_seed,
+    ]
+    return "-".join(["evaluation", *(str(part) for part in parts if part is not None)])
 
 
 def _test_again(
@@ -269,7 +291,11 @@ def spec_for_test(
 
 
 def modes(method: SavedMethod, query_norm: str | None) -> list[str | None]:
-    """The batch-norm modes that make sense for a method, of those asked for."""
+    """The batch-norm modes that make sense for a method, of those asked for.
+
+    Raises:
+      ValueError: frozen, of a method that gathered no averages.
+    """
     spec = method.spec
     query_norm = query_norm or getattr(method.options.method, "query_norm", "frozen")
     if results.batch_norm_of(spec, query_norm) is None:
@@ -277,6 +303,12 @@ def modes(method: SavedMethod, query_norm: str | None) -> list[str | None]:
     if spec["algorithm"] in (*COMPARING, "mann"):
         return ["frozen"]
     frozen = spec.get("of", spec).get("train_query_norm") == "frozen"
+    if query_norm == "frozen" and not frozen:
+        raise ValueError(
+            f"--query-norm frozen: {method.label} was meta-trained with the support "
+            "set's statistics and has no averages; choose support, support+1 or "
+            "transductive"
+        )
     if query_norm != "all":
         return [query_norm]
     return ["support", "support+1", "transductive", *(["frozen"] if frozen else [])]

@@ -17,7 +17,7 @@ import metalstm
 from experiments.common.devices import MAY_CHANGE, mesh_for
 from experiments.common.loop import Loop, Setup
 from experiments.common.run_folder import Metrics
-from experiments.common.saved_options import located, to_json
+from experiments.common.saved_options import to_json
 from experiments.common.together import gains_from_seeds, seeds_mesh
 from experiments.common.tuning import each_point, tune
 from experiments.few_shot.data import Source
@@ -31,7 +31,7 @@ from experiments.few_shot.methods import (
 )
 from experiments.few_shot.optimizer import in_steps, make_optimizer, num_steps
 from experiments.few_shot.options import Common, Options, Training
-from metalstm import nn
+from experiments.few_shot.starting import New, start_from
 from metalstm.base import LearnerState, MetaParams, PyTree
 from metalstm.data import episode_key
 from metalstm.meta.fitting import Call, Stepped
@@ -191,7 +191,7 @@ class Trainer(NamedTuple):
             params = self._untrained(name)
             if METHODS[name].family == HAND_MADE:
                 source = init_source(names)
-                assert source is not None, "refused by command_line.check"
+                assert source is not None, "refused by checks.check"
                 params = MetaParams(found[source].params.learner, params.rule)
             found[name] = Found(*self._tune(name, params))
         return found
@@ -235,7 +235,7 @@ class Trainer(NamedTuple):
             programs.optimizer,
             seed,
             self._example(),
-            start=self._start(name, training.init_from),
+            start=self._start(name, own),
         )
         loop = Loop(setup, self.folder, metrics, programs.algorithm, make_state)
         with loop.running():
@@ -282,32 +282,31 @@ class Trainer(NamedTuple):
         key = jax.random.key(self.options.run.seed)
         return self.programs[name].algorithm.init(key, self._example())
 
-    def _start(self, name: str, init_from: str | None) -> LearnerState | None:
-        """What theta_0 starts from, if from a trained method; says what it takes."""
+    def _start(self, name: str, own: Any) -> LearnerState | None:
+        """What theta_0 starts from, if from a trained method."""
+        training: Training = own.training
         resumes = checkpoints.latest(self.folder / "checkpoints" / name / "state")
-        if init_from is None or resumes is not None:
+        if training.init_from is None or resumes is not None:
             return None
-        folder, colon, method = init_from.rpartition(":")
-        if not colon or Path(init_from).exists():
-            folder, method = init_from, ""
-        try:
-            path = located(Path(folder))
-            if path.suffix == ".npz":
-                source = metalstm.load(path)
-            else:
-                source = metalstm.load_run(path, method or None)
-            started = nn.init_from(
-                learner_of(self._untrained(name)), learner_of(source.params)
-            )
-        except (OSError, ValueError) as error:
-            raise ValueError(f"--init-from {init_from}: {error}") from error
-        left = f"; as drawn: {', '.join(started.left)}" if started.left else ""
-        print(
-            f"{name} starts from {source.method} of {path}: {len(started.taken)} "
-            f"arrays{left}",
-            flush=True,
+        spec = self.specs.get(name)
+        if spec is None:  # of a classifier that several methods share
+            spec = pretrainings(self.options, self.specs)[0][name].spec
+        gathers = (
+            training.episodes > 0
+            and getattr(own.method, "frozen_stats", None) != "kept"
+            and getattr(own.method, "train_learner", True)
         )
-        return started.state
+        new = New(
+            name=name,
+            spec=spec,
+            params=self._untrained(name),
+            reads_averages=(
+                self.programs[name].algorithm.query_norm == "frozen" and not gathers
+            ),
+            is_trained=training.episodes > 0,
+            data=self.source.describe(),
+        )
+        return start_from(training.init_from, new)
 
     def _tune(
         self, name: str, params: PyTree, most_steps: int = 0
@@ -346,18 +345,6 @@ class Trainer(NamedTuple):
             path = self.folder / checkpoint_of(name)
             checkpoints.save(path, params, step=0, metadata=chosen, keep=1)
         return params, tuned
-
-
-def learner_of(params: PyTree) -> LearnerState:
-    """The network in a method's meta-parameters.
-
-    Raises:
-      ValueError: it has none.
-    """
-    learner = getattr(params, "learner", params)
-    if not isinstance(learner, LearnerState):
-        raise ValueError("the method has no network to start from another's")
-    return learner
 
 
 def _keys(tried: Mapping[Any, float]) -> dict[str, float]:

@@ -164,6 +164,12 @@ class RunningStatistics(NamedTuple):
     num_steps: Array  # meta-steps seen, float32
     stats: PyTree  # the averages
 
+    def going_on(self, drawn: PyTree) -> RunningStatistics:
+        """Count the averages as a full one, unless they are as they were ``drawn``."""
+        pairs = zip(*map(jax.tree.leaves, (self.stats, drawn)), strict=True)
+        gathered = jnp.array([jnp.any(mine != first) for mine, first in pairs])
+        return self._replace(num_steps=jnp.where(gathered.any(), _HORIZON, 0.0))
+
 
 _HORIZON = 100.0  # meta-steps in the average, from then on: a momentum of 0.99
 

@@ -15,6 +15,7 @@ import optax
 from jax import lax
 from jax.sharding import Mesh
 
+from metalstm.algorithms.common import RunningStatistics
 from metalstm.base import (
     Array,
     Episode,
@@ -74,31 +75,42 @@ def init_train_state(
     Args:
       start: what theta_0 and its batch statistics start from, by
         `metalstm.nn.init_from`: a trained learner, or the meta-parameters of a trained
-        method.
+        method, of which the learner is taken and the rule is not. Averages of batch
+        statistics go on from its own as from a hundred meta-steps.
 
     Raises:
       ValueError: ``start`` does not fit, or the method has no learner to start.
+      TypeError: ``start`` is neither, such as a `Predictor` in place of its ``params``.
     """
     seed = jnp.asarray(seed, jnp.uint32)
     key = jax.random.fold_in(jax.random.key(seed), _INIT)
-    params = algorithm.init(key, episode)
+    params = drawn = algorithm.init(key, episode)
     if start is not None:
         params = _started(params, start)
-    carry = algorithm.init_carry(jax.random.fold_in(key, 1), params, episode)
+    carry_key = jax.random.fold_in(key, 1)
+    carry = algorithm.init_carry(carry_key, params, episode)
+    if isinstance(carry, RunningStatistics) and start is not None:
+        carry = carry.going_on(algorithm.init_carry(carry_key, drawn, episode).stats)
     state = TrainState(jnp.int32(0), seed, params, optimizer.init(params), carry)
     # copies: a train step donates its state, which may hold no buffer twice
     return jax.tree.map(jnp.array, state)
 
 
-def _started(params: PyTree, start: LearnerState | MetaParams) -> PyTree:
+def _started(params: PyTree, start: Any) -> PyTree:
     trained = start.learner if isinstance(start, MetaParams) else start
+    if not isinstance(trained, LearnerState):
+        hint = ": give its .params" if hasattr(start, "params") else ""
+        raise TypeError(
+            f"start is a {type(start).__name__}, neither a LearnerState nor "
+            f"MetaParams{hint}"
+        )
     if isinstance(params, MetaParams):
         return params._replace(learner=init_from(params.learner, trained).state)
     if isinstance(params, LearnerState):
         return init_from(params, trained).state
     raise ValueError(
-        f"start={type(start).__name__}: this method's meta-parameters are no learner; "
-        "omit it"
+        f"start is a {type(start).__name__}: this method's meta-parameters are no "
+        "learner; omit it"
     )
 
 

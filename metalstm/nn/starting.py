@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -36,10 +36,11 @@ def init_from(
 ) -> Start:
     """Take a trained learner's parameters, batch statistics and variables.
 
-    Arrays are matched by their names, without the ``body`` or ``embedding`` that a head
-    or a comparison puts around a network, so that theta_0 of a Meta-LSTM can come from
-    a classifier, a prototypical network or another Meta-LSTM. A head is taken where it
-    has the same shape; otherwise it stays as drawn (a tied head starts at zero).
+    Arrays are matched by their names in the network itself, without the ``body`` or
+    ``embedding`` that a head or a comparison puts around it, so that theta_0 of a
+    Meta-LSTM can come from a classifier, a prototypical network or another Meta-LSTM.
+    A head is taken where it has the same shape; otherwise it stays as drawn (a tied
+    head starts at zero).
 
     Args:
       state: of the learner that starts, as its ``init`` drew it.
@@ -53,53 +54,112 @@ def init_from(
     Raises:
       ValueError: outside these parts, an array that only one of the two has, or whose
         shapes differ; a trained array that is not finite.
+      TypeError: ``trained`` is no `LearnerState`.
     """
-    drawn, source = _by_name(state), _by_name(trained)
-    for name, array in source.items():
+    if not isinstance(trained, LearnerState):
+        raise TypeError(
+            f"trained is a {type(trained).__name__}, not the LearnerState of a "
+            "network: give params.learner of a trained method, or its params where "
+            "they are one"
+        )
+    drawn, source = _by_place(state, new_parts), _by_place(trained, new_parts)
+    for place, array in source.items():
+        if isinstance(array, jax.core.Tracer):
+            continue  # its values are not known yet
         if not np.isfinite(np.asarray(array, np.float32)).all():
             raise ValueError(
-                f"trained has values in {name} that are NaN or infinite: use an "
+                f"trained has values in {place.name} that are NaN or infinite: use an "
                 "earlier checkpoint"
             )
+    heads = _by_name_alone(source, drawn)
     chosen, taken, left = {}, [], []
-    for name, array in drawn.items():
-        other = source.get(name)
+    for place, array in drawn.items():
+        new = bool(set(new_parts) & set(place.path))
+        other = source.get(place, heads.get(place.name) if new else None)
         if other is not None and np.shape(other) == np.shape(array):
-            chosen[name] = jnp.array(other, dtype=array.dtype)
-            taken.append(name)
-        elif set(new_parts) & set(name.split(".")):
-            chosen[name] = jnp.array(array)
-            left.append(name)
+            chosen[place] = jnp.array(other, dtype=array.dtype)
+            taken.append(place.name)
+        elif new:
+            chosen[place] = jnp.array(array)
+            left.append(place.name)
         else:
-            raise ValueError(_unlike(name, array, other))
+            raise ValueError(_unlike(place.name, array, other))
     spare = [
-        name
-        for name in source
-        if name not in drawn and not set(new_parts) & set(name.split("."))
+        place.name
+        for place in source
+        if place not in drawn and not set(new_parts) & set(place.path)
     ]
     if spare:
         raise ValueError(
             f"trained has {', '.join(spare)}, which the new learner lacks: build both "
             "with the same options"
         )
-    leaves = jax.tree_util.tree_leaves_with_path(state)
-    of_state = [chosen[_name(path)] for path, _ in leaves]
+    of_state = [chosen[place] for place in drawn]
     filled = jax.tree.unflatten(jax.tree.structure(state), of_state)
     return Start(filled, tuple(taken), tuple(left))
 
 
-def _by_name(state: LearnerState) -> dict[str, PyTree]:
+class _Place(NamedTuple):
+    """Where an array is: in the network itself, or in what is put around it."""
+
+    group: str  # params, stats or other
+    around: int  # 0: in the network; 1: next to its wrapper; 2: next to that one's ...
+    path: tuple[str, ...]  # without wrappers
+
+    @property
+    def name(self) -> str:
+        return ".".join((self.group, *self.path))
+
+
+def _by_place(state: LearnerState, new_parts: Sequence[str]) -> dict[_Place, PyTree]:
+    """In the order of the leaves."""
+    found = {}
+    for group in state._fields:
+        leaves = jax.tree_util.tree_leaves_with_path(getattr(state, group))
+        paths = [tuple(map(_key, path)) for path, _ in leaves]
+        _, places = _unwrapped(paths, frozenset(new_parts))
+        for (around, path), (_, leaf) in zip(places, leaves, strict=True):
+            found[_Place(group, around, path)] = leaf
+    return found
+
+
+def _key(entry: Any) -> str:
+    return jax.tree_util.keystr((entry,), simple=True)
+
+
+def _unwrapped(
+    paths: list[tuple[str, ...]], new_parts: frozenset[str]
+) -> tuple[int, list[tuple[int, tuple[str, ...]]]]:
+    """Return the number of wrappers, and ``around`` and ``path`` of each array.
+
+    A wrapper stands alone, or next to new parts; a network of one's own that has a
+    ``body`` next to other layers is not wrapped.
+    """
+    first = {path[:1] for path in paths}
+    wrappers = [name for name in _WRAPPERS if (name,) in first]
+    others = {name for one in first for name in one} - set(wrappers)
+    if () in first or len(wrappers) != 1 or not others <= new_parts:
+        return 0, [(0, path) for path in paths]
+    within = [path[1:] for path in paths if path[0] == wrappers[0]]
+    depth, places = _unwrapped(within, new_parts)
+    rest = iter(places)
+    return depth + 1, [
+        next(rest) if path[0] == wrappers[0] else (depth + 1, path) for path in paths
+    ]
+
+
+def _by_name_alone(
+    source: dict[_Place, PyTree], drawn: dict[_Place, PyTree]
+) -> dict[str, PyTree]:
+    """Arrays of ``source`` without the same place in ``drawn``, of unique names.
+
+    So a head within a network can start one that is put around it.
+    """
+    spare = [place for place in source if place not in drawn]
+    names = [place.name for place in spare]
     return {
-        _name(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(state)
+        place.name: source[place] for place in spare if names.count(place.name) == 1
     }
-
-
-def _name(path: tuple) -> str:
-    """``params.conv1.kernel``, without wrappers."""
-    group, *rest = jax.tree_util.keystr(path, simple=True, separator=".").split(".")
-    while rest and rest[0] in _WRAPPERS:
-        rest = rest[1:]
-    return ".".join([group, *rest])
 
 
 def _unlike(name: str, array: PyTree, other: PyTree | None) -> str:

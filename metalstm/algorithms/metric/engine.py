@@ -185,6 +185,12 @@ def compare_embeddings(
         read=lambda state: state.stats,
         write=lambda state, stats: state._replace(stats=stats),
     )
+    if not train_learner:  # whatever the optimizer does, such as weight decay
+        name = comparison.name
+        slots = {
+            "init_carry": lambda key, state, episode: _split(state, name)[0],
+            "absorb": lambda state, kept: _join(kept, _split(state, name)[1], name),
+        }
     return make_algorithm(
         init=init,
         loss=loss,

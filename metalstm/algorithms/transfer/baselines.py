@@ -33,7 +33,7 @@ from metalstm.base import (
 from metalstm.checks import check_choice
 from metalstm.inner import first_order, unroll
 from metalstm.records import recorded
-from metalstm.rules import tunable
+from metalstm.rules import as_rule, tunable
 
 __all__ = ["fine_tuning", "pretrained_features"]
 
@@ -97,7 +97,7 @@ def pretrained_features(
 def fine_tuning(
     learner: Learner,
     num_classes: int,
-    rule: UpdateRule | None = None,
+    rule: UpdateRule | optax.GradientTransformation | None = None,
     *,
     tune: Literal["head", "all"],
     num_steps: int = 100,
@@ -115,9 +115,10 @@ def fine_tuning(
     Args:
       learner, num_classes, classifier, batch_size, per_class, centroid_weight: as in
         `pretrained_features`.
-      rule: how to tune; None: SGD with momentum 0.9 whose ``learning_rate`` and
-        ``num_steps`` (later updates are zero) are parameters of the rule, to be set
-        from a grid on meta-validation without compiling again.
+      rule: how to tune, an `UpdateRule` or any optax transform; None: SGD with momentum
+        0.9 whose ``learning_rate`` and ``num_steps`` (later updates are zero) are
+        parameters of the rule, to be set from a grid on meta-validation without
+        compiling again.
       tune: "head" leaves the features as they are, "all" trains the body too. No
         default: on mini-ImageNet the published 42.1 (Chen et al., head) and 28.9 (Ravi
         & Larochelle, all) differ by it.
@@ -129,6 +130,7 @@ def fine_tuning(
     check_choice("tune", tune, ("head", "all"))
     if rule is None:
         rule = tunable(_stopping_sgd, learning_rate=0.01, num_steps=float(num_steps))
+    rule = as_rule(rule)
 
     def predict(meta_params, key, support: Batch, query_x: Array, *, num_classes: int):
         del key
