@@ -431,6 +431,11 @@ def test_a_mistake_is_one_line_with_its_remedy(line, message, capsys, monkeypatc
     assert not list(Path().rglob("config.json")), "nothing was written"
 
 
+def test_a_rule_of_the_package_needs_no_path():
+    config = parse(["--rules", "mine=gates-v1", "--study", "none"])
+    assert config.rules == ("mine=gates-v1",)
+
+
 def test_a_flag_that_another_rule_or_problem_has_is_not_known(capsys):
     for line in ("--v2.memory.p 5", "--problem plateau --init-std 1"):
         assert learned_optimizer.main(line.split()) == 2

@@ -135,6 +135,15 @@ def test_losses_below_zero_have_a_linear_scale():
     assert band.min() == pytest.approx(-1.5 - half)
 
 
+def test_many_lines_share_a_legend():
+    losses = plots.Losses(np.arange(3), np.ones((2, 3)))
+    of_panel = dict.fromkeys("abcdefg", losses)
+    figure = plots.loss_panels({"one": of_panel, "two": {"h": losses}})
+    assert [axes.get_legend() for axes in figure.axes] == [None, None]
+    (legend,) = figure.legends
+    assert [text.get_text() for text in legend.get_texts()] == [*"abcdefgh"]
+
+
 def test_loss_panels_by_geometric_mean():
     values = np.array([[1.0, 1e-4], [1.0, 1e-8]])
     losses = {"sgd": plots.Losses(np.array([0, 1]), values)}

@@ -26,6 +26,7 @@ from experiments.learned_optimizer.options import (
     named_rules,
     read_presets,
 )
+from metalstm.runtime.files import finished_files
 
 MODULE = "experiments.learned_optimizer"
 STUDIES = {
@@ -35,6 +36,7 @@ STUDIES = {
     "plateau": "whether rules escape where the gradient vanishes, and their gates",
     "cost": "time and memory of one update, against Adam's",
 }
+_SHIPPED = Path(__file__).parents[2] / "metalstm" / "rules" / "shipped"
 _WITHOUT_BATCHES = ("plateau", "quadratics", "logistic")
 _DESCRIPTION = (
     "Learn an optimizer, compare it with tuned hand-made ones.\n\nRules: "
@@ -213,6 +215,7 @@ def _check_names(config: Config) -> None:
         raise ValueError(f"--rules is empty: choose from {', '.join(RULES)}")
     names = [name.partition("=")[0] for name in config.rules]
     trained = {name: path for name, path in files.items() if path is not None}
+    shipped = finished_files(_SHIPPED, "*.npz")
     users = [name for name in names if ":" in name]
     for name in users:
         import_object("--rules", name)
@@ -223,10 +226,10 @@ def _check_names(config: Config) -> None:
     for name, path in trained.items():
         if name in BASELINES:
             raise ValueError(f"--rules {name}=FILE: a baseline has that name")
-        if not path.exists():
+        if not path.exists() and str(path) not in shipped:
             raise FileNotFoundError(
                 f"--rules {name}={path}: there is no such file; a run writes its rules "
-                "to RUN/rules/NAME.npz"
+                f"to RUN/rules/NAME.npz, and the package has {', '.join(shipped)}"
             )
     if "panels" in test.study and kind != "mlp":
         raise ValueError(

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
 __all__ = ["Losses", "Sweep", "escape_curves", "loss_panels", "rate_sweeps"]
 
+_IN_A_PANEL = 6  # lines that its own legend can name
 _SPACED = 0.15  # of the axes' diagonal between two markers of a line
 
 
@@ -68,6 +69,7 @@ def loss_panels(
     grid = figure.subplots(rows, columns, squeeze=False)
     names = dict.fromkeys(name for drawn in panels.values() for name in drawn)
     styles = method_styles(names, learned=learned)
+    shared = len(names) > _IN_A_PANEL and len(panels) > 1
     for axes in grid.flat[len(panels) :]:
         axes.set_visible(False)
     for axes, (title, drawn) in zip(grid.flat, panels.items(), strict=False):
@@ -83,7 +85,20 @@ def loss_panels(
             xlabel=xlabel, ylabel=ylabel + kind, yscale="linear" if negative else "log"
         )
         axes.set_title(title, fontsize=10)
-        add_grid_and_legend(axes)
+        if shared:
+            axes.grid(alpha=0.3)
+        else:
+            add_grid_and_legend(axes)
+    if shared:  # in each panel it would hide the lines
+        labelled = [axes.get_legend_handles_labels() for axes in grid.flat]
+        lines = {n: line for one in labelled for line, n in zip(*one, strict=True)}
+        figure.legend(
+            lines.values(),
+            lines.keys(),
+            fontsize=8,
+            loc="outside upper center",
+            ncols=7,
+        )
     if any(len(one.values) > 1 for drawn in panels.values() for one in drawn.values()):
         add_note(figure, f"band: 95% CI over {over}")
     return figure
