@@ -259,7 +259,8 @@ class Run(Options, frozen=True):
 _RULES_HELP = (
     "Rules to meta-train on the same problems and budget and to compare in one table; "
     "each has flags of its own, --NAME.OPTION. NAME=FILE.npz takes a trained rule, "
-    "NAME=gates-v1 one of the package, MODULE:NAME one of your own, by a function that returns it."
+    "NAME=gates-v1 one of the package, MODULE:NAME one of your own, by a function that "
+    "returns it."
 )
 
 
