@@ -135,7 +135,7 @@ def test_losses_below_zero_have_a_linear_scale():
     assert band.min() == pytest.approx(-1.5 - half)
 
 
-def test_many_lines_share_a_legend():
+def test_panels_share_a_legend():
     losses = plots.Losses(np.arange(3), np.ones((2, 3)))
     of_panel = dict.fromkeys("abcdefg", losses)
     figure = plots.loss_panels({"one": of_panel, "two": {"h": losses}})

@@ -157,15 +157,8 @@ def curves_figure(rows: Rows) -> Any:
                 middle = np.median(of[task].curves, 0, keepdims=True)
                 panels.setdefault(task, {})[label] = plots.Losses(steps, middle)
     figure = plots.loss_panels(panels, learned=learned, columns=5)
-    lines: dict[Any, Any] = {}
     for axes in figure.axes:
         _plain_ticks(axes.yaxis)
-        lines |= {line.get_label(): line for line in axes.lines}
-        if (legend := axes.get_legend()) is not None:
-            legend.remove()
-    if lines:
-        places = {"loc": "outside right upper", "fontsize": 9}
-        figure.legend([lines[n] for n in rows], list(rows), **places)
     return figure
 
 

@@ -20,7 +20,6 @@ if TYPE_CHECKING:
 
 __all__ = ["Losses", "Sweep", "escape_curves", "loss_panels", "rate_sweeps"]
 
-_IN_A_PANEL = 6  # lines that its own legend can name
 _SPACED = 0.15  # of the axes' diagonal between two markers of a line
 
 
@@ -69,7 +68,7 @@ def loss_panels(
     grid = figure.subplots(rows, columns, squeeze=False)
     names = dict.fromkeys(name for drawn in panels.values() for name in drawn)
     styles = method_styles(names, learned=learned)
-    shared = len(names) > _IN_A_PANEL and len(panels) > 1
+    shared = len(panels) > 1
     for axes in grid.flat[len(panels) :]:
         axes.set_visible(False)
     for axes, (title, drawn) in zip(grid.flat, panels.items(), strict=False):
@@ -97,7 +96,7 @@ def loss_panels(
             lines.keys(),
             fontsize=8,
             loc="outside upper center",
-            ncols=7,
+            ncols=8,
         )
     if any(len(one.values) > 1 for drawn in panels.values() for one in drawn.values()):
         add_note(figure, f"band: 95% CI over {over}")
