@@ -26,7 +26,6 @@ from experiments.learned_optimizer.options import (
     named_rules,
     read_presets,
 )
-from metalstm.runtime.files import finished_files
 
 MODULE = "experiments.learned_optimizer"
 STUDIES = {
@@ -215,7 +214,7 @@ def _check_names(config: Config) -> None:
         raise ValueError(f"--rules is empty: choose from {', '.join(RULES)}")
     names = [name.partition("=")[0] for name in config.rules]
     trained = {name: path for name, path in files.items() if path is not None}
-    shipped = finished_files(_SHIPPED, "*.npz")
+    shipped = sorted(path.stem for path in _SHIPPED.glob("[!.]*.npz"))
     users = [name for name in names if ":" in name]
     for name in users:
         import_object("--rules", name)
