@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 import tiny
@@ -36,11 +38,13 @@ def shipped(finished, tmp_path_factory):
 def test_the_command_tests_a_file_as_it_tests_the_run(
     finished, shipped, tmp_path, capsys
 ):
-    for source in (shipped, finished):
+    # a file is named in the results' names, so that another does not overwrite them
+    for source, name in ((shipped, f"{Path(shipped).stem}-"), (finished, "")):
         line = ["--evaluate", source, "--algorithms", "meta-lstm", "--test-seed", 3]
         assert few_shot.main([*map(str, line), "--workdir", str(tmp_path / "out")]) == 0
-        (row,) = read(tmp_path / "out" / "evaluation-3w1s-3.json")
-        with np.load(tmp_path / "out" / "evaluation-3w1s-3.npz") as arrays:
+        results = tmp_path / "out" / f"evaluation-{name}3w1s-3"
+        (row,) = read(results.with_suffix(".json"))
+        with np.load(results.with_suffix(".npz")) as arrays:
             row |= {"accuracies": arrays["meta-lstm"].tolist()}
         if source == shipped:
             of_file = row
