@@ -54,15 +54,23 @@ def test_a_pair_that_is_not_perturbed_has_no_difference():
     np.testing.assert_array_equal(found.noises, 0)
 
 
-def test_runs_are_as_long_as_asked_and_compile_once():
-    run = make_paired_runs(family(), RULE, num_pairs=2, eval_batch=8)
-    scores = [
-        float(run(jnp.float32(0.05), 0.0, None, jax.random.key(0), jnp.int32(n)).score)
-        for n in (0, 2, 8)
-    ]
+def test_runs_are_as_long_as_asked_and_are_traced_once():
+    traces = []
+
+    def bind(params):
+        traces.append(params)
+        return RULE.bind(params)
+
+    rule = RULE._replace(bind=bind)
+    run = make_paired_runs(family(), rule, num_pairs=2, eval_batch=8)
+    scores, counts = [], []
+    for n in (0, 2, 8):
+        found = run(jnp.float32(0.05), 0.0, None, jax.random.key(0), jnp.int32(n))
+        scores.append(float(found.score))
+        counts.append(len(traces))
     assert scores[0] == pytest.approx(np.log(1.02), abs=1e-5)
     assert scores[0] > scores[1] > scores[2]
-    assert run._cache_size() <= 1  # 0 where the cache of a long process dropped it
+    assert counts[0] == counts[1] == counts[2] > 0
 
 
 def test_runs_that_diverge_count_as_ten_times_worse():
