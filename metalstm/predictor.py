@@ -71,8 +71,7 @@ class Predictor:
     Attributes:
       method: its name, for messages.
       way: the number of classes it takes; None: any.
-      example: the `metalstm.inputs.ExampleArray` of an example, or the dict or tuple
-        of them that an example is.
+      example: the `metalstm.inputs.ExampleArray` of one, or a dict or tuple of them.
       normalise: as in training.
       regression: it predicts float targets.
       message: which checkpoints could not be read.

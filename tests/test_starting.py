@@ -94,7 +94,7 @@ def test_a_start_is_a_learner_and_may_be_traced():
     with pytest.raises(TypeError, match="trained is a dict, not the LearnerState"):
         nn.init_from(one, other.params)
     method = metalstm.pretrained_learner("mini-imagenet-classifier-0")
-    with pytest.raises(TypeError, match=r"start is a Predictor.*: give its .params"):
+    with pytest.raises(TypeError, match=r"trained is a Predictor.*: give the .params"):
         metalstm.init_train_state(
             algorithms.prototypical(learner), optax.adam(0.1), 0, tiny.episode(),
             start=method,

@@ -98,12 +98,6 @@ def init_train_state(
 
 def _started(params: PyTree, start: Any) -> PyTree:
     trained = start.learner if isinstance(start, MetaParams) else start
-    if not isinstance(trained, LearnerState):
-        hint = ": give its .params" if hasattr(start, "params") else ""
-        raise TypeError(
-            f"start is a {type(start).__name__}, neither a LearnerState nor "
-            f"MetaParams{hint}"
-        )
     if isinstance(params, MetaParams):
         return params._replace(learner=init_from(params.learner, trained).state)
     if isinstance(params, LearnerState):

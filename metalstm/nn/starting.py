@@ -59,8 +59,7 @@ def init_from(
     if not isinstance(trained, LearnerState):
         raise TypeError(
             f"trained is a {type(trained).__name__}, not the LearnerState of a "
-            "network: give params.learner of a trained method, or its params where "
-            "they are one"
+            "network: give the .params of a trained method, or their .learner"
         )
     drawn, source = _by_place(state, new_parts), _by_place(trained, new_parts)
     for place, array in source.items():
