@@ -64,7 +64,7 @@ def mask_of(batch: Any) -> jax.Array | None:
 def labels_of(batch: Any) -> jax.Array:
     """Return y [N]; -1, which is no class, where there is no example."""
     mask = mask_of(batch)
-    return batch.y if mask is None else jnp.where(mask, batch.y, -1)
+    return batch.y if mask is None else jnp.where(mask, batch.y.astype(jnp.int32), -1)
 
 
 def only_present(scores: jax.Array, support: Any) -> jax.Array:

@@ -48,7 +48,11 @@ class ExampleArray:
           ValueError: another shape, type or range than in training.
         """
         array = np.asarray(given)
-        if array.dtype.kind not in ("uifb" if self.dtype == "bool" else "uif"):
+        kinds = "uifb" if self.dtype == "bool" else "uif"
+        # to numpy, bfloat16 is of no kind of number
+        if array.dtype.kind not in kinds and not jnp.issubdtype(
+            array.dtype, jnp.floating
+        ):
             raise ValueError(
                 f"{name} are of type {array.dtype}: give uint8, or floats in [0, 1]"
                 if self.pixels

@@ -201,7 +201,7 @@ class Predictor:
         """
         way = self.way if num_classes is None else num_classes
         if way is None:
-            raise ValueError("num_classes is not given, and the method takes any: give")
+            raise ValueError("the method takes any way: give num_classes=")
         labels = jax.ShapeDtypeStruct((num_support, way), jnp.float32)
         if not self.regression:
             labels = jax.ShapeDtypeStruct((num_support,), jnp.int32)

@@ -27,6 +27,7 @@ from metalstm.predictor import Predictor
 from metalstm.records import GIVEN, to_spec
 from metalstm.runtime.array_files import (
     as_json,
+    differences,
     digest_of,
     named_leaves,
     read_members,
@@ -89,7 +90,7 @@ def save(
     method_spec, given = to_spec(algorithm)
     episode = sample_checked(spec, episode_key(0, "test", 0), pool)
     way = classes_of(spec, episode)
-    pixels = getattr(getattr(pool, "images", None), "dtype", None) == jnp.uint8
+    pixels = getattr(getattr(pool, "stored", None), "dtype", None) == jnp.uint8
     header = {
         "format": FORMAT_VERSION,
         "spec": method_spec,
@@ -294,17 +295,7 @@ def _check(
     for name, array in arrays.items():
         dtype = header["dtypes"].get(name, "")
         given[name] = "key" if dtype == "key" else shown(dtype, array.shape)
-    differing = sorted(
-        name
-        for name in expected.keys() | given.keys()
-        if expected.get(name) != given.get(name)
-    )
-    if differing:
-        some = ", ".join(
-            f"{name} is {given.get(name, 'missing')} in place of "
-            f"{expected.get(name, 'nothing')}"
-            for name in differing[:3]
-        )
+    if some := differences(expected, given):
         raise ValueError(f"{what}: these are not the algorithm's parameters: {some}")
 
 

@@ -14,6 +14,7 @@ import numpy as np
 
 from metalstm.base import Learner, LearnerState
 from metalstm.checks import check_at_least, check_choice, check_share
+from metalstm.data.episodes import prepare_examples
 
 __all__ = [
     "Pairs",
@@ -321,8 +322,6 @@ def _embed(learner, state, x: np.ndarray, batch_size: int) -> np.ndarray:
         part = x[start : start + batch_size]
         # the last batch is filled up, so that one program serves all
         rows = np.minimum(np.arange(batch_size), len(part) - 1)
-        batch = part[rows].astype(np.float32)
-        if x.dtype == np.uint8:
-            batch /= 255
-        parts.append(np.asarray(embed(state, jnp.asarray(batch)))[: len(part)])
+        batch = prepare_examples(jnp.asarray(part[rows]), None)
+        parts.append(np.asarray(embed(state, batch))[: len(part)])
     return np.concatenate(parts).astype(np.float64)

@@ -560,11 +560,23 @@ def test_a_batch_size_that_does_not_divide_is_refused():
 
 def test_second_order_through_a_rule_with_a_corner_at_zero_is_refused():
     adam = optax.adam(0.1)  # a transform is a rule
+
+    def start(rule, how):
+        learned = functools.partial(algorithms.learned_init, NET, num_steps=1)
+        algorithm = learned(rule, differentiation=how)
+        jax.eval_shape(algorithm.init, KEY, EPISODE)  # under a trace
+        return algorithm.init(KEY, EPISODE)
+
     with pytest.raises(ValueError, match=r"second_order\(\), but the rule's deriv"):
-        algorithms.learned_init(NET, adam, num_steps=1, differentiation=second_order())
-    algorithms.learned_init(NET, adam, num_steps=1, differentiation=first_order())
-    smooth = optax.adam(0.1, eps_root=1e-8)
-    algorithms.learned_init(NET, smooth, num_steps=1, differentiation=second_order())
+        start(adam, second_order())
+    with pytest.raises(ValueError, match=r"second_order\(\), but the rule's deriv"):
+        start(rules.only(adam, "Dense_1"), second_order())
+    start(adam, first_order())
+    start(optax.adam(0.1, eps_root=1e-8), second_order())
+    # which read the names of the learner's tensors
+    start(rules.only(optax.sgd(0.1), "Dense_1"), second_order())
+    gates = rules.lstm_gates(bias_per="tensor", input_bias_of={"Dense_1": (1.0, 1.0)})
+    start(rules.chain(optax.clip(1.0), gates), second_order())
 
 
 def test_an_objective_at_the_end_of_the_trajectory_takes_no_truncation():

@@ -45,9 +45,13 @@ METHODS = {
     "margin_classifier": lambda: algorithms.margin_classifier(MLP, 4, loss="arcface"),
     "matching": lambda: algorithms.matching(MLP, context_steps=1),
     "meta_lstm": lambda: algorithms.published_meta_lstm(CONV, GATES, num_steps=1),
+    "meta_lstm, calibrated": lambda: algorithms.meta_lstm(CONV, GATES, num_steps=1),
     "meta_sgd": lambda: algorithms.meta_sgd(CONV),
     "nearest_neighbour": algorithms.nearest_neighbour,
     "pretrained_features": lambda: algorithms.pretrained_features(MLP, 4),
+    "pretrained_features with a prototypical loss": lambda: (
+        algorithms.pretrained_features(MLP, 4, per_class=2, centroid_weight=1.0)
+    ),
     "prototypical": lambda: algorithms.prototypical(MLP),
     "relation": lambda: algorithms.relation(
         MAPS, nn.relation_net(filters=1, hidden=1), train_way=3
@@ -102,7 +106,8 @@ def test_every_method_is_traced_under_strict_promotion(name):
 
 @pytest.mark.parametrize("estimator", ["backprop", "pes"])
 def test_every_rule_is_traced_under_strict_promotion(estimator):
-    for rule in (rules.l2l(hidden_size=1), GATES, rules.two_layer()):
+    moments = rules.l2l(hidden_size=1, features="moments")
+    for rule in (rules.l2l(hidden_size=1), moments, GATES, rules.two_layer()):
         algorithm = learned_optimizers.learned_optimizer(
             family := problems.quadratics(2),
             rule,

@@ -375,6 +375,11 @@ def test_a_step_that_is_no_whole_number_is_refused(tmp_path):
     assert not checkpoints.steps(tmp_path)
 
 
+def test_a_step_of_numpy_is_a_step(tmp_path):
+    checkpoints.save(tmp_path, {"w": np.zeros(1)}, step=np.int64(3))
+    assert checkpoints.steps(tmp_path) == [3]
+
+
 def test_a_relative_folder_is_read_without_a_warning(tmp_path, monkeypatch, caplog):
     monkeypatch.chdir(tmp_path)
     checkpoints.save("run", {"w": np.zeros(1)}, step=1, metadata={"seconds": 3})

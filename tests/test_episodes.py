@@ -13,6 +13,7 @@ from metalstm.data.drawing import draw_distinct, to_integers
 from metalstm.data.episodes import (
     EpisodeSpec,
     episode_key,
+    prepare_examples,
     sample_episode,
     sample_episodes,
     validate,
@@ -321,3 +322,19 @@ def test_distinct_integers_are_drawn_as_floyd_draws_them(num, size):
             chosen.append(last if drawn in chosen else drawn)
         np.testing.assert_array_equal(ours, np.array(chosen)[np.argsort(order)])
         assert len(set(ours.tolist())) == num
+
+
+def test_a_jax_array_is_one_array_and_a_list_has_its_own_counts():
+    images = np.arange(24.0, dtype=np.float32).reshape(3, 4, 2)
+    for array in (images, jnp.asarray(images)):
+        pool = make_pool(array, counts=np.array([4, 2, 3]))
+        assert pool.counts.tolist() == [4, 2, 3]
+        np.testing.assert_array_equal(pool.of_class(1), images[1, :2])
+    with pytest.raises(ValueError, match=r"counts= is for one array"):
+        make_pool(list(images), counts=np.array([4, 2, 3]))
+
+
+def test_integers_that_are_normalised_become_floats():
+    x = jnp.array([[0, 1], [2, 3]], jnp.int32)
+    found = prepare_examples(x, Normalisation((0.5,), (0.25,)))
+    np.testing.assert_allclose(found, (np.asarray(x) - 0.5) / 0.25)

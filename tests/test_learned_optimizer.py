@@ -454,9 +454,7 @@ def test_wrong_arguments_are_refused(options, message):
 def test_rules_that_cannot_be_differentiated_twice_or_stacked_are_refused():
     adam = rules.tunable(optax.adam, learning_rate=0.1)
     with pytest.raises(ValueError, match=r"second_order\(\), but the rule's deriv"):
-        learned_optimizer(
-            FAMILY, adam, num_tasks=1, differentiation=inner.second_order()
-        )
+        build(adam, unroll_steps=2, horizon=2, differentiation=inner.second_order())
     gates = rules.lstm_gates(hidden_size=1)
     with pytest.raises(ValueError, match=r"needs a coordinate-wise rule that does"):
         learned_optimizer(FAMILY, gates, num_tasks=1, task_mapping="stacked")
@@ -480,3 +478,28 @@ def test_an_optimizer_predicts_nothing():
     assert not learned_init(
         tiny.tanh_net(), RULE, num_steps=1, differentiation=inner.first_order()
     ).per_task_carry
+
+
+@pytest.mark.parametrize("estimator", ["backprop", "pes"])
+def test_the_meta_gradient_is_of_its_parameters_type_under_x64(estimator):
+    with jax.enable_x64(True):
+        algorithm = learned_optimizer(
+            family := problems.quadratics(2),
+            rules.l2l(hidden_size=1),
+            num_tasks=2,
+            unroll_steps=2,
+            estimator=estimator,
+        )
+
+        def step():
+            sampler = ProblemSampler(family, 3)
+            keys = jax.random.split(jax.random.key(0), 2)
+            draws = jax.vmap(lambda key: sampler.sample(key, None))(keys)
+            one = jax.tree.map(lambda leaf: leaf[0], draws)
+            params = algorithm.init(keys[0], one)
+            carry = algorithm.init_carry(keys[0], params, one)
+            return params, algorithm.meta_gradient(params, carry, keys, draws)[0]
+
+        params, grads = jax.eval_shape(step)
+    types = lambda tree: jax.tree.map(lambda leaf: leaf.dtype, tree)  # noqa: E731
+    assert types(grads) == types(params)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import subprocess
 import sys
 from pathlib import Path
@@ -201,3 +202,12 @@ def test_shipped_rules_are_small():
     files = list((Path(rules.__file__).parent / "shipped").glob("*.npz"))
     assert files
     assert max(path.stat().st_size for path in files) < 100_000
+
+
+@pytest.mark.parametrize(
+    "make", [*MAKERS.values(), functools.partial(rules.l2l, features="moments")]
+)
+def test_parameters_are_float32_under_x64_too(make):
+    with jax.enable_x64(True):
+        weights = make().init(jax.random.key(0), PARAMS)
+    assert {leaf.dtype for leaf in jax.tree.leaves(weights)} == {np.dtype("float32")}

@@ -169,7 +169,7 @@ def test_what_is_no_file_of_save_is_refused(tmp_path):
     assert len(to_spec(two)[1]) == 2
 
 
-@pytest.mark.parametrize("kind", ["embeddings", "tokens", "regression"])
+@pytest.mark.parametrize("kind", ["embeddings", "bfloat16", "tokens", "regression"])
 def test_examples_of_other_kinds_are_taken_as_in_training(kind, tmp_path):
     if kind == "regression":
         spec, pool = data.SinusoidSpec(shot=4), None
@@ -177,7 +177,8 @@ def test_examples_of_other_kinds_are_taken_as_in_training(kind, tmp_path):
         x, y = np.linspace(-1, 1, 4)[:, None], np.arange(4.0)
     else:
         numbers = RNG.normal(9, 4, (5, 6, 3)).astype(np.float32)
-        numbers = numbers.astype(np.int32) if kind == "tokens" else numbers
+        types = {"tokens": jnp.int32, "bfloat16": jnp.bfloat16}
+        numbers = numbers.astype(types.get(kind, jnp.float32))
         pool, spec = data.make_pool(numbers), data.EpisodeSpec(2, 1, 1)
         algorithm = algorithms.nearest_neighbour()
         x, y = numbers[:2, 0], [7, 9]
@@ -308,3 +309,32 @@ def test_targets_that_are_no_finite_numbers_are_refused(targets, tmp_path):
     with pytest.raises(ValueError, match=r"targets are .* finite"):
         predict.adapt(x, targets)
     assert predict(x, x[:, 0], x).shape == (5, 1)
+
+
+def test_a_transform_in_a_chain_is_given_again(tmp_path):
+    clip = optax.clip(0.1)
+    rule = rules.chain(rules.lstm_gates(hidden_size=0), clip)
+    how = {"num_steps": 1, "differentiation": metalstm.first_order()}
+    algorithm = algorithms.learned_init(mlp(WAY), rule, **how)
+    params = trained(algorithm)
+    path = metalstm.save(tmp_path / "it.npz", algorithm, params, POOL, SPEC)
+    with pytest.raises(ValueError, match=r"parts="):
+        metalstm.load(path)
+    scores, _ = metalstm.load(path, parts=clip).scores(X, LABELS, QUERY)
+    expected = scores_of(algorithm, params)
+    np.testing.assert_allclose(scores, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_a_pool_in_host_memory_stays_there(tmp_path, monkeypatch):
+    numbers = RNG.normal(size=(5, 6, 3)).astype(np.float32)
+    pool, spec = data.make_pool(numbers, in_host_memory=True), data.EpisodeSpec(2, 1, 1)
+    algorithm = algorithms.prototypical(mlp(None))
+    params = trained(algorithm, spec, pool)
+
+    def refuse(pool):
+        raise AssertionError("all of it is read")
+
+    monkeypatch.setattr(type(pool), "images", property(refuse))
+    path = metalstm.save(tmp_path / "it.npz", algorithm, params, pool, spec)
+    x = numbers[:2, 0]
+    assert metalstm.load(path)(x, [7, 9], x).tolist() == [7, 9]

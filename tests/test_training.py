@@ -469,3 +469,10 @@ def test_wrong_chunks_and_meshes_are_refused():
     mesh = jax.make_mesh((1,), ("data",))
     with pytest.raises(ValueError, match=r"mesh has axes \('data',\): one must be"):
         meta_step.make_train_step(toy(), sgd, mesh=mesh)
+
+
+def test_a_large_array_of_the_host_is_looked_at_in_parts(monkeypatch):
+    monkeypatch.setattr(fitting, "_PART", 4)
+    pool = {"x": np.array([0.0] * 9 + [np.nan], np.float32), "none": np.zeros((0, 3))}
+    with pytest.raises(ValueError, match=r"pool\['x'\] holds 1 values that are NaN or"):
+        fitting.fit(None, None, pool, num_steps=1)

@@ -12,6 +12,7 @@ import tiny
 import metalstm
 from metalstm import Batch, Episode, MaskedBatch, algorithms, data, nn, rules
 from metalstm.algorithms.common import accuracy, task_loss
+from metalstm.batches import labels_of
 from metalstm.data.varying import VaryingEpisodeSpec
 
 RNG = np.random.default_rng(0)
@@ -26,6 +27,14 @@ def net(**options):
 METHODS = {
     "maml": lambda way: algorithms.maml(
         nn.tied_head(net()), 0.3, num_steps=3, train_way=way
+    ),
+    "maml, each query with the support set": lambda way: algorithms.maml(
+        nn.tied_head(net()),
+        0.3,
+        num_steps=2,
+        train_way=way,
+        query_norm="support+1",
+        train_query_norm="support+1",
     ),
     "anil": lambda way: algorithms.anil(
         nn.tied_head(net()), 0.3, num_steps=2, train_way=way
@@ -201,3 +210,10 @@ def test_bad_ranges_are_refused():
     with pytest.raises(ValueError, match="choose tasks of one size"):
         metalstm.collect_scores(METHODS["prototypical"](5), (), POOL, SPEC)
     assert isinstance(SPEC.sample(jax.random.key(0), POOL).query, MaskedBatch)
+
+
+def test_a_masked_row_is_no_class_whatever_integers_the_labels_are():
+    x, mask = jnp.zeros((3, 1)), jnp.array([True, True, False])
+    for dtype in (jnp.uint8, jnp.int32):
+        batch = MaskedBatch(x, jnp.array([0, 1, 0], dtype), mask)
+        assert labels_of(batch).tolist() == [0, 1, -1]

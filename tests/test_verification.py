@@ -134,6 +134,17 @@ def test_examples_of_a_pool_are_those_that_are_there():
     np.testing.assert_allclose(seen, x.reshape(9, -1) / 255, rtol=1e-6)
 
 
+def test_whole_numbers_stay_whole_numbers():
+    def take(state, x, norm):
+        assert x.dtype == jnp.int32
+        return jnp.eye(5)[x[:, 0]], state
+
+    net = Learner(lambda key, x: LearnerState({}, {}, {}), take)
+    x, labels = np.arange(10, dtype=np.int32)[:, None] % 5, np.arange(10) % 5
+    found = verification.verify(net, LearnerState({}, {}, {}), x, labels, num_pairs=8)
+    assert found.equal_error_rate == 0
+
+
 def test_what_verification_refuses():
     draw = verification.draw_pairs
     for message, call in (

@@ -240,11 +240,14 @@ def prepare_examples(x: Array, normalise: Normalisation | None) -> Array:
     """Scale bytes to [0, 1], and normalise: what training does, and prediction too.
 
     Args:
-      x: uint8 [N, H, W, ch]; other numbers [N, ...] are not scaled.
+      x: uint8 [N, H, W, ch]; other numbers [N, ...] are not scaled. Integers that are
+        normalised become floats.
     """
     if x.dtype == jnp.uint8:
         x = x.astype(jnp.float32) / 255
     if normalise is not None:
+        if not jnp.issubdtype(x.dtype, jnp.floating):
+            x = x.astype(jnp.float32)
         mean, std = (to_rank_of(jnp.array(part, x.dtype), x) for part in normalise)
         x = (x - mean) / std
     return x

@@ -164,8 +164,8 @@ def make_pool(
 
     Args:
       images: of each class.
-      counts: [C], for [C, M, ...]: examples of each class, of which the others are
-        padding.
+      counts: [C], for one array [C, M, ...]: examples of each class, of which the
+        others are padding.
       groups: ids [C, M] in [0, M), see `ClassPool`.
       in_host_memory: keep the examples there, where they are too many for the device,
         or where they are, if they are memory-mapped; for
@@ -173,10 +173,11 @@ def make_pool(
 
     Raises:
       ValueError: if there is no class, an image is no number or a byte of another
-        shape, an integer needs more than 32 bits, a count is outside [1, M], or all
-        images of a class are of one group.
+        shape, an integer needs more than 32 bits, a count is outside [1, M] or given
+        with a list of arrays, or all images of a class are of one group.
     """
-    if isinstance(images, np.ndarray):
+    if isinstance(images, np.ndarray | jax.Array):
+        images = np.asarray(images)
         num_classes, num_slots = (*images.shape, 0, 0)[:2]
         if counts is None:
             counts = np.full(num_classes, num_slots)
@@ -191,6 +192,10 @@ def make_pool(
             images = images.reshape(-1, *images.shape[2:])
         else:
             images = images[np.arange(num_slots) < counts[:, None]]
+    elif counts is not None:
+        raise ValueError(
+            "counts= is for one array [C, M, ...]: omit it for a list of arrays"
+        )
     else:
         images, counts = join_classes(images)
     if len(images) > 1 and all(np.array_equal(images[0], image) for image in images):

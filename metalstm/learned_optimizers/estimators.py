@@ -188,7 +188,9 @@ def evolution(
     def one_sign(sign, params, rule_state):
         losses, inner = _segment(
             settings,
-            jax.tree.map(lambda w, e: w + sign * e, meta_params, noise),
+            jax.tree.map(
+                lambda w, e: (w + sign * e).astype(w.dtype), meta_params, noise
+            ),
             params,
             rule_state,
             lambda params, batch: _loss(settings, params, runs.task, batch),

@@ -20,6 +20,7 @@ from metalstm.algorithms.common import task_loss
 from metalstm.base import Array, Learner, LearnerState, PyTree
 from metalstm.batches import first_example, num_examples
 from metalstm.checks import check_at_least, check_choice, check_positive
+from metalstm.data.episodes import prepare_examples
 from metalstm.nn import MLP, conv4, from_flax
 
 __all__ = [
@@ -265,7 +266,7 @@ def supervised(
     measure = task_loss if loss_fn is None else loss_fn
 
     def sample(key: Array, data: PyTree) -> PyTree:
-        example = _floats(first_example(data.x))
+        example = _prepared(first_example(data.x))
         state = learner.init(key, example)
         return _Start(example, state._replace(params=()))
 
@@ -279,7 +280,7 @@ def supervised(
     def loss(params: PyTree, task: PyTree, batch: PyTree) -> Array:
         x, y = batch
         state = task.state._replace(params=params)
-        outputs, _ = learner.apply(state, _floats(x), norm="batch")
+        outputs, _ = learner.apply(state, _prepared(x), norm="batch")
         return measure(outputs, y)
 
     return ProblemFamily(sample, init, batch, loss)
@@ -320,9 +321,8 @@ def conv_classifier(
     return supervised(learner, batch_size=batch_size)
 
 
-def _floats(x: PyTree) -> PyTree:
-    scale = lambda a: a.astype(jnp.float32) / 255 if a.dtype == jnp.uint8 else a  # noqa: E731
-    return jax.tree.map(scale, x)
+def _prepared(x: PyTree) -> PyTree:
+    return jax.tree.map(lambda leaf: prepare_examples(leaf, None), x)
 
 
 def _redrawn(key: Array, params: PyTree, std: float | None) -> PyTree:

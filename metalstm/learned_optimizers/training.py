@@ -141,7 +141,7 @@ def learned_optimizer(
     )
     _check(settings)
     return make_algorithm(
-        init=lambda key, draw: rule.init(key, draw.params),
+        init=functools.partial(_init, settings),
         predict=_no_predict,
         init_carry=functools.partial(_init_carry, settings),
         meta_gradient=functools.partial(_meta_gradient, settings),
@@ -165,13 +165,17 @@ def _check(settings: Settings) -> None:
     check_choice("estimator", settings.estimator, ("backprop", "pes"))
     check_positive("pes_std", settings.pes_std)
     is_pes = settings.estimator == "pes"
-    if settings.differentiation.order == "second" and not is_pes:
-        check_differentiable(rule)
     if settings.task_mapping == "stacked" and (is_pes or not _may_be_stacked(rule)):
         raise ValueError(
             "task_mapping='stacked' needs a coordinate-wise rule that does not read "
             "the loss, and estimator='backprop': omit task_mapping"
         )
+
+
+def _init(settings: Settings, key: Array, draw: Draw) -> PyTree:
+    if settings.differentiation.order == "second" and settings.estimator != "pes":
+        check_differentiable(settings.rule, draw.params)
+    return settings.rule.init(key, draw.params)
 
 
 def _told(rule: UpdateRule) -> UpdateRule:
@@ -249,7 +253,8 @@ def _meta_gradient(
         slopes, estimates = map_tasks(one, *args, how=how)
         along = slopes / len(slopes)  # one product, and no gradient for each task
         grads = jax.tree.map(
-            lambda xi: jnp.tensordot(along, xi, 1), estimates.runs.shift
+            lambda xi: jnp.tensordot(along.astype(xi.dtype), xi, 1),
+            estimates.runs.shift,
         )
     else:
         grads, estimates = mean_over_tasks(

@@ -30,6 +30,7 @@ Stepped = tuple[TrainState, dict[str, Array]]
 TrainLoop = Callable[[TrainState, Any], Stepped]
 Returned = TypeVar("Returned")
 
+_PART = 1_000_000  # numbers of an array that are looked at together
 _MOST_WAITING = 64  # calls of the loop whose metrics nobody has read
 
 
@@ -243,7 +244,10 @@ def _refuse_not_finite(pool: Any) -> None:
         dtype = jnp.result_type(leaf)
         if not jnp.issubdtype(dtype, jnp.inexact):
             continue
-        bad = int(jnp.sum(~jnp.isfinite(leaf)))
+        parts = [leaf]
+        if isinstance(leaf, np.ndarray):  # of which the device may not hold all
+            parts = np.array_split(leaf, leaf.size // _PART + 1)
+        bad = sum(int(jnp.sum(~jnp.isfinite(part))) for part in parts)
         if bad:
             raise ValueError(
                 f"pool{jax.tree_util.keystr(path)} holds {bad} values that are NaN or "

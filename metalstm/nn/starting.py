@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -15,7 +14,9 @@ __all__ = ["Start", "init_from"]
 
 
 _WRAPPERS = ("body", "embedding")  # what heads and comparisons put around a network
-_NEW_PARTS = ("head", "comparison", "generator", "memory_net")
+# what may be missing in a trained learner, or of another shape: heads, and what methods
+# learn next to the network
+_NEW_PARTS = frozenset({"head", "comparison", "generator", "memory_net"})
 
 
 class Start(NamedTuple):
@@ -28,12 +29,7 @@ class Start(NamedTuple):
     ]  # of those that are as they were drawn: heads that do not fit, say
 
 
-def init_from(
-    state: LearnerState,
-    trained: LearnerState,
-    *,
-    new_parts: Sequence[str] = _NEW_PARTS,
-) -> Start:
+def init_from(state: LearnerState, trained: LearnerState) -> Start:
     """Take a trained learner's parameters, batch statistics and variables.
 
     Arrays are matched by their names in the network itself, without the ``body`` or
@@ -45,8 +41,6 @@ def init_from(
     Args:
       state: of the learner that starts, as its ``init`` drew it.
       trained: of the one that was trained; arrays of any float type.
-      new_parts: names in an array's path that mark what may be missing or of another
-        shape in ``trained``: heads, and what methods learn next to the network.
 
     Returns:
       The state, its arrays copies of their own, with what was taken and what was left.
@@ -61,7 +55,7 @@ def init_from(
             f"trained is a {type(trained).__name__}, not the LearnerState of a "
             "network: give the .params of a trained method, or their .learner"
         )
-    drawn, source = _by_place(state, new_parts), _by_place(trained, new_parts)
+    drawn, source = _by_place(state), _by_place(trained)
     for place, array in source.items():
         if isinstance(array, jax.core.Tracer):
             continue  # its values are not known yet
@@ -73,7 +67,7 @@ def init_from(
     heads = _by_name_alone(source, drawn)
     chosen, taken, left = {}, [], []
     for place, array in drawn.items():
-        new = bool(set(new_parts) & set(place.path))
+        new = bool(_NEW_PARTS & set(place.path))
         other = source.get(place, heads.get(place.name) if new else None)
         if other is not None and np.shape(other) == np.shape(array):
             chosen[place] = jnp.array(other, dtype=array.dtype)
@@ -86,7 +80,7 @@ def init_from(
     spare = [
         place.name
         for place in source
-        if place not in drawn and not set(new_parts) & set(place.path)
+        if place not in drawn and not _NEW_PARTS & set(place.path)
     ]
     if spare:
         raise ValueError(
@@ -110,13 +104,13 @@ class _Place(NamedTuple):
         return ".".join((self.group, *self.path))
 
 
-def _by_place(state: LearnerState, new_parts: Sequence[str]) -> dict[_Place, PyTree]:
+def _by_place(state: LearnerState) -> dict[_Place, PyTree]:
     """In the order of the leaves."""
     found = {}
     for group in state._fields:
         leaves = jax.tree_util.tree_leaves_with_path(getattr(state, group))
         paths = [tuple(map(_key, path)) for path, _ in leaves]
-        _, places = _unwrapped(paths, frozenset(new_parts))
+        _, places = _unwrapped(paths)
         for (around, path), (_, leaf) in zip(places, leaves, strict=True):
             found[_Place(group, around, path)] = leaf
     return found
@@ -127,7 +121,7 @@ def _key(entry: Any) -> str:
 
 
 def _unwrapped(
-    paths: list[tuple[str, ...]], new_parts: frozenset[str]
+    paths: list[tuple[str, ...]],
 ) -> tuple[int, list[tuple[int, tuple[str, ...]]]]:
     """Return the number of wrappers, and ``around`` and ``path`` of each array.
 
@@ -137,10 +131,10 @@ def _unwrapped(
     first = {path[:1] for path in paths}
     wrappers = [name for name in _WRAPPERS if (name,) in first]
     others = {name for one in first for name in one} - set(wrappers)
-    if () in first or len(wrappers) != 1 or not others <= new_parts:
+    if () in first or len(wrappers) != 1 or not others <= _NEW_PARTS:
         return 0, [(0, path) for path in paths]
     within = [path[1:] for path in paths if path[0] == wrappers[0]]
-    depth, places = _unwrapped(within, new_parts)
+    depth, places = _unwrapped(within)
     rest = iter(places)
     return depth + 1, [
         next(rest) if path[0] == wrappers[0] else (depth + 1, path) for path in paths

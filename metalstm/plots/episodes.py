@@ -14,6 +14,8 @@ if TYPE_CHECKING:
 
 __all__ = ["episode_picture"]
 
+_MAX_SHOT, _MAX_QUERIES = 5, 8  # images of a class that are drawn
+
 
 def episode_picture(
     support: tuple[np.ndarray, np.ndarray],
@@ -22,8 +24,6 @@ def episode_picture(
     after: np.ndarray,
     *,
     class_names: Sequence[str] | None = None,
-    max_shot: int = 5,
-    max_queries: int = 8,
 ) -> Figure:
     """Draw one task: a row a class, its support images, then queries and predictions.
 
@@ -40,8 +40,8 @@ def episode_picture(
     before, after = np.asarray(before), np.asarray(after)
     way = int(max(support_y.max(), query_y.max())) + 1
     names = [str(k) for k in range(way)] if class_names is None else list(class_names)
-    shot = min(max_shot, int(np.bincount(support_y, minlength=way).max()))
-    queries = min(max_queries, int(np.bincount(query_y, minlength=way).max()))
+    shot = min(_MAX_SHOT, int(np.bincount(support_y, minlength=way).max()))
+    queries = min(_MAX_QUERIES, int(np.bincount(query_y, minlength=way).max()))
     columns = shot + queries
     figure = new_figure((0.4 + 0.95 * columns, 0.5 + 1.15 * way))
     grid = figure.subplots(way, columns, squeeze=False)

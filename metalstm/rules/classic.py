@@ -8,6 +8,7 @@ from typing import Literal
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from metalstm.base import Array, PyTree, RuleTraits, UpdateRule
@@ -232,11 +233,14 @@ def common_traits(*rules: UpdateRule) -> RuleTraits:
     )
 
 
-def check_differentiable(rule: UpdateRule) -> None:
+def check_differentiable(rule: UpdateRule, params: PyTree) -> None:
     """Refuse a rule whose second order is NaN where dead ReLUs put it.
 
     They make coordinates of the gradient zero, or all those of a tensor, but not all of
     them: clipping by the global norm, whose derivative is not finite at zero, is fine.
+
+    Args:
+      params: of the learner; their names and ranks are read, since a rule may too.
 
     Raises:
       ValueError: its derivative by a zero gradient is not finite, and it does not
@@ -244,17 +248,20 @@ def check_differentiable(rule: UpdateRule) -> None:
     """
     if rule.traits.smooth:
         return
-    params = {"dead": jnp.ones(2), "half": jnp.ones(2)}
-
-    def total(grads):
-        tx = rule.bind(rule.init(jax.random.key(0), params))
-        updates, _ = tx.update(grads, tx.init(params), params, value=jnp.float32(1))
-        return sum(leaf.sum() for leaf in jax.tree.leaves(updates))
-
+    leaves, tree = jax.tree.flatten(params)
     with jax.ensure_compile_time_eval():
-        grads = {"dead": jnp.zeros(2), "half": jnp.array([0.0, 1.0])}
-        derivatives = jax.tree.leaves(jax.grad(total)(grads))
-    if not all(bool(jnp.isfinite(leaf).all()) for leaf in derivatives):
+        small = [jnp.ones((2,) * max(jnp.ndim(leaf), 1)) for leaf in leaves]
+        # a part of one tensor's gradient is zero, all of the next one's, and so on
+        grads = [x * 0 if n % 2 else x.at[0].set(0) for n, x in enumerate(small)]
+        params = jax.tree.unflatten(tree, small)
+
+        def total(grads):
+            tx = rule.bind(rule.init(jax.random.key(0), params))
+            updates, _ = tx.update(grads, tx.init(params), params, value=jnp.float32(1))
+            return sum(leaf.sum() for leaf in jax.tree.leaves(updates))
+
+        derivatives = jax.tree.leaves(jax.grad(total)(jax.tree.unflatten(tree, grads)))
+    if not all(np.isfinite(leaf).all() for leaf in derivatives):
         raise ValueError(
             "differentiation=second_order(), but the rule's derivative at a zero "
             "gradient is not finite, and a dead ReLU gives zero gradients: choose "

@@ -22,6 +22,7 @@ from metalstm.rules.features import FEATURES_VERSION
 from metalstm.rules.spec import build_rule
 from metalstm.runtime.array_files import (
     as_json,
+    differences,
     digest_of,
     named_leaves,
     read_members,
@@ -167,17 +168,7 @@ def _check_arrays(rule: UpdateRule, arrays: dict[str, np.ndarray], what: str) ->
     template = _shapes(rule.init, jax.random.key(0), probe)
     expected = {name: leaf.shape for name, leaf in named_leaves(template).items()}
     given = {name: array.shape for name, array in arrays.items()}
-    if expected != given:
-        differing = sorted(
-            name
-            for name in expected.keys() | given.keys()
-            if expected.get(name) != given.get(name)
-        )
-        some = ", ".join(
-            f"{name} is {given.get(name, 'missing')} in place of "
-            f"{expected.get(name, 'nothing')}"
-            for name in differing[:3]
-        )
+    if some := differences(expected, given):
         raise ValueError(
             f"{what} and the spec disagree: {some}. Rules with rates or biases for "
             "each tensor belong to one model and live in its checkpoints"

@@ -121,7 +121,9 @@ def l2l(
         width = hidden_size**0.5 * (1.0 if shortcut is None else 10.0)
         rule["output"] = {"kernel": kernel / width, "bias": jnp.float32(0)}
         if shortcut is not None:
-            rule["shortcut"] = {"kernel": jnp.zeros(4).at[2].set(-shortcut)}
+            rule["shortcut"] = {
+                "kernel": jnp.zeros(4, jnp.float32).at[2].set(-shortcut)
+            }
         return rule
 
     def bind(rule: PyTree) -> optax.GradientTransformationExtraArgs:
@@ -175,10 +177,10 @@ def _average(g: Array, old: Moments) -> tuple[Moments, Array, Array]:
     """The new averages; [g, its averages] / u, [4, N]; and u, [N]."""
     decays = jnp.asarray(_DECAYS, g.dtype)[:, None]
     step = old.step + 1
-    mean = decays * old.mean + (1 - decays) * g
+    mean = decays * old.mean + (1 - decays) * g[None]
     square = _SQUARE_DECAY * old.square + (1 - _SQUARE_DECAY) * g**2
     # each is divided by the weights it has so far, as in Adam
     count = step.astype(g.dtype)
     unit = jnp.sqrt(square / (1 - _SQUARE_DECAY**count) + _EPS)
-    averages = jnp.vstack([g, mean / (1 - decays**count)]) / unit
+    averages = jnp.vstack([g[None], mean / (1 - decays**count)]) / unit[None]
     return Moments(step, mean, square), averages, unit

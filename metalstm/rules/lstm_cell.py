@@ -22,19 +22,17 @@ __all__ = ["init_lstm", "lstm_step", "tanh_sigmoid"]
 _FEW = 32
 
 
-def init_lstm(
-    key: Array, num_features: int, hidden_size: int, *, forget_bias: float = 1.0
-) -> dict[str, Array]:
+def init_lstm(key: Array, num_features: int, hidden_size: int) -> dict[str, Array]:
     """Draw a kernel [4 H, F + H] from a normal of variance 1 / (F + H), cut at 2 sd.
 
-    The bias [4 H] is zero but for the forget gate's, so that a fresh cell remembers.
+    The bias [4 H] is zero but for the forget gate's 1, so that a fresh cell remembers.
     """
     fan_in = num_features + hidden_size
     shape = (4 * hidden_size, fan_in)
     kernel = jax.random.truncated_normal(key, -2.0, 2.0, shape, jnp.float32)
     bias = jnp.zeros(4 * hidden_size, jnp.float32)
     forget = slice(hidden_size, 2 * hidden_size)
-    return {"kernel": kernel / fan_in**0.5, "bias": bias.at[forget].set(forget_bias)}
+    return {"kernel": kernel / fan_in**0.5, "bias": bias.at[forget].set(1.0)}
 
 
 @jax.custom_jvp
@@ -43,7 +41,7 @@ def lstm_step(
 ) -> tuple[Array, Array]:
     """Return the new (hidden, cell), [H, N] each.
 
-    Its derivative is written by hand below. JAX's own keeps fourteen arrays [H, N] of a
+    Its derivative is written by hand below. JAX's own keeps eleven arrays [H, N] of a
     step for the backward pass, and XLA:CPU computes the gates once for each of their
     uses; this keeps six (back-propagation through 12 updates of `lstm_gates` was 1.3
     times faster, and a meta-step of the published 1-shot recipe 1.2 times).

@@ -43,7 +43,7 @@ _TINY = 1e-30  # added to squares: a tensor whose gradient is zero does not move
 
 
 class MomentsState(NamedTuple):
-    """Four floats a parameter, each tree like the parameters, in float32."""
+    """Four numbers a parameter, float32, or float64 as it is; and the memory."""
 
     step: Array  # int32, updates done
     means: tuple[PyTree, PyTree, PyTree]  # with the decays 0.9, 0.99, 0.999
@@ -90,7 +90,9 @@ def tensor_rule(
     def bind(rule: PyTree) -> optax.GradientTransformationExtraArgs:
         def init_fn(params):
             def zeros():  # new arrays, so that the state can be donated
-                return jax.tree.map(lambda p: jnp.zeros(jnp.shape(p), _wide(p)), params)
+                return jax.tree.map(
+                    lambda p: jnp.zeros(jnp.shape(p), coordinate_dtype(p)), params
+                )
 
             square = zeros()
             memories = tuple(memory(z) for z in jax.tree.leaves(square))
@@ -187,10 +189,6 @@ def _orthogonalized(x: Array) -> Array:
 
 def rms(x: Array) -> Array:
     return jnp.sqrt(_mean(jnp.square(x)) + _TINY)
-
-
-def _wide(x) -> jnp.dtype:
-    return coordinate_dtype([x])
 
 
 def _mean(x: Array) -> Array:

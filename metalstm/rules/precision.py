@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import optax
 
 from metalstm.base import PyTree
+from metalstm.rules.flat import coordinate_dtype
 
 __all__ = ["FloatCopyState", "with_float_copy"]
 
@@ -34,7 +35,7 @@ def with_float_copy(
 
     def init_fn(params):
         # copies of float32 too: parameters and state may both be donated
-        copy = jax.tree.map(lambda p: jnp.array(p, _wide(p)), params)
+        copy = jax.tree.map(lambda p: jnp.array(p, coordinate_dtype(p)), params)
         return FloatCopyState(copy, tx.init(copy))
 
     def update_fn(updates, state, params=None, **extra):
@@ -42,7 +43,7 @@ def with_float_copy(
             raise ValueError(
                 "with_float_copy needs the parameters: tx.update(grads, state, params)"
             )
-        wide = jax.tree.map(lambda g: jnp.asarray(g, _wide(g)), updates)
+        wide = jax.tree.map(lambda g: jnp.asarray(g, coordinate_dtype(g)), updates)
         moves, inner = tx.update(wide, state.inner, state.copy, **extra)
         copy = optax.apply_updates(state.copy, moves)
         # in float32, so that optax.apply_updates rounds once, to the copy's nearest
@@ -50,7 +51,3 @@ def with_float_copy(
         return change, FloatCopyState(copy, inner)
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
-
-
-def _wide(x) -> jnp.dtype:
-    return jnp.result_type(jnp.float32, x)

@@ -43,9 +43,10 @@ def build_rule(spec: Mapping[str, Any]) -> UpdateRule:
     """Build a rule from JSON-like data.
 
     ``{"rule": "l2l", "hidden_size": 20}`` is ``l2l(hidden_size=20)``, and likewise for
-    lstm_gates, gradient_memory, two_layer and learned_sgd. ``{"rule": "chain", "parts":
-    [spec, ..]}`` is a chain; ``{"rule": "by_group", "labels": "conv_or_dense" or
-    "matrix_or_vector", "groups": {label: spec}}`` gives each group a rule.
+    all of `FACTORIES`. ``{"rule": "chain", "parts": [spec, ..]}`` is a chain, of which
+    a part may be a rule or an optax transform too; ``{"rule": "by_group", "labels":
+    "conv_or_dense" or "matrix_or_vector", "groups": {label: spec}}`` gives each group a
+    rule.
     ``{"rule": "mymodule:my_rule", ..}`` is a rule of one's own: an `UpdateRule` or an
     optax transform, or a function whose return annotation is one of these, in a module
     that is imported already. A spec may come from a file: it imports nothing, and calls
@@ -58,6 +59,8 @@ def build_rule(spec: Mapping[str, Any]) -> UpdateRule:
 
 
 def _build(spec: Any, depth: int) -> UpdateRule:
+    if isinstance(spec, UpdateRule | optax.GradientTransformation):
+        return as_rule(spec)  # a part of a chain that no file can hold, given again
     if not isinstance(spec, Mapping) or not isinstance(spec.get("rule"), str):
         raise ValueError(
             f"spec={_short(spec)}: give a dict with the rule's name, such as "

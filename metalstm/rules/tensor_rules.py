@@ -82,7 +82,10 @@ def moment_gates(
         bias = jnp.asarray(_start(), jnp.float32)
         return {
             "hidden": _dense(key, NUM_TENSOR, hidden_size),
-            "output": {"kernel": jnp.zeros((len(bias), hidden_size)), "bias": bias},
+            "output": {
+                "kernel": jnp.zeros((len(bias), hidden_size), jnp.float32),
+                "bias": bias,
+            },
             "step": {"kernel": _start_of_step()},
         }
 
@@ -101,12 +104,12 @@ def _start() -> list[float]:
 def _start_of_step() -> Array:
     """s ~ (size of the tensor)^0.25 (length of training)^-0.4 (what is left of it)."""
     slopes = {SIZE: 0.75, LENGTH: -1.2, LEFT: 3.0}
-    return jnp.array([slopes.get(k, 0.0) for k in range(NUM_TENSOR)])
+    return jnp.array([slopes.get(k, 0.0) for k in range(NUM_TENSOR)], jnp.float32)
 
 
 def _dense(key: Array, inputs: int, outputs: int) -> dict[str, Array]:
     kernel = jax.random.normal(key, (outputs, inputs), jnp.float32) / inputs**0.5
-    return {"kernel": kernel, "bias": jnp.zeros(outputs)}
+    return {"kernel": kernel, "bias": jnp.zeros(outputs, jnp.float32)}
 
 
 def _gated_move(
@@ -190,7 +193,7 @@ def moment_network(*, hidden_size: int = 8, orthogonal: bool = False) -> UpdateR
             "second": _dense(keys[1], hidden_size, hidden_size),
             "output": _dense(keys[2], hidden_size, 2),
             # a fresh rule goes along the fast average over u, as Adam does
-            "shortcut": {"kernel": jnp.zeros(10).at[5].set(1.0)},
+            "shortcut": {"kernel": jnp.zeros(10, jnp.float32).at[5].set(1.0)},
             "step": {"kernel": _start_of_step(), "bias": jnp.float32(_LOG_STEP)},
         }
 
@@ -250,9 +253,9 @@ def moment_lstm(*, hidden_size: int = 8, orthogonal: bool = False) -> UpdateRule
         kernel = jax.random.normal(keys[1], (hidden_size,), jnp.float32)
         return {
             "lstm": init_lstm(keys[0], 6, hidden_size),
-            "tensor": {"kernel": jnp.zeros((4 * hidden_size, NUM_TENSOR))},
+            "tensor": {"kernel": jnp.zeros((4 * hidden_size, NUM_TENSOR), jnp.float32)},
             "output": {"kernel": 0.1 * kernel / hidden_size**0.5},
-            "shortcut": {"kernel": jnp.zeros(4).at[1].set(1.0)},
+            "shortcut": {"kernel": jnp.zeros(4, jnp.float32).at[1].set(1.0)},
             "step": {"kernel": _start_of_step(), "bias": jnp.float32(_LOG_STEP)},
         }
 

@@ -106,6 +106,16 @@ def named_leaves(tree: Any, prefix: str = "params") -> dict[str, Any]:
     return {prefix + jax.tree_util.keystr(path): leaf for path, leaf in leaves}
 
 
+def differences(expected: Mapping[str, Any], given: Mapping[str, Any]) -> str:
+    """Say what arrays, by name, are in place of others; "" if all are the same."""
+    names = sorted(expected.keys() | given.keys())
+    return ", ".join(
+        f"{name} is {given.get(name, 'missing')} in place of "
+        f"{expected.get(name, 'nothing')}"
+        for name in [n for n in names if expected.get(n) != given.get(n)][:3]
+    )
+
+
 def as_json(name: str, value: Mapping[str, Any]) -> dict[str, Any]:
     """Return a mapping as JSON has it; raises ValueError when it is not JSON."""
     try:

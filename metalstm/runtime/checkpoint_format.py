@@ -38,7 +38,7 @@ def describe(
     """What orbax keeps as the metadata of a checkpoint."""
     document = {
         "format": FORMAT_VERSION,
-        "step": step,
+        "step": int(step),
         "score": None if score is None else float(score),
         "metadata": dict(metadata),
         "leaves": _signature(state),

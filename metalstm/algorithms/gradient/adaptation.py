@@ -33,6 +33,7 @@ from metalstm.batches import (
     only_present,
 )
 from metalstm.inner import Differentiation, InnerState, Trace, unroll
+from metalstm.nn.heads import output_shape
 
 __all__ = [
     "Adaptation",
@@ -199,7 +200,10 @@ def step_scale(
     def mean_step() -> Array:
         # one after another: no more memory than an inner loop
         logs, found = lax.map(log_best_step, jax.random.split(key, _NUM_DRAWS))
-        return jnp.exp(jnp.where(found, logs, 0).sum() / jnp.maximum(found.sum(), 1))
+        return jnp.exp(
+            jnp.where(found, logs, 0).sum()
+            / jnp.maximum(found.sum(dtype=logs.dtype), 1)
+        )
 
     return mean_step()
 
@@ -271,7 +275,8 @@ def query_outputs(
     if norm == "support" and adaptation.support_stats == "final":
         _, state = learner.apply(state, support.x, norm="gather")
     if norm == "support+1":
-        return _one_by_one(learner, state, support.x, query_x)
+        outputs = _one_by_one(learner, state, support.x, query_x)
+        return only_present(outputs, support)
     mode: Norm = "batch" if norm == "transductive" else "stored"
     outputs, _ = learner.apply(state, query_x, norm=mode)
     return only_present(outputs, support)
@@ -299,10 +304,7 @@ def gradient_scale(
     if scale == "1/batch":
         return 1 / (batch_size or num_examples(support.x))
     if scale == "way":
-        outputs, _ = jax.eval_shape(
-            lambda: learner.apply(state, first_example(support.x), norm="stored")
-        )
-        return float(outputs.shape[-1])
+        return float(output_shape(learner, state, first_example(support.x)).shape[-1])
     return float(scale)
 
 

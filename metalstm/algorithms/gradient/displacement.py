@@ -71,7 +71,8 @@ def reptile(
         inner loop's gradient at update t, instead of theta_0 - theta_T (the paper's
         figure 3). With SGD inside, all ones give (theta_0 - theta_T) / rate, and 1 for
         g_1 alone is the gradient of joint training on all tasks. May be traced.
-      options: further arguments of `learned_init`.
+      options: further arguments of `learned_init`; ``train_queries`` and
+        ``train_query_norm`` change nothing, as no query is learned from.
 
     Raises:
       ValueError: ``query_norm="frozen"``, since averages are not gathered here;

@@ -113,10 +113,10 @@ def learned_init(
       axis_name: a mesh axis whose devices share each task: see `metalstm.inner.unroll`.
 
     Raises:
-      ValueError: at construction for an argument outside its choices, for
-        ``truncate_every`` (the query loss would not depend on theta_0), or a rule that
-        cannot be differentiated at a zero gradient in second order (stock Adam); from
-        ``predict`` when the task's way is not the head's.
+      ValueError: at construction for an argument outside its choices or for
+        ``truncate_every`` (the query loss would not depend on theta_0); from ``init``
+        for a rule that cannot be differentiated at a zero gradient in second order
+        (stock Adam); from ``predict`` when the task's way is not the head's.
     """
     rule = as_rule(rule)
     calibrated_by = num_steps if gradient_scale == "calibrated" else None
@@ -138,7 +138,7 @@ def learned_init(
     check_choice("frozen_stats", frozen_stats, ("gathered", "kept"))
     check_choice("query_norm", query_norm, get_args(QueryNorm))
     check_choice("train_query_norm", train_query_norm, get_args(QueryNorm))
-    _check(adaptation, train_way, trainable)
+    _check(adaptation, train_way)
     test_steps = num_steps if num_test_steps is None else num_test_steps
     loss = functools.partial(
         _query_loss,
@@ -157,7 +157,11 @@ def learned_init(
         )
     return make_algorithm(
         init=functools.partial(
-            _init, adaptation, calibrated_by=calibrated_by, way=train_way
+            _init,
+            adaptation,
+            calibrated_by=calibrated_by,
+            way=train_way,
+            trainable=trainable,
         ),
         loss=loss,
         predict=functools.partial(
@@ -227,7 +231,7 @@ def with_gradient_of_init(
     )
 
 
-def _check(adaptation: Adaptation, train_way: int | None, trainable: bool) -> None:
+def _check(adaptation: Adaptation, train_way: int | None) -> None:
     check_choice("support_stats", adaptation.support_stats, ("final", "moving"))
     gradient_scale = adaptation.gradient_scale
     if isinstance(gradient_scale, str) and gradient_scale not in ("1/batch", "way"):
@@ -252,8 +256,6 @@ def _check(adaptation: Adaptation, train_way: int | None, trainable: bool) -> No
             "query loss after the last update, which would not depend on theta_0; "
             "omit it, or choose second_order(last=..)"
         )
-    if differentiation.order == "second" and trainable:
-        check_differentiable(adaptation.rule)
 
 
 def _init(
@@ -263,10 +265,13 @@ def _init(
     *,
     calibrated_by: int | None,
     way: int | None,
+    trainable: bool,
 ) -> MetaParams:
     learner_key, rule_key = jax.random.split(key)
     state = adaptation.learner.init(learner_key, first_example(episode.support.x))
     _check_other(state.other)
+    if trainable and adaptation.differentiation.order == "second":
+        check_differentiable(adaptation.rule, state.params)
     rule_params = adaptation.rule.init(rule_key, state.params)
     if calibrated_by is not None:
         scale = step_scale(adaptation.learner, learner_key, episode, way, calibrated_by)

@@ -81,7 +81,7 @@ def contrastive_loss(embedded: Array, labels: Array, margin: float) -> Array:
     Half the mean of D^2 over pairs of one class, and half the mean of
     max(0, margin - D)^2 over pairs of two: as if both kinds were drawn equally often.
     """
-    squared = jnp.maximum(squared_distances(embedded, embedded), 0)
+    squared = squared_distances(embedded, embedded)
     # the root of zero has no derivative
     distance = jnp.sqrt(squared + 1e-8)
     same, different = _pairs(labels)

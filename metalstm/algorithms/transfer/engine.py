@@ -169,7 +169,9 @@ def centroid_loss(features: Array, labels: Array, num_classes: int) -> Array:
     logits = jnp.where(counts > 0, _COSINE_SCALE * cosines, -jnp.inf)
     losses = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
     accompanied = counts[labels] > 1
-    return jnp.sum(losses, where=accompanied) / jnp.maximum(accompanied.sum(), 1)
+    return jnp.sum(losses, where=accompanied) / jnp.maximum(
+        accompanied.sum(dtype=u.dtype), 1
+    )
 
 
 def features_of(learner: Learner, state: LearnerState, x: Array) -> Array:

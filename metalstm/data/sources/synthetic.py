@@ -42,10 +42,6 @@ class SinusoidSpec:
                 raise ValueError(f"{name}={(low, high)}: give (low, high), low first")
 
     @property
-    def way(self) -> int:
-        return 1
-
-    @property
     def regression(self) -> bool:
         return True
 
