@@ -162,6 +162,11 @@ def test_accuracy_against_shots_and_ways(copy, capsys, monkeypatch):
     for axis in ("shot", "way"):
         picture = sweep / f"accuracy_vs_{axis}.png"
         assert picture.read_bytes()[:4] == b"\x89PNG"
+    # so would other parameters, whose points have the same names
+    with monkeypatch.context() as patch:
+        patch.setattr(shots_and_ways, "_digest", lambda params: "0123")
+        assert shots_and_ways.main(line) == 2
+    assert "began with other data" in capsys.readouterr().err
     # other settings would mix what is not comparable
     assert shots_and_ways.main([*line, "--seed", "1"]) == 2
     message = capsys.readouterr().err
@@ -175,7 +180,7 @@ def test_accuracy_against_shots_and_ways(copy, capsys, monkeypatch):
         ("nowhere", "not a run folder"),
         ("RUN --shots 0", "--shots 0: choose 1 or more"),
         ("RUN --ways 1", "--ways 1: choose 2 or more"),
-        ("RUN --algorithms maml", "the runs have meta-lstm, sgd"),
+        ("RUN --algorithms maml", "--algorithms maml: not known. Choose from meta-l"),
         ("--shots 1", "name at least one run folder"),
     ],
 )

@@ -129,9 +129,46 @@ def test_the_last_classes_are_those_of_the_pool():
     [
         ("--rules none", "--rules"),
         ("--init-rate 0", "--init-rate 0"),
+        ("--rules rates,nothing", "--rules"),
+        ("--init-rate 1 --first-step 1 0.1", "--first-step 1: choose a number below 1"),
+        ("--init-rate 1 --clip -1", "--clip -1"),
+        ("--init-rate 1 --rule-rate -1", "--rule-rate -1"),
         ("--init-rate 1e-3 --norm frozen", "--norm frozen"),
     ],
 )
 def test_what_cannot_be_is_refused(flags, message):
     with pytest.raises(ValueError, match=message):
         learned_rules.STUDY.parse(flags.split())
+
+
+def test_differences_do_not_depend_on_the_order_of_the_rules():
+    rng, keys = np.random.default_rng(0), [("rates", "first"), ("rates", "second")]
+    keys += [("hidden-4", "first"), ("hidden-4", "second"), ("start", "first")]
+    found = {key: rng.uniform(size=(2, 50)) for key in keys}
+    for some in (keys, keys[::-1]):
+        given = {key: found[key] for key in some}
+        row = learned_rules.row_of("hidden-4", "second", 1, given)
+        for other in (("start", "first"), ("rates", "second")):
+            mean = 100 * (found["hidden-4", "second"] - found[other]).mean()
+            np.testing.assert_allclose(row[f"to_{other[0]}"][0], mean)
+        row = learned_rules.row_of("hidden-4", "first", 1, given)
+        mean = 100 * (found["hidden-4", "first"] - found["rates", "first"]).mean()
+        np.testing.assert_allclose(row["to_rates"][0], mean)
+
+
+def test_a_start_that_is_another_function_is_refused(tmp_path, capsys):
+    spec, pool = data.EpisodeSpec(5, 1, 2), data.load_glyphs().train
+    body = metalstm.nn.conv4(None, 32, downsample="stride", norm="layer")
+    relu = metalstm.algorithms.maml(metalstm.nn.tied_head(body), train_way=5)
+    params = relu.init(jax.random.key(3), spec.sample(jax.random.key(0), pool))
+    file = metalstm.save(tmp_path / "relu.npz", relu, params, pool, spec)
+    line = [*QUICK, "--rules", "start", "--start", str(file)]
+    assert learned_rules.main([*line, "--workdir", str(tmp_path / "run")]) == 2
+    assert "final_relu=True, and this one has final_relu=F" in capsys.readouterr().err
+    assert not list((tmp_path / "run").glob("*.npz"))
+
+
+def test_fewer_classes_than_the_way_are_refused_before_the_first_cell(tmp_path, capsys):
+    line = [*QUICK, "--init-rate", "1e-3", "--left-out", "4", "--rules", "start"]
+    assert learned_rules.main([*line, "--workdir", str(tmp_path / "run")]) == 2
+    assert "--train-way 5: meta-training has 4 classes" in capsys.readouterr().err

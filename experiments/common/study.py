@@ -25,8 +25,13 @@ import optax
 import metalstm
 from experiments.common import cli, report
 from experiments.common.compiled_programs import keep_compiled_programs
-from experiments.common.run_folder import free_folder, locked, write_json
-from experiments.common.saved_options import to_json, value_of
+from experiments.common.run_folder import (
+    free_folder,
+    locked,
+    refuse_other_data,
+    write_json,
+)
+from experiments.common.saved_options import read_config, to_json, value_of
 from experiments.common.script_end import exit_status
 from experiments.common.tables import Table
 from metalstm import data
@@ -35,7 +40,8 @@ from metalstm.meta.evaluation import Evaluation
 from metalstm.runtime.files import atomic_write
 
 __all__ = [
-    "CharacterOptions", "Made", "Study", "StudyOptions", "kept", "meta_train", "tester",
+    "CharacterOptions", "Made", "Study", "StudyOptions", "kept", "meta_train",
+    "note_data", "tester",
 ]  # fmt: skip
 
 Kept = TypeVar("Kept", bound=Any)
@@ -104,6 +110,8 @@ class Study:
         said: dict[str, Any] = {"module": module, "description": self.about}
         default, preset = self.default, value_of("--preset", arguments)
         if preset is not None:
+            if not self.presets:
+                raise ValueError(f"--preset {preset}: this study has none; drop it")
             cli.check_names("--preset", [preset], self.presets)
             default = cli.parse(default, self.presets[preset].split(), **said)
         config = cli.parse(default, arguments, **said)
@@ -121,13 +129,39 @@ class Study:
             changeable = (*self.may_change, "preset", "workdir", "debug", "data_dir")
             keep_compiled_programs()
             with locked(folder, config, changeable):
-                write_json(folder / "config.json", {"config": to_json(config)})
+                kept_data = _data_of(folder)
+                write_json(
+                    folder / "config.json", {"config": to_json(config), **kept_data}
+                )
                 _write(folder, config, self.run(config, folder))
 
         def stopped() -> str:
             return f"stopped; to resume: the same with --workdir {folder}"
 
         return exit_status(body, arguments, stopped=stopped)
+
+
+def note_data(folder: Path, about: Mapping[str, Any]) -> None:
+    """Write into config.json what the kept results are of, before the first is used.
+
+    Args:
+      about: plain data, such as a checksum, by name.
+
+    Raises:
+      ConfigMismatch: the run in ``folder`` began with another.
+    """
+    refuse_other_data(folder, about)
+    document = read_config(folder)
+    noted = document.get("data", {}) | dict(about)
+    write_json(folder / "config.json", document | {"data": noted})
+
+
+def _data_of(folder: Path) -> dict[str, Any]:
+    """What `note_data` wrote before this run was stopped."""
+    if not (folder / "config.json").exists():
+        return {}
+    document = read_config(folder)
+    return {"data": document["data"]} if "data" in document else {}
 
 
 def kept(path: Path, kind: type[Kept], make: Callable[[], Kept]) -> Kept:

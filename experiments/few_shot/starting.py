@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -14,8 +15,17 @@ from experiments.common.saved_options import located, to_json
 from metalstm import nn
 from metalstm.base import LearnerState, PyTree
 
+_MODULES = {"conv4": nn.Conv4, "mlp": nn.MLP, "resnet12": nn.ResNet12}
 # of a network: what changes no function of trained arrays
-_FREE = {"num_classes", "zero_head", "initializer", "scale_init", "momentum", "learner"}
+_FREE = {
+    "num_classes", "zero_head", "initializer", "scale_init", "momentum", "learner",
+    "method", "name", "parent",
+}  # fmt: skip
+
+
+@dataclasses.dataclass
+class _Unknown:
+    """A network of a user's, whose options its record has."""
 
 
 class New(NamedTuple):
@@ -27,6 +37,7 @@ class New(NamedTuple):
     reads_averages: bool  # its batch norms use stored averages, and it gathers none
     is_trained: bool  # further
     data: Mapping[str, Any]  # of `Source.describe`
+    flag: str = "--init-from"  # that names the trained one
 
 
 def start_from(init_from: str, new: New) -> LearnerState:
@@ -44,7 +55,7 @@ def start_from(init_from: str, new: New) -> LearnerState:
         _check_averages(started.state, new)
         _check_rule(path, source, new)
     except (OSError, ValueError) as error:
-        raise ValueError(f"--init-from {init_from}: {error}") from error
+        raise ValueError(f"{new.flag} {init_from}: {error}") from error
     left = [*started.left]
     if _rule_of(new.params):
         left.append("its rule")
@@ -91,7 +102,7 @@ def _compare(source: metalstm.Predictor, new: New) -> None:
             raise ValueError(
                 f"its network was trained with {name}={then[name]}, and this one has "
                 f"{name}={now[name]}, which makes another function of the same arrays: "
-                f"give {_flag(name, then[name])}"
+                f"give {_flag(name, then[name])}, or start from one trained as it is"
             )
     normalised = [_listed(source.normalise), _listed(new.data["normalise"])]
     if normalised[0] != normalised[1]:
@@ -106,7 +117,15 @@ def _network(spec: Mapping[str, Any] | None) -> dict[str, Any]:
     network = (spec or {}).get("of", spec or {}).get("learner")
     while isinstance(network, Mapping) and "body" in network:
         network = network["body"]
-    return to_json(network) if isinstance(network, Mapping) else {}
+    if not isinstance(network, Mapping):
+        return {}
+    # a call of the constructor records the options that it was given
+    defaults = {
+        field.name: field.default
+        for field in dataclasses.fields(_MODULES.get(network.get("learner"), _Unknown))
+        if field.default is not dataclasses.MISSING
+    }
+    return to_json(defaults | dict(network))
 
 
 def _flag(name: str, value: Any) -> str:

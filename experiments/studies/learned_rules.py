@@ -16,7 +16,7 @@ it is unless --init-rate is above 0; with --left-out N meta-training uses the la
 classes alone, which the trained method must not have seen. Without --start theta_0 is
 drawn and meta-learned with the rule.
 
-    python -m experiments.studies.learned_rules --dataset mini-imagenet --data-dir DIR \
+    python -m experiments.studies.learned_rules --preset mini-imagenet --data-dir DIR \
         --start CLASSIFIER.npz --left-out 16
 
 Each cell is kept in --workdir, so that a stopped study resumes. It has not been run
@@ -27,23 +27,32 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import itertools
 import sys
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple
 
 import jax
+import msgspec
 import numpy as np
 import optax
 
 import metalstm
-from experiments.common.cli import Count, Natural
-from experiments.common.saved_options import located
-from experiments.common.study import Made, Study, StudyOptions, kept
+from experiments.common.cli import (
+    AT_LEAST_0,
+    Count,
+    Names,
+    Natural,
+    Positive,
+    check_names,
+)
+from experiments.common.study import Made, Study, StudyOptions, kept, note_data
 from experiments.common.tables import Table
+from experiments.few_shot.starting import New, start_from
 from metalstm import algorithms, data, nn
-from metalstm.base import Learner, MetaAlgorithm, QueryNorm
-from metalstm.checks import check_choice
+from metalstm.base import Learner, LearnerState, MetaAlgorithm, QueryNorm
+from metalstm.records import to_spec
 from metalstm.rules import lstm_gates, two_layer
 from metalstm.statistics import mean_and_ci95
 
@@ -77,6 +86,9 @@ PRESETS = {
 }
 
 
+Rate = Annotated[float, msgspec.Meta(gt=0, lt=1)]  # of a gate, without its ends
+
+
 class Config(StudyOptions, frozen=True, kw_only=True):
     dataset: Literal["glyphs", "omniglot", "mini-imagenet"] = "glyphs"
     """glyphs needs no download; omniglot on held-out alphabets."""
@@ -86,7 +98,7 @@ class Config(StudyOptions, frozen=True, kw_only=True):
     """theta_0: a trained method's, a name of the package or a file; default: drawn."""
     left_out: Natural = 0
     """Meta-train on the last N training classes alone; 0: on all."""
-    rules: tuple[str, ...] = (
+    rules: Names = (
         "start", "rates", "features", "hidden-4", "hidden-20", "two-layer",
     )  # fmt: skip
     orders: tuple[Literal["first", "second"], ...] = ("first",)
@@ -95,7 +107,7 @@ class Config(StudyOptions, frozen=True, kw_only=True):
     """Batch norm, in meta-training and test."""
     steps: Count = 2
     """Inner updates."""
-    first_step: tuple[float, float] = (0.38, 0.01)
+    first_step: tuple[Rate, Rate] = (0.38, 0.01)
     """Where the step sizes start: of the head, of the body."""
     train_way: Count = 20
     train_queries: Count = 5
@@ -103,11 +115,11 @@ class Config(StudyOptions, frozen=True, kw_only=True):
     """Crops and flips, or rotated characters as classes."""
     meta_steps: Count = 400
     """Of one task."""
-    rule_rate: float = 1e-3
+    rule_rate: Annotated[float, AT_LEAST_0] = 1e-3
     """Adam's for the rule."""
-    init_rate: float = 0.0
+    init_rate: Annotated[float, AT_LEAST_0] = 0.0
     """Adam's for theta_0; 0: it stays as it is."""
-    clip: float = 0.25
+    clip: Positive = 0.25
     """Norm of a meta-gradient, of the rule's part and of theta_0's."""
     seeds: Count = 3
     split: Literal["validation", "test"] = "test"
@@ -119,8 +131,9 @@ class Tested(NamedTuple):
 
 
 def check(config: Config) -> None:
-    for name in config.rules:
-        check_choice("--rules", name, RULES)
+    check_names("--rules", config.rules, RULES)
+    if not config.rules:
+        raise ValueError(f"--rules is empty: choose from {', '.join(RULES)}")
     if config.start is None and not config.init_rate:
         raise ValueError(
             "--init-rate 0 with a drawn theta_0 learns nothing: give --start, a "
@@ -248,30 +261,33 @@ class Cell:
 def run(config: Config, folder: Path) -> Made:
     """Meta-train and test what ``folder`` does not have yet."""
     dataset = load(config)
+    note_data(folder, {"checksum": dataset.checksum})
     pool = last_classes(dataset.train, config.left_out)
-    start = None
-    if config.start is not None:
-        start = metalstm.load(located(config.start)).params.learner
+    if pool.num_classes < config.train_way:
+        raise ValueError(
+            f"--train-way {config.train_way}: meta-training has {pool.num_classes} "
+            "classes: choose so many at most, or --left-out more"
+        )
+    start = trained(config, dataset)
     seeds = range(config.seed, config.seed + config.seeds)
     rows: list[dict[str, Any]] = []
     for shot in config.shots:
         found: dict[tuple[str, str], np.ndarray] = {}
-        for order in config.orders:
-            for rule in config.rules:
-                if rule == "start" and not config.init_rate and found:
-                    continue  # nothing is learned, in either order
-                cell = Cell(rule, order, shot, config, dataset)
-                accuracies = []
-                # what learns nothing from a given start is the same for every seed
-                once = start is not None and not learns(rule, config)
-                for seed in seeds[:1] if once else seeds:
-                    name = f"{rule} {order}-order {shot}-shot {seed}"
-                    make = functools.partial(cell, seed, start, pool)
-                    one = kept(folder / f"{name}.npz", Tested, make).accuracies
-                    print(f"{name}: {100 * one.mean():.2f}", flush=True)
-                    accuracies.append(one)
-                found[rule, order] = np.stack(accuracies)
-                rows.append(_row(rule, order, shot, found))
+        for order, rule in itertools.product(config.orders, config.rules):
+            if rule == "start" and not config.init_rate and order != config.orders[0]:
+                continue  # nothing is learned, in either order
+            cell = Cell(rule, order, shot, config, dataset)
+            accuracies = []
+            # what learns nothing from a given start is the same for every seed
+            once = start is not None and not learns(rule, config)
+            for seed in seeds[:1] if once else seeds:
+                name = f"{rule} {order}-order {shot}-shot {seed}"
+                make = functools.partial(cell, seed, start, pool)
+                one = kept(folder / f"{name}.npz", Tested, make).accuracies
+                print(f"{name}: {100 * one.mean():.2f}", flush=True)
+                accuracies.append(one)
+            found[rule, order] = np.stack(accuracies)
+        rows += [row_of(rule, order, shot, found) for rule, order in found]
     note = (
         f"{config.meta_steps:,} meta-steps, {config.test_episodes:,} {config.split} "
         "episodes, the same for all; accuracy: of all seeds together, spread: their "
@@ -280,6 +296,28 @@ def run(config: Config, folder: Path) -> Made:
     table = Table.of("", COLUMNS, rows, notes=[note])
     about = {"rows": rows, "name": dataset.name, "checksum": dataset.checksum}
     return Made([table], about, {})
+
+
+def trained(config: Config, dataset: data.Dataset) -> LearnerState | None:
+    """theta_0 of ``--start``, if it is the same function here.
+
+    Raises:
+      ValueError: its network, the images or their normalisation differ.
+    """
+    if config.start is None:
+        return None
+    algorithm = algorithm_of("start", "first", config)
+    episode = data.EpisodeSpec(5, 1, 1).sample(jax.random.key(0), dataset.train)
+    new = New(
+        name="every rule",
+        spec=to_spec(algorithm)[0],
+        params=algorithm.init(jax.random.key(0), episode),
+        reads_averages=config.norm == "frozen",
+        is_trained=True,
+        data={"image_shape": dataset.image_shape, "normalise": None},
+        flag="--start",
+    )
+    return start_from(str(config.start), new)
 
 
 def last_classes(pool: data.ClassPool, number: int) -> data.ClassPool:
@@ -295,7 +333,7 @@ def last_classes(pool: data.ClassPool, number: int) -> data.ClassPool:
     )
 
 
-def _row(
+def row_of(
     rule: str, order: str, shot: int, found: Mapping[tuple[str, str], np.ndarray]
 ) -> dict[str, Any]:
     """Of one cell: accuracies [seeds, episodes], against the start's and the rates'."""
@@ -310,8 +348,9 @@ def _row(
         "highest": of_seeds.max(),
     }
     for other in ("start", "rates"):
-        reference = next((v for (name, _), v in found.items() if name == other), None)
-        reference = found.get((other, order), reference)
+        reference = found.get((other, order))
+        if other == "start" and reference is None:  # it learns nothing in any order
+            reference = next((found[key] for key in found if key[0] == other), None)
         if rule not in ("start", other) and reference is not None:
             gain = 100 * (accuracies.mean(0) - reference.mean(0))
             row[f"to_{other}"] = mean_and_ci95(gain)

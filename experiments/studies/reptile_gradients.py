@@ -197,6 +197,7 @@ def run(config: Config, folder: Path) -> study.Made:
     """Study what ``folder`` does not have yet."""
     trainer, found = Trainer(config), {}
     names, dataset = combinations(config.inner_batches), trainer.dataset
+    study.note_data(folder, {"checksum": dataset.checksum})
     print(
         f"{dataset.name}, {config.way}-way {config.shot}-shot, "
         f"{config.meta_steps:,} meta-steps of one task, {len(names)} combinations at "

@@ -11,9 +11,10 @@ On a CPU core some seconds a method and point. Expected: all methods gain from s
 and those that compare with class means lose least with the ways.
 docs/results/omniglot.md has a figure.
 
-Each point is kept, so that the same command with the same --workdir resumes. A head
-that fixes the number of classes is omitted at other ways, and a point for which a class
-has too few images, or the test too few classes, is omitted for all; both are said.
+Each point is kept, so that the same command with the same --workdir resumes, and one
+with more runs or points adds them. A head that fixes the number of classes is omitted
+at other ways, and a point for which a class has too few images, or the test too few
+classes, is omitted for all; both are said.
 """
 
 from __future__ import annotations
@@ -28,8 +29,8 @@ import numpy as np
 import tyro
 
 import metalstm
-from experiments.common.cli import Count, Names, Pair, replace
-from experiments.common.study import Made, Study, StudyOptions, kept
+from experiments.common.cli import Count, Names, Pair, check_names, replace
+from experiments.common.study import Made, Study, StudyOptions, kept, note_data
 from experiments.common.tables import Table
 from experiments.few_shot import saved_runs
 from experiments.few_shot.data import Source, load_source
@@ -38,6 +39,7 @@ from experiments.few_shot.results import REFERENCE
 from experiments.few_shot.test import load_saved, modes, spec_for_test
 from metalstm import data, plots
 from metalstm.data import EpisodeSpec
+from metalstm.runtime.array_files import digest_of, named_leaves
 from metalstm.specs import build_algorithm, fixed_way
 from metalstm.statistics import mean_and_ci95
 
@@ -81,7 +83,8 @@ class Tested(NamedTuple):
 def check(config: Config) -> None:
     if not config.runs:
         raise ValueError("name at least one run folder")
-    _methods(config)
+    names = saved_runs.names_in(saved_runs.read_runs(config.runs))
+    check_names("--algorithms", config.algorithms, names)
 
 
 def _methods(config: Config) -> list[saved_runs.SavedMethod]:
@@ -101,6 +104,12 @@ def run(config: Config, folder: Path) -> Made:
     queries = config.queries or first.queries
     by_shot = [Point(at_way, shot) for shot in sorted(set(config.shots))]
     by_way = [Point(way, at_shot) for way in sorted(set(config.ways))]
+    params = {one.label: load_saved(one, source)[0] for one in methods}
+    note_data(
+        folder,
+        {"checksum": source.dataset.checksum, "queries": queries}
+        | {f"parameters of {label}": _digest(one) for label, one in params.items()},
+    )
     rows: list[dict[str, Any]] = []
     for point in dict.fromkeys([*by_shot, *by_way]):
         spec = _episodes(source, point, queries)
@@ -120,7 +129,7 @@ def run(config: Config, folder: Path) -> Made:
             def test(method=method, mode=mode, spec=spec) -> Tested:
                 evaluation = metalstm.evaluate(
                     build_algorithm(spec_for_test(method.spec, mode)),
-                    load_saved(method, source)[0],
+                    params[method.label],
                     source.dataset.test,
                     spec,
                     num_episodes=config.test_episodes,
@@ -145,6 +154,11 @@ def run(config: Config, folder: Path) -> Made:
         if chosen:
             figures[f"accuracy_vs_{axis}.png"] = _figure(axis, points, chosen)
     return Made([_table(rows)], {"points": rows}, figures)
+
+
+def _digest(params: Any) -> str:
+    arrays = {name: np.asarray(leaf) for name, leaf in named_leaves(params).items()}
+    return digest_of({}, arrays)[:16]
 
 
 def _episodes(source: Source, point: Point, queries: int) -> EpisodeSpec | str:
@@ -193,7 +207,15 @@ STUDY = Study(
     run,
     __doc__,
     check=check,
-    may_change=("algorithms", "shots", "ways", "at_way", "at_shot", "test_batch"),
+    may_change=(
+        "runs",
+        "algorithms",
+        "shots",
+        "ways",
+        "at_way",
+        "at_shot",
+        "test_batch",
+    ),
 )
 main = STUDY.main
 
