@@ -39,6 +39,36 @@ def test_evaluate_again_at_another_shot(copy, capsys):
     assert "choose --way 3, or train with --tied-head" in capsys.readouterr().err
 
 
+def test_another_test_leaves_the_results_of_the_first(copy, tmp_path):
+    line = ["--evaluate", str(copy), "--workdir", str(tmp_path / "out"), "--algorithms"]
+    assert few_shot.main([*line, "nearest-neighbour", "--test-episodes", "5"]) == 0
+    assert few_shot.main([*line, "nearest-neighbour", "--test-episodes", "6"]) == 0
+    assert few_shot.main([*line, "sgd", "--test-episodes", "5"]) == 0
+    out = tmp_path / "out"
+    rows = [read(out / f"evaluation-3w1s-0{n}.json")[0] for n in ("", "-2", "-3")]
+    found = [(row["name"], row["episodes"]) for row in rows]
+    assert found == [("nearest-neighbour", 5), ("nearest-neighbour", 6), ("sgd", 5)]
+    # the same again takes its own place
+    assert few_shot.main([*line, "nearest-neighbour", "--test-episodes", "6"]) == 0
+    assert len(list(out.glob("*.npz"))) == 3
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ("--seed 3", "--test-seed"),
+        ("--seeds 3", "--seeds: --evaluate tests runs that are finished"),
+        ("--tensorboard", "--tensorboard"),
+        ("--algorithms nearest-neighbour,maml", "--algorithms maml: not known"),
+        ("--algorithms nearest-neighbour --num-test-steps 7", "make no updates"),
+    ],
+)
+def test_an_evaluation_ignores_no_flag(copy, flags, message, capsys):
+    assert few_shot.main(["--evaluate", str(copy), *flags.split()]) == 2
+    assert message in capsys.readouterr().err
+    assert not list(copy.glob("evaluation-*"))
+
+
 def test_runs_of_several_folders_become_one_table(finished, tmp_path, capsys):
     folders = [tmp_path / "a" / "run", tmp_path / "b" / "run"]
     for folder in folders:
@@ -79,7 +109,10 @@ def test_runs_that_make_no_common_table_are_refused(finished, copy, capsys):
     assert few_shot.main(["--evaluate", str(copy), str(copy)]) == 2
     assert "twice" in capsys.readouterr().err
     assert few_shot.main(["--evaluate", str(copy), "--algorithms", "maml"]) == 2
-    assert "the runs have meta-lstm, sgd" in capsys.readouterr().err
+    assert (
+        "--algorithms maml: not known. Choose from meta-lstm, sgd"
+        in capsys.readouterr().err
+    )
     saved = read(copy / "config.json")
     other = saved | {"data": saved["data"] | {"image_shape": [8, 8, 1]}}
     write_json(copy / "config.json", other)

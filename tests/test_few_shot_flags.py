@@ -301,6 +301,18 @@ MISTAKES = [
     ("--algorithms maml,maml", "names maml twice"),
     ("--algorithms ,", "--algorithms is empty"),
     ("--algorithms sgd", "add one of meta-lstm, fo-meta-lstm, maml"),
+    (
+        "--algorithms reptile --theta-learning-rate 0",
+        "reptile moves theta_0 by --outer",
+    ),
+    (
+        "--algorithms maml,sgd --learner mlp --sgd.widths 8",
+        "sgd adapts the network of m",
+    ),
+    (
+        "--algorithms scratch,maml --scratch.init-from no",
+        "scratch starts from nothing t",
+    ),
     ("--preset rawi-5shot", "did you mean ravi-5shot"),
     ("--preset demo --resume x", "drop --preset"),
     ("--wey 5", "--wey: did you mean way?"),

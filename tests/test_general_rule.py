@@ -18,6 +18,7 @@ from experiments.learned_optimizer import (
     general_validation,
     meta_tasks,
 )
+from experiments.learned_optimizer.told import without_length
 from metalstm import rules
 from metalstm.learned_optimizers import problems
 from metalstm.runtime import checkpoints
@@ -186,9 +187,7 @@ def test_a_rule_without_the_length_is_told_its_progress():
     theta = {"w": jax.numpy.ones(3)}
     moves = {}
     for hidden in (False, True):
-        bound = (general_validation.without_length(rule) if hidden else rule).bind(
-            params
-        )
+        bound = (without_length(rule) if hidden else rule).bind(params)
         for steps in (100, 2_000):
             tx = rules.with_progress(bound, steps)
             moves[hidden, steps] = tx.update(theta, tx.init(theta), theta)[0]["w"][0]

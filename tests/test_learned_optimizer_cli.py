@@ -22,6 +22,7 @@ from experiments.learned_optimizer import (
     __main__ as learned_optimizer,
 )
 from experiments.learned_optimizer import (
+    held_out_cells,
     measuring,
     options,
     problems,
@@ -431,9 +432,42 @@ def test_a_mistake_is_one_line_with_its_remedy(line, message, capsys, monkeypatc
     assert not list(Path().rglob("config.json")), "nothing was written"
 
 
-def test_a_rule_of_the_package_needs_no_path():
+def test_a_rule_of_the_package_needs_no_path(tmp_path):
     config = parse(["--rules", "mine=gates-v1", "--study", "none"])
-    assert config.rules == ("mine=gates-v1",)
+    (rule,) = measuring.saved_rules(config, tmp_path)
+    assert (rule.name, rule.told) == ("mine", True)
+
+
+@pytest.mark.parametrize(
+    "flags", ["--meta-steps 7", "--l2l.hidden-size 9", "--seed 4", "--workdir other"]
+)
+def test_an_evaluation_refuses_what_would_change_the_meta_training(
+    finished, flags, capsys
+):
+    before = {path: path.read_bytes() for path in finished.rglob("*.*")}
+    line = ["--evaluate", str(finished), "--study", "comparison", *flags.split()]
+    assert learned_optimizer.main(line) == 2
+    assert "--evaluate" in capsys.readouterr().err
+    assert {path: path.read_bytes() for path in before} == before
+
+
+def test_what_was_hidden_from_a_rule_stays_hidden(tmp_path):
+    made = rules.moment_gates(hidden_size=2)
+    weights, theta = made.init(jax.random.key(0), {}), {"w": jnp.ones(3)}
+    spec, moves = {"rule": "moment_gates", "hidden_size": 2}, {}
+    for name, trained in (
+        ("all", {"tell_progress": 1.0}),
+        ("length", {"tell_progress": 1.0, "tell_length": False}),
+        ("progress", {"tell_progress": 0.0}),
+    ):
+        path = tmp_path / f"{name}.npz"
+        rules.save_rule(path, spec, weights, info={"config": trained})
+        for steps in (100, 2_000):
+            tx = held_out_cells.gate_rule(path).make(1.0, steps)
+            moves[name, steps] = tx.update(theta, tx.init(theta), theta)[0]["w"][0]
+    assert moves["all", 100] != moves["all", 2_000]
+    assert moves["length", 100] == moves["length", 2_000]
+    assert moves["progress", 100] == moves["progress", 2_000]
 
 
 def test_a_flag_that_another_rule_or_problem_has_is_not_known(capsys):

@@ -12,6 +12,7 @@ from experiments.few_shot.methods import (
     METHODS,
     init_source,
     is_inner_loop,
+    moves_theta,
 )
 from experiments.few_shot.options import Data, Options, Training
 
@@ -38,12 +39,15 @@ def check(options: Options) -> None:
             "--no-learn-init learns no theta_0 for the hand-made rules: drop "
             f"{', '.join(tuned)}, or choose scratch"
         )
-    starts = options.methods[names[0]].training.init_from
-    if starts is not None and all(METHODS[name].family == BASELINE for name in names):
-        raise ValueError(
-            f"--init-from {starts}: {', '.join(names)} start from nothing that was "
-            "trained; drop it, or add a method that does"
-        )
+    starts = {name: own.training.init_from for name, own in options.methods.items()}
+    baselines = [name for name in names if METHODS[name].family == BASELINE]
+    of_others = [starts[name] for name in names if name not in baselines]
+    for name in baselines:
+        if starts[name] not in (None, *of_others):
+            raise ValueError(
+                f"--init-from {starts[name]}: {name} starts from nothing that was "
+                "trained; drop it, or add a method that does"
+            )
     for own in options.methods.values():
         _check_no_episodes(own.training, run.seeds)
         _check_method(own, options.data)
@@ -71,6 +75,11 @@ def _check_method(options: Any, data: Data) -> None:
         )
     chunk = training.accumulate_tasks or 1
     cli.check_multiple("--meta-batch", training.meta_batch, "--accumulate-tasks", chunk)
+    if training.theta_learning_rate is not None and moves_theta(own):
+        raise ValueError(
+            f"--theta-learning-rate {training.theta_learning_rate:g}: reptile moves "
+            "theta_0 by --outer-step; drop it"
+        )
     for name, kept in (("frozen_stats", "kept"), ("train_learner", False)):
         if getattr(own, name, None) == kept and training.init_from is None:
             flag = "--frozen-stats kept" if kept else "--no-train-learner"

@@ -117,6 +117,15 @@ def _parse_evaluation(flags: Sequence[Flag]) -> Options:
     in_runs = tuple(dict.fromkeys(n for run in runs for n in run.methods))
     first = Run(algorithms=in_runs, seed=runs[0].run.seed)
     common, rest = _common(Common(runs[0].data, runs[0].test, first), flags)
+    for given in flags:
+        if given.name in ("seed", "seeds", "tensorboard"):
+            remedy = "--test-seed draws other episodes" if given.name == "seed" else ""
+            raise ValueError(
+                f"{given}: --evaluate tests runs that are finished; drop it"
+                + f" ({remedy})" * bool(remedy)
+            )
+    if common.run.algorithms != tuple(METHODS):  # not all
+        cli.check_names("--algorithms", common.run.algorithms, in_runs)
     retest = flags_of(Retest)
     for given in rest:
         if given.method is not None or given.name not in retest:
@@ -192,6 +201,9 @@ def _method(
     of_each = recipe.of(sources[0], METHODS[sources[0]].family)
     if len(sources) == 2:
         of_learner = set().union(*map(flags_of, LEARNERS.values()))
+        for f in given:
+            if f.method == name and f.name in of_learner | {"learner"}:
+                raise ValueError(f"{f}: {name} adapts the network of {source}; drop it")
         own = recipe.of(name, family).items()
         of_each |= {n: value for n, value in own if n not in of_learner}
     networks = [f.words[-1] for f in given if f.name == "learner"]

@@ -178,6 +178,11 @@ def init_source(methods: Sequence[str]) -> str | None:
     return next((name for name in methods if METHODS[name].learns_init), None)
 
 
+def moves_theta(method: Any) -> bool:
+    """Whether theta_0 goes a share of the way to theta_T, as in reptile."""
+    return "reptile" in (method.constructor, getattr(method, "of", None))
+
+
 def is_inner_loop(method: Any) -> bool:
     """Whether these are options of a method that adapts its learner by updates."""
     return hasattr(method, "num_test_steps")

@@ -8,14 +8,14 @@ from typing import Any
 import jax
 import optax
 
+from experiments.few_shot.methods import moves_theta
 from experiments.few_shot.options import Training
 from metalstm.base import MetaParams, PyTree
 
 
 def make_optimizer(method: Any, training: Training) -> optax.GradientTransformation:
     """Adam, clipped; for reptile SGD, whose step is the outer one."""
-    moves = "reptile" in (method.constructor, getattr(method, "of", None))
-    if moves:
+    if moves_theta(method):
         return optax.sgd(_schedule(method.outer_step, training))
     adam = optax.adam(_schedule(training.learning_rate, training))
     if training.theta_learning_rate is not None:

@@ -122,7 +122,9 @@ def _network(spec: Mapping[str, Any] | None) -> dict[str, Any]:
     # a call of the constructor records the options that it was given
     defaults = {
         field.name: field.default
-        for field in dataclasses.fields(_MODULES.get(network.get("learner"), _Unknown))
+        for field in dataclasses.fields(
+            _MODULES.get(str(network.get("learner")), _Unknown)
+        )
         if field.default is not dataclasses.MISSING
     }
     return to_json(defaults | dict(network))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -15,6 +16,7 @@ import metalstm
 from experiments.common import report
 from experiments.common.devices import describe
 from experiments.common.run_folder import write_json
+from experiments.common.saved_options import read_json
 from experiments.common.tables import Table
 from experiments.few_shot import results
 from experiments.few_shot.data import Source, load_source
@@ -169,6 +171,10 @@ def evaluate_again(options: Options) -> Table:
     anew = options.retest
     runs = read_runs(folders)
     wanted = choose_methods(runs, options.run.algorithms)
+    steps = anew.num_test_steps
+    if steps and not any("num_test_steps" in _adapting(one.spec) for one in wanted):
+        names = ", ".join(one.label for one in wanted)
+        raise ValueError(f"--num-test-steps {steps}: {names} make no updates; drop it")
     for method in wanted:
         fixed = fixed_way(method.spec)
         if fixed not in (None, data.way):
@@ -203,20 +209,35 @@ def evaluate_again(options: Options) -> Table:
         (path for path in folders if path.is_dir()), Path("runs") / "few_shot"
     )
     folder.mkdir(parents=True, exist_ok=True)
-    stem = _stem(folders, options)
     which = {
         "seed": test.test_seed,
         "episodes": test.test_episodes,
         "way": data.way,
         "shot": data.shot,
+        "queries": data.queries,
         "num_test_steps": anew.num_test_steps,
         "evaluated": [path.name for path in folders],
     }
-    write_json(folder / f"{stem}.json", [row.record() | which for row in rows])
+    records = [row.record() | which for row in rows]
+    stem = _free(folder, _stem(folders, options), records)
+    write_json(folder / f"{stem}.json", records)
     _save_accuracies(folder / f"{stem}.npz", tested)
     files = [f"{stem}.json", *table.write(folder, stem)]
     print(f"{', '.join(files)} in {folder}", flush=True)
     return table
+
+
+def _free(folder: Path, stem: str, records: Sequence[Mapping[str, Any]]) -> str:
+    """The stem, or the first with a number that no other test has."""
+    same = ("name", "seed", "episodes", "queries", "evaluated")
+    of = lambda rows: [{key: row.get(key) for key in same} for row in rows]  # noqa: E731
+    for count in itertools.count(1):
+        name = stem if count == 1 else f"{stem}-{count}"
+        path = folder / f"{name}.json"
+        remedy = "remove it, or give another --workdir"
+        if not path.exists() or of(read_json(path, list[Any], remedy)) == of(records):
+            return name
+    raise AssertionError
 
 
 def _stem(folders: Sequence[Path], options: Options) -> str:
@@ -239,7 +260,7 @@ def _test_again(
     anew = options.retest
     mesh = sharding.task_mesh(num_devices=options.devices.devices)
     for method in wanted:
-        params, message = load_saved(method, source)
+        params, message = load_saved(method, source.dataset.image_shape)
         if message:
             print(f"note: {message}")
         learned = count_parameters(params, method.spec)
@@ -265,12 +286,14 @@ def _test_again(
             )
 
 
-def load_saved(method: SavedMethod, source: Source) -> tuple[PyTree, str | None]:
+def load_saved(
+    method: SavedMethod, image_shape: Sequence[int]
+) -> tuple[PyTree, str | None]:
     """The best parameters of a saved method, and what had to be skipped."""
     if method.folder.suffix == ".npz":
         return metalstm.load(method.folder).params, None
-    shape = source.dataset.image_shape
-    return load_params(method.folder / checkpoint_of(method.name), method.spec, shape)
+    checkpoint = method.folder / checkpoint_of(method.name)
+    return load_params(checkpoint, method.spec, image_shape)
 
 
 def _without_mode(one: Tested) -> str:
@@ -282,12 +305,17 @@ def spec_for_test(
 ) -> Spec:
     """The spec for a test in a batch-norm mode, by so many updates if given."""
     spec = copy.deepcopy(spec)
-    adapting = spec.get("of", spec)
+    adapting = _adapting(spec)
     given = {"query_norm": mode, "num_test_steps": num_test_steps}
     for name, value in given.items():
         if value is not None and name in adapting:
             adapting[name] = value
     return spec
+
+
+def _adapting(spec: Spec) -> dict[str, Any]:
+    """The part of a spec that says how a task is adapted to."""
+    return spec.get("of", spec)
 
 
 def modes(method: SavedMethod, query_norm: str | None) -> list[str | None]:

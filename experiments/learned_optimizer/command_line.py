@@ -13,6 +13,7 @@ from experiments.common.dotted import import_object
 from experiments.common.saved_options import (
     from_json,
     read_config,
+    to_json,
     value_of,
     values_of,
 )
@@ -52,8 +53,11 @@ def parse(arguments: list[str]) -> Config:
       ValueError: an unknown preset, or options that cannot work together.
       FileNotFoundError: --resume or --evaluate names no run folder.
     """
-    config = _read(arguments, _default(arguments))
+    default = _default(arguments)
+    config = _read(arguments, default)
     check(config)
+    if config.run.evaluate is not None:
+        _check_evaluation(config, default)
     return config
 
 
@@ -120,7 +124,13 @@ def may_change(config: Config) -> tuple[str, ...]:
 def rule_files(config: Config) -> dict[str, Path | None]:
     """What ``--rules`` names, with the FILE of a NAME=FILE."""
     pairs = (name.partition("=") for name in config.rules)
-    return {name: Path(path) if equals else None for name, equals, path in pairs}
+    return {name: _rule_file(path) if equals else None for name, equals, path in pairs}
+
+
+def _rule_file(path: str) -> Path:
+    """A file, or that of a rule of the package."""
+    shipped = _SHIPPED / f"{path}.npz"
+    return shipped if shipped.exists() and not Path(path).exists() else Path(path)
 
 
 class Stage(NamedTuple):
@@ -193,6 +203,22 @@ def check(config: Config) -> None:
         raise ValueError("--evaluate runs in one process: drop --distributed")
 
 
+def _check_evaluation(config: Config, saved: Config) -> None:
+    """Refuse flags that would change the meta-training, which is over."""
+    if config.run.workdir is not None:
+        raise ValueError("--evaluate writes into the run's folder; drop --workdir")
+    groups = "rule", "around", "training", "budget", "run"
+    pairs = [tuple(to_json(getattr(c, g)) for c in (config, saved)) for g in groups]
+    own = {"evaluate", "quadratics_run", "debug"}
+    for now, then in pairs:
+        for name in now.keys() - own:
+            if now[name] != then.get(name):
+                raise ValueError(
+                    f"--{name.replace('_', '-')}: --evaluate tests rules as they were "
+                    "meta-trained; drop it"
+                )
+
+
 def _check_multiples(config: Config) -> None:
     budget, training, test = config.budget, config.training, config.test
     unroll = "--unroll-steps", training.unroll_steps
@@ -225,7 +251,7 @@ def _check_names(config: Config) -> None:
     for name, path in trained.items():
         if name in BASELINES:
             raise ValueError(f"--rules {name}=FILE: a baseline has that name")
-        if not path.exists() and str(path) not in shipped:
+        if not path.exists():
             raise FileNotFoundError(
                 f"--rules {name}={path}: there is no such file; a run writes its rules "
                 f"to RUN/rules/NAME.npz, and the package has {', '.join(shipped)}"

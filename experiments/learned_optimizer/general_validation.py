@@ -32,6 +32,7 @@ from experiments.learned_optimizer.meta_tasks import (
     training_tasks,
     validation_tasks,
 )
+from experiments.learned_optimizer.told import without_length
 from metalstm import plots, rules
 from metalstm.base import PyTree, UpdateRule
 from metalstm.learned_optimizers import make_loss_curves, sweep
@@ -62,20 +63,6 @@ def spec_of(config: Config) -> dict[str, Any]:
     spec = {"rule": config.rule, "hidden_size": config.hidden_size}
     spec |= {"orthogonal": True} if config.orthogonal else {}
     return spec | ({} if config.normalise else {"normalise": False})
-
-
-def without_length(rule: UpdateRule) -> UpdateRule:
-    """Hide the length of training from the rule, not its progress."""
-
-    def bind(params: PyTree) -> optax.GradientTransformationExtraArgs:
-        tx = rule.bind(params)
-
-        def update(grads, state, params=None, **extra):
-            return tx.update(grads, state, params, **extra | {"num_steps": 0.0})
-
-        return optax.GradientTransformationExtraArgs(tx.init, update)
-
-    return rule._replace(bind=bind)
 
 
 def built(config: Config) -> UpdateRule:

@@ -22,6 +22,7 @@ from experiments.common.run_folder import write_json
 from experiments.common.saved_options import read_json
 from experiments.learned_optimizer.held_out import Config
 from experiments.learned_optimizer.held_out_tasks import TASKS, VERSION, HeldOut, Loaded
+from experiments.learned_optimizer.told import told
 from metalstm import rules
 from metalstm.learned_optimizers import make_loss_curves
 from metalstm.runtime.array_files import digest_of, named_leaves
@@ -66,16 +67,18 @@ FALLBACK = ", fallback"  # ends the name of a row that has no other trials
 
 
 def gate_rule(path: Path, *, fallback: bool = False) -> Optimizer:
-    """A trained rule, told its progress; its rate multiplies its updates."""
+    """A trained rule, told what it was told; its rate multiplies its updates."""
     saved = rules.load_rule(path)
-    learned, arrays = saved.transform(), jax.tree.map(np.asarray, saved.params)
+    learned, progress, length = told(saved, progress=True)
+    arrays = jax.tree.map(np.asarray, saved.params)
 
     def make(rate: Any, num_steps: int) -> optax.GradientTransformation:
         by = optax.scale_by_schedule(rate) if callable(rate) else optax.scale(rate)
-        tx = rules.with_progress(learned, num_steps)
+        tx = rules.with_progress(learned, num_steps) if progress else learned
         return optax.chain(rules.with_fallback(tx) if fallback else tx, by)
 
-    digest = digest_of(saved.spec, named_leaves(arrays))
+    hidden = {} if progress and length else {"told": [progress, length]}
+    digest = digest_of(dict(saved.spec) | hidden, named_leaves(arrays))
     return Optimizer(make, 1.0, RULE_SCHEDULES, digest=digest)
 
 

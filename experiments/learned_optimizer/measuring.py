@@ -23,6 +23,7 @@ from experiments.common.tuning import Grid, Tuned, tune
 from experiments.learned_optimizer.command_line import rule_files
 from experiments.learned_optimizer.options import Config, Problem, Test
 from experiments.learned_optimizer.problems import Source, load_source
+from experiments.learned_optimizer.told import told
 from metalstm import rules
 from metalstm.data.cache import cached
 from metalstm.learned_optimizers import curves
@@ -199,11 +200,8 @@ def saved_rules(config: Config, folder: Path) -> list[Optimizer]:
             )
         saved = rules.load_rule(path)
         digest = hashlib.sha256(path.read_bytes()).hexdigest()
-        # of this script, or of `general`
-        trained = saved.info.get("training") or saved.info.get("config") or {}
-        told = trained.get("tell_progress", 0) > 0
-        tx = saved.transform()
-        found.append(Optimizer(name, tx, {"rule": digest}, told=told))
+        tx, progress, _ = told(saved, progress=False)
+        found.append(Optimizer(name, tx, {"rule": digest}, told=progress))
     return found
 
 

@@ -25,12 +25,11 @@ import jax.numpy as jnp
 import numpy as np
 
 import metalstm
-from experiments.common.cli import Count
+from experiments.common.cli import Count, check_names
 from experiments.common.study import Made, Study, StudyOptions, kept
 from experiments.common.tables import Table
 from metalstm import algorithms, data, nn
 from metalstm.base import Learner, MetaAlgorithm, RuleTraits, UpdateRule
-from metalstm.checks import check_choice
 from metalstm.rules import learned_sgd
 from metalstm.statistics import mean_and_ci95
 
@@ -210,9 +209,8 @@ def measure(cell: str, shot: int, config: Config, folder: Path) -> tuple[Ours, M
 
 
 def run(config: Config, folder: Path) -> Made:
-    known, rows, results = Config().cells, [], {}
+    rows, results = [], {}
     for cell in config.cells:
-        check_choice("cells", cell, known)
         if cell.startswith("digits") and config.digits is None:
             print(f"{cell}: omitted, --digits names no file", flush=True)
             continue
@@ -233,10 +231,10 @@ def run(config: Config, folder: Path) -> Made:
 
 
 def _row(cell: str, shot: int, ours: Ours, maml: Maml) -> tuple[str, ...]:
-    """Intervals over all episodes, the difference paired: the same episodes."""
+    """Means over seeds, intervals over episodes, the difference paired."""
 
     def said(values: Any, sign: str = "") -> str:
-        mean, ci95 = mean_and_ci95(np.ravel(values))
+        mean, ci95 = mean_and_ci95(np.mean(values, 0))  # all seeds have the same ones
         return f"{100 * mean:{sign}.1f} ± {100 * ci95:.1f}"
 
     difference = said(ours.accuracies - maml.accuracies, "+")
@@ -244,7 +242,11 @@ def _row(cell: str, shot: int, ours: Ours, maml: Maml) -> tuple[str, ...]:
     return cell, str(shot), *both, f"{maml.rate:g}", difference
 
 
-STUDY = Study("defaults", Config(), run, __doc__)
+def check(config: Config) -> None:
+    check_names("--cells", config.cells, Config().cells)
+
+
+STUDY = Study("defaults", Config(), run, __doc__, check=check)
 
 
 main = STUDY.main

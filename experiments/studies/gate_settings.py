@@ -215,7 +215,7 @@ def figures(
         sweeps = {}
         for trained, one in found["num_steps"].items():
             points = zip(config.test_steps, np.swapaxes(one, 0, 1), strict=True)
-            of_one = [(x, *mean_and_ci95(np.ravel(y))) for x, y in points]
+            of_one = [(x, *mean_and_ci95(y.mean(0))) for x, y in points]
             sweeps[f"T = {trained}"] = of_one
         drawn["updates.png"] = plots.accuracy_sweep(
             sweeps,
@@ -231,7 +231,7 @@ def _test_steps(setting: str, config: Config) -> tuple[int, ...]:
 
 
 def _said(accuracies: np.ndarray) -> str:
-    mean, ci95 = mean_and_ci95(np.ravel(accuracies))
+    mean, ci95 = mean_and_ci95(accuracies.mean(0))  # all seeds have the same episodes
     return f"{100 * mean:.1f} ± {100 * ci95:.1f}"
 
 

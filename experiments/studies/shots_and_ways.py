@@ -104,7 +104,9 @@ def run(config: Config, folder: Path) -> Made:
     queries = config.queries or first.queries
     by_shot = [Point(at_way, shot) for shot in sorted(set(config.shots))]
     by_way = [Point(way, at_shot) for way in sorted(set(config.ways))]
-    params = {one.label: load_saved(one, source)[0] for one in methods}
+    params = {
+        one.label: load_saved(one, source.dataset.image_shape)[0] for one in methods
+    }
     note_data(
         folder,
         {"checksum": source.dataset.checksum, "queries": queries}

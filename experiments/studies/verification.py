@@ -28,12 +28,11 @@ from experiments.common.study import Made, Study, StudyOptions
 from experiments.common.tables import Table
 from experiments.few_shot.data import load_source
 from experiments.few_shot.methods import Spec
-from experiments.few_shot.saved_runs import SavedRun, read_runs
-from experiments.few_shot.train import checkpoint_of
+from experiments.few_shot.saved_runs import SavedRun, choose_methods, read_runs
+from experiments.few_shot.test import load_saved
 from metalstm import data, plots, verification
 from metalstm.algorithms import embedding_state
 from metalstm.base import Learner, LearnerState
-from metalstm.run_file import load_params
 from metalstm.specs import COMPARING, build_learner
 
 FALSE_ACCEPTS = 0.01
@@ -219,8 +218,8 @@ def _embedding(name: str, run: SavedRun) -> tuple[Learner, LearnerState, Any]:
         )
         return as_they_are, empty, "euclidean"
     spec = run.specs[name]
-    checkpoint = run.folder / checkpoint_of(name)
-    params, message = load_params(checkpoint, spec, run.data["image_shape"])
+    (method,) = choose_methods([run], [name])
+    params, message = load_saved(method, run.data["image_shape"])
     if message:
         print(f"note: {message}")
     learner = build_learner(spec["learner"])
