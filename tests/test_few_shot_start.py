@@ -172,7 +172,7 @@ def test_no_episodes_of_nothing_are_refused(extra, message):
 @pytest.mark.parametrize(
     ("line", "message"),
     [
-        ("scratch --init-from RUN", "RUN: scratch start from nothing"),
+        ("scratch --init-from RUN", "RUN: scratch starts from nothing"),
         ("mann --no-train-learner", "--no-train-learner keeps what --init-from brings"),
         (
             "maml --frozen-stats kept --query-norm frozen --train-query-norm frozen",

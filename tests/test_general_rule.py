@@ -18,7 +18,7 @@ from experiments.learned_optimizer import (
     general_validation,
     meta_tasks,
 )
-from experiments.learned_optimizer.told import without_length
+from experiments.learned_optimizer.what_was_told import without_length
 from metalstm import rules
 from metalstm.learned_optimizers import problems
 from metalstm.runtime import checkpoints

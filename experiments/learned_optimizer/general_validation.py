@@ -32,7 +32,7 @@ from experiments.learned_optimizer.meta_tasks import (
     training_tasks,
     validation_tasks,
 )
-from experiments.learned_optimizer.told import without_length
+from experiments.learned_optimizer.what_was_told import without_length
 from metalstm import plots, rules
 from metalstm.base import PyTree, UpdateRule
 from metalstm.learned_optimizers import make_loss_curves, sweep

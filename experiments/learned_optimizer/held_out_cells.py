@@ -22,7 +22,7 @@ from experiments.common.run_folder import write_json
 from experiments.common.saved_options import read_json
 from experiments.learned_optimizer.held_out import Config
 from experiments.learned_optimizer.held_out_tasks import TASKS, VERSION, HeldOut, Loaded
-from experiments.learned_optimizer.told import told
+from experiments.learned_optimizer.what_was_told import told
 from metalstm import rules
 from metalstm.learned_optimizers import make_loss_curves
 from metalstm.runtime.array_files import digest_of, named_leaves

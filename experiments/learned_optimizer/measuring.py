@@ -23,7 +23,7 @@ from experiments.common.tuning import Grid, Tuned, tune
 from experiments.learned_optimizer.command_line import rule_files
 from experiments.learned_optimizer.options import Config, Problem, Test
 from experiments.learned_optimizer.problems import Source, load_source
-from experiments.learned_optimizer.told import told
+from experiments.learned_optimizer.what_was_told import told
 from metalstm import rules
 from metalstm.data.cache import cached
 from metalstm.learned_optimizers import curves
