@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from experiments.common import run_folder
+from experiments.common import run_folder, study
 from experiments.common.saved_options import read_config, to_json
 from experiments.few_shot import heading
 from experiments.few_shot.options import Common, Data
@@ -194,3 +194,14 @@ def test_what_is_omitted_is_said():
     source = type("Source", (), {"dataset": dataset})
     said = heading._about(source)
     assert "omitted: 5 corrupt files (a, b, c, ..), 2 images without a label" in said
+
+
+def test_a_study_keeps_its_results_apart_from_other_data(tmp_path):
+    run_folder.write_json(tmp_path / "config.json", {"config": {}})
+    study.note_data(tmp_path, {"checksum": "0123", "parameters of a": "4567"})
+    study.note_data(tmp_path, {"checksum": "0123", "parameters of b": "89"})  # one more
+    for other in ({"checksum": "4567"}, {"parameters of a": "0123"}):
+        with pytest.raises(ValueError, match="began with other data"):
+            study.note_data(tmp_path, other)
+    noted = {"checksum": "0123", "parameters of a": "4567", "parameters of b": "89"}
+    assert read_config(tmp_path)["data"] == noted
