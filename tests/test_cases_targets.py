@@ -12,6 +12,7 @@ import numpy as np
 import optax
 import pytest
 from flax import linen as nn
+from tiny import episode as tiny_episode
 from tiny import tanh_net
 
 import metalstm
@@ -254,6 +255,11 @@ def clipped(transform):
 
 def test_norm_clipping_is_allowed_in_second_order_where_it_is_safe():
     options = {"num_steps": 1, "differentiation": metalstm.second_order()}
+
+    def start(transform):
+        algorithm = algorithms.learned_init(tanh_net(), clipped(transform), **options)
+        algorithm.init(jax.random.key(0), tiny_episode())
+
     safe = (
         optax.clip_by_global_norm(1.0),
         optax.clip(1.0),
@@ -261,7 +267,7 @@ def test_norm_clipping_is_allowed_in_second_order_where_it_is_safe():
         optax.scale_by_trust_ratio(),
     )
     for transform in safe:
-        algorithms.learned_init(tanh_net(), clipped(transform), **options)
+        start(transform)
     unsafe = (
         optax.scale_by_adam(),
         optax.scale_by_rms(eps=0.0),
@@ -272,7 +278,7 @@ def test_norm_clipping_is_allowed_in_second_order_where_it_is_safe():
         with pytest.raises(
             ValueError, match=r"clip by optax\.clip or optax\.clip_by_glo"
         ):
-            algorithms.learned_init(tanh_net(), clipped(transform), **options)
+            start(transform)
 
 
 def test_fit_reads_metrics_as_it_goes_and_notices_what_is_not_finite():
