@@ -197,7 +197,7 @@ def test_accuracy_against_shots_and_ways(copy, capsys, monkeypatch):
         assert picture.read_bytes()[:4] == b"\x89PNG"
     # so would other parameters, whose points have the same names
     with monkeypatch.context() as patch:
-        patch.setattr(shots_and_ways, "_digest", lambda params: "0123")
+        patch.setattr(shots_and_ways, "digest", lambda params: "0123")
         assert shots_and_ways.main(line) == 2
     assert "began with other data" in capsys.readouterr().err
     # other settings would mix what is not comparable

@@ -102,7 +102,7 @@ def test_a_stopped_study_resumes(tmp_path, capsys, monkeypatch):
     capsys.readouterr()
 
 
-def test_a_trained_start_stays_as_it_is(tmp_path):
+def test_a_trained_start_stays_as_it_is(tmp_path, capsys):
     """With --start and no --init-rate "start" learns nothing: one seed will do."""
     spec, pool = data.EpisodeSpec(5, 1, 2), data.load_glyphs().train
     trained = metalstm.algorithms.maml(learned_rules.learner_of("glyphs"), train_way=5)
@@ -113,6 +113,11 @@ def test_a_trained_start_stays_as_it_is(tmp_path):
     assert [path.name for path in (tmp_path / "run").glob("*.npz")] == [
         "start first-order 1-shot 0.npz"
     ]
+    # another start by the same name does not go with the cells of the first
+    other = jax.tree.map(lambda leaf: leaf + 1, params)
+    metalstm.save(file, trained, other, pool, spec)
+    assert learned_rules.main([*line, "--workdir", str(tmp_path / "run")]) == 2
+    assert "began with other data" in capsys.readouterr().err
 
 
 def test_the_last_classes_are_those_of_the_pool():

@@ -37,11 +37,12 @@ from experiments.common.tables import Table
 from metalstm import data
 from metalstm.data.cache import cached
 from metalstm.meta.evaluation import Evaluation
+from metalstm.runtime.array_files import digest_of, named_leaves
 from metalstm.runtime.files import atomic_write
 
 __all__ = [
-    "CharacterOptions", "Made", "Study", "StudyOptions", "kept", "meta_train",
-    "note_data", "tester",
+    "CharacterOptions", "Made", "Study", "StudyOptions", "digest", "kept",
+    "meta_train", "note_data", "tester",
 ]  # fmt: skip
 
 Kept = TypeVar("Kept", bound=Any)
@@ -154,6 +155,12 @@ def note_data(folder: Path, about: Mapping[str, Any]) -> None:
     document = read_config(folder)
     noted = document.get("data", {}) | dict(about)
     write_json(folder / "config.json", document | {"data": noted})
+
+
+def digest(params: Any) -> str:
+    """Of the arrays of meta-parameters, for `note_data`."""
+    arrays = {name: np.asarray(leaf) for name, leaf in named_leaves(params).items()}
+    return digest_of({}, arrays)[:16]
 
 
 def _data_of(folder: Path) -> dict[str, Any]:

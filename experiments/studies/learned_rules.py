@@ -47,7 +47,7 @@ from experiments.common.cli import (
     Positive,
     check_names,
 )
-from experiments.common.study import Made, Study, StudyOptions, kept, note_data
+from experiments.common.study import Made, Study, StudyOptions, digest, kept, note_data
 from experiments.common.tables import Table
 from experiments.few_shot.starting import New, start_from
 from metalstm import algorithms, data, nn
@@ -261,7 +261,6 @@ class Cell:
 def run(config: Config, folder: Path) -> Made:
     """Meta-train and test what ``folder`` does not have yet."""
     dataset = load(config)
-    note_data(folder, {"checksum": dataset.checksum})
     pool = last_classes(dataset.train, config.left_out)
     if pool.num_classes < config.train_way:
         raise ValueError(
@@ -269,6 +268,8 @@ def run(config: Config, folder: Path) -> Made:
             "classes: choose so many at most, or --left-out more"
         )
     start = trained(config, dataset)
+    of_start = {} if start is None else {"start": digest(start)}
+    note_data(folder, {"checksum": dataset.checksum} | of_start)
     seeds = range(config.seed, config.seed + config.seeds)
     rows: list[dict[str, Any]] = []
     for shot in config.shots:

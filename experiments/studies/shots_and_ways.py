@@ -30,7 +30,7 @@ import tyro
 
 import metalstm
 from experiments.common.cli import Count, Names, Pair, check_names, replace
-from experiments.common.study import Made, Study, StudyOptions, kept, note_data
+from experiments.common.study import Made, Study, StudyOptions, digest, kept, note_data
 from experiments.common.tables import Table
 from experiments.few_shot import saved_runs
 from experiments.few_shot.data import Source, load_source
@@ -39,7 +39,6 @@ from experiments.few_shot.results import REFERENCE
 from experiments.few_shot.test import load_saved, modes, spec_for_test
 from metalstm import data, plots
 from metalstm.data import EpisodeSpec
-from metalstm.runtime.array_files import digest_of, named_leaves
 from metalstm.specs import build_algorithm, fixed_way
 from metalstm.statistics import mean_and_ci95
 
@@ -110,7 +109,7 @@ def run(config: Config, folder: Path) -> Made:
     note_data(
         folder,
         {"checksum": source.dataset.checksum, "queries": queries}
-        | {f"parameters of {label}": _digest(one) for label, one in params.items()},
+        | {f"parameters of {label}": digest(one) for label, one in params.items()},
     )
     rows: list[dict[str, Any]] = []
     for point in dict.fromkeys([*by_shot, *by_way]):
@@ -156,11 +155,6 @@ def run(config: Config, folder: Path) -> Made:
         if chosen:
             figures[f"accuracy_vs_{axis}.png"] = _figure(axis, points, chosen)
     return Made([_table(rows)], {"points": rows}, figures)
-
-
-def _digest(params: Any) -> str:
-    arrays = {name: np.asarray(leaf) for name, leaf in named_leaves(params).items()}
-    return digest_of({}, arrays)[:16]
 
 
 def _episodes(source: Source, point: Point, queries: int) -> EpisodeSpec | str:
