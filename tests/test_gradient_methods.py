@@ -258,6 +258,34 @@ def test_reptile_and_implicit_maml_gather_no_averages():
             factory(NET, query_norm="frozen")
 
 
+def test_reptile_keeps_the_averages_of_a_trained_start():
+    """Every update, and the queries, are normalised by them; they stay as they are."""
+    reptile = algorithms.reptile(
+        NET, optax.sgd(0.1), num_steps=3, query_norm="frozen", frozen_stats="kept"
+    )
+    params = reptile.init(KEY, EPISODE)
+    kept = jax.tree.map(lambda leaf: leaf + 0.5, params.learner.stats)
+    params = params._replace(learner=params.learner._replace(stats=kept))
+    state, theta = params.learner, params.learner.params
+
+    def loss(theta, batch):
+        outputs, _ = NET.apply(state._replace(params=theta), batch.x, norm="stored")
+        logs = jax.nn.log_softmax(outputs)
+        return -logs[jnp.arange(len(batch.y)), batch.y].mean(), outputs
+
+    for _ in range(3):
+        by_theta = jax.grad(lambda t: loss(t, EPISODE.support)[0])(theta)
+        theta = jax.tree.map(lambda t, g: t - 0.1 * g, theta, by_theta)
+    found, metrics = meta_gradient(reptile, params, batch_of(EPISODE))
+    expected = jax.tree.map(jnp.subtract, params.learner.params, theta)
+    tiny.assert_close(found.learner.params, expected, atol=1e-6)
+    right = loss(theta, EPISODE.query)[1].argmax(-1) == EPISODE.query.y
+    np.testing.assert_allclose(metrics["accuracy"], right.mean(), rtol=1e-6)
+    tiny.assert_equal(
+        found.learner.stats, jax.tree.map(jnp.zeros_like, found.learner.stats)
+    )
+
+
 # -- ANIL ------------------------------------------------------------------------------
 
 

@@ -19,6 +19,7 @@ from metalstm.base import (
     LearnerState,
     MetaAlgorithm,
     MetaParams,
+    Norm,
     PyTree,
     UpdateRule,
 )
@@ -75,15 +76,18 @@ def reptile(
         ``train_query_norm`` change nothing, as no query is learned from.
 
     Raises:
-      ValueError: ``query_norm="frozen"``, since averages are not gathered here;
+      ValueError: ``query_norm="frozen"`` unless ``frozen_stats="kept"``, since averages
+        are not gathered here;
         ``gradient_weights`` of another length than ``num_steps``; another
         ``rule_state``.
     """
     check_choice("rule_state", rule_state, ("restarted", "continued"))
-    if "frozen" in (options.get("query_norm"), options.get("train_query_norm")):
+    norms = options.get("query_norm"), options.get("train_query_norm")
+    if "frozen" in norms and options.get("frozen_stats") != "kept":
         raise ValueError(
             "reptile gathers no averages over meta-training for query_norm='frozen': "
-            "choose support, support+1 or transductive"
+            "choose support, support+1 or transductive, or frozen_stats='kept' and a "
+            "trained start"
         )
     if not isinstance(rule, UpdateRule | optax.GradientTransformation):
         rule = optax.adam(rule, b1=0.0)
@@ -117,8 +121,11 @@ def reptile(
         support, query = episode
         end, trace = adapt(meta_params, key, support, num_classes=train_way)
         state = meta_params.learner
-        adapted = LearnerState(end.params, end.stats, state.other)
-        outputs, _ = learner.apply(adapted, query.x, norm="batch")
+        frozen = options.get("query_norm") == "frozen"
+        stats = state.stats if frozen else end.stats
+        adapted = LearnerState(end.params, stats, state.other)
+        norm: Norm = "stored" if frozen else "batch"
+        outputs, _ = learner.apply(adapted, query.x, norm=norm)
         metrics = {
             "loss": trace.losses.mean(),
             "accuracy": accuracy(outputs, query.y),
