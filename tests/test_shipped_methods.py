@@ -14,12 +14,18 @@ from metalstm import data
 RESULTS = Path(__file__).parents[1] / "docs" / "results" / "mini_imagenet"
 NAMES = [f"mini-imagenet-{shot}shot-{seed}" for shot in (1, 5) for seed in range(3)]
 CLASSIFIER = "mini-imagenet-classifier-0"
+METHODS = (
+    "maml", "prototypical-cosine", "prototypical", "matching", "fomaml", "anil",
+    "meta-sgd",
+)  # fmt: skip
+OTHERS = {f"mini-imagenet-{method}-0": method for method in METHODS}
 OMNIGLOT = "omniglot-prototypical-0"
 
 
 def test_each_has_a_card_and_the_command_knows_how_to_test_it():
     cards = metalstm.pretrained_learner()
-    assert [card.name for card in cards] == [*NAMES, CLASSIFIER, OMNIGLOT]
+    names = [*NAMES, CLASSIFIER, *OTHERS, OMNIGLOT]
+    assert [card.name for card in cards] == sorted(names)
     for card in cards:
         assert "not stated" not in card
         (run,) = read_runs([Path(card.name)])
@@ -27,7 +33,7 @@ def test_each_has_a_card_and_the_command_knows_how_to_test_it():
         assert run.options.test.test_episodes == episodes
 
 
-@pytest.mark.parametrize("name", [*NAMES[::3], CLASSIFIER, OMNIGLOT])
+@pytest.mark.parametrize("name", [*NAMES[::3], CLASSIFIER, *OTHERS, OMNIGLOT])
 def test_one_predicts_names(name):
     trained = metalstm.pretrained_learner(name)
     shape = (6, 28, 28, 1) if name == OMNIGLOT else (6, 84, 84, 3)
@@ -43,6 +49,7 @@ def test_the_first_episodes_of_a_published_number(real_data_dir):
         (1, 40, NAMES[0], "meta-lstm", NAMES[0]),
         (5, 16, NAMES[3], "meta-lstm", NAMES[3]),
         (1, 40, CLASSIFIER, "feature-cosine", "baselines-1shot"),
+        *((1, 8, name, OTHERS[name], "baselines-1shot") for name in list(OTHERS)[:2]),
     ):
         trained = metalstm.pretrained_learner(name)
         with np.load(RESULTS / f"{file}.npz") as arrays:
