@@ -14,6 +14,7 @@ from metalstm import data
 RESULTS = Path(__file__).parents[1] / "docs" / "results" / "mini_imagenet"
 NAMES = [f"mini-imagenet-{shot}shot-{seed}" for shot in (1, 5) for seed in range(3)]
 CLASSIFIER = "mini-imagenet-classifier-0"
+FEATURES = "mini-imagenet-48-classes-0"
 METHODS = (
     "maml", "prototypical-cosine", "prototypical", "matching", "fomaml", "anil",
     "meta-sgd",
@@ -24,7 +25,7 @@ OMNIGLOT = "omniglot-prototypical-0"
 
 def test_each_has_a_card_and_the_command_knows_how_to_test_it():
     cards = metalstm.pretrained_learner()
-    names = [*NAMES, CLASSIFIER, *OTHERS, OMNIGLOT]
+    names = [*NAMES, CLASSIFIER, FEATURES, *OTHERS, OMNIGLOT]
     assert [card.name for card in cards] == sorted(names)
     for card in cards:
         assert "not stated" not in card
@@ -33,7 +34,7 @@ def test_each_has_a_card_and_the_command_knows_how_to_test_it():
         assert run.options.test.test_episodes == episodes
 
 
-@pytest.mark.parametrize("name", [*NAMES[::3], CLASSIFIER, *OTHERS, OMNIGLOT])
+@pytest.mark.parametrize("name", [*NAMES[::3], CLASSIFIER, FEATURES, *OTHERS, OMNIGLOT])
 def test_one_predicts_names(name):
     trained = metalstm.pretrained_learner(name)
     shape = (6, 28, 28, 1) if name == OMNIGLOT else (6, 84, 84, 3)
