@@ -229,6 +229,23 @@ def test_rate_and_steps_are_parameters_of_the_rule():
     )
 
 
+def test_gradients_after_the_last_update_are_not_computed():
+    """One branch runs, also for a batch of episodes: it is no select."""
+    algorithm = algorithms.fine_tuning(body(), 4, tune="all", num_steps=4)
+    params = algorithm.init(KEY, EPISODE)
+
+    def predict(support, query_x):
+        return algorithm.predict(params, KEY, support, query_x, num_classes=3)
+
+    batch = jax.tree.map(lambda leaf: leaf[None], EPISODE)
+    program = jax.make_jaxpr(jax.vmap(predict))(batch.support, batch.query.x)
+    (scan,) = (e for e in program.eqns if e.primitive.name == "scan")
+    inside = [e.primitive.name for e in scan.params["jaxpr"].eqns]
+    assert "cond" in inside
+    assert "conv_general_dilated" not in inside
+    assert "dot_general" not in inside
+
+
 def test_a_cosine_head_starts_at_the_classes_means():
     still = rules.as_rule(optax.sgd(0.0))
     algorithm = algorithms.fine_tuning(

@@ -9,8 +9,10 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
+import jax
 import jax.numpy as jnp
 import optax
+from jax import lax
 
 from metalstm.algorithms.common import task_loss
 from metalstm.algorithms.metric.feature_heads import HEADS
@@ -128,6 +130,7 @@ def fine_tuning(
       ValueError: as `pretrained_features`.
     """
     check_choice("tune", tune, ("head", "all"))
+    stops = rule is None
     if rule is None:
         rule = tunable(_stopping_sgd, learning_rate=0.01, num_steps=float(num_steps))
     rule = as_rule(rule)
@@ -139,19 +142,28 @@ def fine_tuning(
         head = init_task_head(classifier, features, support.y, num_classes)
         start = head if tune == "head" else {"body": state.params["body"], "head": head}
 
-        def loss_fn(params, stats, batch, step_key):
-            del batch, step_key
+        def loss(params):
             if tune == "head":  # its features stay what they are
                 outputs = classify(classifier, params, features)
             else:
                 outputs = _outputs(learner, state, classifier, params, support.x)
-            return task_loss(outputs, support.y), stats
+            return task_loss(outputs, support.y)
+
+        def loss_fn(params, stats, step, step_key):
+            del step_key
+            if not stops:
+                return loss(params), stats
+            # updates that would be zero cost nothing
+            zero = jnp.zeros((), jax.eval_shape(loss, params).dtype)
+            continues = step.astype(jnp.float32) < meta_params.rule["num_steps"]
+            return lax.cond(continues, loss, lambda _: zero, params), stats
 
         tuned, _ = unroll(
             loss_fn,
             rule,
             meta_params.rule,
             start,
+            jnp.arange(num_steps),
             num_steps=num_steps,
             differentiation=first_order(),
         )
