@@ -20,24 +20,26 @@ METHODS = (
     "meta-sgd",
 )  # fmt: skip
 OTHERS = {f"mini-imagenet-{method}-0": method for method in METHODS}
-OMNIGLOT = "omniglot-prototypical-0"
+OMNIGLOT = {f"omniglot-{method}-0": method for method in ("prototypical", "imaml")}
 
 
 def test_each_has_a_card_and_the_command_knows_how_to_test_it():
     cards = metalstm.pretrained_learner()
-    names = [*NAMES, CLASSIFIER, FEATURES, *OTHERS, OMNIGLOT]
+    names = [*NAMES, CLASSIFIER, FEATURES, *OTHERS, *OMNIGLOT]
     assert [card.name for card in cards] == sorted(names)
     for card in cards:
         assert "not stated" not in card
         (run,) = read_runs([Path(card.name)])
-        episodes = 600 if card.name == OMNIGLOT else 2_000
+        episodes = 600 if card.name in OMNIGLOT else 2_000
         assert run.options.test.test_episodes == episodes
 
 
-@pytest.mark.parametrize("name", [*NAMES[::3], CLASSIFIER, FEATURES, *OTHERS, OMNIGLOT])
+@pytest.mark.parametrize(
+    "name", [*NAMES[::3], CLASSIFIER, FEATURES, *OTHERS, *OMNIGLOT]
+)
 def test_one_predicts_names(name):
     trained = metalstm.pretrained_learner(name)
-    shape = (6, 28, 28, 1) if name == OMNIGLOT else (6, 84, 84, 3)
+    shape = (6, 28, 28, 1) if name in OMNIGLOT else (6, 84, 84, 3)
     images = np.random.default_rng(0).integers(0, 256, shape, np.uint8)
     labels = ["ant", "bee", "cat", "dog", "elk"]
     assert set(trained(images[:5], labels, images)) <= set(labels)
@@ -64,11 +66,13 @@ def test_the_first_episodes_of_a_published_number(real_data_dir):
 @pytest.mark.real_data
 def test_the_first_episodes_on_omniglot(real_data_dir):
     pool = data.load_omniglot(real_data_dir / "tensorflow_datasets").test
-    trained = metalstm.pretrained_learner(OMNIGLOT)
-    with np.load(RESULTS.parent / "omniglot" / "prototypical.npz") as arrays:
-        published = arrays["prototypical 20w1s"]
-    assert len(published) == 600
-    assert_same_episodes(trained, pool, data.EpisodeSpec(20, 1, 5), published[:40])
+    with np.load(RESULTS.parent / "omniglot" / "episodes.npz") as arrays:
+        published = dict(arrays)
+    for name, method in OMNIGLOT.items():
+        of_method = published[f"{method} 20w1s"]
+        assert len(of_method) == 600
+        trained = metalstm.pretrained_learner(name)
+        assert_same_episodes(trained, pool, data.EpisodeSpec(20, 1, 5), of_method[:40])
 
 
 def assert_same_episodes(trained, pool, spec, published):
