@@ -17,10 +17,10 @@ classes alone, which the trained method must not have seen. Without --start thet
 drawn and meta-learned with the rule.
 
     python -m experiments.studies.learned_rules --preset mini-imagenet --data-dir DIR \
-        --start CLASSIFIER.npz --left-out 16
+        --start mini-imagenet-48-classes-0 --left-out 16
 
-Each cell is kept in --workdir, so that a stopped study resumes. It has not been run
-whole yet, so there is no page of results.
+Each cell is kept in --workdir, so that a stopped study resumes. A cell takes a core
+five minutes at 1-shot and ten at 5-shot; docs/results/learned_rules.md has the results.
 """
 
 from __future__ import annotations
@@ -79,7 +79,7 @@ COLUMNS = {
 }
 PRESETS = {
     "mini-imagenet": "--dataset mini-imagenet --norm frozen --steps 5 --train-way 5 "
-    "--train-queries 15 --first-step 0.1 0.001 --meta-steps 400",
+    "--train-queries 15 --first-step 0.1 0.001 --meta-steps 400 --rule-rate 1e-2",
     "omniglot": "--dataset omniglot --norm support --steps 2 --train-way 20 "
     "--train-queries 5 --first-step 0.38 0.01 --meta-steps 4000 --clip 10 "
     "--init-rate 1e-3 --orders second",
