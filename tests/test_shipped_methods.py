@@ -20,7 +20,10 @@ METHODS = (
     "meta-sgd",
 )  # fmt: skip
 OTHERS = {f"mini-imagenet-{method}-0": method for method in METHODS}
-OMNIGLOT = {f"omniglot-{method}-0": method for method in ("prototypical", "imaml")}
+OMNIGLOT = {
+    f"omniglot-{method}-0": method
+    for method in ("meta-lstm", "maml", "matching", "prototypical", "imaml")
+}
 
 
 def test_each_has_a_card_and_the_command_knows_how_to_test_it():
